@@ -1,0 +1,225 @@
+"""Gaussian encodings: densities, entropies, divergences and samples (paper Sec. 1 and Eq. 8).
+
+Two families share one interface. `DiagonalGaussian` is the factorised encoder of the paper's
+Sec. 6; `FullGaussian` has a dense covariance, held as a square root. Leading axes are batch axes,
+the last axis of the mean is the latent dimension D, and every value is in nats, one per example.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+
+LOG_2PI = math.log(2.0 * math.pi)
+_SERIES_ORDER = 18  # 1/18! is below float64's resolution
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DiagonalGaussian:
+  """N(mean, diag(exp(log_var))), batched over the leading axes.
+
+  Attributes:
+    mean: `[..., D]`.
+    log_var: `[..., D]`, the logarithms of the variances.
+  """
+
+  mean: jax.Array
+  log_var: jax.Array
+
+  @property
+  def dim(self) -> int:
+    """The latent dimension D."""
+    return self.mean.shape[-1]
+
+  @property
+  def var(self) -> jax.Array:
+    """Variances, `[..., D]`."""
+    return jnp.exp(self.log_var)
+
+  @property
+  def stddev(self) -> jax.Array:
+    """Standard deviations, `[..., D]`."""
+    return jnp.exp(0.5 * self.log_var)
+
+  def sample(self, key: jax.Array) -> jax.Array:
+    """Reparameterised sample `mean + stddev * noise`, `[..., D]`."""
+    check_gaussian(self)
+    return self.mean + self.stddev * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+  def log_prob(self, z: jax.Array) -> jax.Array:
+    """Log-density at `z` `[..., D]`, in nats, `[...]`."""
+    check_gaussian(self)
+    chex.assert_equal_shape([self.mean, z])
+    whitened = (z - self.mean) * jnp.exp(-0.5 * self.log_var)
+    return -0.5 * jnp.sum(whitened**2 + self.log_var + LOG_2PI, axis=-1)
+
+  def log_det(self) -> jax.Array:
+    """Log-determinant of the covariance, `[...]`."""
+    return jnp.sum(self.log_var, axis=-1)
+
+  def trace(self) -> jax.Array:
+    """Trace of the covariance, `[...]`."""
+    return jnp.sum(self.var, axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FullGaussian:
+  """N(mean, scale_tril @ scale_tril^T), batched over the leading axes.
+
+  Attributes:
+    mean: `[..., D]`.
+    scale_tril: `[..., D, D]`, lower triangular with a positive diagonal (a Cholesky factor). What
+      lies above the diagonal must be zero.
+  """
+
+  mean: jax.Array
+  scale_tril: jax.Array
+
+  @classmethod
+  def from_covariance(cls, mean: jax.Array, cov: jax.Array) -> FullGaussian:
+    """The Gaussian with positive definite covariance `cov` `[..., D, D]`."""
+    check_moments(mean, cov)
+    return cls(mean, jnp.linalg.cholesky(cov))
+
+  @property
+  def dim(self) -> int:
+    """The latent dimension D."""
+    return self.mean.shape[-1]
+
+  @property
+  def cov(self) -> jax.Array:
+    """Covariances, `[..., D, D]`."""
+    return self.scale_tril @ jnp.swapaxes(self.scale_tril, -1, -2)
+
+  def sample(self, key: jax.Array) -> jax.Array:
+    """Reparameterised sample `mean + scale_tril @ noise`, `[..., D]`."""
+    check_gaussian(self)
+    noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+    return self.mean + (self.scale_tril @ noise[..., None])[..., 0]
+
+  def log_prob(self, z: jax.Array) -> jax.Array:
+    """Log-density at `z` `[..., D]`, in nats, `[...]`."""
+    check_gaussian(self)
+    chex.assert_equal_shape([self.mean, z])
+    whitened = _solve_tril(self.scale_tril, (z - self.mean)[..., None])[..., 0]
+    return -0.5 * (jnp.sum(whitened**2, axis=-1) + self.log_det() + self.dim * LOG_2PI)
+
+  def log_det(self) -> jax.Array:
+    """Log-determinant of the covariance, `[...]`."""
+    diagonal = jnp.diagonal(self.scale_tril, axis1=-2, axis2=-1)
+    return 2.0 * jnp.sum(jnp.log(diagonal), axis=-1)
+
+  def trace(self) -> jax.Array:
+    """Trace of the covariance, `[...]`."""
+    return jnp.sum(self.scale_tril**2, axis=(-2, -1))
+
+
+Gaussian: TypeAlias = DiagonalGaussian | FullGaussian
+
+
+def entropy(q: Gaussian) -> jax.Array:
+  """Differential entropy H[q], in nats, `[...]` (the Gaussian case of Eq. 15)."""
+  check_gaussian(q)
+  return 0.5 * (q.log_det() + q.dim * (LOG_2PI + 1.0))
+
+
+def kl_divergence(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
+  """KL(q_a || q_b) >= 0 between two Gaussians of one family, in nats, `[...]` (Eq. 8).
+
+  Raises:
+    AssertionError: if shapes differ.
+    TypeError: if the families differ.
+  """
+  check_pair(q_a, q_b)
+  if isinstance(q_a, DiagonalGaussian):
+    log_ratio = q_a.log_var - q_b.log_var
+    mahalanobis = ((q_a.mean - q_b.mean) * jnp.exp(-0.5 * q_b.log_var)) ** 2
+    return 0.5 * jnp.sum(_itakura_saito(log_ratio) + mahalanobis, axis=-1)
+  whitened = _solve_tril(q_b.scale_tril, q_a.scale_tril)
+  shift = _solve_tril(q_b.scale_tril, (q_a.mean - q_b.mean)[..., None])[..., 0]
+  # The covariance part, split so that its diagonal loses no digit when q_a is near q_b.
+  log_ratio = 2.0 * jnp.log(jnp.diagonal(whitened, axis1=-2, axis2=-1))
+  off_diagonal = jnp.tril(whitened, -1)
+  return 0.5 * (
+    jnp.sum(_itakura_saito(log_ratio) + shift**2, axis=-1)
+    + jnp.sum(off_diagonal**2, axis=(-2, -1))
+  )
+
+
+def kl_to_standard_normal(q: Gaussian) -> jax.Array:
+  """KL(q || N(0, I)) >= 0, in nats, `[...]`: the regulariser of the VAE's ELBO (Eq. 8)."""
+  check_gaussian(q)
+  if isinstance(q, DiagonalGaussian):
+    return 0.5 * jnp.sum(_itakura_saito(q.log_var) + q.mean**2, axis=-1)
+  identity = jnp.broadcast_to(jnp.eye(q.dim, dtype=q.mean.dtype), q.scale_tril.shape)
+  return kl_divergence(q, FullGaussian(jnp.zeros_like(q.mean), identity))
+
+
+def expected_log_standard_normal(q: Gaussian) -> jax.Array:
+  """E_{z ~ q} log N(z; 0, I), in nats, `[...]` (the prior terms of Eq. 6 and Sec. 6)."""
+  check_gaussian(q)
+  return -0.5 * (jnp.sum(q.mean**2, axis=-1) + q.trace() + q.dim * LOG_2PI)
+
+
+def check_gaussian(q: Gaussian) -> None:
+  """Raises AssertionError unless the parameters of `q` have fitting shapes."""
+  if isinstance(q, DiagonalGaussian):
+    if q.mean.ndim < 1 or q.mean.shape != q.log_var.shape:
+      raise AssertionError(
+        'DiagonalGaussian needs mean and log_var of one shape [..., D], '
+        f'got mean {q.mean.shape} and log_var {q.log_var.shape}'
+      )
+  else:
+    _check_square('FullGaussian', 'scale_tril', q.mean, q.scale_tril)
+
+
+def check_pair(q_a: Gaussian, q_b: Gaussian) -> None:
+  """Raises TypeError unless both are of one family, AssertionError unless of one shape."""
+  if type(q_a) is not type(q_b):
+    raise TypeError(
+      f'q_a and q_b must be of one family, got {type(q_a).__name__} and {type(q_b).__name__}'
+    )
+  check_gaussian(q_a)
+  check_gaussian(q_b)
+  if q_a.mean.shape != q_b.mean.shape:
+    raise AssertionError(
+      f'q_a and q_b must have one shape, got means {q_a.mean.shape} and {q_b.mean.shape}'
+    )
+
+
+def check_moments(mean: jax.Array, cov: jax.Array) -> None:
+  """Raises AssertionError unless `cov` is `[..., D, D]` for a mean of `[..., D]`."""
+  _check_square('a full covariance', 'cov', mean, cov)
+
+
+def _check_square(what: str, name: str, mean: jax.Array, matrix: jax.Array) -> None:
+  if mean.ndim < 1 or matrix.shape != (*mean.shape, mean.shape[-1]):
+    raise AssertionError(
+      f'{what} needs mean [..., D] and {name} [..., D, D], '
+      f'got mean {mean.shape} and {name} {matrix.shape}'
+    )
+
+
+def _itakura_saito(log_ratio: jax.Array) -> jax.Array:
+  """r - log r - 1 for r = exp(log_ratio): Eq. 8's covariance term for one dimension.
+
+  Near r = 1 the difference cancels, so there the Taylor series of exp(t) - 1 - t takes over.
+  """
+  near_one = jnp.abs(log_ratio) < 1.0
+  # Each branch is evaluated only where it is safe: a gradient must not meet 0 * inf in the other.
+  t = jnp.where(near_one, log_ratio, 0.0)
+  series = jnp.zeros_like(t)
+  for k in range(_SERIES_ORDER, 1, -1):  # Horner: t^2/2! (1 + t/3 (1 + t/4 (...)))
+    series = (1.0 + series) * t / k
+  return jnp.where(near_one, series * t, jnp.expm1(log_ratio) - log_ratio)
+
+
+def _solve_tril(tril: jax.Array, rhs: jax.Array) -> jax.Array:
+  return jax.scipy.linalg.solve_triangular(tril, rhs, lower=True)

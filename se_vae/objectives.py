@@ -1,0 +1,151 @@
+"""The training objectives: the VAE's ELBO and the Smooth Encoder ELBO (paper Eq. 1, 4-7, Sec. 6).
+
+Both are lower bounds to be maximised, returned per example and term by term, in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from se_vae import gaussians, wasserstein
+from se_vae.gaussians import Gaussian
+
+
+class ElboTerms(NamedTuple):
+  """The ELBO and its terms, each `[B]`, in nats: `elbo = log_likelihood - kl`."""
+
+  elbo: jax.Array
+  log_likelihood: jax.Array
+  kl: jax.Array
+
+
+class SEElboTerms(NamedTuple):
+  """The SE-ELBO and its terms, in nats.
+
+  `elbo = log_likelihood + log_prior_a + log_prior_b - transport_cost`.
+
+  Attributes:
+    elbo: `[B]`, B_SE of Sec. 6: a bound on the *unnormalised* model of Eq. 2.
+    log_likelihood: `[B]`, E log p(x | z_a), estimated with the sample the caller decoded.
+    log_prior_a: `[B]`, E log p(z_a).
+    log_prior_b: `[B]`, E log p(z_b).
+    transport_cost: `[B]`, the entropic transport cost WD, which contains -H[Q].
+    normalized_elbo: `[B]`, `elbo` minus the log-normaliser of Eq. 2: a true bound on log p~(x).
+  """
+
+  elbo: jax.Array
+  log_likelihood: jax.Array
+  log_prior_a: jax.Array
+  log_prior_b: jax.Array
+  transport_cost: jax.Array
+  normalized_elbo: jax.Array
+
+
+def gaussian_log_likelihood(
+  x: jax.Array, x_mean: jax.Array, obs_var: jax.typing.ArrayLike
+) -> jax.Array:
+  """log N(x; x_mean, obs_var I), summed over all axes but the first (Sec. 6).
+
+  Args:
+    x: observations, `[B, ...]`.
+    x_mean: decoder means, the same shape.
+    obs_var: observation noise variance v, a scalar > 0.
+
+  Returns:
+    `[B]`, in nats.
+  """
+  if x.shape != x_mean.shape or x.ndim < 1:
+    raise AssertionError(f'x and x_mean must have one shape [B, ...], got {x.shape}, {x_mean.shape}')
+  _check_obs_var(obs_var)
+  obs_var = jnp.asarray(obs_var, x_mean.dtype)
+  num_pixels = math.prod(x.shape[1:])
+  squared_error = jnp.sum((x - x_mean) ** 2, axis=tuple(range(1, x.ndim)))
+  return -0.5 * (squared_error / obs_var + num_pixels * (gaussians.LOG_2PI + jnp.log(obs_var)))
+
+
+def elbo(
+  x: jax.Array, x_mean: jax.Array, q: Gaussian, *, obs_var: jax.typing.ArrayLike
+) -> ElboTerms:
+  """The VAE's evidence lower bound (Sec. 1), one term per example.
+
+  Args:
+    x: observations, `[B, ...]`.
+    x_mean: decoder mean at one sample z ~ q(z | x), the same shape as x.
+    q: encoding q(z | x), means `[B, D]`.
+    obs_var: observation noise variance v, a scalar > 0.
+
+  Returns:
+    `ElboTerms`, each `[B]`, in nats.
+  """
+  _check_batch(x, q)
+  log_likelihood = gaussian_log_likelihood(x, x_mean, obs_var)
+  kl = gaussians.kl_to_standard_normal(q)
+  return ElboTerms(log_likelihood - kl, log_likelihood, kl)
+
+
+def se_elbo(
+  x: jax.Array,
+  x_mean: jax.Array,
+  q_a: Gaussian,
+  q_b: Gaussian,
+  *,
+  gamma: jax.typing.ArrayLike,
+  obs_var: jax.typing.ArrayLike,
+) -> SEElboTerms:
+  """The Smooth Encoder ELBO (Eq. 6-7, Sec. 6), one term per example.
+
+  The gradient in the decoder's parameters is that of `elbo`. `gamma = 0` is not the plain VAE: it
+  gives `elbo(x) - KL(q_b || p)`.
+
+  Args:
+    x: observations, `[B, ...]`.
+    x_mean: decoder mean at one sample z_a ~ q_a, the same shape as x.
+    q_a: encoding q(z | x) of the observation, means `[B, D]`.
+    q_b: encoding q(z | x') of the selected fictive observation, the same family and shape.
+    gamma: coupling strength, a scalar >= 0.
+    obs_var: observation noise variance v, a scalar > 0.
+
+  Returns:
+    `SEElboTerms`, each `[B]`, in nats.
+  """
+  _check_batch(x, q_a)
+  log_likelihood = gaussian_log_likelihood(x, x_mean, obs_var)
+  log_prior_a = gaussians.expected_log_standard_normal(q_a)
+  log_prior_b = gaussians.expected_log_standard_normal(q_b)
+  transport_cost = wasserstein.entropic_transport_cost(q_a, q_b, gamma)
+  bound = log_likelihood + log_prior_a + log_prior_b - transport_cost
+  return SEElboTerms(
+    elbo=bound,
+    log_likelihood=log_likelihood,
+    log_prior_a=log_prior_a,
+    log_prior_b=log_prior_b,
+    transport_cost=transport_cost,
+    normalized_elbo=bound - log_normalizer(gamma, q_a.dim),
+  )
+
+
+def log_normalizer(gamma: jax.typing.ArrayLike, dim: int) -> jax.Array:
+  """log of the integral of Eq. 3's psi(z_a, z_b) for squared distance and standard normal priors.
+
+  `-dim / 2 log(1 + 2 gamma)` nats, a scalar <= 0. The paper drops this constant; subtracting it
+  from the SE-ELBO makes that a bound on a normalised log-density.
+  """
+  wasserstein.check_gamma(gamma)
+  return -0.5 * dim * jnp.log1p(2.0 * jnp.asarray(gamma, jnp.result_type(float)))
+
+
+def _check_batch(x: jax.Array, q: Gaussian) -> None:
+  gaussians.check_gaussian(q)
+  if q.mean.ndim != 2 or q.mean.shape[0] != x.shape[0]:
+    raise AssertionError(f'the encoding of x {x.shape} needs means [B, D], got {q.mean.shape}')
+
+
+def _check_obs_var(obs_var: jax.typing.ArrayLike) -> None:
+  if jnp.ndim(obs_var) != 0:
+    raise AssertionError(f'obs_var must be a scalar, got shape {jnp.shape(obs_var)}')
+  if not isinstance(obs_var, jax.core.Tracer) and not 0.0 < float(obs_var) < math.inf:
+    raise ValueError(f'obs_var must be finite and > 0, got {obs_var}')

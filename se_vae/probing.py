@@ -1,0 +1,117 @@
+"""Linear probes: multinomial logistic regression on frozen encoder means (paper Sec. 3 and 7)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from se_vae import sharding
+from se_vae.training import pixels
+from se_vae.vae import VAE, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearProbe:
+  """logits = mean @ weights + bias.
+
+  Attributes:
+    weights: `[D, K]`.
+    bias: `[K]`.
+  """
+
+  weights: jax.Array
+  bias: jax.Array
+
+  def logits(self, mean: jax.Array) -> jax.Array:
+    """Encoder means `[B, D]` to unnormalised log-probabilities `[B, K]`."""
+    return mean @ self.weights + self.bias
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbedEncoder:
+  """The classifier under attack: images, through the encoder's mean, to a probe's logits."""
+
+  model: VAE
+
+  def __call__(self, x: jax.Array, params: Params, probe: LinearProbe) -> jax.Array:
+    """Images `[B, H, W, C]` in [0, 1] to logits `[B, K]`."""
+    return probe.logits(self.model.encode(params, x).mean)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _encode_means(model: VAE, params: Params, images: jax.Array) -> jax.Array:
+  return model.encode(params, pixels(images)).mean
+
+
+def encoder_means(
+  model: VAE, params: Params, images: np.ndarray, *, mesh: Mesh, batch_size: int = 512
+) -> np.ndarray:
+  """Means of q(z | x) for uint8 images `[N, H, W, C]`: float32 `[N, D]`."""
+  batch_size -= batch_size % mesh.size
+  params = sharding.replicate(mesh, params)
+  means = []
+  for start in range(0, len(images), batch_size):
+    batch = images[start : start + batch_size]
+    # Every batch has the same shape: one compilation.
+    padded = np.concatenate([batch, np.zeros_like(images[:1]).repeat(batch_size - len(batch), 0)])
+    outputs = _encode_means(model, params, sharding.split(mesh, padded))
+    means.append(np.asarray(outputs)[: len(batch)])
+  return np.concatenate(means)
+
+
+def fit_probe(
+  means: np.ndarray, labels: np.ndarray, num_classes: int, *, l2: float = 1.0, max_iter: int = 5000
+) -> LinearProbe:
+  """Fits a probe to convergence, on standardised means, in float64.
+
+  Args:
+    means: training encodings `[N, D]`.
+    labels: `[N]` integers in [0, num_classes).
+    num_classes: K.
+    l2: weight of the penalty l2 / 2 ||W||^2, added to the *sum* of the cross-entropies.
+    max_iter: L-BFGS iterations allowed.
+
+  Returns:
+    The probe, with the standardisation folded into its weights.
+
+  Raises:
+    ValueError: if the means are not finite, or a class has no example.
+    RuntimeError: if the fit does not converge.
+  """
+  from sklearn.exceptions import ConvergenceWarning  # slow to import
+  from sklearn.linear_model import LogisticRegression
+
+  if not np.isfinite(means).all():
+    raise ValueError('the encoder means are not finite: the encoder has diverged')
+  missing = sorted(set(range(num_classes)) - set(np.unique(labels).tolist()))
+  if missing:
+    raise ValueError(f'no training example of class {", ".join(map(str, missing))}')
+  means = means.astype(np.float64)
+  center, scale = means.mean(axis=0), means.std(axis=0)
+  scale = np.where(scale > 0.0, scale, 1.0)
+  classifier = LogisticRegression(C=1.0 / l2, max_iter=max_iter, tol=1e-6)
+  with warnings.catch_warnings():
+    warnings.simplefilter('error', ConvergenceWarning)
+    try:
+      classifier.fit((means - center) / scale, labels)
+    except ConvergenceWarning as error:
+      raise RuntimeError(f'the probe did not converge in {max_iter} iterations') from error
+  coefficients, intercept = classifier.coef_, classifier.intercept_
+  if num_classes == 2:  # scikit-learn gives the one logit of class 1
+    coefficients = np.concatenate([np.zeros_like(coefficients), coefficients])
+    intercept = np.concatenate([np.zeros_like(intercept), intercept])
+  weights = (coefficients / scale).T
+  bias = intercept - center @ weights
+  return LinearProbe(jnp.asarray(weights, jnp.float32), jnp.asarray(bias, jnp.float32))
+
+
+def accuracy(probe: LinearProbe, means: np.ndarray, labels: np.ndarray) -> float:
+  """Share of examples whose largest logit is their label's."""
+  return float(np.mean(np.argmax(np.asarray(probe.logits(means)), axis=-1) == labels))

@@ -1,0 +1,51 @@
+"""Placement of arrays on devices: the only module that knows how many devices there are.
+
+Data parallelism is a placement and nothing else: parameters are replicated, batches are split along
+one mesh axis, and the compiler inserts the gradient's sum. A program never branches on the number
+of devices, and draws no random number that depends on it.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA_AXIS = 'data'
+
+Tree = TypeVar('Tree')
+
+
+def data_mesh(num_devices: int | None = None) -> Mesh:
+  """A one-axis mesh over the first `num_devices` devices, or over all of them.
+
+  Raises:
+    ValueError: if there are fewer devices.
+  """
+  devices = jax.devices()
+  num_devices = len(devices) if num_devices is None else num_devices
+  if not 1 <= num_devices <= len(devices):
+    raise ValueError(f'num_devices must be 1 to {len(devices)} here, got {num_devices}')
+  return jax.make_mesh(
+    (num_devices,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices[:num_devices]
+  )
+
+
+def replicate(mesh: Mesh, tree: Tree) -> Tree:
+  """Puts a copy of every leaf on every device."""
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def split(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:
+  """Splits every leaf along `axis`, whose length the number of devices must divide.
+
+  Raises:
+    ValueError: if it does not.
+  """
+  for leaf in jax.tree.leaves(tree):
+    if leaf.shape[axis] % mesh.size:
+      raise ValueError(
+        f'a batch of {leaf.shape[axis]} cannot be split evenly over {mesh.size} devices'
+      )
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*(None,) * axis, DATA_AXIS)))

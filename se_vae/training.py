@@ -1,0 +1,268 @@
+"""Training: select x', evaluate the bound, follow its gradient (paper Sec. 2.1 and 6).
+
+The state is a pytree, every choice is in a frozen `TrainConfig`, and the randomness of step s is a
+function of (key, s): a run that is interrupted and resumed is the run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from se_vae import attacks, objectives, sharding, wasserstein
+from se_vae.gaussians import Gaussian
+from se_vae.vae import VAE, Params
+
+OBJECTIVES = ('vae', 'se')
+OPTIMIZERS = ('adam', 'sgd')
+SCHEDULES = ('constant', 'cosine')
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """What a training step does. Static under jit.
+
+  Attributes:
+    objective: 'vae' (the ELBO) or 'se' (the SE-ELBO with PGD selection).
+    gamma: coupling strength of the SE-ELBO, >= 0.
+    obs_var: observation noise variance v, > 0.
+    radius: linf radius of the selection, >= 0, in pixel units of [0, 1].
+    pgd_steps: gradient steps L of the selection.
+    pgd_step_size: their length; None for `attacks.pgd`'s rule.
+    optimizer: 'adam', or 'sgd' with momentum.
+    momentum: of 'sgd'.
+    learning_rate: the optimiser's, at its peak.
+    schedule: 'constant', or 'cosine' to zero at num_steps.
+    num_steps: length of the schedule.
+  """
+
+  objective: str = 'se'
+  gamma: float = 1.0
+  obs_var: float = 0.1
+  radius: float = 0.2
+  pgd_steps: int = 20
+  pgd_step_size: float | None = None
+  optimizer: str = 'adam'
+  momentum: float = 0.9
+  learning_rate: float = 1e-3
+  schedule: str = 'cosine'
+  num_steps: int = 10_000
+
+  def __post_init__(self) -> None:
+    for name, allowed in (
+      ('objective', OBJECTIVES),
+      ('optimizer', OPTIMIZERS),
+      ('schedule', SCHEDULES),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {getattr(self, name)!r}')
+
+
+class TrainState(NamedTuple):
+  """Everything that a step changes."""
+
+  step: jax.Array  # int32, the number of steps done
+  params: Params
+  opt_state: Any
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+  """The optax transformation that `config` names."""
+  rate: Any = config.learning_rate
+  if config.schedule == 'cosine':
+    rate = optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
+  if config.optimizer == 'sgd':
+    return optax.sgd(rate, momentum=config.momentum)
+  return optax.adam(rate)
+
+
+def init_state(model: VAE, config: TrainConfig, key: jax.Array) -> TrainState:
+  """Step 0: fresh parameters and optimiser state."""
+  params = model.init(key)
+  return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentMove:
+  """Squared W2 between a fixed encoding and that of x': what the selection maximises (Sec. 2.1)."""
+
+  model: VAE
+
+  def __call__(self, x_adv: jax.Array, params: Params, q_a: Gaussian) -> jax.Array:
+    """Squared latent units, `[B]`."""
+    return wasserstein.squared_w2(q_a, self.model.encode(params, x_adv))
+
+
+def select(
+  model: VAE, config: TrainConfig, params: Params, key: jax.Array, x: jax.Array, q_a: Gaussian
+) -> jax.Array:
+  """The selection mechanism: x' `[B, H, W, C]` near x whose encoding is furthest from q_a.
+
+  No gradient flows through it: x' is data (Sec. 2).
+  """
+  params, q_a = jax.lax.stop_gradient((params, q_a))
+  x_adv = attacks.pgd(
+    LatentMove(model),
+    key,
+    x,
+    radius=config.radius,
+    num_steps=config.pgd_steps,
+    step_size=config.pgd_step_size,
+    args=(params, q_a),
+  )
+  return jax.lax.stop_gradient(x_adv)
+
+
+def loss(
+  params: Params, model: VAE, config: TrainConfig, key: jax.Array, x: jax.Array
+) -> tuple[jax.Array, Metrics]:
+  """Minus the batch mean of the bound, in nats, and the mean of every term of it.
+
+  Args:
+    params: the model's parameters.
+    model: the model.
+    config: which bound, with its settings.
+    key: one key for this step.
+    x: images `[B, H, W, C]` in [0, 1].
+  """
+  sample_key, select_key = jax.random.split(key)
+  q_a = model.encode(params, x)
+  # One key for each place in the batch, so that no draw depends on how the batch is split up.
+  sample_keys = attacks.example_keys(sample_key, jnp.arange(x.shape[0]))
+  z_a = jax.vmap(lambda q, example_key: q.sample(example_key))(q_a, sample_keys)
+  x_mean = model.decode(params, z_a)
+  terms: NamedTuple
+  if config.objective == 'vae':
+    terms = objectives.elbo(x, x_mean, q_a, obs_var=config.obs_var)
+    extra = {}
+  else:
+    q_b = model.encode(params, select(model, config, params, select_key, x, q_a))
+    terms = objectives.se_elbo(
+      x, x_mean, q_a, q_b, gamma=config.gamma, obs_var=config.obs_var
+    )
+    extra = {'squared_w2': jnp.mean(wasserstein.squared_w2(q_a, q_b))}
+  metrics = {name: jnp.mean(values) for name, values in terms._asdict().items()} | extra
+  metrics['squared_error'] = jnp.mean(jnp.sum((x - x_mean) ** 2, axis=(1, 2, 3)))
+  value = -metrics['elbo']
+  return value, {'loss': value} | metrics
+
+
+def train_step(
+  model: VAE, config: TrainConfig, state: TrainState, key: jax.Array, x: jax.Array
+) -> tuple[TrainState, Metrics]:
+  """One step of gradient ascent on the bound.
+
+  Args:
+    model: the model.
+    config: the settings.
+    state: before the step.
+    key: the run's key; the step's own is folded in from `state.step`.
+    x: images `[B, H, W, C]` in [0, 1].
+
+  Returns:
+    The state after the step, and scalars averaged over the batch.
+  """
+  step_key = jax.random.fold_in(key, state.step)
+  gradient_of = jax.grad(loss, has_aux=True)
+  gradients, metrics = gradient_of(state.params, model, config, step_key, x)
+  updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics['gradient_norm'] = optax.global_norm(gradients)
+  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'config'), donate_argnames='state')
+def train_steps(
+  model: VAE,
+  config: TrainConfig,
+  state: TrainState,
+  key: jax.Array,
+  images: jax.Array,
+  indices: jax.Array,
+  count: jax.Array,
+) -> tuple[TrainState, Metrics]:
+  """`count` training steps in one dispatch.
+
+  Args:
+    model: the model.
+    config: the settings.
+    state: donated.
+    key: the run's key.
+    images: the whole training set `[N, H, W, C]`, uint8.
+    indices: `[K, B]`, the examples of each step; rows from `count` on are not used.
+    count: how many steps, 1 to K, traced: the last, shorter dispatch of a run compiles nothing.
+
+  Returns:
+    The new state, and each metric averaged over the steps.
+  """
+
+  def one_step(i: jax.Array, state: TrainState) -> tuple[TrainState, Metrics]:
+    return train_step(model, config, state, key, pixels(images[indices[i]]))
+
+  def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+    state, sums = carry
+    state, metrics = one_step(i, state)
+    return state, jax.tree.map(jnp.add, sums, metrics)
+
+  shapes = jax.eval_shape(one_step, 0, state)[1]
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  state, sums = jax.lax.fori_loop(0, count, body, (state, zeros))
+  return state, jax.tree.map(lambda total: total / count.astype(total.dtype), sums)
+
+
+def pixels(images: jax.Array) -> jax.Array:
+  """uint8 images as float32 in [0, 1]."""
+  return images.astype(jnp.float32) / 255.0
+
+
+def run(
+  model: VAE,
+  config: TrainConfig,
+  state: TrainState,
+  key: jax.Array,
+  images: np.ndarray,
+  indices_for: Callable[[int, int], np.ndarray],
+  *,
+  steps_per_dispatch: int,
+  mesh: Mesh,
+) -> Iterator[tuple[TrainState, dict[str, float]]]:
+  """Trains from `state` to `config.num_steps`, yielding after each dispatch.
+
+  Dispatches end at multiples of `steps_per_dispatch` wherever the run starts, so what is yielded
+  does not depend on interruptions.
+
+  Args:
+    model: the model.
+    config: the settings.
+    state: where to start; donated.
+    key: the run's key.
+    images: the training set `[N, H, W, C]`, uint8.
+    indices_for: (first step, number of steps) to example indices `[steps, B]`, as
+      `data.batch_indices` gives.
+    steps_per_dispatch: steps between two looks from the host.
+    mesh: the devices, which must divide the batch size.
+
+  Yields:
+    The state (valid until the next iteration) and the metrics averaged over the dispatch.
+  """
+  step = int(state.step)
+  state, key, device_images = sharding.replicate(mesh, (state, key, images))
+  while step < config.num_steps:
+    end = min((step // steps_per_dispatch + 1) * steps_per_dispatch, config.num_steps)
+    indices = indices_for(step, steps_per_dispatch)
+    count = np.int32(end - step)
+    state, metrics = train_steps(
+      model, config, state, key, device_images, sharding.split(mesh, indices, axis=1), count
+    )
+    step = end
+    yield state, {name: float(value) for name, value in jax.device_get(metrics).items()}
