@@ -304,9 +304,7 @@ def read_idx(path: str, expected_ndim: int) -> np.ndarray:
 def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   # JAX's generator rather than NumPy's: NumPy does not promise the same stream in all versions.
   key = jax.random.fold_in(_key(seed, _BATCH_DOMAIN), epoch)
-  permutation = np.array(jax.random.permutation(key, num_examples), np.int32)
-  permutation.setflags(write=False)  # it is shared by all callers
-  return permutation
+  return np.asarray(jax.random.permutation(key, num_examples), np.int32)
 
 
 def _key(seed: int, domain: int) -> jax.Array:
@@ -741,8 +739,9 @@ def _fingerprint(directory: str) -> str:
 
 def _read_cache(path: str) -> dict[str, np.ndarray] | None:
   try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = {name: file[name] for name in file.files}
+    # Opened here, as NumPy leaves a damaged file open.
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as npz:
+      arrays = {name: npz[name] for name in npz.files}
     return arrays if str(arrays.pop('digest')) == _digest(arrays) else None
   except Exception:
     # Absent, or damaged in one of the many ways a zip file can be: decode again.

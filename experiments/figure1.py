@@ -1,0 +1,297 @@
+r"""The paper's Figure 1: adversarial accuracy against radius, VAE beside SE, in four panels.
+
+  python -m experiments.figure1 --workdir=runs/figure1
+
+Pretrains a VAE and a Smooth Encoder for every panel, probes and attacks them, and leaves figure1.png,
+figure1.json and figure1.csv in the work directory. Pieces that are finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments import plots, pretrain, probe, runtime, settings
+from experiments.settings import UsageError, setting
+from se_vae import data
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure1Config:
+  """The flags of this binary; what is not given is the preset's."""
+
+  workdir: str | None = setting(None, 'Directory of everything that this binary writes.')
+  preset: str = setting('quick', 'How large a job to run.', choices=('quick', 'paper'))
+  dataset: str | None = setting(
+    None, 'The digits, plain; the coloured ones follow.', choices=('mnist', 'mnist_5k')
+  )
+  data_dir: str | None = setting(None, 'Directory of the MNIST files, where --dataset=mnist.')
+  seeds: int | None = setting(None, 'Independent repetitions, seeds 0 to N - 1.', at_least=1)
+  latent_dims: tuple[int, ...] | None = setting(None, 'Latent sizes, one curve each.', at_least=1)
+  num_steps: int | None = setting(
+    None, 'Training steps of every encoder, where the preset has one number for each.', at_least=1
+  )
+  num_examples: int | None = setting(None, 'Test images to attack.', at_least=1)
+  radii: tuple[float, ...] | None = setting(
+    None, 'linf radii of the attack.', at_least=0, at_most=1
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+  """A VAE and an SE encoder that share everything but the objective.
+
+  Attributes:
+    name: of their directory.
+    color: whether the digits are coloured.
+    arch: architecture.
+    num_steps: training steps.
+    overrides: further settings of `PretrainConfig`.
+  """
+
+  name: str
+  color: bool
+  arch: str
+  num_steps: int
+  overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """Everything that a preset decides."""
+
+  dataset: str
+  seeds: int
+  latent_dims: tuple[int, ...]
+  encoders: tuple[Encoders, ...]
+  attack: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """One panel of the figure: a task on one pair of encoders."""
+
+  title: str
+  encoders: str
+  task: str
+
+
+PANELS = (
+  Panel('(a) colour MNIST, colour task, MLP', 'color_mlp', 'color'),
+  Panel('(b) colour MNIST, digit task, MLP', 'color_mlp', 'digit'),
+  Panel('(c) MNIST, digit task, MLP', 'mnist_mlp', 'digit'),
+  Panel('(d) MNIST, digit task, ConvNet', 'mnist_convnet', 'digit'),
+)
+
+PRESETS = {
+  'quick': Preset(
+    dataset='mnist_5k',
+    seeds=1,
+    latent_dims=(64,),
+    encoders=(
+      Encoders('mnist_mlp', False, 'mlp', 6000),
+      Encoders('color_mlp', True, 'mlp', 3000),
+      Encoders('mnist_convnet', False, 'convnet', 1500, {'conv_channels': 16}),
+    ),
+    attack={'num_examples': 1000, 'pgd_steps': 40, 'restarts': 1},
+  ),
+  # The paper's: Sec. 7 gives the steps, gamma, radius, L, latent sizes and widths; obs_var, the
+  # optimiser and its rate, which it does not give, are the binaries' defaults.
+  'paper': Preset(
+    dataset='mnist',
+    seeds=3,
+    latent_dims=(32, 64, 128),
+    encoders=(
+      Encoders('mnist_mlp', False, 'mlp', 300_000),
+      Encoders('color_mlp', True, 'mlp', 300_000),
+      Encoders('mnist_convnet', False, 'convnet', 300_000, {'conv_channels': 200}),
+    ),
+    attack={'num_examples': 10_000, 'pgd_steps': 40, 'restarts': 5},
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """One encoder, with the tasks it is probed on."""
+
+  encoders: Encoders
+  objective: str
+  latent_dim: int
+  seed: int
+  pretraining: pretrain.PretrainConfig
+  probes: tuple[probe.ProbeConfig, ...]
+
+
+def main() -> None:
+  """Entry point."""
+  config = settings.from_flags(Figure1Config)
+  runtime.use_all_cores(pretrain.PretrainConfig().batch_size)
+  with runtime.StopSignal().listening() as stop:
+    run(config, stop)
+
+
+def run(config: Figure1Config, stop: runtime.StopSignal) -> dict[str, Any]:
+  """Runs every piece that is not finished, and draws the figure; returns its JSON.
+
+  Raises:
+    UsageError: for settings that are wrong, before anything is compiled or written.
+    Interrupted: when `stop` says so, after a checkpoint.
+  """
+  started = time.monotonic()
+  settings.check(config)
+  workdir = runtime.check_workdir(config.workdir)
+  preset = _with_overrides(config)
+  pieces = list(_pieces(config, preset, workdir))
+  for piece in pieces:
+    dataset = pretrain.prepare(piece.pretraining)
+    _check_attack(piece, dataset)
+
+  results = []
+  for number, piece in enumerate(pieces, start=1):
+    name = f'[{number}/{len(pieces)}] {piece.encoders.name} {piece.objective}'
+    pretraining = pretrain.run(piece.pretraining, stop, name)
+    for attack in piece.probes:
+      result = _finished(attack) or probe.run(attack, stop, f'{name}, attack on {attack.task}')
+      results.append({**_identity(piece), 'held_out': pretraining['test'], **result})
+
+  panels = [(panel, _curves(panel, results)) for panel in PANELS]
+  drawn = [(panel.title, curves) for panel, curves in panels]
+  runtime.write_atomically(workdir / 'figure1.png', lambda path: plots.save(path, drawn))
+  runtime.write_atomically(workdir / 'figure1.csv', lambda path: _write_csv(path, results))
+  content = {
+    'config': settings.to_dict(config),
+    'panels': [dataclasses.asdict(panel) for panel in PANELS],
+    'results': results,
+    'versions': runtime.versions(),
+    'devices': runtime.devices(),
+  }
+  runtime.write_json(workdir / 'figure1.json', content)
+  _print_table(panels)
+  minutes = (time.monotonic() - started) / 60.0
+  print(f'\n{workdir / "figure1.png"}, figure1.json and figure1.csv, after {minutes:.1f} minutes')
+  return content
+
+
+def _with_overrides(config: Figure1Config) -> Preset:
+  """The preset, with what the flags say in the place of its own values."""
+  preset = PRESETS[config.preset]
+  given = {
+    name: getattr(config, name)
+    for name in ('dataset', 'seeds', 'latent_dims')
+    if getattr(config, name) is not None
+  }
+  attack = {
+    name: getattr(config, name)
+    for name in ('num_examples', 'radii')
+    if getattr(config, name) is not None
+  }
+  encoders = preset.encoders
+  if config.num_steps is not None:
+    encoders = tuple(dataclasses.replace(e, num_steps=config.num_steps) for e in encoders)
+  return dataclasses.replace(
+    preset, **given, encoders=encoders, attack={**preset.attack, **attack}
+  )
+
+
+def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Piece]:
+  for seed in range(preset.seeds):
+    for encoders in preset.encoders:
+      tasks = [panel.task for panel in PANELS if panel.encoders == encoders.name]
+      for latent_dim in preset.latent_dims:
+        for objective in ('vae', 'se'):
+          directory = workdir / f'{encoders.name}_{objective}_latent{latent_dim}_seed{seed}'
+          yield Piece(
+            encoders,
+            objective,
+            latent_dim,
+            seed,
+            pretrain.PretrainConfig(
+              workdir=str(directory),
+              dataset=('color_' if encoders.color else '') + preset.dataset,
+              data_dir=config.data_dir,
+              objective=objective,
+              arch=encoders.arch,
+              latent_dim=latent_dim,
+              num_steps=encoders.num_steps,
+              seed=seed,
+              **encoders.overrides,
+            ),
+            tuple(
+              probe.ProbeConfig(workdir=str(directory), task=task, seed=seed, **preset.attack)
+              for task in tasks
+            ),
+          )
+
+
+def _check_attack(piece: Piece, dataset: data.Dataset) -> None:
+  available = len(dataset.test.images)
+  for attack in piece.probes:
+    settings.check(attack)
+    if attack.num_examples is not None and attack.num_examples > available:
+      raise UsageError(
+        f'--num_examples: must be at most the {available} test examples; got {attack.num_examples}'
+      )
+
+
+def _finished(attack: probe.ProbeConfig) -> dict[str, Any] | None:
+  """The result of an attack that was run before with these very settings."""
+  path = Path(str(attack.workdir)) / f'probe_{attack.task}.json'
+  if not path.exists():
+    return None
+  result: dict[str, Any] = runtime.read_json(path)
+  return result if result['config'] == settings.to_dict(attack) else None
+
+
+def _identity(piece: Piece) -> dict[str, Any]:
+  return {
+    'encoders': piece.encoders.name,
+    'objective': piece.objective,
+    'latent_dim': piece.latent_dim,
+    'seed': piece.seed,
+  }
+
+
+def _curves(panel: Panel, results: list[dict[str, Any]]) -> list[plots.Curve]:
+  mine = [r for r in results if r['encoders'] == panel.encoders and r['task'] == panel.task]
+  latent_dims = sorted({result['latent_dim'] for result in mine})
+  return [
+    plots.Curve(
+      objective,
+      [r for r in mine if r['objective'] == objective and r['latent_dim'] == latent_dim],
+      f'latent {latent_dim}' if len(latent_dims) > 1 else '',
+    )
+    for latent_dim in latent_dims
+    for objective in ('vae', 'se')
+  ]
+
+
+def _write_csv(path: Path, results: list[dict[str, Any]]) -> None:
+  columns = ('encoders', 'task', 'objective', 'latent_dim', 'seed')
+  with path.open('w', newline='') as file:
+    writer = csv.writer(file)
+    writer.writerow((*columns, 'num_examples', 'radius', 'accuracy', 'low', 'high'))
+    for result in results:
+      curve = zip(result['radii'], result['accuracy'], result['interval'], strict=True)
+      for radius, accuracy, interval in curve:
+        identity = (result[column] for column in columns)
+        writer.writerow((*identity, result['num_examples'], radius, accuracy, *interval))
+
+
+def _print_table(panels: list[tuple[Panel, list[plots.Curve]]]) -> None:
+  print('\nAdversarial accuracy against l-inf radius')
+  radii = panels[0][1][0].radii
+  print(f'{"":42}' + ''.join(f'{radius:>7.2f}' for radius in radii))
+  for panel, curves in panels:
+    for curve in curves:
+      name = f'{panel.title}  {curve.label}'
+      print(f'{name:42}' + ''.join(f'{accuracy:7.3f}' for accuracy in curve.accuracy))
+
+
+if __name__ == '__main__':
+  settings.define_flags(Figure1Config)
+  runtime.run(main)

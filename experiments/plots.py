@@ -1,0 +1,74 @@
+"""Curves of adversarial accuracy against radius."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_LABELS = {'vae': 'VAE', 'se': 'SE'}
+_COLORS = {'vae': '#d95f02', 'se': '#1b6ca8'}
+_STYLES = ('-', '--', ':', '-.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """Results of one objective, one for each seed.
+
+  Attributes:
+    objective: 'vae' or 'se'.
+    results: what `experiments.probe` returned for each seed, at the same radii.
+    variant: tells curves of one objective apart, such as a latent size; may be empty.
+  """
+
+  objective: str
+  results: Sequence[dict[str, Any]]
+  variant: str = ''
+
+  @property
+  def label(self) -> str:
+    """The legend's text."""
+    return f'{_LABELS[self.objective]} {self.variant}'.strip()
+
+  @property
+  def radii(self) -> np.ndarray:
+    """`[R]`."""
+    return np.array(self.results[0]['radii'])
+
+  @property
+  def accuracy(self) -> np.ndarray:
+    """Mean over the seeds, `[R]`."""
+    return np.mean([result['accuracy'] for result in self.results], axis=0)
+
+  @property
+  def interval(self) -> np.ndarray:
+    """Lowest and highest end of the seeds' own 95 % intervals, `[R, 2]`: no seed lies outside."""
+    intervals = np.array([result['interval'] for result in self.results])
+    return np.stack([intervals[..., 0].min(axis=0), intervals[..., 1].max(axis=0)], axis=-1)
+
+
+def save(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]]) -> None:
+  """Draws panels (title, curves) side by side into a PNG file."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(4.2 * len(panels), 3.6), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+  for axis, (title, curves) in zip(axes, panels, strict=True):
+    variants = sorted({curve.variant for curve in curves}, key=lambda name: (len(name), name))
+    for curve in curves:
+      color = _COLORS[curve.objective]
+      style = _STYLES[variants.index(curve.variant) % len(_STYLES)]
+      axis.plot(
+        curve.radii, curve.accuracy, style, marker='o', ms=3.5, color=color, label=curve.label
+      )
+      axis.fill_between(curve.radii, *curve.interval.T, color=color, alpha=0.2, linewidth=0)
+    axis.set(title=title, xlabel='attack radius (l-inf, pixels in [0, 1])', ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+  axes[0].set_ylabel('adversarial accuracy')
+  figure.savefig(path, dpi=150)

@@ -1,0 +1,277 @@
+r"""Pretrains a VAE or a Smooth Encoder, and leaves checkpoints, metrics and pictures behind.
+
+  python -m experiments.pretrain --workdir=runs/se --dataset=mnist_5k --objective=se
+
+A run that was interrupted goes on where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from experiments import runtime, settings
+from experiments.settings import UsageError, setting
+from se_vae import attacks, checkpoints, data, diagnostics, networks, probing, training, vae
+
+CHECKPOINTS = 'checkpoints'
+CONFIG = 'config.json'
+METRICS = 'metrics.jsonl'
+RESULT = 'result.json'
+
+# Settings that may differ when a run is resumed, since no result depends on them.
+_FREE_SETTINGS = frozenset({'workdir', 'data_dir', 'checkpoint_every'})
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+  """The flags of this binary."""
+
+  workdir: str | None = setting(None, 'Directory of this run; everything it writes goes there.')
+  dataset: str = setting('mnist_5k', f'One of: {", ".join(data.DATASETS)}, or tfds:NAME.')
+  data_dir: str | None = setting(None, 'Directory of the IDX files or the TFDS data set.')
+  data_seed: int = setting(0, 'Seed of the colours of color_* data sets.', at_least=0)
+  validation: bool = setting(
+    False, 'Hold out a sixth of the training set and use it in place of the test set.'
+  )
+  objective: str = setting('se', 'Bound to maximise.', choices=training.OBJECTIVES)
+  arch: str = setting('mlp', 'Encoder and decoder architecture.', choices=vae.ARCHS)
+  latent_dim: int = setting(64, 'Latent dimensions; the paper uses 32, 64 and 128.', at_least=1)
+  covariance: str = setting(
+    'diagonal', "Covariance of the encoder; the paper's is diagonal.", choices=networks.COVARIANCES
+  )
+  hidden_units: int = setting(200, 'Units of each of the 4 layers of an MLP.', at_least=1)
+  conv_channels: int = setting(
+    200, 'Channels of each of the 4 layers of a ConvNet; use 32 or fewer on a CPU.', at_least=1
+  )
+  gamma: float = setting(1.0, 'Coupling strength of the SE-ELBO.', at_least=0)
+  radius: float = setting(
+    0.2, 'linf radius of the selection, for pixels in [0, 1].', at_least=0, at_most=1
+  )
+  pgd_steps: int = setting(20, 'Gradient steps L of the selection.', at_least=1)
+  pgd_step_size: float | None = setting(
+    None, 'Step size of the selection; 2.5 * radius / pgd_steps if not given.', above=0
+  )
+  obs_var: float = setting(0.1, 'Observation noise variance v of the decoder.', above=0)
+  num_steps: int = setting(10_000, 'Training steps; the paper takes 300,000.', at_least=1)
+  batch_size: int = setting(64, 'Examples a step.', at_least=1)
+  optimizer: str = setting('adam', 'Update rule.', choices=training.OPTIMIZERS)
+  momentum: float = setting(0.9, 'Momentum of sgd.', at_least=0, at_most=1)
+  learning_rate: float = setting(1e-3, 'Learning rate, at its peak.', above=0)
+  schedule: str = setting('cosine', 'Learning rate over time.', choices=training.SCHEDULES)
+  seed: int = setting(
+    0, 'Seed of initialisation, batch order and noise.', at_least=0, at_most=2**31 - 1
+  )
+  log_every: int = setting(100, 'Steps a row of metrics averages over.', at_least=1)
+  checkpoint_every: int = setting(
+    1000, 'Steps between checkpoints, rounded up to a multiple of log_every.', at_least=1
+  )
+
+
+def main() -> None:
+  """Entry point."""
+  config = settings.from_flags(PretrainConfig)
+  runtime.use_all_cores(config.batch_size)
+  with runtime.StopSignal().listening() as stop:
+    result = run(config, stop)
+  summary = ', '.join(f'{name} {value:.4g}' for name, value in result['test'].items())
+  print(f'{config.workdir}: step {result["step"]}: {summary}')
+
+
+def prepare(config: PretrainConfig) -> data.Dataset:
+  """Checks everything that can be wrong, and loads the data. Compiles and writes nothing.
+
+  Raises:
+    UsageError: naming the flag.
+  """
+  settings.check(config)
+  workdir = runtime.check_workdir(config.workdir)
+  _check_same_settings(workdir / CONFIG, config)
+  try:
+    data.check(config.dataset, config.data_dir)
+    dataset = load_dataset(config.dataset, config.data_dir, config.data_seed, config.validation)
+  except data.DataError as error:
+    raise UsageError(str(error)) from None
+  if config.batch_size > len(dataset.train.images):
+    raise UsageError(
+      f'--batch_size: must be at most the {len(dataset.train.images)} training examples of '
+      f'{config.dataset}; got {config.batch_size}'
+    )
+  return dataset
+
+
+# Several runs of one process (a figure's) share one copy of the data.
+load_dataset = functools.lru_cache(maxsize=2)(
+  lambda name, data_dir, data_seed, validation: data.load(
+    name, data_dir=data_dir, data_seed=data_seed, validation=validation
+  )
+)
+
+
+def run(
+  config: PretrainConfig, stop: runtime.StopSignal, description: str = 'pretrain'
+) -> dict[str, Any]:
+  """Trains to the end, from the newest checkpoint if there is one; returns the result's JSON.
+
+  Raises:
+    UsageError: for settings that are wrong, before anything is written.
+    Interrupted: when `stop` says so, after a checkpoint.
+  """
+  dataset = prepare(config)
+  assert config.workdir is not None
+  workdir = Path(config.workdir)
+  if (workdir / RESULT).exists():
+    return dict(runtime.read_json(workdir / RESULT))
+  mesh = runtime.mesh_for(config.batch_size)
+  image_shape: tuple[int, int, int] = dataset.train.images.shape[1:]
+  model_config = _fields_of(config, 'arch latent_dim hidden_units conv_channels covariance')
+  model = vae.make_vae(image_shape, **model_config)
+  train_config = training.TrainConfig(**_fields_of(config, *_names(training.TrainConfig)))
+  init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+  state = training.init_state(model, train_config, init_key)
+
+  metadata = {
+    'model': {'image_shape': list(image_shape), **model_config},
+    'config': settings.to_dict(config),
+    'data': {'source': dataset.source, 'digest': dataset.digest},
+    'versions': runtime.versions(),
+  }
+  restored = checkpoints.restore_latest(workdir / CHECKPOINTS, state, on_damage=print)
+  if restored is not None:
+    state, saved = restored
+    if saved['data']['digest'] != dataset.digest:
+      raise UsageError('--data_dir: holds other data than the run was started with')
+  workdir.mkdir(parents=True, exist_ok=True)
+  runtime.write_json(workdir / CONFIG, metadata | {'devices': runtime.devices()})
+  done = int(state.step)
+  _drop_rows_after(workdir / METRICS, done)
+
+  def save() -> None:
+    checkpoints.save(workdir / CHECKPOINTS, done, state, metadata)
+
+  checkpoint_every = -(-config.checkpoint_every // config.log_every) * config.log_every
+  indices_for = functools.partial(_indices, config, len(dataset.train.images))
+  progress = runtime.progress_bar(config.num_steps, description, initial=done)
+  with progress, (workdir / METRICS).open('a') as metrics_file:
+    for state, metrics in training.run(
+      model,
+      train_config,
+      state,
+      train_key,
+      dataset.train.images,
+      indices_for,
+      steps_per_dispatch=config.log_every,
+      mesh=mesh,
+    ):
+      step = int(state.step)
+      if not all(map(math.isfinite, metrics.values())):
+        raise FloatingPointError(
+          f'{workdir}: not finite in steps {done} to {step}: {metrics}; '
+          f'the last good checkpoint is kept; a smaller --learning_rate may help'
+        )
+      metrics_file.write(json.dumps({'step': step, **metrics}) + '\n')
+      metrics_file.flush()
+      progress.set_postfix(loss=f'{metrics["loss"]:.1f}', refresh=False)
+      progress.update(step - done)
+      done = step
+      if stop.signum is not None or done % checkpoint_every == 0 or done == config.num_steps:
+        save()
+      stop.check()
+
+  params = jax.device_get(state.params)
+  means = probing.encoder_means(model, params, dataset.test.images, mesh=mesh)
+  test = diagnostics.held_out(
+    model, params, eval_key, dataset.test.images, obs_var=config.obs_var, mesh=mesh
+  )
+  test['active_latents'] = diagnostics.active_latents(means)
+  _save_pictures(workdir, model, train_config, params, eval_key, dataset.test.images[:10])
+  result = {'step': done, 'train': metrics, 'test': test, **metadata}
+  runtime.write_json(workdir / RESULT, result)
+  return result
+
+
+def _indices(config: PretrainConfig, num_examples: int, step: int, num_steps: int) -> np.ndarray:
+  return data.batch_indices(config.seed, step, num_steps, config.batch_size, num_examples)
+
+
+def _names(config_type: type[Any]) -> list[str]:
+  return [field.name for field in dataclasses.fields(config_type)]
+
+
+def _fields_of(config: PretrainConfig, *names: str) -> dict[str, Any]:
+  names = tuple(name for group in names for name in group.split())
+  return {name: getattr(config, name) for name in names}
+
+
+def _check_same_settings(path: Path, config: PretrainConfig) -> None:
+  """Refuses to go on with a run under other settings than it was started with."""
+  if not path.exists():
+    return
+  before = runtime.read_json(path)['config']
+  for name, value in settings.to_dict(config).items():
+    if name not in _FREE_SETTINGS and before.get(name) != value:
+      raise UsageError(
+        f'--{name}: the run in {path.parent} was started with {before.get(name)}; got {value}; '
+        'choose another --workdir for other settings'
+      )
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+  """Keeps the rows up to `step`: what a run wrote after its last checkpoint, it will write again."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError:
+      break  # the last line of a killed run
+    if row['step'] > step:
+      break
+    kept.append(line + '\n')
+  runtime.write_atomically(path, lambda temporary: temporary.write_text(''.join(kept)))
+
+
+def _save_pictures(
+  workdir: Path,
+  model: vae.VAE,
+  config: training.TrainConfig,
+  params: vae.Params,
+  key: jax.Array,
+  images: np.ndarray,
+) -> None:
+  """Originals, selected x', and the reconstructions of both; and samples from the prior."""
+  x = training.pixels(images)
+  q = model.encode(params, x)
+  x_adv = training.select(model, config, params, key, x, q)
+  rows = [x, x_adv, model.decode(params, q.mean)]
+  rows.append(model.decode(params, model.encode(params, x_adv).mean))
+  _save_grid(workdir / 'reconstructions.png', np.stack([np.asarray(row) for row in rows]))
+  noise_keys = attacks.example_keys(key, np.arange(100))
+  z = jax.vmap(lambda one: jax.random.normal(one, (model.latent_dim,)))(noise_keys)
+  samples = np.asarray(model.decode(params, z))
+  _save_grid(workdir / 'samples.png', samples.reshape(10, 10, *model.image_shape))
+
+
+def _save_grid(path: Path, images: np.ndarray) -> None:
+  """Saves images `[rows, columns, H, W, C]` in [0, 1] as one picture, twice their size."""
+  rows, columns, height, width, channels = images.shape
+  grid = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+  pixels = np.round(255.0 * np.clip(grid, 0.0, 1.0)).astype(np.uint8)
+  picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+  size = (2 * columns * width, 2 * rows * height)
+  enlarged = picture.resize(size, Image.Resampling.NEAREST)
+  runtime.write_atomically(path, enlarged.save)
+
+
+if __name__ == '__main__':
+  settings.define_flags(PretrainConfig)
+  runtime.run(main)
