@@ -2,8 +2,9 @@ r"""The paper's Figure 1: adversarial accuracy against radius, VAE beside SE, in
 
   python -m experiments.figure1 --workdir=runs/figure1
 
-Pretrains a VAE and a Smooth Encoder for every panel, probes and attacks them, and leaves figure1.png,
-figure1.json and figure1.csv in the work directory. Pieces that are finished are not repeated.
+Pretrains a VAE and a Smooth Encoder for every panel, probes and attacks them, and leaves
+figure1.png, figure1.json and figure1.csv in the work directory. Pieces that are finished are not
+repeated.
 """
 
 from __future__ import annotations
@@ -193,9 +194,7 @@ def _with_overrides(config: Figure1Config) -> Preset:
   encoders = preset.encoders
   if config.num_steps is not None:
     encoders = tuple(dataclasses.replace(e, num_steps=config.num_steps) for e in encoders)
-  return dataclasses.replace(
-    preset, **given, encoders=encoders, attack={**preset.attack, **attack}
-  )
+  return dataclasses.replace(preset, **given, encoders=encoders, attack={**preset.attack, **attack})
 
 
 def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Piece]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -161,7 +162,7 @@ def run(
   indices_for = functools.partial(_indices, config, len(dataset.train.images))
   progress = runtime.progress_bar(config.num_steps, description, initial=done)
   with progress, (workdir / METRICS).open('a') as metrics_file:
-    for state, metrics in training.run(
+    dispatches = training.run(
       model,
       train_config,
       state,
@@ -170,7 +171,8 @@ def run(
       indices_for,
       steps_per_dispatch=config.log_every,
       mesh=mesh,
-    ):
+    )
+    for state, metrics in dispatches:
       step = int(state.step)
       if not all(map(math.isfinite, metrics.values())):
         raise FloatingPointError(
@@ -225,7 +227,7 @@ def _check_same_settings(path: Path, config: PretrainConfig) -> None:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-  """Keeps the rows up to `step`: what a run wrote after its last checkpoint, it will write again."""
+  """Keeps the rows up to `step`; what came after the last checkpoint will be written again."""
   if not path.exists():
     return
   kept = []
@@ -255,7 +257,7 @@ def _save_pictures(
   rows = [x, x_adv, model.decode(params, q.mean)]
   rows.append(model.decode(params, model.encode(params, x_adv).mean))
   _save_grid(workdir / 'reconstructions.png', np.stack([np.asarray(row) for row in rows]))
-  noise_keys = attacks.example_keys(key, np.arange(100))
+  noise_keys = attacks.example_keys(key, jnp.arange(100))
   z = jax.vmap(lambda one: jax.random.normal(one, (model.latent_dim,)))(noise_keys)
   samples = np.asarray(model.decode(params, z))
   _save_grid(workdir / 'samples.png', samples.reshape(10, 10, *model.image_shape))

@@ -2,8 +2,9 @@ r"""Fits a linear probe on a pretrained encoder's means, and attacks it at a lis
 
   python -m experiments.probe --workdir=runs/se --task=digit
 
-Reads the newest checkpoint of the run in --workdir and writes `probe_TASK.json` (accuracies, settings,
-versions), `.csv` (the curve), `.npz` (every example at every radius) and `.png` beside it.
+Reads the newest checkpoint of the run in --workdir and writes beside it `probe_TASK.json`
+(accuracies, settings, versions), `.csv` and `.png` (the curve), and `.npz` (every example at every
+radius).
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class ProbeConfig:
   )
   restarts: int = setting(1, 'Random starts of the attack at each radius.', at_least=1)
   num_examples: int | None = setting(
-    None, 'Test examples to attack, in canonical order; all of them if not given.', at_least=1
+    None, 'Test examples to attack, in canonical order; all if not given.', at_least=1
   )
-  batch_size: int = setting(256, 'Examples attacked at a time; no result depends on it.', at_least=1)
+  batch_size: int = setting(256, 'Examples attacked at a time; changes no result.', at_least=1)
   l2: float = setting(1.0, 'Penalty of the probe, as in fit_probe.', above=0)
   seed: int = setting(0, 'Seed of the random starts.', at_least=0, at_most=2**31 - 1)
 
@@ -73,8 +74,13 @@ def run(
     Interrupted: when `stop` says so; an attack is short, and starts again.
   """
   settings.check(config)
-  workdir = _find_run(config)
-  tensors, metadata = _newest_checkpoint(workdir)
+  workdir = runtime.check_workdir(config.workdir)
+  try:
+    model, params, metadata = checkpoints.load_run(workdir)
+  except checkpoints.CheckpointError as error:
+    raise UsageError(
+      f'--workdir: holds no pretrained encoder, run experiments.pretrain there first: {error}'
+    ) from None
   pretraining = settings.from_dict(pretrain.PretrainConfig, metadata['config'])
   data_dir = config.data_dir or pretraining.data_dir
   try:
@@ -86,9 +92,7 @@ def run(
     raise UsageError(str(error)) from None
   _check_task(config, dataset, metadata)
 
-  model, params = checkpoints.model_from(tensors, metadata)
   mesh = runtime.mesh_for(config.batch_size)
-  params = jax.device_put(params)
   labels = dataset.train.labels[config.task]
   train_means = probing.encoder_means(model, params, dataset.train.images, mesh=mesh)
   probe = probing.fit_probe(train_means, labels, dataset.num_classes[config.task], l2=config.l2)
@@ -132,22 +136,6 @@ def run(
   }
   _write(workdir / f'probe_{config.task}', result, outcome, test_labels)
   return result
-
-
-def _find_run(config: ProbeConfig) -> Path:
-  workdir = runtime.check_workdir(config.workdir)
-  if not (workdir / pretrain.CHECKPOINTS).is_dir():
-    raise UsageError(
-      f'--workdir: {workdir} holds no pretrained encoder; run experiments.pretrain there first'
-    )
-  return workdir
-
-
-def _newest_checkpoint(workdir: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  try:
-    return checkpoints.load_latest(workdir / pretrain.CHECKPOINTS)
-  except checkpoints.CheckpointError as error:
-    raise UsageError(f'--workdir: {error}') from None
 
 
 def _check_task(config: ProbeConfig, dataset: data.Dataset, metadata: dict[str, Any]) -> None:

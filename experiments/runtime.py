@@ -69,8 +69,9 @@ def use_all_cores(batch_size: int) -> None:
   """
   import jax
 
-  chosen = jax.config.jax_num_cpu_devices
-  if chosen > 0 or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
+  if jax.config.jax_num_cpu_devices > 0 or 'host_platform_device_count' in os.environ.get(  # type: ignore[attr-defined]
+    'XLA_FLAGS', ''
+  ):
     return
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
   jax.config.update('jax_num_cpu_devices', _even_split(batch_size, cores))
@@ -110,7 +111,9 @@ class StopSignal:
         sys.exit(128 + signum)
       self.signum = signum
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+      number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
       yield self
     finally:
@@ -156,12 +159,16 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
   """Writes a JSON file, whole or not at all."""
-  write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + '\n'))
+  write_atomically(
+    path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + '\n')
+  )
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
   """Lets `write` fill a temporary file, and puts that in the place of `path`."""
-  temporary = path.with_name(f'.{os.getpid()}.{path.name}')  # keeps the suffix, which names a format
+  temporary = path.with_name(
+    f'.{os.getpid()}.{path.name}'
+  )  # keeps the suffix, which names a format
   try:
     write(temporary)
     os.replace(temporary, path)

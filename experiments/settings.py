@@ -1,4 +1,4 @@
-"""One frozen dataclass is a binary's flags, their help and limits, and its recorded configuration."""
+"""One frozen dataclass is a binary's flags, their help and limits, and its configuration."""
 
 from __future__ import annotations
 
@@ -39,20 +39,21 @@ def define_flags(config_type: type[Any]) -> None:
   """Defines one absl flag for each field of `config_type`."""
   types_by_name = typing.get_type_hints(config_type)
   for field in dataclasses.fields(config_type):
+    default: Any = field.default
     description = field.metadata['help']
     kind = _value_type(types_by_name[field.name])
     if field.metadata['choices'] is not None:
       description += f' One of: {", ".join(field.metadata["choices"])}.'
     if kind is bool:
-      flags.DEFINE_bool(field.name, field.default, description)
+      flags.DEFINE_bool(field.name, default, description)
     elif kind is int:
-      flags.DEFINE_integer(field.name, field.default, description)
+      flags.DEFINE_integer(field.name, default, description)
     elif kind is float:
-      flags.DEFINE_float(field.name, field.default, description)
+      flags.DEFINE_float(field.name, default, description)
     elif kind is str:
-      flags.DEFINE_string(field.name, field.default, description)
+      flags.DEFINE_string(field.name, default, description)
     else:
-      text = None if field.default is None else [str(value) for value in field.default]
+      text = None if default is None else [str(value) for value in default]
       flags.DEFINE_list(field.name, text, description)
 
 
@@ -91,9 +92,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(config_type: Callable[..., Config], values: dict[str, Any]) -> Config:
   """The inverse of `to_dict`."""
-  return config_type(
-    **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-  )
+  return config_type(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 def _value_type(annotation: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Projected gradient ascent on any per-example objective (the paper's Sec. 2.1 uses it to select x').
+"""Projected gradient ascent on any per-example objective (paper Sec. 2.1: how x' is selected).
 
-An attack is a step rule, a random start and a projection. It sees only a callable, and knows nothing
-of encoders, labels or losses.
+An attack is a step rule, a random start and a projection. It sees only a callable, and knows
+nothing of encoders, labels or losses.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def pgd(
       0, num_steps, lambda _, x_adv: step(x_adv, value_and_gradient(x_adv)[1]), start
     )
 
-  def step_and_compare(_, carry):
+  def step_and_compare(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     x_adv, best, best_value = carry
     values, gradient = value_and_gradient(x_adv)
     best, best_value = _better(x_adv, values, best, best_value)

@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,8 +181,21 @@ def restore_latest(
   return _fill(path, template, tensors), metadata
 
 
+class Run(NamedTuple):
+  """What a run's newest good checkpoint says of it."""
+
+  model: vae.VAE
+  params: vae.Params
+  metadata: Metadata
+
+
 def load_model(workdir: str | Path) -> tuple[vae.VAE, vae.Params]:
-  """The model of a run and its newest good parameters.
+  """The model of a run and its newest good parameters: `load_run` without the metadata."""
+  return load_run(workdir)[:2]
+
+
+def load_run(workdir: str | Path) -> Run:
+  """The model of a run, its newest good parameters, and the metadata they were saved with.
 
   Damaged checkpoints are passed over with a warning.
 
@@ -194,7 +207,7 @@ def load_model(workdir: str | Path) -> tuple[vae.VAE, vae.Params]:
     CheckpointError: if there is no good checkpoint, or it does not hold such a model.
   """
   directory = Path(workdir) / 'checkpoints'
-  found = _newest_good(directory, lambda damage: warnings.warn(damage, stacklevel=4))
+  found = _newest_good(directory, lambda damage: warnings.warn(damage, stacklevel=2))
   if found is None:
     raise CheckpointError(f'{directory}: there is no checkpoint')
   path, tensors, metadata = found
@@ -206,7 +219,8 @@ def load_model(workdir: str | Path) -> tuple[vae.VAE, vae.Params]:
     reason = f'{type(error).__name__} {_one_line(error)}'
     raise CheckpointError(f"{path}: its metadata['model'] describes no model: {reason}") from error
   stored = {name: tensor for name, tensor in tensors.items() if name.startswith('params/')}
-  return model, jax.tree.map(jnp.asarray, _fill(path, template, stored)['params'])
+  params = jax.tree.map(jnp.asarray, _fill(path, template, stored)['params'])
+  return Run(model, params, metadata)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

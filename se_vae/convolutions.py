@@ -58,18 +58,14 @@ def _conv_as_matmul(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   out_height, out_width = output_size(height, stride), output_size(width, stride)
   pads = [_same_padding(length, size, stride) for length in (height, width)]
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  rows, columns = ((length - 1) * stride + 1 for length in (out_height, out_width))
   patches = [
-    jax.lax.slice(
-      x,
-      (0, row, column, 0),
-      (batch, row + (out_height - 1) * stride + 1, column + (out_width - 1) * stride + 1, x.shape[3]),
-      (1, stride, stride, 1),
-    )
+    x[:, row : row + rows : stride, column : column + columns : stride]
     for row in range(size)
     for column in range(size)
   ]
-  columns = jnp.concatenate(patches, axis=-1).reshape(-1, size * size * x.shape[3])
-  return (columns @ kernel.reshape(-1, kernel.shape[3])).reshape(batch, out_height, out_width, -1)
+  stacked = jnp.concatenate(patches, axis=-1).reshape(-1, size * size * x.shape[3])
+  return (stacked @ kernel.reshape(-1, kernel.shape[3])).reshape(batch, out_height, out_width, -1)
 
 
 def _same_padding(length: int, size: int, stride: int) -> tuple[int, int]:

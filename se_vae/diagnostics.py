@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from se_vae import attacks, objectives, sharding
+from se_vae import attacks, gaussians, objectives, sharding
 from se_vae.training import pixels
 from se_vae.vae import VAE, Params
 
@@ -25,11 +25,16 @@ def active_latents(means: np.ndarray) -> int:
 
 @functools.partial(jax.jit, static_argnames='model')
 def _bound_terms(
-  model: VAE, params: Params, key: jax.Array, images: jax.Array, index: jax.Array, obs_var: jax.Array
+  model: VAE,
+  params: Params,
+  key: jax.Array,
+  images: jax.Array,
+  index: jax.Array,
+  obs_var: jax.Array,
 ) -> tuple[objectives.ElboTerms, jax.Array]:
   x = pixels(images)
   q = model.encode(params, x)
-  z = jax.vmap(lambda one, example_key: one.sample(example_key))(q, attacks.example_keys(key, index))
+  z = gaussians.sample_each(q, attacks.example_keys(key, index))
   squared_error = jnp.sum((x - model.decode(params, q.mean)) ** 2, axis=(1, 2, 3))
   return objectives.elbo(x, model.decode(params, z), q, obs_var=obs_var), squared_error
 

@@ -124,6 +124,14 @@ class FullGaussian:
 Gaussian: TypeAlias = DiagonalGaussian | FullGaussian
 
 
+def sample_each(q: Gaussian, keys: jax.Array) -> jax.Array:
+  """One sample for each Gaussian of a batch `[B]`, `[B, D]`, each from its own key of `keys` `[B]`.
+
+  Unlike one draw for the whole batch, an example's sample does not depend on its neighbours.
+  """
+  return jax.vmap(lambda one, key: one.sample(key))(q, keys)
+
+
 def entropy(q: Gaussian) -> jax.Array:
   """Differential entropy H[q], in nats, `[...]` (the Gaussian case of Eq. 15)."""
   check_gaussian(q)
@@ -138,18 +146,18 @@ def kl_divergence(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
     TypeError: if the families differ.
   """
   check_pair(q_a, q_b)
-  if isinstance(q_a, DiagonalGaussian):
+  if isinstance(q_a, DiagonalGaussian) and isinstance(q_b, DiagonalGaussian):
     log_ratio = q_a.log_var - q_b.log_var
     mahalanobis = ((q_a.mean - q_b.mean) * jnp.exp(-0.5 * q_b.log_var)) ** 2
     return 0.5 * jnp.sum(_itakura_saito(log_ratio) + mahalanobis, axis=-1)
+  assert isinstance(q_a, FullGaussian) and isinstance(q_b, FullGaussian)
   whitened = _solve_tril(q_b.scale_tril, q_a.scale_tril)
   shift = _solve_tril(q_b.scale_tril, (q_a.mean - q_b.mean)[..., None])[..., 0]
   # The covariance part, split so that its diagonal loses no digit when q_a is near q_b.
   log_ratio = 2.0 * jnp.log(jnp.diagonal(whitened, axis1=-2, axis2=-1))
   off_diagonal = jnp.tril(whitened, -1)
   return 0.5 * (
-    jnp.sum(_itakura_saito(log_ratio) + shift**2, axis=-1)
-    + jnp.sum(off_diagonal**2, axis=(-2, -1))
+    jnp.sum(_itakura_saito(log_ratio) + shift**2, axis=-1) + jnp.sum(off_diagonal**2, axis=(-2, -1))
   )
 
 

@@ -7,6 +7,8 @@ itself written with these functions, so that derivatives of every order exist.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +31,9 @@ def sqrtm(matrix: jax.Array) -> jax.Array:
 
 
 @sqrtm.defjvp
-def _sqrtm_jvp(primals, tangents):
+def _sqrtm_jvp(
+  primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
   (matrix,), (d_matrix,) = primals, tangents
   root = sqrtm(matrix)
   return root, solve_sylvester(root, 0.5 * (d_matrix + transpose(d_matrix)))
@@ -47,7 +51,9 @@ def polar_factor(matrix: jax.Array) -> jax.Array:
 
 
 @polar_factor.defjvp
-def _polar_factor_jvp(primals, tangents):
+def _polar_factor_jvp(
+  primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
   (matrix,), (d_matrix,) = primals, tangents
   rotation = polar_factor(matrix)
   stretch = transpose(rotation) @ matrix
@@ -65,7 +71,7 @@ def solve_sylvester(psd: jax.Array, rhs: jax.Array) -> jax.Array:
   def operator(x: jax.Array) -> jax.Array:
     return psd @ x + x @ psd
 
-  def solve(_, rhs: jax.Array) -> jax.Array:
+  def solve(_: Any, rhs: jax.Array) -> jax.Array:
     eigenvalues, vectors = jnp.linalg.eigh(psd)
     sums = eigenvalues[..., :, None] + eigenvalues[..., None, :]
     size = jnp.maximum(eigenvalues[..., -1:, None], jnp.finfo(psd.dtype).tiny)

@@ -35,6 +35,7 @@ class GaussianHead(nn.Module):
 
   @nn.compact
   def __call__(self, features: jax.Array) -> Gaussian:
+    """`[B, F]` to a Gaussian with means `[B, D]`."""
     dim = self.latent_dim
     if self.covariance == 'diagonal':
       outputs = nn.Dense(2 * dim)(features)
@@ -60,6 +61,7 @@ class MLPEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> Gaussian:
+    """Images `[B, H, W, C]` to a Gaussian with means `[B, D]`."""
     features = x.reshape(x.shape[0], -1)
     for units in self.hidden:
       features = nn.relu(nn.Dense(units)(features))
@@ -74,6 +76,7 @@ class MLPDecoder(nn.Module):
 
   @nn.compact
   def __call__(self, z: jax.Array) -> jax.Array:
+    """Latents `[B, D]` to image means `[B, H, W, C]`."""
     for units in self.hidden:
       z = nn.relu(nn.Dense(units)(z))
     pixels = nn.Dense(math.prod(self.image_shape))(z)
@@ -88,13 +91,12 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """`[B, H, W, I]` to `[B, h, w, channels]`."""
     ends = (x.shape[-1], self.channels)
     if self.transpose_to is not None:
       ends = ends[::-1]
     window = (_KERNEL_SIZE, _KERNEL_SIZE)
-    init = nn.initializers.lecun_normal(
-      *((-1, -2) if self.transpose_to is not None else (-2, -1))
-    )
+    init = nn.initializers.lecun_normal(*((-1, -2) if self.transpose_to is not None else (-2, -1)))
     kernel = self.param('kernel', init, (*window, *ends), x.dtype)
     bias = self.param('bias', nn.initializers.zeros_init(), (self.channels,), x.dtype)
     if self.transpose_to is not None:
@@ -113,6 +115,7 @@ class ConvEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> Gaussian:
+    """Images `[B, H, W, C]` to a Gaussian with means `[B, D]`."""
     for channels in self.channels:
       x = nn.relu(Conv(channels)(x))
     return GaussianHead(self.latent_dim, self.covariance)(x.reshape(x.shape[0], -1))
@@ -126,6 +129,7 @@ class ConvDecoder(nn.Module):
 
   @nn.compact
   def __call__(self, z: jax.Array) -> jax.Array:
+    """Latents `[B, D]` to image means `[B, H, W, C]`."""
     height, width, image_channels = self.image_shape
     sizes = [(height, width)]  # of the images between the encoder's layers, from the input on
     for _ in self.channels:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from se_vae import gaussians, wasserstein
 from se_vae.gaussians import Gaussian
@@ -59,7 +60,9 @@ def gaussian_log_likelihood(
     `[B]`, in nats.
   """
   if x.shape != x_mean.shape or x.ndim < 1:
-    raise AssertionError(f'x and x_mean must have one shape [B, ...], got {x.shape}, {x_mean.shape}')
+    raise AssertionError(
+      f'x and x_mean must have one shape [B, ...], got {x.shape}, {x_mean.shape}'
+    )
   _check_obs_var(obs_var)
   obs_var = jnp.asarray(obs_var, x_mean.dtype)
   num_pixels = math.prod(x.shape[1:])
@@ -147,5 +150,5 @@ def _check_batch(x: jax.Array, q: Gaussian) -> None:
 def _check_obs_var(obs_var: jax.typing.ArrayLike) -> None:
   if jnp.ndim(obs_var) != 0:
     raise AssertionError(f'obs_var must be a scalar, got shape {jnp.shape(obs_var)}')
-  if not isinstance(obs_var, jax.core.Tracer) and not 0.0 < float(obs_var) < math.inf:
+  if not isinstance(obs_var, jax.core.Tracer) and not 0.0 < float(np.asarray(obs_var)) < math.inf:
     raise ValueError(f'obs_var must be finite and > 0, got {obs_var}')

@@ -54,7 +54,7 @@ def encoder_means(
   model: VAE, params: Params, images: np.ndarray, *, mesh: Mesh, batch_size: int = 512
 ) -> np.ndarray:
   """Means of q(z | x) for uint8 images `[N, H, W, C]`: float32 `[N, D]`."""
-  batch_size -= batch_size % mesh.size
+  batch_size = -(-batch_size // mesh.size) * mesh.size
   params = sharding.replicate(mesh, params)
   means = []
   for start in range(0, len(images), batch_size):
@@ -82,31 +82,42 @@ def fit_probe(
     The probe, with the standardisation folded into its weights.
 
   Raises:
-    ValueError: if the means are not finite, or a class has no example.
+    ValueError: if the means are not finite, a label is not in [0, num_classes), or a class has no
+      example.
     RuntimeError: if the fit does not converge.
   """
   from sklearn.exceptions import ConvergenceWarning  # slow to import
   from sklearn.linear_model import LogisticRegression
+  from threadpoolctl import threadpool_limits
 
   if not np.isfinite(means).all():
     raise ValueError('the encoder means are not finite: the encoder has diverged')
-  missing = sorted(set(range(num_classes)) - set(np.unique(labels).tolist()))
+  classes, found = set(range(num_classes)), set(np.unique(labels).tolist())
+  if found - classes:
+    raise ValueError(f'labels must lie in [0, {num_classes}), got {sorted(found - classes)}')
+  missing = sorted(classes - found)
   if missing:
     raise ValueError(f'no training example of class {", ".join(map(str, missing))}')
   means = means.astype(np.float64)
   center, scale = means.mean(axis=0), means.std(axis=0)
-  scale = np.where(scale > 0.0, scale, 1.0)
-  classifier = LogisticRegression(C=1.0 / l2, max_iter=max_iter, tol=1e-6)
+  # A latent that varies by less than float32 can show is a constant, give or take rounding.
+  scale = np.where(scale > np.finfo(np.float32).eps * np.abs(center), scale, 1.0)
+  # Of two classes scikit-learn fits the one vector w = W_1 - W_0. The best W has W_0 = -W_1, so
+  # that ||W||^2 = ||w||^2 / 2.
+  binary = num_classes == 2
+  classifier = LogisticRegression(C=(2.0 if binary else 1.0) / l2, max_iter=max_iter, tol=1e-6)
   with warnings.catch_warnings():
     warnings.simplefilter('error', ConvergenceWarning)
     try:
-      classifier.fit((means - center) / scale, labels)
+      # One thread: faster for matrices this thin, and the same sums in the same order everywhere.
+      with threadpool_limits(1):
+        classifier.fit((means - center) / scale, labels)
     except ConvergenceWarning as error:
       raise RuntimeError(f'the probe did not converge in {max_iter} iterations') from error
   coefficients, intercept = classifier.coef_, classifier.intercept_
-  if num_classes == 2:  # scikit-learn gives the one logit of class 1
-    coefficients = np.concatenate([np.zeros_like(coefficients), coefficients])
-    intercept = np.concatenate([np.zeros_like(intercept), intercept])
+  if binary:
+    coefficients = np.concatenate([-coefficients, coefficients]) / 2.0
+    intercept = np.concatenate([-intercept, intercept]) / 2.0
   weights = (coefficients / scale).T
   bias = intercept - center @ weights
   return LinearProbe(jnp.asarray(weights, jnp.float32), jnp.asarray(bias, jnp.float32))
@@ -114,4 +125,4 @@ def fit_probe(
 
 def accuracy(probe: LinearProbe, means: np.ndarray, labels: np.ndarray) -> float:
   """Share of examples whose largest logit is their label's."""
-  return float(np.mean(np.argmax(np.asarray(probe.logits(means)), axis=-1) == labels))
+  return float(np.mean(np.argmax(np.asarray(probe.logits(jnp.asarray(means))), axis=-1) == labels))

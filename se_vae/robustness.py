@@ -1,4 +1,4 @@
-"""Adversarial accuracy against radius, under PGD on the classifier's loss (paper Sec. 7, Figure 1)."""
+"""Adversarial accuracy against radius, under PGD on the probe's loss (paper Sec. 7, Figure 1)."""
 
 from __future__ import annotations
 
@@ -73,8 +73,12 @@ def _survives(
   num_steps: int,
   norm: attacks.Norm,
   bounds: tuple[float, float],
-) -> jax.Array:
-  """Whether each example is still classified correctly after one attack, bool `[B]`."""
+) -> tuple[jax.Array, jax.Array]:
+  """Whether each example is still classified correctly after one attack, and its logits finite.
+
+  Both bool `[B]`. An example whose logits are not finite is not classified correctly: the largest
+  of a row of NaN would be class 0.
+  """
   x_adv = attacks.pgd(
     CrossEntropy(logits_fn),
     key,
@@ -88,7 +92,9 @@ def _survives(
     args=(labels, *args),
     index=index,
   )
-  return jnp.argmax(logits_fn(x_adv, *args), axis=-1) == labels
+  logits = logits_fn(x_adv, *args)
+  finite = jnp.isfinite(logits).all(axis=-1)
+  return finite & (jnp.argmax(logits, axis=-1) == labels), finite
 
 
 def adversarial_accuracy(
@@ -118,7 +124,7 @@ def adversarial_accuracy(
     logits_fn: images `[B, ...]` (and `args`) to logits `[B, K]`; hashable, compiled once.
     key: one PRNG key.
     x: images `[N, ...]`, float, inside `bounds`.
-    labels: `[N]` integers.
+    labels: `[N]` integers in [0, K).
     radii: radii >= 0, traced: one compilation serves them all.
     num_steps: PGD steps.
     restarts: attacks for each radius.
@@ -131,9 +137,10 @@ def adversarial_accuracy(
     progress: called with the number of attacked examples after each batch.
 
   Raises:
-    ValueError: for no examples, labels that do not fit, negative radii, or images outside `bounds`.
+    ValueError: for no examples, labels that do not fit, negative radii, images outside `bounds`,
+      logits that are not `[B, K]` with K >= 2, or clean logits (radius 0) that are not finite.
   """
-  _check(x, labels, radii, restarts, bounds)
+  _check(logits_fn, args, x, labels, radii, restarts, bounds)
   mesh = sharding.data_mesh() if mesh is None else mesh
   batch_size = -(-min(batch_size, len(x)) // mesh.size) * mesh.size
   args = sharding.replicate(mesh, args)
@@ -147,7 +154,7 @@ def adversarial_accuracy(
     stop = min(start + batch_size, len(x))
     for i, radius in enumerate(radii):
       for restart in range(restarts if radius > 0.0 else 1):
-        survives = _survives(
+        survives, finite = _survives(
           logits_fn,
           jax.random.fold_in(jax.random.fold_in(key, i), restart),
           *batch,
@@ -158,12 +165,16 @@ def adversarial_accuracy(
           norm=norm,
           bounds=bounds,
         )
+        if radius == 0.0 and not np.asarray(finite).all():
+          raise ValueError('the logits of clean images are not finite: the classifier has diverged')
         correct[i, start:stop] &= np.asarray(survives)[: stop - start]
     progress(stop - start)
   return AdversarialAccuracy(np.asarray(radii, np.float64), correct)
 
 
 def _check(
+  logits_fn: LogitsFn,
+  args: tuple[Any, ...],
   x: np.ndarray,
   labels: np.ndarray,
   radii: Sequence[float],
@@ -171,10 +182,18 @@ def _check(
   bounds: tuple[float, float],
 ) -> None:
   if len(x) == 0 or labels.shape != x.shape[:1]:
-    raise ValueError(f'x [N, ...] and labels [N] must fit, with N >= 1, got {x.shape}, {labels.shape}')
+    raise ValueError(
+      f'x [N, ...] and labels [N] must fit, with N >= 1, got {x.shape}, {labels.shape}'
+    )
   if not len(radii) or min(radii) < 0.0 or not np.isfinite(radii).all():
     raise ValueError(f'radii must be finite and >= 0, got {list(radii)}')
   if restarts < 1:
     raise ValueError(f'restarts must be >= 1, got {restarts}')
   if not (x.min() >= bounds[0] and x.max() <= bounds[1]):
     raise ValueError(f'images must lie in {bounds}, got [{x.min()}, {x.max()}]')
+  logits = jax.eval_shape(logits_fn, x[:1], *args)
+  if logits.ndim != 2 or logits.shape[0] != 1 or logits.shape[1] < 2:
+    raise ValueError(f'logits_fn must give [B, K] with K >= 2, got {logits.shape} for one image')
+  num_classes = logits.shape[1]
+  if labels.min() < 0 or labels.max() >= num_classes:
+    raise ValueError(f'labels must lie in [0, {num_classes}), got [{labels.min()}, {labels.max()}]')

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from se_vae import attacks, objectives, sharding, wasserstein
+from se_vae import attacks, gaussians, objectives, sharding, wasserstein
 from se_vae.gaussians import Gaussian
 from se_vae.vae import VAE, Params
 
@@ -139,7 +139,7 @@ def loss(
   q_a = model.encode(params, x)
   # One key for each place in the batch, so that no draw depends on how the batch is split up.
   sample_keys = attacks.example_keys(sample_key, jnp.arange(x.shape[0]))
-  z_a = jax.vmap(lambda q, example_key: q.sample(example_key))(q_a, sample_keys)
+  z_a = gaussians.sample_each(q_a, sample_keys)
   x_mean = model.decode(params, z_a)
   terms: NamedTuple
   if config.objective == 'vae':
@@ -147,9 +147,7 @@ def loss(
     extra = {}
   else:
     q_b = model.encode(params, select(model, config, params, select_key, x, q_a))
-    terms = objectives.se_elbo(
-      x, x_mean, q_a, q_b, gamma=config.gamma, obs_var=config.obs_var
-    )
+    terms = objectives.se_elbo(x, x_mean, q_a, q_b, gamma=config.gamma, obs_var=config.obs_var)
     extra = {'squared_w2': jnp.mean(wasserstein.squared_w2(q_a, q_b))}
   metrics = {name: jnp.mean(values) for name, values in terms._asdict().items()} | extra
   metrics['squared_error'] = jnp.mean(jnp.sum((x - x_mean) ** 2, axis=(1, 2, 3)))
@@ -220,9 +218,9 @@ def train_steps(
   return state, jax.tree.map(lambda total: total / count.astype(total.dtype), sums)
 
 
-def pixels(images: jax.Array) -> jax.Array:
+def pixels(images: jax.typing.ArrayLike) -> jax.Array:
   """uint8 images as float32 in [0, 1]."""
-  return images.astype(jnp.float32) / 255.0
+  return jnp.asarray(images).astype(jnp.float32) / 255.0
 
 
 def run(

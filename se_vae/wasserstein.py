@@ -28,6 +28,7 @@ import math
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from se_vae import gaussians
 from se_vae.gaussians import LOG_2PI, DiagonalGaussian, FullGaussian, Gaussian
@@ -55,9 +56,9 @@ def squared_w2(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
   """
   gaussians.check_pair(q_a, q_b)
   shift = jnp.sum((q_a.mean - q_b.mean) ** 2, axis=-1)
-  if isinstance(q_a, DiagonalGaussian):
+  if isinstance(q_a, DiagonalGaussian) and isinstance(q_b, DiagonalGaussian):
     return shift + jnp.sum(_spread(q_a, q_b)[1], axis=-1)
-  return shift + _spread_full(q_a.scale_tril, q_b.scale_tril)[2]
+  return shift + _spread_full(*_roots(q_a, q_b))[2]
 
 
 def entropic_squared_w2(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.ArrayLike) -> jax.Array:
@@ -69,15 +70,13 @@ def entropic_squared_w2(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.ArrayLik
   gaussians.check_pair(q_a, q_b)
   check_gamma(gamma)
   shift = jnp.sum((q_a.mean - q_b.mean) ** 2, axis=-1)
-  if isinstance(q_a, DiagonalGaussian):
+  if isinstance(q_a, DiagonalGaussian) and isinstance(q_b, DiagonalGaussian):
     g, spread = _spread(q_a, q_b)
     return shift + jnp.sum(spread + _excess_squared_distance(g, gamma), axis=-1)
-  return shift + _entropic_spread_full(q_a.scale_tril, q_b.scale_tril, gamma)
+  return shift + _entropic_spread_full(*_roots(q_a, q_b), gamma)
 
 
-def entropic_transport_cost(
-  q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.ArrayLike
-) -> jax.Array:
+def entropic_transport_cost(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.ArrayLike) -> jax.Array:
   """Entropic transport cost WD = gamma/2 E||z_a - z_b||^2 - H[Q*] (Eq. 20-24, Sec. 6).
 
   The minimum of Eq. 13 over all joint distributions Q with marginals q_a and q_b.
@@ -102,12 +101,12 @@ def entropic_transport_cost(
   check_gamma(gamma)
   gamma = jnp.asarray(gamma, q_a.mean.dtype)
   shift = jnp.sum((q_a.mean - q_b.mean) ** 2, axis=-1)
-  if isinstance(q_a, DiagonalGaussian):
+  if isinstance(q_a, DiagonalGaussian) and isinstance(q_b, DiagonalGaussian):
     g, spread = _spread(q_a, q_b)
     entropies = 0.5 * (q_a.log_var + q_b.log_var) + (LOG_2PI + 1.0)
     cost = jnp.sum(0.5 * gamma * spread + _excess_cost(g, gamma) - entropies, axis=-1)
   else:
-    cross, rotation, spread = _spread_full(q_a.scale_tril, q_b.scale_tril)
+    cross, rotation, spread = _spread_full(*_roots(q_a, q_b))
     entropies = 0.5 * (q_a.log_det() + q_b.log_det()) + q_a.dim * (LOG_2PI + 1.0)
     cost = 0.5 * gamma * spread + _excess_cost_full(cross, rotation, gamma) - entropies
   return 0.5 * gamma * shift + cost
@@ -124,9 +123,7 @@ def optimal_coupling(var_a: jax.Array, var_b: jax.Array) -> jax.Array:
   return jnp.sqrt(var_a) * jnp.sqrt(var_b)
 
 
-def entropic_coupling(
-  var_a: jax.Array, var_b: jax.Array, gamma: jax.typing.ArrayLike
-) -> jax.Array:
+def entropic_coupling(var_a: jax.Array, var_b: jax.Array, gamma: jax.typing.ArrayLike) -> jax.Array:
   """Cross-covariance psi of the entropic plan, elementwise (Eq. 22-24).
 
   Args:
@@ -172,6 +169,7 @@ def entropic_coupling_full(
 def optimal_map(q_a: DiagonalGaussian, q_b: DiagonalGaussian, z_b: jax.Array) -> jax.Array:
   """The z_a to which the optimal plan sends `z_b` `[..., D]` (Sec. 5.1, factorised)."""
   gaussians.check_pair(q_a, q_b)
+  _check_same_shape('z_b', z_b, 'mean_b', q_b.mean)
   scale = jnp.exp(0.5 * (q_a.log_var - q_b.log_var))
   return q_a.mean + scale * (z_b - q_b.mean)
 
@@ -185,6 +183,7 @@ def optimal_map_full(
 ) -> jax.Array:
   """The z_a to which the optimal plan sends `z_b` `[..., D]`: m_a + Psi S_b^-1 (z_b - m_b)."""
   _check_moments(mean_a, cov_a, mean_b, cov_b)
+  _check_same_shape('z_b', z_b, 'mean_b', mean_b)
   psi = optimal_coupling_full(cov_a, cov_b)
   shift = jnp.linalg.solve(cov_b, (z_b - mean_b)[..., None])
   return mean_a + (psi @ shift)[..., 0]
@@ -243,7 +242,7 @@ def check_gamma(gamma: jax.typing.ArrayLike) -> None:
   """Raises unless `gamma` is a scalar and, where its value is known, finite and >= 0."""
   if jnp.ndim(gamma) != 0:
     raise AssertionError(f'gamma must be a scalar, got shape {jnp.shape(gamma)}')
-  if not isinstance(gamma, jax.core.Tracer) and not 0.0 <= float(gamma) < math.inf:
+  if not isinstance(gamma, jax.core.Tracer) and not 0.0 <= float(np.asarray(gamma)) < math.inf:
     raise ValueError(f'gamma must be finite and >= 0, got {gamma}')
 
 
@@ -257,6 +256,12 @@ def _spread(q_a: DiagonalGaussian, q_b: DiagonalGaussian) -> tuple[jax.Array, ja
   # expm1 keeps the digits of sd_a - sd_b where the two are close.
   difference = q_b.stddev * jnp.expm1(0.5 * (q_a.log_var - q_b.log_var))
   return q_a.stddev * q_b.stddev, difference**2
+
+
+def _roots(q_a: Gaussian, q_b: Gaussian) -> tuple[jax.Array, jax.Array]:
+  """Square roots A and B of the covariances."""
+  assert isinstance(q_a, FullGaussian) and isinstance(q_b, FullGaussian)
+  return q_a.scale_tril, q_b.scale_tril
 
 
 def _spread_full(root_a: jax.Array, root_b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -315,7 +320,9 @@ def _excess_cost_full(cross: jax.Array, rotation: jax.Array, gamma: jax.Array) -
 
 
 @_excess_cost_full.defjvp
-def _excess_cost_full_jvp(primals, tangents):
+def _excess_cost_full_jvp(
+  primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
   # Derivatives of singular values divide by their gaps; this form of the sum's does not.
   (cross, rotation, gamma), (d_cross, _, d_gamma) = primals, tangents
   gradient = _excess_gradient(cross, rotation, gamma)

@@ -174,9 +174,7 @@ def test_keep_best_never_returns_less_than_the_last_iterate(images, weights):
 def test_result_does_not_depend_on_the_batch(images, weights):
   index = jnp.arange(SHAPE[0])
   options = dict(radius=0.1, num_steps=4)
-  whole = attacks.pgd(
-    wavy, jax.random.key(5), images, args=(weights,), index=index, **options
-  )
+  whole = attacks.pgd(wavy, jax.random.key(5), images, args=(weights,), index=index, **options)
   for i in range(SHAPE[0]):
     rows = slice(i, i + 1)
     alone = attacks.pgd(
