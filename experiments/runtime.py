@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 from experiments.settings import UsageError
@@ -40,6 +40,8 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _guarded(main: Callable[[], None], argv: list[str]) -> None:
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # JAX tells at length which platforms it did not find
   try:
     if len(argv) > 1:
       raise UsageError(f'unexpected argument {argv[1]!r}; settings are given as --flag=value')
@@ -69,9 +71,8 @@ def use_all_cores(batch_size: int) -> None:
   """
   import jax
 
-  if jax.config.jax_num_cpu_devices > 0 or 'host_platform_device_count' in os.environ.get(  # type: ignore[attr-defined]
-    'XLA_FLAGS', ''
-  ):
+  chosen: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+  if chosen > 0 or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
     return
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
   jax.config.update('jax_num_cpu_devices', _even_split(batch_size, cores))

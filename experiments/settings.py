@@ -35,7 +35,7 @@ def setting(
   return dataclasses.field(default=default, metadata={'help': description, **limits})
 
 
-def define_flags(config_type: type[Any]) -> None:
+def define_flags(config_type: type[Any], flag_values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines one absl flag for each field of `config_type`."""
   types_by_name = typing.get_type_hints(config_type)
   for field in dataclasses.fields(config_type):
@@ -45,24 +45,24 @@ def define_flags(config_type: type[Any]) -> None:
     if field.metadata['choices'] is not None:
       description += f' One of: {", ".join(field.metadata["choices"])}.'
     if kind is bool:
-      flags.DEFINE_bool(field.name, default, description)
+      flags.DEFINE_bool(field.name, default, description, flag_values=flag_values)
     elif kind is int:
-      flags.DEFINE_integer(field.name, default, description)
+      flags.DEFINE_integer(field.name, default, description, flag_values=flag_values)
     elif kind is float:
-      flags.DEFINE_float(field.name, default, description)
+      flags.DEFINE_float(field.name, default, description, flag_values=flag_values)
     elif kind is str:
-      flags.DEFINE_string(field.name, default, description)
+      flags.DEFINE_string(field.name, default, description, flag_values=flag_values)
     else:
       text = None if default is None else [str(value) for value in default]
-      flags.DEFINE_list(field.name, text, description)
+      flags.DEFINE_list(field.name, text, description, flag_values=flag_values)
 
 
-def from_flags(config_type: type[Config]) -> Config:
+def from_flags(config_type: type[Config], flag_values: flags.FlagValues = flags.FLAGS) -> Config:
   """The configuration that the parsed flags describe, checked."""
   types_by_name = typing.get_type_hints(config_type)
   values: dict[str, Any] = {}
   for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
-    value = flags.FLAGS[field.name].value
+    value = flag_values[field.name].value
     kind = _value_type(types_by_name[field.name])
     if typing.get_origin(kind) is tuple and value is not None:
       value = _parse_list(field.name, value, typing.get_args(kind)[0])

@@ -1,4 +1,4 @@
-"""Differentiable matrix functions: the symmetric square root and the polar factor.
+"""Differentiable matrix functions: symmetric square roots and the polar factor.
 
 Their derivatives solve Sylvester equations, and so stay finite where a derivative taken through the
 eigenvectors or singular vectors would divide by the gap between two equal ones. Each derivative is
@@ -37,6 +37,26 @@ def _sqrtm_jvp(
   (matrix,), (d_matrix,) = primals, tangents
   root = sqrtm(matrix)
   return root, solve_sylvester(root, 0.5 * (d_matrix + transpose(d_matrix)))
+
+
+@jax.custom_jvp
+def hypotenuse(matrix: jax.Array) -> jax.Array:
+  """The symmetric (I + M^T M)^(1/2) for any square M, `[..., D, D]`.
+
+  From the singular values of M: the small ones would not survive the squaring of M in float32.
+  """
+  _, singular, right = jnp.linalg.svd(matrix)
+  return (transpose(right) * jnp.sqrt(1.0 + singular**2)[..., None, :]) @ right
+
+
+@hypotenuse.defjvp
+def _hypotenuse_jvp(
+  primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  (matrix,), (d_matrix,) = primals, tangents
+  root = hypotenuse(matrix)
+  half = transpose(matrix) @ d_matrix
+  return root, solve_sylvester(root, half + transpose(half))
 
 
 @jax.custom_jvp

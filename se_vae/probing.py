@@ -31,7 +31,7 @@ class LinearProbe:
 
   def logits(self, mean: jax.Array) -> jax.Array:
     """Encoder means `[B, D]` to unnormalised log-probabilities `[B, K]`."""
-    return mean @ self.weights + self.bias
+    return mean @ self.weights + self.bias[None]
 
 
 @dataclasses.dataclass(frozen=True)

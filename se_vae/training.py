@@ -175,7 +175,7 @@ def train_step(
   gradients, metrics = gradient_of(state.params, model, config, step_key, x)
   updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics['gradient_norm'] = optax.global_norm(gradients)
+  metrics['gradient_norm'] = optax.tree.norm(gradients)
   return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,13 +12,19 @@ import pytest
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
 
 def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line('filterwarnings', 'error')
   # Third-party modules that warn about themselves at import.
   config.addinivalue_line('filterwarnings', 'ignore::DeprecationWarning:tensorflow_datasets.*')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+  """No silent promotion of dtypes, but where optax, which relies on it, takes part."""
+  with jax.numpy_dtype_promotion(getattr(request.module, 'DTYPE_PROMOTION', 'strict')):
+    yield
 
 
 @pytest.fixture

@@ -36,6 +36,11 @@ def in_float64(test):
   return wrapper
 
 
+def quick_jit(function):
+  """`jax.jit` without LLVM's optimisations: a third less to compile, which is most of a test."""
+  return jax.jit(function, compiler_options={'xla_backend_optimization_level': 0})
+
+
 # ---------------------------------------------------------------------------------------------
 # Inputs
 # ---------------------------------------------------------------------------------------------
@@ -108,8 +113,8 @@ class DerivativeCheck:
     def projected(x):
       return weights @ jax.flatten_util.ravel_pytree(function(*self._unravel(x)))[0]
 
-    self._value_and_grad = jax.jit(jax.value_and_grad(projected))
-    self._forward = jax.jit(lambda x: (jax.jacfwd(projected)(x), jax.hessian(projected)(x)))
+    self._value_and_grad = quick_jit(jax.value_and_grad(projected))
+    self._forward = quick_jit(lambda x: (jax.jacfwd(projected)(x), jax.hessian(projected)(x)))
 
   def __call__(self, *arguments, step: float = 3e-4, rtol: float = 1e-6):
     """Asserts agreement to `rtol` of the largest entry.

@@ -131,27 +131,21 @@ def test_gradients_agree_and_are_the_exact_linear_maps(height, width, stride):
 
 def test_implementations_agree_under_grad_in_loops():
   """Gradient ascent on the image in a loop, and the gradient of its result in the kernel."""
-  images, kernel, features = arrays(5, 6, 2)
+  images, kernel, _ = arrays(5, 6, 2)
 
   def ascended(kernel, conv):
-    def value(x):
-      outputs = conv(x, kernel, 2)
-      back = convolutions.conv_transpose(jnp.sin(outputs), kernel, 2, (5, 6))
-      return jnp.sum(jnp.cos(back)) + jnp.sum(outputs * features)
-
-    def step(_, x):
-      return x + 0.01 * jax.grad(value)(x)
-
-    return jnp.sum(jax.lax.fori_loop(0, 4, step, images) ** 2)
+    gradient = jax.grad(lambda x: jnp.sum(jnp.sin(conv(x, kernel, 2))))
+    x = jax.lax.fori_loop(0, 3, lambda _, x: x + 0.1 * gradient(x), images)
+    return jnp.sum(x**2)
 
   with jax.enable_x64(True):
     compiled = jax.jit(jax.value_and_grad(ascended), static_argnums=1)
     chosen_value, chosen = compiled(kernel, convolutions.conv)
     native_value, native = compiled(kernel, convolutions._conv_native)
-  # Four steps through sines and cosines of slopes of about 10 magnify float64's rounding.
+  # Three steps through a sine of slopes of about 10 magnify float64's rounding.
   np.testing.assert_allclose(chosen_value, native_value, rtol=1e-9)
   np.testing.assert_allclose(chosen, native, rtol=1e-9, atol=1e-9 * np.abs(native).max())
-  assert np.abs(native).max() > 1e-3
+  assert np.abs(native).max() > 1.0
 
 
 def test_float32_results_agree():

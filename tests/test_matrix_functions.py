@@ -91,6 +91,29 @@ def test_polar_factor_of_a_singular_matrix_is_a_maximising_rotation():
     assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.parametrize('name', covariances())
+@in_float64
+def test_hypotenuse_is_scipys_root_of_one_plus_the_square(name):
+  rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(3, 3)))[0]
+  matrix = 3.0 * rotation @ covariances()[name]
+  root = np.asarray(matrix_functions.hypotenuse(jnp.asarray(matrix)))
+  expected = scipy.linalg.sqrtm(np.eye(3) + matrix.T @ matrix)
+  np.testing.assert_allclose(root, expected, rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(root, root.T, **EXACT)
+  identity = np.asarray(matrix_functions.hypotenuse(jnp.zeros((3, 3))))
+  np.testing.assert_allclose(identity, np.eye(3), **EXACT)
+
+
+def test_hypotenuse_keeps_small_singular_values_in_float32():
+  # Singular values 1e-2, 1 and 1e6: squared, the first two are lost against the last.
+  rng = np.random.default_rng(7)
+  left, right = (np.linalg.qr(rng.normal(size=(3, 3)))[0] for _ in range(2))
+  singular = np.array([1e6, 1.0, 1e-2])
+  matrix = jnp.asarray((left * singular) @ right.T, jnp.float32)
+  root = np.asarray(matrix_functions.hypotenuse(matrix), float)
+  assert np.linalg.eigvalsh(root).min() > 0.5  # 1 in truth, with an error of a few eps * 1e6
+
+
 @in_float64
 def test_sylvester_solution_is_scipys():
   rng = np.random.default_rng(3)
@@ -124,6 +147,7 @@ def test_first_and_second_derivatives_match_finite_differences():
     return (
       matrix_functions.sqrtm(psd),
       matrix_functions.polar_factor(rotation @ psd),
+      matrix_functions.hypotenuse(rotation @ psd),
       matrix_functions.solve_sylvester(symmetric, rhs),  # in its domain: symmetric matrices
     )
 
@@ -138,7 +162,7 @@ def test_third_derivatives_exist_at_equal_eigenvalues():
   def along_identity(t):
     return matrix_functions.sqrtm((1.0 + t) * jnp.eye(2))[0, 0]
 
-  third = jax.jit(jax.jacfwd(jax.jacfwd(jax.grad(along_identity))))(0.0)
+  third = oracles.quick_jit(jax.jacfwd(jax.jacfwd(jax.grad(along_identity))))(0.0)
   np.testing.assert_allclose(third, 3.0 / 8.0, rtol=1e-12)
 
 
@@ -150,11 +174,12 @@ def test_batches_are_loops():
   for function, arguments in (
     (matrix_functions.sqrtm, (psd,)),
     (matrix_functions.polar_factor, (rhs,)),
+    (matrix_functions.hypotenuse, (rhs,)),
     (matrix_functions.solve_sylvester, (psd, rhs)),
     (matrix_functions.transpose, (rhs,)),
   ):
     arguments = [jnp.asarray(x) for x in arguments]
-    function = jax.jit(function)
+    function = oracles.quick_jit(function)
     loop = np.stack([[function(*(x[i, j] for x in arguments)) for j in range(3)] for i in range(2)])
     np.testing.assert_allclose(function(*arguments), loop, **EXACT)
     np.testing.assert_allclose(jax.vmap(jax.vmap(function))(*arguments), loop, **EXACT)

@@ -1,0 +1,236 @@
+"""End to end, as a user runs it: pretrain, checkpoint, probe, figure; killed and resumed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import se_vae
+from experiments import figure1, pretrain, probe, runtime
+from experiments.settings import UsageError
+from se_vae import checkpoints, data
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+ROOT = Path(__file__).parents[1]
+TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 30, 'log_every': 10}
+
+
+def config(workdir: Path, **changes) -> pretrain.PretrainConfig:
+  return pretrain.PretrainConfig(workdir=str(workdir), **{**TINY, **changes})
+
+
+def command(binary: str, **flags) -> list[str]:
+  arguments = [f'--{name}={value}' for name, value in flags.items()]
+  return [sys.executable, '-m', f'experiments.{binary}', *arguments]
+
+
+def rows(workdir: Path) -> list[dict[str, float]]:
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+  with Image.open(path) as picture:
+    return picture.size
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> Path:
+  """A coloured Smooth Encoder after a short training."""
+  workdir = tmp_path_factory.mktemp('run')
+  pretrain.run(config(workdir, dataset='color_mnist_5k', num_steps=60), runtime.StopSignal())
+  return workdir
+
+
+def test_pretrain_writes_what_it_promises(trained):
+  result = json.loads((trained / 'result.json').read_text())
+  written = rows(trained)
+  assert [row['step'] for row in written] == list(range(10, 61, 10))
+  assert written[-1]['loss'] < written[0]['loss']
+  assert result['step'] == 60 and np.isfinite(result['test']['elbo'])
+  saved = json.loads((trained / 'config.json').read_text())
+  assert saved['config']['gamma'] == 1.0 and 'jax' in saved['versions']
+  assert picture_size(trained / 'reconstructions.png') == (2 * 28 * 10, 2 * 28 * 4)
+  assert picture_size(trained / 'samples.png') == (2 * 28 * 10, 2 * 28 * 10)
+
+
+def test_an_encoder_loads_in_a_notebook(trained):
+  model, params = se_vae.load_model(trained)
+  q = model.encode(params, np.zeros((2, 28, 28, 3), np.float32))
+  assert q.mean.shape == (2, 4) and np.isfinite(q.mean).all()
+
+
+def test_probe_writes_what_it_promises(trained):
+  settings = probe.ProbeConfig(
+    workdir=str(trained), task='color', radii=(0.0, 0.1), pgd_steps=3, num_examples=50
+  )
+  result = probe.run(settings, runtime.StopSignal())
+  saved = np.load(trained / 'probe_color.npz')
+  assert saved['correct'].shape == (2, 50)
+  np.testing.assert_allclose(saved['correct'].mean(axis=1), result['accuracy'])
+  assert result['accuracy'][0] > 0.5  # seven balanced colours: chance is 1 / 7
+  for accuracy, (low, high) in zip(result['accuracy'], result['interval'], strict=True):
+    assert low <= accuracy <= high
+  with (trained / 'probe_color.csv').open() as file:
+    table = list(csv.DictReader(file))
+  assert [float(row['radius']) for row in table] == [0.0, 0.1]
+  assert [float(row['accuracy']) for row in table] == result['accuracy']
+  assert picture_size(trained / 'probe_color.png')[0] > 100
+  # Another batch size is another sequence of dispatches, and the same result.
+  again = probe.run(dataclasses.replace(settings, batch_size=7), runtime.StopSignal())
+  np.testing.assert_array_equal(again['accuracy'], result['accuracy'])
+
+
+def test_probe_refuses_what_the_run_cannot_answer(trained, tmp_path):
+  stop = runtime.StopSignal()
+  pretrain.run(config(tmp_path, num_steps=1), stop)
+  with pytest.raises(UsageError, match='--task: mnist_5k has no color labels'):
+    probe.run(probe.ProbeConfig(workdir=str(tmp_path), task='color'), stop)
+  with pytest.raises(UsageError, match='--num_examples: must be at most the 1000'):
+    probe.run(probe.ProbeConfig(workdir=str(tmp_path), num_examples=1001), stop)
+  with pytest.raises(UsageError, match='--workdir: holds no pretrained encoder'):
+    probe.run(probe.ProbeConfig(workdir=str(tmp_path / 'empty')), stop)
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(trained):
+  stop = runtime.StopSignal()
+  before = (trained / 'result.json').stat().st_mtime_ns
+  settings = config(trained, dataset='color_mnist_5k', num_steps=60)
+  assert pretrain.run(settings, stop)['step'] == 60
+  assert (trained / 'result.json').stat().st_mtime_ns == before
+  with pytest.raises(UsageError, match=r'--gamma: .* started with 1.0; got 2.0'):
+    pretrain.run(dataclasses.replace(settings, gamma=2.0), stop)
+
+
+def test_an_interrupted_run_ends_bitwise_equal(tmp_path):
+  """Stopped at every dispatch and resumed each time, against never stopped."""
+  straight, broken = tmp_path / 'straight', tmp_path / 'broken'
+  pretrain.run(config(straight), runtime.StopSignal())
+  for _ in range(2):
+    stop = runtime.StopSignal()
+    stop.signum = signal.SIGTERM
+    with pytest.raises(runtime.Interrupted):
+      pretrain.run(config(broken), stop)
+  pretrain.run(config(broken), runtime.StopSignal())
+  assert rows(broken) == rows(straight)
+  (one, _), (other, _) = (
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)
+    for path in (straight, broken)
+  )
+  assert one.keys() == other.keys()
+  for name, array in one.items():
+    np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+def test_metrics_of_a_killed_run_have_no_gap_and_no_repeat(tmp_path):
+  """Rows after the last checkpoint, and half a row, are written again."""
+  stop = runtime.StopSignal()
+  stop.signum = signal.SIGTERM
+  with pytest.raises(runtime.Interrupted):
+    pretrain.run(config(tmp_path), stop)
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 20, "loss": 0.0}\n{"step": 3')
+  pretrain.run(config(tmp_path), runtime.StopSignal())
+  assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30]
+  assert all(row['loss'] != 0.0 for row in rows(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+  settings = config(tmp_path, optimizer='sgd', learning_rate=1e6, schedule='constant')
+  with pytest.raises(FloatingPointError, match='not finite in steps'):
+    pretrain.run(settings, runtime.StopSignal())
+  assert not (tmp_path / 'result.json').exists()
+
+
+def test_full_covariance_encoders_train_and_are_probed(tmp_path):
+  pretrain.run(config(tmp_path, covariance='full', num_steps=20), runtime.StopSignal())
+  losses = [row['loss'] for row in rows(tmp_path)]
+  assert losses[-1] < losses[0]
+  result = probe.run(
+    probe.ProbeConfig(workdir=str(tmp_path), radii=(0.0, 0.1), pgd_steps=2, num_examples=20),
+    runtime.StopSignal(),
+  )
+  assert 0.0 <= result['accuracy'][1] <= result['accuracy'][0] <= 1.0
+
+
+def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
+  small = {'hidden_units': 16, 'conv_channels': 2, 'pgd_steps': 2}
+  preset = figure1.PRESETS['quick']
+  encoders = tuple(
+    dataclasses.replace(pair, num_steps=20, overrides=small) for pair in preset.encoders
+  )
+  attack = {'num_examples': 20, 'pgd_steps': 2, 'restarts': 1, 'radii': (0.0, 0.1)}
+  monkeypatch.setitem(
+    figure1.PRESETS, 'quick', dataclasses.replace(preset, encoders=encoders, attack=attack)
+  )
+  settings = figure1.Figure1Config(workdir=str(tmp_path))
+  first = figure1.run(settings, runtime.StopSignal())
+  assert picture_size(tmp_path / 'figure1.png')[0] > 1000
+  with (tmp_path / 'figure1.csv').open() as file:
+    table = list(csv.DictReader(file))
+  assert len(table) == 4 * 2 * 2  # panels x objectives x radii
+  assert {(row['encoders'], row['task']) for row in table} == {
+    ('mnist_mlp', 'digit'),
+    ('color_mlp', 'digit'),
+    ('color_mlp', 'color'),
+    ('mnist_convnet', 'digit'),
+  }
+  assert '(d) MNIST, digit task, ConvNet' in capsys.readouterr().out
+
+  # What is finished is not run again: a training or an attack would raise.
+  monkeypatch.setattr(pretrain.training, 'run', pytest.fail)
+  monkeypatch.setattr(probe, 'run', pytest.fail)
+  second = figure1.run(settings, runtime.StopSignal())
+  assert second['results'] == first['results']
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+  """The binary itself, interrupted as from a terminal."""
+  line = command('pretrain', workdir=tmp_path, **{**TINY, 'num_steps': 100_000})
+  process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+  deadline = time.monotonic() + 90
+  while not (tmp_path / 'metrics.jsonl').exists() or not rows(tmp_path):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.05)
+  process.send_signal(signal.SIGINT)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGINT, stderr
+  assert 'SIGINT: saved. Run the same command again' in stderr
+  (step, _), *_ = checkpoints.steps(tmp_path / 'checkpoints')
+  assert step == rows(tmp_path)[-1]['step'] > 0
+
+
+def test_no_data_is_answered_at_once(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  started = time.monotonic()
+  with pytest.raises(UsageError, match='--data_dir') as error:
+    pretrain.prepare(config(tmp_path / 'w', dataset='mnist'))
+  assert time.monotonic() - started < 5.0
+  assert '_5k' in str(error.value) and 'IDX' in str(error.value)
+  assert os.listdir(tmp_path) == []
+
+
+def test_importing_touches_no_backend():
+  code = 'import se_vae, jax; print(len(jax._src.xla_bridge._backends))'
+  output = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  assert output.stdout.strip() == '0'
+
+
+def test_mnist_files_load_in_canonical_order(mnist_dir):
+  dataset = data.load('mnist', data_dir=str(mnist_dir))
+  assert dataset.train.images.shape == (60_000, 28, 28, 1)
+  assert len(jax.devices()) == 4
