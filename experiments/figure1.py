@@ -213,6 +213,7 @@ def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Pi
               workdir=str(directory),
               dataset=('color_' if encoders.color else '') + preset.dataset,
               data_dir=config.data_dir,
+              cache_dir=str(workdir / 'data'),
               objective=objective,
               arch=encoders.arch,
               latent_dim=latent_dim,

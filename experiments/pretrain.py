@@ -29,7 +29,7 @@ METRICS = 'metrics.jsonl'
 RESULT = 'result.json'
 
 # Settings that may differ when a run is resumed, since no result depends on them.
-_FREE_SETTINGS = frozenset({'workdir', 'data_dir', 'checkpoint_every'})
+_FREE_SETTINGS = frozenset({'workdir', 'data_dir', 'cache_dir', 'checkpoint_every'})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,9 @@ class PretrainConfig:
   workdir: str | None = setting(None, 'Directory of this run; everything it writes goes there.')
   dataset: str = setting('mnist_5k', f'One of: {", ".join(data.DATASETS)}, or tfds:NAME.')
   data_dir: str | None = setting(None, 'Directory of the IDX files or the TFDS data set.')
+  cache_dir: str | None = setting(
+    None, "Where decoded TFDS sets are kept; 'data' in the work directory if not given."
+  )
   data_seed: int = setting(0, 'Seed of the colours of color_* data sets.', at_least=0)
   validation: bool = setting(
     False, 'Hold out a sixth of the training set and use it in place of the test set.'
@@ -98,7 +101,7 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   _check_same_settings(workdir / CONFIG, config)
   try:
     data.check(config.dataset, config.data_dir)
-    dataset = load_dataset(config.dataset, config.data_dir, config.data_seed, config.validation)
+    dataset = load_dataset(config)
   except data.DataError as error:
     raise UsageError(str(error)) from None
   if config.batch_size > len(dataset.train.images):
@@ -109,12 +112,26 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   return dataset
 
 
-# Several runs of one process (a figure's) share one copy of the data.
-load_dataset = functools.lru_cache(maxsize=2)(
-  lambda name, data_dir, data_seed, validation: data.load(
-    name, data_dir=data_dir, data_seed=data_seed, validation=validation
+def load_dataset(config: PretrainConfig) -> data.Dataset:
+  """The data of a run.
+
+  Raises:
+    DataError: if they cannot be found or read.
+  """
+  cache_dir = config.cache_dir or str(Path(str(config.workdir)) / 'data')
+  return _load_dataset(
+    config.dataset, config.data_dir, config.data_seed, config.validation, cache_dir
   )
-)
+
+
+# Several runs of one process (a figure's) share one copy of the data.
+@functools.lru_cache(maxsize=2)
+def _load_dataset(
+  name: str, data_dir: str | None, data_seed: int, validation: bool, cache_dir: str
+) -> data.Dataset:
+  return data.load(
+    name, data_dir=data_dir, data_seed=data_seed, validation=validation, cache_dir=cache_dir
+  )
 
 
 def run(

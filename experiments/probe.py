@@ -46,6 +46,7 @@ class ProbeConfig:
     None, 'Test examples to attack, in canonical order; all if not given.', at_least=1
   )
   batch_size: int = setting(256, 'Examples attacked at a time; changes no result.', at_least=1)
+  standardize: bool = setting(False, 'Standardise each latent before the fit, as in fit_probe.')
   l2: float = setting(1.0, 'Penalty of the probe, as in fit_probe.', above=0)
   seed: int = setting(0, 'Seed of the random starts.', at_least=0, at_most=2**31 - 1)
 
@@ -82,12 +83,12 @@ def run(
       f'--workdir: holds no pretrained encoder, run experiments.pretrain there first: {error}'
     ) from None
   pretraining = settings.from_dict(pretrain.PretrainConfig, metadata['config'])
+  # A run's directory may have moved since, and with it what it wrote.
   data_dir = config.data_dir or pretraining.data_dir
+  pretraining = dataclasses.replace(pretraining, workdir=str(workdir), data_dir=data_dir)
   try:
     data.check(pretraining.dataset, data_dir)
-    dataset = pretrain.load_dataset(
-      pretraining.dataset, data_dir, pretraining.data_seed, pretraining.validation
-    )
+    dataset = pretrain.load_dataset(pretraining)
   except data.DataError as error:
     raise UsageError(str(error)) from None
   _check_task(config, dataset, metadata)
@@ -95,7 +96,13 @@ def run(
   mesh = runtime.mesh_for(config.batch_size)
   labels = dataset.train.labels[config.task]
   train_means = probing.encoder_means(model, params, dataset.train.images, mesh=mesh)
-  probe = probing.fit_probe(train_means, labels, dataset.num_classes[config.task], l2=config.l2)
+  probe = probing.fit_probe(
+    train_means,
+    labels,
+    dataset.num_classes[config.task],
+    l2=config.l2,
+    standardize=config.standardize,
+  )
 
   count = config.num_examples or len(dataset.test.images)
   images = dataset.test.images[:count]

@@ -137,10 +137,12 @@ def adversarial_accuracy(
     progress: called with the number of attacked examples after each batch.
 
   Raises:
-    ValueError: for no examples, labels that do not fit, negative radii, images outside `bounds`,
-      logits that are not `[B, K]` with K >= 2, or clean logits (radius 0) that are not finite.
+    ValueError: for no examples, labels that do not fit, negative radii, counts < 1, images outside
+      `bounds`, logits that are not `[B, K]` with K >= 2, or clean logits (radius 0) that are not
+      finite.
   """
-  _check(logits_fn, args, x, labels, radii, restarts, bounds)
+  counts = {'num_steps': num_steps, 'restarts': restarts, 'batch_size': batch_size}
+  _check(logits_fn, args, x, labels, radii, counts, bounds)
   mesh = sharding.data_mesh() if mesh is None else mesh
   batch_size = -(-min(batch_size, len(x)) // mesh.size) * mesh.size
   args = sharding.replicate(mesh, args)
@@ -178,7 +180,7 @@ def _check(
   x: np.ndarray,
   labels: np.ndarray,
   radii: Sequence[float],
-  restarts: int,
+  counts: dict[str, int],
   bounds: tuple[float, float],
 ) -> None:
   if len(x) == 0 or labels.shape != x.shape[:1]:
@@ -187,8 +189,9 @@ def _check(
     )
   if not len(radii) or min(radii) < 0.0 or not np.isfinite(radii).all():
     raise ValueError(f'radii must be finite and >= 0, got {list(radii)}')
-  if restarts < 1:
-    raise ValueError(f'restarts must be >= 1, got {restarts}')
+  for name, count in counts.items():
+    if count < 1:
+      raise ValueError(f'{name} must be >= 1, got {count}')
   if not (x.min() >= bounds[0] and x.max() <= bounds[1]):
     raise ValueError(f'images must lie in {bounds}, got [{x.min()}, {x.max()}]')
   logits = jax.eval_shape(logits_fn, x[:1], *args)
