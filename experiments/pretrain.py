@@ -12,11 +12,12 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from experiments import runtime, settings
@@ -24,12 +25,14 @@ from experiments.settings import UsageError, setting
 from se_vae import attacks, checkpoints, data, diagnostics, networks, probing, training, vae
 
 CHECKPOINTS = 'checkpoints'
+BEST = 'checkpoints/best'
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 RESULT = 'result.json'
+NOT_FINITE = 'not_finite.json'
 
-# Settings that may differ when a run is resumed, since no result depends on them.
-_FREE_SETTINGS = frozenset({'workdir', 'data_dir', 'cache_dir', 'checkpoint_every'})
+# Settings that may differ when a run is resumed, since the trained model does not depend on them.
+_FREE_SETTINGS = frozenset({'workdir', 'data_dir', 'cache_dir', 'log_every', 'checkpoint_every'})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +78,7 @@ class PretrainConfig:
     0, 'Seed of initialisation, batch order and noise.', at_least=0, at_most=2**31 - 1
   )
   log_every: int = setting(100, 'Steps a row of metrics averages over.', at_least=1)
-  checkpoint_every: int = setting(
-    1000, 'Steps between checkpoints, rounded up to a multiple of log_every.', at_least=1
-  )
+  checkpoint_every: int = setting(1000, 'Steps between checkpoints.', at_least=1)
 
 
 def main() -> None:
@@ -142,79 +143,152 @@ def run(
   Raises:
     UsageError: for settings that are wrong, before anything is written.
     Interrupted: when `stop` says so, after a checkpoint.
+    NotFiniteError: for a loss that is not finite; the last good checkpoint stays.
   """
   dataset = prepare(config)
-  assert config.workdir is not None
-  workdir = Path(config.workdir)
-  if (workdir / RESULT).exists():
-    return dict(runtime.read_json(workdir / RESULT))
-  mesh = runtime.mesh_for(config.batch_size)
+  workdir = Path(str(config.workdir))
+  with runtime.lock(workdir):
+    if (workdir / RESULT).exists():
+      result: dict[str, Any] = runtime.read_json(workdir / RESULT)
+      if result['step'] == config.num_steps:
+        return result
+    mesh = runtime.mesh_for(config.batch_size)
+    setup = _set_up(config, dataset)
+    state = _train(config, setup, dataset, mesh, stop, description)
+    result = _finish(config, setup, state, dataset, mesh)
+    runtime.write_json(workdir / RESULT, result)
+  return result
+
+
+class _Setup(NamedTuple):
+  """What the settings make, before the first step."""
+
+  model: vae.VAE
+  train_config: training.TrainConfig
+  state: training.TrainState
+  train_key: jax.Array
+  eval_key: jax.Array
+  metadata: dict[str, Any]
+
+
+def _set_up(config: PretrainConfig, dataset: data.Dataset) -> _Setup:
   image_shape: tuple[int, int, int] = dataset.train.images.shape[1:]
   model_config = _fields_of(config, 'arch latent_dim hidden_units conv_channels covariance')
   model = vae.make_vae(image_shape, **model_config)
   train_config = training.TrainConfig(**_fields_of(config, *_names(training.TrainConfig)))
   init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
   state = training.init_state(model, train_config, init_key)
-
   metadata = {
     'model': {'image_shape': list(image_shape), **model_config},
     'config': settings.to_dict(config),
     'data': {'source': dataset.source, 'digest': dataset.digest},
     'versions': runtime.versions(),
   }
-  restored = checkpoints.restore_latest(workdir / CHECKPOINTS, state, on_damage=print)
-  if restored is not None:
-    state, saved = restored
-    if saved['data']['digest'] != dataset.digest:
-      raise UsageError('--data_dir: holds other data than the run was started with')
-  workdir.mkdir(parents=True, exist_ok=True)
-  runtime.write_json(workdir / CONFIG, metadata | {'devices': runtime.devices()})
+  return _Setup(model, train_config, state, train_key, eval_key, metadata)
+
+
+def _train(
+  config: PretrainConfig,
+  setup: _Setup,
+  dataset: data.Dataset,
+  mesh: Mesh,
+  stop: runtime.StopSignal,
+  description: str,
+) -> training.TrainState:
+  """The training loop around `training.run`: resumes, reports and saves."""
+  workdir = Path(str(config.workdir))
+  state, window = _restore(workdir / CHECKPOINTS, setup, dataset)
+  runtime.write_json(workdir / CONFIG, setup.metadata | {'devices': runtime.devices()})
   done = int(state.step)
   _drop_rows_after(workdir / METRICS, done)
-
-  def save() -> None:
-    checkpoints.save(workdir / CHECKPOINTS, done, state, metadata)
-
-  checkpoint_every = -(-config.checkpoint_every // config.log_every) * config.log_every
-  indices_for = functools.partial(_indices, config, len(dataset.train.images))
+  best_loss = _best_loss(workdir / BEST)
+  dispatches = training.run(
+    setup.model,
+    setup.train_config,
+    state,
+    setup.train_key,
+    dataset.train.images,
+    functools.partial(_indices, config, len(dataset.train.images)),
+    steps_per_row=config.log_every,
+    mesh=mesh,
+    window=window,
+  )
   progress = runtime.progress_bar(config.num_steps, description, initial=done)
   with progress, (workdir / METRICS).open('a') as metrics_file:
-    dispatches = training.run(
-      model,
-      train_config,
-      state,
-      train_key,
-      dataset.train.images,
-      indices_for,
-      steps_per_dispatch=config.log_every,
-      mesh=mesh,
-    )
-    for state, metrics in dispatches:
-      step = int(state.step)
-      if not all(map(math.isfinite, metrics.values())):
-        raise FloatingPointError(
-          f'{workdir}: not finite in steps {done} to {step}: {metrics}; '
-          f'the last good checkpoint is kept; a smaller --learning_rate may help'
-        )
-      metrics_file.write(json.dumps({'step': step, **metrics}) + '\n')
-      metrics_file.flush()
-      progress.set_postfix(loss=f'{metrics["loss"]:.1f}', refresh=False)
-      progress.update(step - done)
-      done = step
-      if stop.signum is not None or done % checkpoint_every == 0 or done == config.num_steps:
-        save()
-      stop.check()
+    loss = math.inf
+    try:
+      for state, window, row in dispatches:
+        step = int(state.step)
+        progress.update(step - done)
+        if row is not None:
+          loss = row['loss']
+          metrics_file.write(json.dumps({'step': step, **row}) + '\n')
+          metrics_file.flush()
+          progress.set_postfix(loss=f'{loss:.1f}', refresh=False)
+        due = step // config.checkpoint_every > done // config.checkpoint_every
+        done = step
+        if due or stop.signum is not None or done == config.num_steps:
+          tree = _tree(state, window)
+          checkpoints.save(workdir / CHECKPOINTS, done, tree, setup.metadata)
+          if loss < best_loss:
+            best_loss = loss
+            checkpoints.save(workdir / BEST, done, tree, {**setup.metadata, 'loss': loss}, keep=1)
+        stop.check()
+    except training.NotFiniteError as error:
+      report = {'step': error.step, 'metrics': error.metrics, 'examples': error.examples.tolist()}
+      runtime.write_json(workdir / NOT_FINITE, report)
+      raise
+  return state
 
+
+def _tree(state: training.TrainState, window: training.Window) -> dict[str, Any]:
+  """What a checkpoint holds."""
+  return {**state._asdict(), 'window': window}
+
+
+def _restore(
+  directory: Path, setup: _Setup, dataset: data.Dataset
+) -> tuple[training.TrainState, training.Window]:
+  """State and window of the newest good checkpoint, or those of step 0."""
+  window = training.empty_window(setup.model, setup.train_config, setup.state)
+  template = _tree(setup.state, window)
+  restored = checkpoints.restore_latest(directory, template, on_damage=runtime.warn)
+  if restored is None:
+    return setup.state, window
+  tree, saved = restored
+  if saved['data']['digest'] != dataset.digest:
+    raise UsageError('--data_dir: holds other data than the run was started with')
+  window = tree.pop('window')
+  return training.TrainState(**tree), window
+
+
+def _best_loss(directory: Path) -> float:
+  """The loss of the best checkpoint so far."""
+  try:
+    found = checkpoints.load_latest(directory, on_damage=runtime.warn)
+  except checkpoints.CheckpointError:
+    found = None  # damaged: the next good loss takes its place
+  return math.inf if found is None else float(found[1]['loss'])
+
+
+def _finish(
+  config: PretrainConfig,
+  setup: _Setup,
+  state: training.TrainState,
+  dataset: data.Dataset,
+  mesh: Mesh,
+) -> dict[str, Any]:
+  """Looks at the trained model on held-out images, and returns the result's JSON."""
+  images, model = dataset.test.images, setup.model
   params = jax.device_get(state.params)
-  means = probing.encoder_means(model, params, dataset.test.images, mesh=mesh)
   test = diagnostics.held_out(
-    model, params, eval_key, dataset.test.images, obs_var=config.obs_var, mesh=mesh
+    model, params, setup.eval_key, images, obs_var=config.obs_var, mesh=mesh
   )
+  means = probing.encoder_means(model, params, images, mesh=mesh)
   test['active_latents'] = diagnostics.active_latents(means)
-  _save_pictures(workdir, model, train_config, params, eval_key, dataset.test.images[:10])
-  result = {'step': done, 'train': metrics, 'test': test, **metadata}
-  runtime.write_json(workdir / RESULT, result)
-  return result
+  workdir = Path(str(config.workdir))
+  _save_pictures(workdir, model, setup.train_config, params, setup.eval_key, images[:10])
+  return {'step': int(state.step), 'test': test, **setup.metadata}
 
 
 def _indices(config: PretrainConfig, num_examples: int, step: int, num_steps: int) -> np.ndarray:
@@ -235,12 +309,20 @@ def _check_same_settings(path: Path, config: PretrainConfig) -> None:
   if not path.exists():
     return
   before = runtime.read_json(path)['config']
-  for name, value in settings.to_dict(config).items():
-    if name not in _FREE_SETTINGS and before.get(name) != value:
-      raise UsageError(
-        f'--{name}: the run in {path.parent} was started with {before.get(name)}; got {value}; '
-        'choose another --workdir for other settings'
-      )
+  longer = config.schedule == 'constant' and config.num_steps > before['num_steps']
+  free = _FREE_SETTINGS | ({'num_steps'} if longer else set())
+  changed = {
+    name: value
+    for name, value in settings.to_dict(config).items()
+    if name not in free and before.get(name) != value
+  }
+  if changed:
+    names = ', '.join(f'--{name}' for name in changed)
+    values = '; '.join(f'{name} was {before.get(name)}, now {new}' for name, new in changed.items())
+    raise UsageError(
+      f'{names}: not what the run in {path.parent} was started with ({values}); choose another '
+      '--workdir'
+    )
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

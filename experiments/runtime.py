@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -19,11 +20,16 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from experiments.settings import UsageError
+from se_vae import checkpoints
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scikit-learn', 'se_vae')
 
 # Below this many examples a device's share of a batch is too small to be worth a device.
 _SMALLEST_SHARE = 16
+
+
+# What can go wrong with the machine or the numbers: told in a line, not in a traceback.
+_FAILURES = (OSError, ArithmeticError, checkpoints.CheckpointError)
 
 
 class Interrupted(Exception):
@@ -49,6 +55,9 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
   except UsageError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+  except _FAILURES as error:
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    sys.exit(1)
   except Interrupted as interrupted:
     print(f'{interrupted}: saved. Run the same command again to go on.', file=sys.stderr)
     sys.exit(128 + interrupted.signum)
@@ -90,6 +99,29 @@ def mesh_for(batch_size: int) -> Any:
 def _even_split(batch_size: int, most: int) -> int:
   most = max(1, min(most, batch_size // _SMALLEST_SHARE))
   return next(count for count in range(most, 0, -1) if batch_size % count == 0)
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+  """Makes the directory if need be, and keeps every other process out of it.
+
+  The system drops the lock of a process that dies, however it dies.
+
+  Raises:
+    UsageError: if another process is at work there; names it.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / '.lock').open('a+') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      owner = file.read().strip() or 'another process'
+      raise UsageError(f'--workdir: {workdir} is in use by {owner}') from None
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {platform.node()}')
+    file.flush()
+    yield
 
 
 class StopSignal:
@@ -135,6 +167,11 @@ def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 
     mininterval=0.2 if terminal else 15.0,
     smoothing=0.1,
   )
+
+
+def warn(message: str) -> None:
+  """Tells the user of something that the run can go on without."""
+  print(f'warning: {message}', file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

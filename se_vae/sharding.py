@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = 'data'
@@ -35,6 +36,20 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
   """Puts a copy of every leaf on every device."""
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def replicate_copy(mesh: Mesh, tree: Tree) -> Tree:
+  """`replicate` into fresh buffers, which may be donated.
+
+  `replicate` may leave a host array's memory where it is, shared by all devices, or hand back the
+  very buffer it was given; a donated buffer is overwritten.
+  """
+  copy = jax.jit(
+    lambda leaves: jax.tree.map(jnp.copy, leaves),
+    out_shardings=NamedSharding(mesh, PartitionSpec()),
+  )
+  copied: Tree = copy(tree)
+  return copied
 
 
 def split(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:

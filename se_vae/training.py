@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -179,48 +180,111 @@ def train_step(
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'config'), donate_argnames='state')
+class Window(NamedTuple):
+  """What has come in since the last row of metrics; a part of every checkpoint.
+
+  Attributes:
+    num_steps: int32, the window's steps so far.
+    sums: each metric, summed over them.
+    bad_step: int32, the first step with a metric that is not finite; -1 if there is none.
+    bad_metrics: the metrics of that step.
+  """
+
+  num_steps: jax.Array
+  sums: Metrics
+  bad_step: jax.Array
+  bad_metrics: Metrics
+
+
+def empty_window(model: VAE, config: TrainConfig, state: TrainState) -> Window:
+  """The window before its first step."""
+  x = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
+  step = functools.partial(train_step, model, config)
+  shapes = jax.eval_shape(step, state, jax.random.key(0), x)[1]
+  zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+  return Window(jnp.zeros((), jnp.int32), zeros, jnp.full((), -1, jnp.int32), zeros)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'config'), donate_argnames='carry')
 def train_steps(
   model: VAE,
   config: TrainConfig,
-  state: TrainState,
+  carry: tuple[TrainState, Window],
   key: jax.Array,
   images: jax.Array,
   indices: jax.Array,
+  first: jax.Array,
   count: jax.Array,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, Window]:
   """`count` training steps in one dispatch.
 
   Args:
     model: the model.
     config: the settings.
-    state: donated.
+    carry: state and window; donated.
     key: the run's key.
     images: the whole training set `[N, H, W, C]`, uint8.
-    indices: `[K, B]`, the examples of each step; rows from `count` on are not used.
-    count: how many steps, 1 to K, traced: the last, shorter dispatch of a run compiles nothing.
+    indices: `[K, B]`, the examples of each step.
+    first: the row of `indices` to begin with, traced.
+    count: how many steps, traced: dispatches of any length share one compilation.
 
   Returns:
-    The new state, and each metric averaged over the steps.
+    The new state and window.
   """
 
-  def one_step(i: jax.Array, state: TrainState) -> tuple[TrainState, Metrics]:
-    return train_step(model, config, state, key, pixels(images[indices[i]]))
+  def body(i: jax.Array, carry: tuple[TrainState, Window]) -> tuple[TrainState, Window]:
+    before, window = carry
+    state, metrics = train_step(model, config, before, key, pixels(images[indices[i]]))
+    finite = jnp.all(jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))))
+    is_first_bad = ~finite & (window.bad_step < 0)
 
-  def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-    state, sums = carry
-    state, metrics = one_step(i, state)
-    return state, jax.tree.map(jnp.add, sums, metrics)
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+      return jnp.where(is_first_bad, new, old)
 
-  shapes = jax.eval_shape(one_step, 0, state)[1]
-  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-  state, sums = jax.lax.fori_loop(0, count, body, (state, zeros))
-  return state, jax.tree.map(lambda total: total / count.astype(total.dtype), sums)
+    return state, Window(
+      window.num_steps + 1,
+      jax.tree.map(jnp.add, window.sums, metrics),
+      keep(before.step, window.bad_step),
+      {name: keep(value, window.bad_metrics[name]) for name, value in metrics.items()},
+    )
+
+  return jax.lax.fori_loop(first, first + count, body, carry)
 
 
 def pixels(images: jax.typing.ArrayLike) -> jax.Array:
   """uint8 images as float32 in [0, 1]."""
   return jnp.asarray(images).astype(jnp.float32) / 255.0
+
+
+class NotFiniteError(FloatingPointError):
+  """A training step gave a NaN or an infinity; the state before the window is still good.
+
+  Attributes:
+    step: the step.
+    metrics: its metrics.
+    examples: `[B]`, the training examples of its batch.
+  """
+
+  def __init__(self, step: int, metrics: dict[str, float], examples: np.ndarray) -> None:
+    bad = ', '.join(f'{name} {value}' for name, value in metrics.items() if not np.isfinite(value))
+    super().__init__(f'step {step} is not finite: {bad}')
+    self.step = step
+    self.metrics = metrics
+    self.examples = examples
+
+
+class Progress(NamedTuple):
+  """Where a run stands after a dispatch.
+
+  Attributes:
+    state: valid until the next dispatch.
+    window: likewise.
+    row: metrics averaged over the window that this dispatch completed; None within a window.
+  """
+
+  state: TrainState
+  window: Window
+  row: dict[str, float] | None
 
 
 def run(
@@ -231,13 +295,16 @@ def run(
   images: np.ndarray,
   indices_for: Callable[[int, int], np.ndarray],
   *,
-  steps_per_dispatch: int,
+  steps_per_row: int,
   mesh: Mesh,
-) -> Iterator[tuple[TrainState, dict[str, float]]]:
-  """Trains from `state` to `config.num_steps`, yielding after each dispatch.
+  window: Window | None = None,
+  seconds_per_dispatch: float = 1.0,
+) -> Iterator[Progress]:
+  """Trains from `state` to `config.num_steps`, and comes back about once a second.
 
-  Dispatches end at multiples of `steps_per_dispatch` wherever the run starts, so what is yielded
-  does not depend on interruptions.
+  How the steps fall into dispatches changes neither the state nor the rows: windows end at
+  multiples of `steps_per_row` (and at the last step), and their sums are carried from one dispatch
+  to the next, or through a checkpoint.
 
   Args:
     model: the model.
@@ -247,20 +314,52 @@ def run(
     images: the training set `[N, H, W, C]`, uint8.
     indices_for: (first step, number of steps) to example indices `[steps, B]`, as
       `data.batch_indices` gives.
-    steps_per_dispatch: steps between two looks from the host.
+    steps_per_row: steps that a row of metrics averages over.
     mesh: the devices, which must divide the batch size.
+    window: the window that `state` was saved with, where that was within one; donated.
+    seconds_per_dispatch: how long a dispatch should take, at most.
 
-  Yields:
-    The state (valid until the next iteration) and the metrics averaged over the dispatch.
+  Raises:
+    NotFiniteError: after a dispatch in which a metric was not finite.
   """
-  step = int(state.step)
-  state, key, device_images = sharding.replicate(mesh, (state, key, images))
+  step, dispatch_steps = int(state.step), 1
+  empty = jax.device_get(empty_window(model, config, state))
+  carry = sharding.replicate_copy(mesh, (state, empty if window is None else window))
+  key, device_images = sharding.replicate(mesh, (key, images))
   while step < config.num_steps:
-    end = min((step // steps_per_dispatch + 1) * steps_per_dispatch, config.num_steps)
-    indices = indices_for(step, steps_per_dispatch)
-    count = np.int32(end - step)
-    state, metrics = train_steps(
-      model, config, state, key, device_images, sharding.split(mesh, indices, axis=1), count
-    )
-    step = end
-    yield state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+    start = step // steps_per_row * steps_per_row
+    end = min(start + steps_per_row, config.num_steps)
+    indices = indices_for(start, steps_per_row)
+    device_indices = sharding.split(mesh, indices, axis=1)
+    while step < end:
+      count = min(dispatch_steps, end - step)
+      began = time.monotonic()
+      carry = train_steps(
+        model,
+        config,
+        carry,
+        key,
+        device_images,
+        device_indices,
+        np.int32(step - start),
+        np.int32(count),
+      )
+      bad_step = int(carry[1].bad_step)  # waits for the dispatch
+      seconds = time.monotonic() - began
+      step += count
+      if bad_step >= 0:
+        metrics = _to_floats(carry[1].bad_metrics)
+        raise NotFiniteError(bad_step, metrics, indices[bad_step - start])
+      row = None
+      if step == end:
+        steps = int(carry[1].num_steps)
+        row = {name: total / steps for name, total in _to_floats(carry[1].sums).items()}
+        carry = (carry[0], sharding.replicate_copy(mesh, empty))
+      yield Progress(carry[0], carry[1], row)
+      # At most twice the last one, as the first dispatch of a process includes its compilation.
+      fitting = max(1, int(count * seconds_per_dispatch / seconds))
+      dispatch_steps = min(max(fitting, dispatch_steps // 2), 2 * dispatch_steps)
+
+
+def _to_floats(metrics: Metrics) -> dict[str, float]:
+  return {name: float(value) for name, value in jax.device_get(metrics).items()}

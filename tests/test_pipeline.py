@@ -110,7 +110,7 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(trained):
   settings = config(trained, dataset='color_mnist_5k', num_steps=60)
   assert pretrain.run(settings, stop)['step'] == 60
   assert (trained / 'result.json').stat().st_mtime_ns == before
-  with pytest.raises(UsageError, match=r'--gamma: .* started with 1.0; got 2.0'):
+  with pytest.raises(UsageError, match=r'--gamma: .*gamma was 1.0, now 2.0'):
     pretrain.run(dataclasses.replace(settings, gamma=2.0), stop)
 
 

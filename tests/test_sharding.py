@@ -76,3 +76,15 @@ def test_program_over_split_batch_needs_no_communication_in_its_source():
   split = mean(sharding.replicate(mesh, weights), sharding.split(mesh, x))
   assert split.sharding.is_fully_replicated
   np.testing.assert_allclose(split, np.mean(x @ weights), rtol=1e-5)  # a sum in another order
+
+
+@pytest.mark.parametrize('leaf', [np.arange(64.0, dtype=np.float32), jnp.arange(64.0)])
+def test_a_replicated_copy_may_be_donated(leaf):
+  """The original keeps its values however often its copies are overwritten in place."""
+  mesh = sharding.data_mesh(4)
+  double = jax.jit(lambda x: 2.0 * x, donate_argnums=0)
+  for _ in range(3):
+    copy = sharding.replicate_copy(mesh, {'leaf': leaf})
+    assert copy['leaf'].sharding.is_fully_replicated
+    np.testing.assert_array_equal(double(copy['leaf']), 2.0 * np.arange(64.0))
+    np.testing.assert_array_equal(leaf, np.arange(64.0))

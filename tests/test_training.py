@@ -21,7 +21,7 @@ SHAPE = (4, 4, 1)
 BATCH = 8
 KEY = jax.random.key(5)
 # 47 steps in dispatches of 10: the last is shorter.
-STEPS, DISPATCH = 47, 10
+STEPS, ROW = 47, 10
 CONFIG = training.TrainConfig(pgd_steps=3, learning_rate=1e-2, num_steps=STEPS)
 
 TRACES = []
@@ -87,8 +87,8 @@ def batch(step: int) -> jax.Array:
   return jnp.asarray(IMAGES[indices_for(step, 1)[0]] / np.float32(255.0))
 
 
-def run(model, config, state, num_devices: int = 1, dispatches: int | None = None):
-  """What `training.run` yields, all of it or its start, copied before it is donated."""
+def progress(model, config, state, num_devices: int = 1, window=None, seconds: float = 1e3):
+  """What `training.run` yields, copied before it is donated."""
   outputs = training.run(
     model,
     config,
@@ -96,19 +96,19 @@ def run(model, config, state, num_devices: int = 1, dispatches: int | None = Non
     KEY,
     IMAGES,
     indices_for,
-    steps_per_dispatch=DISPATCH,
+    steps_per_row=ROW,
     mesh=sharding.data_mesh(num_devices),
+    window=window,
+    seconds_per_dispatch=seconds,
   )
-  outputs = itertools.islice(outputs, dispatches)
-  return [(jax.tree.map(np.array, state), metrics) for state, metrics in outputs]
+  for state, window, row in outputs:
+    yield jax.tree.map(np.array, state), jax.tree.map(np.array, window), row
 
 
-def dispatch(model, config, state, step: int, count: int):
-  """`count` steps from `step` on one device, in the program that `run` compiles."""
-  mesh = sharding.data_mesh(1)
-  state, key, images = sharding.replicate(mesh, (jax.tree.map(jnp.array, state), KEY, IMAGES))
-  indices = sharding.split(mesh, indices_for(step, DISPATCH), axis=1)
-  return training.train_steps(model, config, state, key, images, indices, np.int32(count))[0]
+def run(model, config, state, num_devices: int = 1, rows: int | None = None, window=None):
+  """The state and the metrics at the end of each window, or of the first few."""
+  ends = ((s, row) for s, _, row in progress(model, config, state, num_devices, window) if row)
+  return list(itertools.islice(ends, rows))
 
 
 @functools.cache
@@ -430,23 +430,38 @@ def test_bound_increases(objective):
   assert all(np.isfinite(elbos))
 
 
-def test_dispatches_end_at_multiples_and_at_the_end():
+def test_rows_end_at_multiples_and_at_the_end():
   assert [int(state.step) for state, _ in whole_run()] == [10, 20, 30, 40, 47]
 
 
-@pytest.mark.parametrize('interrupted_at', [20, 23])
-def test_resumed_run_is_the_uninterrupted_run(interrupted_at):
-  """Bitwise, at the end of a dispatch and within one."""
-  model, whole = tiny(), whole_run()
-  state = whole[1][0]
-  if interrupted_at > 20:
-    state = dispatch(model, CONFIG, state, 20, interrupted_at - 20)
-  resumed = run(model, CONFIG, state)
-  assert [int(state.step) for state, _ in resumed] == [30, 40, 47]
-  for (state, metrics), (expected, expected_metrics) in zip(resumed, whole[2:], strict=True):
-    assert_same(state, expected)
-    if interrupted_at == 20 or expected.step > 30:  # the first window is shorter
-      assert metrics == expected_metrics
+def test_a_run_resumed_after_any_dispatch_is_the_uninterrupted_run():
+  """Bitwise, state and rows, at the end of a window and within one."""
+  whole = whole_run()
+  seen = list(progress(tiny(), CONFIG, start(tiny(), CONFIG), seconds=0.0))  # a step a dispatch
+  assert [int(state.step) for state, _, _ in seen] == list(range(1, 48))
+  assert [row for _, _, row in seen if row] == [row for _, row in whole]
+  for state, window, _ in (seen[19], seen[22], seen[45]):
+    resumed = run(tiny(), CONFIG, state, window=window)
+    expected = [(s, row) for s, row in whole if s.step > state.step]
+    assert len(resumed) == len(expected) > 0
+    assert_same(resumed, expected)
+
+
+def test_dispatches_take_about_as_long_as_asked():
+  """They double from one step on, as long as they are short, and stop at the end of a window."""
+  one = [int(s.step) for s, _, _ in progress(tiny(), CONFIG, start(tiny(), CONFIG))]
+  assert one[:6] == [1, 3, 7, 10, 20, 30]
+
+
+def test_a_step_that_is_not_finite_is_named_with_its_batch():
+  config = dataclasses.replace(CONFIG, learning_rate=1e30, schedule='constant')
+  with pytest.raises(training.NotFiniteError) as error:
+    run(tiny(), config, start(tiny(), config))
+  step = error.value.step
+  assert 0 < step < 47
+  assert f'step {step} is not finite' in str(error.value)
+  assert not all(map(math.isfinite, error.value.metrics.values()))
+  np.testing.assert_array_equal(error.value.examples, indices_for(step, 1)[0])
 
 
 def test_finished_run_yields_nothing():
@@ -488,13 +503,14 @@ def test_metrics_are_named_and_consistent():
     np.testing.assert_allclose(metrics['squared_error'], expected, rtol=1e-4)
 
 
-def test_shorter_dispatches_compile_nothing():
-  state = whole_run()[0][0]
+def test_dispatches_of_any_length_share_one_compilation():
+  run(tiny(), CONFIG, whole_run()[0][0], rows=1)
   before = len(TRACES)
-  for count in (1, 4, DISPATCH):
-    state = dispatch(tiny(), CONFIG, state, int(state.step), count)
-  assert int(state.step) == 25
-  assert len(TRACES) == before > 0
+  assert before > 0
+  lengths = np.diff([int(s.step) for s, _, _ in progress(tiny(), CONFIG, whole_run()[0][0])])
+  assert len(set(lengths.tolist())) > 2
+  # Only the shapes of a window's metrics are found out anew, by one abstract step.
+  assert len(TRACES) - before <= 2
 
 
 def test_full_covariance_trains():
@@ -510,9 +526,7 @@ def test_full_covariance_trains():
 )
 def test_four_devices_train_as_one(changes, objective):
   model, config = tiny(**changes), dataclasses.replace(CONFIG, objective=objective)
-  alone, spread = (
-    run(model, config, start(model, config), devices, dispatches=2) for devices in (1, 4)
-  )
+  alone, spread = (run(model, config, start(model, config), devices, rows=2) for devices in (1, 4))
   assert int(spread[-1][0].step) == 20
   for (state, metrics), (expected, expected_metrics) in zip(spread, alone, strict=True):
     # The gradient's sum in another order: 1e-7 here, with room for 20 steps of Adam elsewhere.

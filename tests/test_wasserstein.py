@@ -714,6 +714,17 @@ def test_factorised_distances_and_couplings_keep_their_relative_accuracy_in_floa
   assert np.all(values[~different] == 0.0)
 
 
+def test_squared_w2_keeps_its_relative_accuracy_in_float32_near_equal_variances():
+  # Subtracting the standard deviations would leave three digits where they differ by 1e-4.
+  log_var_b = np.full(100, -2.5, np.float32)
+  log_var_a = log_var_b + np.logspace(-4, -1, 100).astype(np.float32)
+  zero = jnp.zeros((100, 1))
+  q_a, q_b = (DiagonalGaussian(zero, jnp.asarray(v)[:, None]) for v in (log_var_a, log_var_b))
+  sd_a, sd_b = (np.exp(v.astype(LONG) / 2) for v in (log_var_a, log_var_b))
+  error = np.asarray(wasserstein.squared_w2(q_a, q_b), LONG) / (sd_a - sd_b) ** 2 - 1
+  assert np.max(np.abs(error)) < 3e-6
+
+
 def test_factorised_cost_rises_with_gamma_in_float32():
   # Monotone up to the accuracy asserted above: steps of the grid are a factor of 1.6 in gamma, and
   # where gamma is too small to matter the cost is flat.
