@@ -149,7 +149,7 @@ def kl_divergence(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
   if isinstance(q_a, DiagonalGaussian) and isinstance(q_b, DiagonalGaussian):
     log_ratio = q_a.log_var - q_b.log_var
     mahalanobis = ((q_a.mean - q_b.mean) * jnp.exp(-0.5 * q_b.log_var)) ** 2
-    return 0.5 * jnp.sum(_itakura_saito(log_ratio) + mahalanobis, axis=-1)
+    return 0.5 * jnp.sum(exp_remainder(log_ratio) + mahalanobis, axis=-1)
   assert isinstance(q_a, FullGaussian) and isinstance(q_b, FullGaussian)
   whitened = _solve_tril(q_b.scale_tril, q_a.scale_tril)
   shift = _solve_tril(q_b.scale_tril, (q_a.mean - q_b.mean)[..., None])[..., 0]
@@ -157,7 +157,7 @@ def kl_divergence(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
   log_ratio = 2.0 * jnp.log(jnp.diagonal(whitened, axis1=-2, axis2=-1))
   off_diagonal = jnp.tril(whitened, -1)
   return 0.5 * (
-    jnp.sum(_itakura_saito(log_ratio) + shift**2, axis=-1) + jnp.sum(off_diagonal**2, axis=(-2, -1))
+    jnp.sum(exp_remainder(log_ratio) + shift**2, axis=-1) + jnp.sum(off_diagonal**2, axis=(-2, -1))
   )
 
 
@@ -165,7 +165,7 @@ def kl_to_standard_normal(q: Gaussian) -> jax.Array:
   """KL(q || N(0, I)) >= 0, in nats, `[...]`: the regulariser of the VAE's ELBO (Eq. 8)."""
   check_gaussian(q)
   if isinstance(q, DiagonalGaussian):
-    return 0.5 * jnp.sum(_itakura_saito(q.log_var) + q.mean**2, axis=-1)
+    return 0.5 * jnp.sum(exp_remainder(q.log_var) + q.mean**2, axis=-1)
   identity = jnp.broadcast_to(jnp.eye(q.dim, dtype=q.mean.dtype), q.scale_tril.shape)
   return kl_divergence(q, FullGaussian(jnp.zeros_like(q.mean), identity))
 
@@ -215,18 +215,18 @@ def _check_square(what: str, name: str, mean: jax.Array, matrix: jax.Array) -> N
     )
 
 
-def _itakura_saito(log_ratio: jax.Array) -> jax.Array:
-  """r - log r - 1 for r = exp(log_ratio): Eq. 8's covariance term for one dimension.
+def exp_remainder(t: jax.Array) -> jax.Array:
+  """exp(t) - 1 - t >= 0, elementwise, to float resolution everywhere.
 
-  Near r = 1 the difference cancels, so there the Taylor series of exp(t) - 1 - t takes over.
+  With t = log r it is r - log r - 1, Eq. 8's (Itakura-Saito) divergence of two variances of ratio r.
   """
-  near_one = jnp.abs(log_ratio) < 1.0
+  near_zero = jnp.abs(t) < 1.0
   # Each branch is evaluated only where it is safe: a gradient must not meet 0 * inf in the other.
-  t = jnp.where(near_one, log_ratio, 0.0)
-  series = jnp.zeros_like(t)
+  small = jnp.where(near_zero, t, 0.0)
+  series = jnp.zeros_like(small)
   for k in range(_SERIES_ORDER, 1, -1):  # Horner: t^2/2! (1 + t/3 (1 + t/4 (...)))
-    series = (1.0 + series) * t / k
-  return jnp.where(near_one, series * t, jnp.expm1(log_ratio) - log_ratio)
+    series = (1.0 + series) * small / k
+  return jnp.where(near_zero, series * small, jnp.expm1(t) - t)
 
 
 def _solve_tril(tril: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from PIL import Image
 import se_vae
 from experiments import figure1, pretrain, probe, runtime
 from experiments.settings import UsageError
-from se_vae import checkpoints, data
+from se_vae import checkpoints, data, training
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -149,9 +150,13 @@ def test_metrics_of_a_killed_run_have_no_gap_and_no_repeat(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
   settings = config(tmp_path, optimizer='sgd', learning_rate=1e6, schedule='constant')
-  with pytest.raises(FloatingPointError, match='not finite in steps'):
+  with pytest.raises(training.NotFiniteError, match='step [0-9]+ is not finite'):
     pretrain.run(settings, runtime.StopSignal())
   assert not (tmp_path / 'result.json').exists()
+  report = json.loads((tmp_path / 'not_finite.json').read_text())
+  expected = data.batch_indices(0, report['step'], 1, settings.batch_size, 4000)[0]
+  assert report['examples'] == expected.tolist()
+  assert not all(map(math.isfinite, report['metrics'].values()))
 
 
 def test_full_covariance_encoders_train_and_are_probed(tmp_path):

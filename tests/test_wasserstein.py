@@ -672,17 +672,18 @@ def test_factorised_cost_is_accurate_in_float32():
   expected = oracles.paper_scalar_cost(0.0, log_var_a, 0.0, log_var_b, gammas)
   error = np.abs(values - expected)
   # The cost is a sum: gamma/2 W2^2 >= 0, what the coupling adds to it >= 0, minus the two entropies
-  # 1/2 log var + 1/2 log(2 pi e). Each is good to ten units in the last place or so: a squared
-  # difference of exponentials doubles the five units that XLA's expm1 may err by.
+  # 1/2 log var + 1/2 log(2 pi e). Each is good to a few units in the last place.
   transport = gammas / 2 * (np.exp(log_var_a / 2) - np.exp(log_var_b / 2)) ** 2
   excess = expected - transport + (log_var_a + log_var_b) / 2 + np.log(2 * LONG(np.pi)) + 1
   assert excess.min() > -1e-9
   terms = transport + excess + (np.abs(log_var_a) + np.abs(log_var_b)) / 2 + 2.84
-  assert np.max(error / terms) < 11.5 * np.finfo(np.float32).eps
-  # Where terms of order 10 cancel, 1e-6 is their last place; elsewhere 1e-5 relative holds.
+  assert np.max(error / terms) < 4.0 * np.finfo(np.float32).eps
+  assert np.all(error < 1e-6 + 1e-5 * np.abs(expected))
+  # Of the larger of the two alone, where terms of order 10 cancel and 1e-6 is their last place, one
+  # or two points of the 893,101 miss by a seventh.
   ratio = error / np.maximum(1e-6, 1e-5 * np.abs(expected))
-  assert ratio.max() < 4.0
-  assert np.mean(ratio > 1.0) < 5e-4
+  assert ratio.max() < 1.2
+  assert np.sum(ratio > 1.0) <= 2
 
 
 def test_factorised_distances_and_couplings_keep_their_relative_accuracy_in_float32():
@@ -730,7 +731,7 @@ def test_factorised_cost_rises_with_gamma_in_float32():
   # where gamma is too small to matter the cost is flat.
   values, *_ = factorised_on_a_grid(wasserstein.entropic_transport_cost)
   falls = np.maximum(values[:-1] - values[1:], 0.0)
-  assert np.max(falls / np.maximum(1e-6, 1e-5 * np.abs(values[1:]))) < 4.0
+  assert np.max(falls / np.maximum(1e-6, 1e-5 * np.abs(values[1:]))) < 2.4
 
 
 @pytest.mark.parametrize('condition', (1.0, 1e2, 1e4))
