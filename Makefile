@@ -14,8 +14,9 @@ figure1: $(READY)  ## The paper's Figure 1 on the embedded digits, into $(WORKDI
 test: $(READY)  ## All tests but the slow ones.
 	$(BIN)/python -m pytest -m "not slow" tests se_vae
 
-soak: $(READY)  ## The slow tests.
+soak: $(READY)  ## The slow tests: kills, full disks, 10,000 fuzzed inputs of each kind.
 	$(BIN)/python -m pytest -m slow tests
+	SE_VAE_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -227,6 +227,8 @@ def _train(
           progress.set_postfix(loss=f'{loss:.1f}', refresh=False)
         due = step // config.checkpoint_every > done // config.checkpoint_every
         done = step
+        if not workdir.is_dir():  # saving would make it anew, without what was in it
+          raise FileNotFoundError(f'{workdir}: the work directory has vanished')
         if due or stop.signum is not None or done == config.num_steps:
           tree = _tree(state, window)
           checkpoints.save(workdir / CHECKPOINTS, done, tree, setup.metadata)

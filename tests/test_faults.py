@@ -1,0 +1,254 @@
+"""Killed, crowded out, out of disk: nothing finished is lost, and the end is as if undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import pretrain, runtime
+from experiments.settings import UsageError
+from se_vae import checkpoints
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+ROOT = Path(__file__).parents[1]
+FLAGS = {
+  'hidden_units': 16,
+  'latent_dim': 4,
+  'pgd_steps': 2,
+  'num_steps': 1500,
+  'log_every': 50,
+  'checkpoint_every': 100,
+}
+
+
+def start(workdir: Path, preexec_fn=None, **changes) -> subprocess.Popen:
+  """The binary, as a user starts it."""
+  arguments = {'workdir': workdir, **FLAGS, **changes}
+  return subprocess.Popen(
+    [sys.executable, '-m', 'experiments.pretrain', *(f'--{k}={v}' for k, v in arguments.items())],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    preexec_fn=preexec_fn,
+  )
+
+
+def finish(process: subprocess.Popen) -> str:
+  stdout, stderr = process.communicate(timeout=240)
+  assert process.returncode == 0, stderr
+  return stdout
+
+
+def last_step(workdir: Path) -> int:
+  """Of the rows that are complete."""
+  path = workdir / 'metrics.jsonl'
+  lines = path.read_text().split('\n')[:-1] if path.exists() else []
+  return json.loads(lines[-1])['step'] if lines else 0
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+  deadline = time.monotonic() + 120
+  while last_step(workdir) < step and process.poll() is None:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+def assert_same_end(workdir: Path, expected: Path) -> None:
+  assert (workdir / 'metrics.jsonl').read_text() == (expected / 'metrics.jsonl').read_text()
+  results = [json.loads((path / 'result.json').read_text()) for path in (workdir, expected)]
+  assert results[0]['test'] == results[1]['test']
+  tensors = [
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
+    for path in (workdir, expected)
+  ]
+  assert tensors[0].keys() == tensors[1].keys()
+  for name, tensor in tensors[0].items():
+    np.testing.assert_array_equal(tensor, tensors[1][name], err_msg=name)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory) -> Path:
+  workdir = tmp_path_factory.mktemp('undisturbed')
+  finish(start(workdir))
+  assert last_step(workdir) == FLAGS['num_steps']
+  return workdir
+
+
+@pytest.mark.parametrize('kills', [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_bitwise_equal(tmp_path, undisturbed, kills):
+  rng = random.Random(kills)
+  landed = 0
+  for _ in range(kills):
+    before = last_step(tmp_path)
+    process = start(tmp_path)
+    # Not only at the end of a row: some time after it, in a dispatch or in the middle of a file.
+    wait_for_step(process, tmp_path, min(before + 50, 1400))
+    time.sleep(rng.uniform(0.0, 0.15))
+    landed += process.poll() is None
+    process.kill()
+    process.communicate()
+  assert landed >= 0.8 * kills  # the run was not over before
+  finish(start(tmp_path))
+  assert_same_end(tmp_path, undisturbed)
+
+
+def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, undisturbed):
+  """In the middle of a window as long as the run, so that no row or checkpoint is due."""
+  process = start(tmp_path, log_every=1500, checkpoint_every=1500)
+  while process.stderr.read(1) not in ('|', ''):  # until the bar is up: training is under way
+    pass
+  time.sleep(2.0)
+  asked = time.monotonic()
+  process.send_signal(signal.SIGTERM)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert 'SIGTERM: saved. Run the same command again' in stderr.splitlines()[-1]
+  assert time.monotonic() - asked < 30.0  # it includes a compilation at worst; seconds otherwise
+  (step, _), *_ = checkpoints.steps(tmp_path / 'checkpoints')
+  assert 0 < step < 1500
+  finish(start(tmp_path, log_every=1500, checkpoint_every=1500))
+  mine, theirs = (
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
+    for path in (tmp_path, undisturbed)
+  )
+  for name in (name for name in theirs if name.startswith(('params/', 'opt_state/'))):
+    np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+
+
+def test_a_directory_is_one_process_s_at_a_time(tmp_path):
+  with runtime.lock(tmp_path):
+    owner = f'in use by process {os.getpid()} on '
+    with pytest.raises(UsageError, match=owner), runtime.lock(tmp_path):
+      pytest.fail('both hold the lock')
+    with pytest.raises(UsageError, match=r'--workdir: .* in use'):
+      pretrain.run(pretrain.PretrainConfig(workdir=str(tmp_path)), runtime.StopSignal())
+  with runtime.lock(tmp_path):
+    assert str(os.getpid()) in (tmp_path / '.lock').read_text()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+  code = (
+    'import pathlib, signal, os\n'
+    'from experiments import runtime\n'
+    f'with runtime.lock(pathlib.Path({str(tmp_path)!r})):\n'
+    '  os.kill(os.getpid(), signal.SIGKILL)\n'
+  )
+  process = subprocess.run([sys.executable, '-c', code], cwd=ROOT)
+  assert process.returncode == -signal.SIGKILL
+  assert 'process ' in (tmp_path / '.lock').read_text()
+  with runtime.lock(tmp_path):
+    assert f'process {os.getpid()} on' in (tmp_path / '.lock').read_text()
+
+
+def assert_fails_in_a_line(process: subprocess.Popen, *words: str) -> None:
+  _, stderr = process.communicate(timeout=120)
+  assert process.returncode == 1, stderr
+  last = stderr.splitlines()[-1]
+  assert last.startswith('error: ') and 'Traceback' not in stderr, stderr
+  for word in words:
+    assert word in last
+
+
+def test_a_file_that_cannot_grow_is_an_error_in_a_line(tmp_path):
+  """The kernel's own refusal of a write, as of a full quota: nothing half-written is left."""
+
+  def limit() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+  assert_fails_in_a_line(start(tmp_path, preexec_fn=limit), 'cannot be written', 'too large')
+  assert checkpoints.steps(tmp_path / 'checkpoints') == []
+  assert list((tmp_path / 'checkpoints').iterdir()) == []
+  assert last_step(tmp_path) > 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_in_a_line_and_the_run_goes_on_afterwards(tmp_path, undisturbed):
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(disk)])
+  if mounted.returncode:
+    pytest.skip('needs the right to mount a tmpfs')
+  try:
+    workdir = disk / 'run'
+    process = start(workdir)
+    wait_for_step(process, workdir, 400)
+    (disk / 'ballast').write_bytes(b'x' * (shutil.disk_usage(disk).free - 4096))
+    assert_fails_in_a_line(process, 'No space left')
+    assert checkpoints.load_latest(workdir / 'checkpoints', on_damage=pytest.fail) is not None
+    (disk / 'ballast').unlink()
+    subprocess.run(['mount', '-o', 'remount,size=8m', str(disk)], check=True)
+    finish(start(workdir))
+    assert_same_end(workdir, undisturbed)
+  finally:
+    subprocess.run(['umount', str(disk)], check=True)
+
+
+def test_a_work_directory_that_vanishes_is_an_error_in_a_line(tmp_path):
+  workdir = tmp_path / 'run'
+  process = start(workdir, num_steps=100_000)
+  wait_for_step(process, workdir, 50)
+  shutil.rmtree(workdir)
+  assert_fails_in_a_line(process, 'vanished')
+  assert not workdir.exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, undisturbed):
+  shutil.copytree(undisturbed, tmp_path / 'run')
+  workdir = tmp_path / 'run'
+  (workdir / 'result.json').unlink()
+  (_, newest), (before, _), *_ = checkpoints.steps(workdir / 'checkpoints')
+  content = bytearray(newest.read_bytes())
+  content[len(content) // 2] ^= 1
+  newest.write_bytes(bytes(content))
+  process = start(workdir)
+  _, stderr = process.communicate(timeout=120)
+  assert process.returncode == 0, stderr
+  assert f'warning: {newest}: damaged' in stderr
+  assert before < FLAGS['num_steps']
+  assert_same_end(workdir, undisturbed)
+
+
+def test_no_good_checkpoint_at_all_is_an_error_and_nothing_is_overwritten(tmp_path, undisturbed):
+  shutil.copytree(undisturbed, tmp_path / 'run')
+  directory = tmp_path / 'run' / 'checkpoints'
+  (tmp_path / 'run' / 'result.json').unlink()
+  for _, path in checkpoints.steps(directory):
+    path.write_bytes(b'')
+  before = sorted(path.name for path in directory.iterdir())
+  assert_fails_in_a_line(start(tmp_path / 'run'), 'none of its 2 checkpoints is good')
+  assert sorted(path.name for path in directory.iterdir()) == before
+
+
+def test_a_constant_rate_may_train_on_and_a_cosine_may_not(tmp_path):
+  small = {'hidden_units': 8, 'latent_dim': 2, 'pgd_steps': 1, 'log_every': 5, 'num_steps': 10}
+  base = pretrain.PretrainConfig(workdir=str(tmp_path), schedule='constant', **small)
+  stop = runtime.StopSignal()
+  pretrain.run(base, stop)
+  longer = pretrain.PretrainConfig(**{**vars(base), 'num_steps': 20, 'log_every': 10})
+  assert pretrain.run(longer, stop)['step'] == 20
+  straight = pretrain.PretrainConfig(**{**vars(longer), 'workdir': str(tmp_path / 'straight')})
+  pretrain.run(straight, stop)
+  mine, theirs = (
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
+    for path in (tmp_path, tmp_path / 'straight')
+  )
+  for name, tensor in theirs.items():
+    if not name.startswith('window/'):
+      np.testing.assert_array_equal(mine[name], tensor, err_msg=name)
+  with pytest.raises(UsageError, match='--num_steps'):
+    pretrain.run(pretrain.PretrainConfig(**{**vars(longer), 'num_steps': 15}), stop)
+  with pytest.raises(UsageError, match='--schedule'):
+    pretrain.run(pretrain.PretrainConfig(**{**vars(longer), 'schedule': 'cosine'}), stop)
