@@ -287,11 +287,11 @@ def _write_csv(path: Path, results: list[dict[str, Any]]) -> None:
 def _print_table(panels: list[tuple[Panel, list[plots.Curve]]]) -> None:
   print('\nAdversarial accuracy against l-inf radius')
   radii = panels[0][1][0].radii
-  print(f'{"":42}' + ''.join(f'{radius:>7.2f}' for radius in radii))
+  print(f'{"":46}' + ''.join(f'{radius:>7.2f}' for radius in radii))
   for panel, curves in panels:
     for curve in curves:
       name = f'{panel.title}  {curve.label}'
-      print(f'{name:42}' + ''.join(f'{accuracy:7.3f}' for accuracy in curve.accuracy))
+      print(f'{name:46}' + ''.join(f'{accuracy:7.3f}' for accuracy in curve.accuracy))
 
 
 if __name__ == '__main__':

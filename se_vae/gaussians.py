@@ -218,7 +218,7 @@ def _check_square(what: str, name: str, mean: jax.Array, matrix: jax.Array) -> N
 def exp_remainder(t: jax.Array) -> jax.Array:
   """exp(t) - 1 - t >= 0, elementwise, to float resolution everywhere.
 
-  With t = log r it is r - log r - 1, Eq. 8's (Itakura-Saito) divergence of two variances of ratio r.
+  With t = log r it is r - log r - 1: Eq. 8's divergence (Itakura-Saito) of variances of ratio r.
   """
   near_zero = jnp.abs(t) < 1.0
   # Each branch is evaluated only where it is safe: a gradient must not meet 0 * inf in the other.

@@ -150,7 +150,7 @@ def test_metrics_of_a_killed_run_have_no_gap_and_no_repeat(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
   settings = config(tmp_path, optimizer='sgd', learning_rate=1e6, schedule='constant')
-  with pytest.raises(training.NotFiniteError, match='step [0-9]+ is not finite'):
+  with pytest.raises(training.NotFiniteError, match=r'step [0-9]+ is not finite'):
     pretrain.run(settings, runtime.StopSignal())
   assert not (tmp_path / 'result.json').exists()
   report = json.loads((tmp_path / 'not_finite.json').read_text())
