@@ -47,7 +47,7 @@ def pgd(
     >>> move = lambda x_adv, x: jnp.sum((x_adv - x) ** 2, axis=-1)
     >>> x = jnp.full((2, 3), 0.5)
     >>> x_adv = pgd(move, jax.random.key(0), x, radius=0.1, num_steps=5, args=(x,))
-    >>> print(jnp.abs(x_adv - x).max(axis=-1))
+    >>> print(jnp.abs(x_adv - x).max(axis=-1).round(3))
     [0.1 0.1]
 
   Args:

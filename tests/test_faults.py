@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -33,16 +32,24 @@ FLAGS = {
 }
 
 
-def start(workdir: Path, preexec_fn=None, **changes) -> subprocess.Popen:
+# Runs a module, as -m does, that may write no file larger than so many bytes.
+LIMITED = (
+  'import resource, runpy, sys; '
+  'resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); '
+  'runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)'
+)
+
+
+def start(workdir: Path, run_module: tuple[str, ...] = ('-m',), **changes) -> subprocess.Popen:
   """The binary, as a user starts it."""
   arguments = {'workdir': workdir, **FLAGS, **changes}
+  flags = (f'--{name}={value}' for name, value in arguments.items())
   return subprocess.Popen(
-    [sys.executable, '-m', 'experiments.pretrain', *(f'--{k}={v}' for k, v in arguments.items())],
+    [sys.executable, *run_module, 'experiments.pretrain', *flags],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    preexec_fn=preexec_fn,
   )
 
 
@@ -164,11 +171,8 @@ def assert_fails_in_a_line(process: subprocess.Popen, *words: str) -> None:
 
 def test_a_file_that_cannot_grow_is_an_error_in_a_line(tmp_path):
   """The kernel's own refusal of a write, as of a full quota: nothing half-written is left."""
-
-  def limit() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-  assert_fails_in_a_line(start(tmp_path, preexec_fn=limit), 'cannot be written', 'too large')
+  process = start(tmp_path, ('-c', LIMITED, '50000'))
+  assert_fails_in_a_line(process, 'cannot be written', 'too large')
   assert checkpoints.steps(tmp_path / 'checkpoints') == []
   assert list((tmp_path / 'checkpoints').iterdir()) == []
   assert last_step(tmp_path) > 0
