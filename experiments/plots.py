@@ -1,4 +1,4 @@
-"""Curves of adversarial accuracy against radius."""
+"""Curves of adversarial accuracy against radius, and pages of images."""
 
 from __future__ import annotations
 
@@ -72,3 +72,15 @@ def save(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]]) -> None:
     axis.legend(frameon=False)
   axes[0].set_ylabel('adversarial accuracy')
   figure.savefig(path, dpi=150)
+
+
+def save_images(path: Path, rows: Sequence[np.ndarray], scale: int = 2) -> None:
+  """Rows of images `[N, H, W, C]` in [0, 1] as one PNG file, each pixel `scale` wide."""
+  from PIL import Image
+
+  grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+  pixels = np.round(np.clip(grid, 0.0, 1.0) * 255.0).astype(np.uint8)
+  pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+  if pixels.shape[-1] not in (1, 3):
+    raise ValueError(f'images must have 1 or 3 channels, got {pixels.shape[-1]}')
+  Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)

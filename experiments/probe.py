@@ -1,25 +1,31 @@
-r"""Fits a linear probe on a pretrained encoder's means, and attacks it at a list of radii.
+r"""Fits a linear probe on a pretrained encoder's means, attacks it, and checks the claim.
 
-  python -m experiments.probe --workdir=runs/se --task=digit
+  python -m experiments.probe --workdir=runs/se --task=digit --attack=worst_case
 
 Reads the newest checkpoint of the run in --workdir and writes beside it `probe_TASK.json`
-(accuracies, settings, versions), `.csv` and `.png` (the curve), and `.npz` (every example at every
-radius).
+(accuracies, checks, settings, versions), `.csv` and `.png` (the curve), `_images.png` (adversarial
+images beside originals and reconstructions) and `.npz` (every example's ledger and adversarial
+image); `robustness.json` holds the results of all tasks. With --strict the exit code is 1 when a
+check fails. Interrupted, the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments import plots, pretrain, runtime, settings
 from experiments.settings import UsageError, setting
-from se_vae import checkpoints, data, probing, robustness
+from se_vae import checkpoints, data, probing, robustness, suite, vae
 
 TASKS = ('digit', 'color', 'label')
 
@@ -31,6 +37,9 @@ class ProbeConfig:
   workdir: str | None = setting(None, 'Directory of a pretraining run.')
   data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
   task: str = setting('digit', 'What the probe predicts.', choices=TASKS)
+  attack: str = setting(
+    'standard', "The paper's PGD, or everything there is.", choices=suite.SUITES
+  )
   radii: tuple[float, ...] = setting(
     (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
     'linf radii of the attack, for pixels in [0, 1].',
@@ -42,6 +51,11 @@ class ProbeConfig:
     None, 'Step size as a share of the radius; 2.5 / pgd_steps if not given.', above=0
   )
   restarts: int = setting(1, 'Random starts of the attack at each radius.', at_least=1)
+  num_queries: int = setting(1000, 'Forward passes of the Square attack.', at_least=1)
+  check_examples: int = setting(
+    200, 'Test examples that the checks attack once more; 0 for no checks.', at_least=0
+  )
+  strict: bool = setting(False, 'Exit with code 1 when a check fails.')
   num_examples: int | None = setting(
     None, 'Test examples to attack, in canonical order; all if not given.', at_least=1
   )
@@ -58,21 +72,37 @@ def main() -> None:
   with runtime.StopSignal().listening() as stop:
     result = run(config, stop)
   print(f'{config.workdir}: {config.task} probe on {result["num_examples"]} test images')
-  print('radius  adversarial accuracy [95 % interval]')
+  print(f'radius  adversarial accuracy [95 % interval], {config.attack}')
   for radius, accuracy, (low, high) in zip(
     result['radii'], result['accuracy'], result['interval'], strict=True
   ):
     print(f'{radius:6.3f}  {accuracy:.3f} [{low:.3f}, {high:.3f}]')
+  for check in result['checks']:
+    verdict = 'pass' if check['passed'] else 'FAIL'
+    print(f'{verdict}  {check["number"]:2d} {check["name"]}: {check["figure"]}')
+  if config.strict and not all(check['passed'] for check in result['checks']):
+    sys.exit(1)
 
 
-def run(
-  config: ProbeConfig, stop: runtime.StopSignal, description: str = 'attack'
-) -> dict[str, Any]:
-  """Fits and attacks; returns the result's JSON.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """An encoder, its data, and the test examples to attack: images float32 in [0, 1]."""
+
+  workdir: Path
+  model: vae.VAE
+  params: vae.Params
+  metadata: dict[str, Any]
+  dataset: data.Dataset
+  images: np.ndarray
+  labels: np.ndarray
+  mesh: Mesh
+
+
+def prepare(config: ProbeConfig) -> Prepared:
+  """Checks everything that can be wrong, and loads. Compiles and writes nothing.
 
   Raises:
-    UsageError: for settings that are wrong, before anything is compiled or written.
-    Interrupted: when `stop` says so; an attack is short, and starts again.
+    UsageError: naming the flag.
   """
   settings.check(config)
   workdir = runtime.check_workdir(config.workdir)
@@ -92,56 +122,98 @@ def run(
   except data.DataError as error:
     raise UsageError(str(error)) from None
   _check_task(config, dataset, metadata)
+  count = config.num_examples or len(dataset.test.images)
+  return Prepared(
+    workdir,
+    model,
+    params,
+    metadata,
+    dataset,
+    dataset.test.images[:count].astype(np.float32) / 255.0,
+    dataset.test.labels[config.task][:count],
+    runtime.mesh_for(config.batch_size),
+  )
 
-  mesh = runtime.mesh_for(config.batch_size)
-  labels = dataset.train.labels[config.task]
-  train_means = probing.encoder_means(model, params, dataset.train.images, mesh=mesh)
+
+def fit(config: ProbeConfig, prepared: Prepared) -> tuple[probing.LinearProbe, float]:
+  """The probe, and its accuracy on the training set."""
+  labels = prepared.dataset.train.labels[config.task]
+  means = probing.encoder_means(
+    prepared.model, prepared.params, prepared.dataset.train.images, mesh=prepared.mesh
+  )
   probe = probing.fit_probe(
-    train_means,
+    means,
     labels,
-    dataset.num_classes[config.task],
+    prepared.dataset.num_classes[config.task],
     l2=config.l2,
     standardize=config.standardize,
   )
+  return probe, probing.accuracy(probe, means, labels)
 
-  count = config.num_examples or len(dataset.test.images)
-  images = dataset.test.images[:count]
-  test_labels = dataset.test.labels[config.task][:count]
-  with runtime.progress_bar(count, description, unit='image') as progress:
 
-    def advance(examples: int) -> None:
-      progress.update(examples)
+def run(
+  config: ProbeConfig, stop: runtime.StopSignal, description: str = 'attack'
+) -> dict[str, Any]:
+  """Fits, attacks and checks; returns the result's JSON.
+
+  Raises:
+    UsageError: for settings that are wrong, before anything is compiled or written.
+    Interrupted: when `stop` says so; what was attacked is kept.
+  """
+  prepared = prepare(config)
+  probe, train_accuracy = fit(config, prepared)
+  stem = prepared.workdir / f'probe_{config.task}'
+  digest = hashlib.sha256(json.dumps(settings.to_dict(config)).encode()).hexdigest()[:8]
+  state = stem.with_name(f'{stem.name}_{digest}.state.npz')
+  with runtime.progress_bar(1, description, unit='attack') as progress:
+
+    def advance(done: int, total: int) -> None:
+      progress.total = total
+      progress.update(done - progress.n)
       stop.check()
 
-    outcome = robustness.adversarial_accuracy(
-      probing.ProbedEncoder(model),
-      jax.random.key(config.seed),
-      images.astype(np.float32) / 255.0,
-      test_labels,
+    outcome = robustness.evaluate(
+      probing.ProbedEncoder(prepared.model),
+      prepared.images,
+      prepared.labels,
       radii=config.radii,
+      attack=config.attack,
       num_steps=config.pgd_steps,
       restarts=config.restarts,
+      num_queries=config.num_queries,
       relative_step_size=config.pgd_step_size,
+      seed=config.seed,
       batch_size=config.batch_size,
-      args=(params, probe),
-      mesh=mesh,
+      args=(prepared.params, probe),
+      latents_fn=robustness.GaussianLatents(prepared.model),
+      reconstruct_fn=robustness.Reconstruction(prepared.model),
+      check_examples=config.check_examples,
+      mesh=prepared.mesh,
+      state_path=state,
       progress=advance,
     )
   result = {
     'task': config.task,
-    'num_examples': count,
+    'num_examples': len(prepared.images),
     'radii': list(config.radii),
-    'accuracy': outcome.accuracy.tolist(),
-    'interval': outcome.interval().tolist(),
-    'train_accuracy': probing.accuracy(probe, train_means, labels),
+    'accuracy': outcome.curve.accuracy.tolist(),
+    'interval': outcome.curve.interval().tolist(),
+    'checks': [check._asdict() for check in outcome.checks],
+    'train_accuracy': train_accuracy,
     'config': settings.to_dict(config),
-    'pretraining': metadata['config'],
-    'step': metadata['step'],
-    'data': {'source': dataset.source, 'digest': dataset.digest},
+    'evaluation': outcome.config,
+    'cost': {
+      'gradients': int(outcome.ledger.gradients.sum()),
+      'forwards': int(outcome.ledger.forwards.sum()),
+    },
+    'pretraining': prepared.metadata['config'],
+    'step': prepared.metadata['step'],
+    'data': {'source': prepared.dataset.source, 'digest': prepared.dataset.digest},
     'versions': runtime.versions(),
     'devices': runtime.devices(),
   }
-  _write(workdir / f'probe_{config.task}', result, outcome, test_labels)
+  _write(stem, result, outcome, prepared)
+  state.unlink()
   return result
 
 
@@ -161,7 +233,7 @@ def _check_task(config: ProbeConfig, dataset: data.Dataset, metadata: dict[str, 
 
 
 def _write(
-  stem: Path, result: dict[str, Any], outcome: robustness.AdversarialAccuracy, labels: np.ndarray
+  stem: Path, result: dict[str, Any], outcome: robustness.Evaluation, prepared: Prepared
 ) -> None:
   rows = zip(result['radii'], result['accuracy'], result['interval'], strict=True)
 
@@ -171,16 +243,44 @@ def _write(
       writer.writerow(('radius', 'accuracy', 'low', 'high'))
       writer.writerows((radius, accuracy, *interval) for radius, accuracy, interval in rows)
 
+  def write_npz(path: Path) -> None:
+    curve, ledger = outcome.curve, vars(outcome.ledger)
+    columns = {('broken_' if name == 'radius' else '') + name: ledger[name] for name in ledger}
+    np.savez_compressed(
+      path, radii=curve.radii, correct=curve.correct, labels=prepared.labels, **columns
+    )
+
   runtime.write_atomically(stem.with_suffix('.csv'), write_csv)
-  runtime.write_atomically(
-    stem.with_suffix('.npz'),
-    lambda path: np.savez(path, radii=outcome.radii, correct=outcome.correct, labels=labels),
-  )
+  runtime.write_atomically(stem.with_suffix('.npz'), write_npz)
   curve = plots.Curve(result['pretraining']['objective'], [result])
   runtime.write_atomically(
     stem.with_suffix('.png'), lambda path: plots.save(path, [(f'{result["task"]} probe', [curve])])
   )
+  page = _page(outcome, prepared)
+  if page:
+    runtime.write_atomically(
+      stem.with_name(f'{stem.name}_images.png'), lambda path: plots.save_images(path, page)
+    )
+  path = stem.with_name('robustness.json')
+  tasks = runtime.read_json(path) if path.exists() else {}
+  runtime.write_json(path, {**tasks, result['task']: result})
   runtime.write_json(stem.with_suffix('.json'), result)  # last: its presence says all is there
+
+
+def _page(outcome: robustness.Evaluation, prepared: Prepared) -> list[np.ndarray]:
+  """Four rows of images: originals, adversarial ones, and what the decoder makes of either.
+
+  Of the examples that were right and fell, evenly from the smallest broken radius to the largest.
+  """
+  radius = outcome.ledger.radius
+  fallen = np.flatnonzero((radius > 0.0) & np.isfinite(radius))
+  if not len(fallen):
+    return []
+  order = fallen[np.argsort(radius[fallen], kind='stable')]
+  chosen = order[np.unique(np.linspace(0, len(order) - 1, 12).astype(int))]
+  reconstruct = jax.jit(robustness.Reconstruction(prepared.model))
+  rows = [prepared.images[chosen], outcome.ledger.images[chosen]]
+  return [*rows, *(np.asarray(reconstruct(row, prepared.params)) for row in rows)]
 
 
 if __name__ == '__main__':

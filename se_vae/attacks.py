@@ -7,16 +7,17 @@ nothing of encoders, labels or losses.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from se_vae import balls
+from se_vae.balls import Norm
+
 Objective = Callable[..., jax.Array]
-Norm = Literal['linf', 'l2']
-NORMS: tuple[str, ...] = ('linf', 'l2')
+NORMS = balls.NORMS
 
 # A step of 2.5 radius / num_steps lets an iterate cross the ball and still settle.
 _RELATIVE_STEP = 2.5
@@ -76,25 +77,22 @@ def pgd(
     AssertionError: if shapes do not fit.
     ValueError: for an unknown norm, num_steps < 1, or a radius that is known and negative.
   """
-  _check(x, radius, num_steps, norm, bounds)
+  balls.check(x, radius, num_steps, norm, bounds)
   radius = jnp.asarray(radius, x.dtype)
   step_size = _RELATIVE_STEP * radius / num_steps if step_size is None else step_size
   step_size = jnp.asarray(step_size, x.dtype)
-  project = functools.partial(_project, x=x, radius=radius, norm=norm, bounds=bounds)
+  project = functools.partial(balls.project, x=x, radius=radius, norm=norm, bounds=bounds)
 
   def value_and_gradient(x_adv: jax.Array) -> tuple[jax.Array, jax.Array]:
-    values, vjp = jax.vjp(lambda images: objective(images, *args), x_adv)
-    if values.shape != x.shape[:1]:
-      raise AssertionError(f'objective must return one value per example, got {values.shape}')
-    return values, vjp(jnp.ones_like(values))[0]
+    return values_and_gradients(objective, x_adv, args)
 
   def step(x_adv: jax.Array, gradient: jax.Array) -> jax.Array:
-    return project(x_adv + step_size * _direction(gradient, norm))
+    return project(x_adv + step_size * balls.direction(gradient, norm))
 
   start = x
   if random_start:
     index = jnp.arange(x.shape[0]) if index is None else index
-    start = project(x + _random_offsets(key, x, index, radius, norm))
+    start = project(x + balls.random_offsets(example_keys(key, index), x, radius, norm))
 
   if not keep_best:
     return jax.lax.fori_loop(
@@ -104,12 +102,12 @@ def pgd(
   def step_and_compare(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     x_adv, best, best_value = carry
     values, gradient = value_and_gradient(x_adv)
-    best, best_value = _better(x_adv, values, best, best_value)
+    best, best_value = balls.better(x_adv, values, best, best_value)
     return step(x_adv, gradient), best, best_value
 
   lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
   last, best, best_value = jax.lax.fori_loop(0, num_steps, step_and_compare, (start, start, lowest))
-  return _better(last, objective(last, *args), best, best_value)[0]
+  return balls.better(last, objective(last, *args), best, best_value)[0]
 
 
 def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
@@ -117,74 +115,72 @@ def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
-def _random_offsets(
-  key: jax.Array, x: jax.Array, index: jax.Array, radius: jax.Array, norm: Norm
-) -> jax.Array:
-  """Uniform draws from the ball of `norm`, `[B, ...]`."""
-
-  def draw(example_key: jax.Array) -> jax.Array:
-    if norm == 'linf':
-      return jax.random.uniform(example_key, x.shape[1:], x.dtype, -1.0, 1.0)
-    return jax.random.ball(example_key, math.prod(x.shape[1:]), dtype=x.dtype).reshape(x.shape[1:])
-
-  return radius * jax.vmap(draw)(example_keys(key, index))
-
-
-def _direction(gradient: jax.Array, norm: Norm) -> jax.Array:
-  """The unit step of steepest ascent in `norm`; zero where the gradient is zero."""
-  if norm == 'linf':
-    return jnp.sign(gradient)
-  # Scaled by the largest entry first: a tiny gradient must not underflow when it is squared.
-  scale = jnp.max(jnp.abs(gradient), axis=_pixel_axes(gradient), keepdims=True)
-  scaled = gradient / jnp.where(scale > 0.0, scale, 1.0)
-  return scaled / jnp.maximum(_l2_norm(scaled), 1.0)
-
-
-def _project(
-  x_adv: jax.Array, *, x: jax.Array, radius: jax.Array, norm: Norm, bounds: tuple[float, float]
-) -> jax.Array:
-  """Into the ball around x, and into `bounds`."""
-  if norm == 'linf':
-    lowest = jnp.maximum(x - radius, bounds[0])
-    highest = jnp.minimum(x + radius, bounds[1])
-    return jnp.clip(x_adv, lowest, highest)
-  offset = x_adv - x
-  length = _l2_norm(offset)
-  offset = offset * jnp.where(length > radius, radius / jnp.where(length > 0.0, length, 1.0), 1.0)
-  # x is inside the bounds, so clipping moves every pixel towards x: the ball still holds.
-  return jnp.clip(x + offset, *bounds)
-
-
-def _better(
-  x_adv: jax.Array, values: jax.Array, best: jax.Array, best_value: jax.Array
+def values_and_gradients(
+  objective: Objective, x_adv: jax.Array, args: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
-  better = values > best_value
-  chosen = better.reshape(better.shape + (1,) * (x_adv.ndim - 1))
-  return jnp.where(chosen, x_adv, best), jnp.where(better, values, best_value)
+  """The objective `[B]`, and the gradient `[B, ...]` of each example's value in its own image."""
+  values, vjp = jax.vjp(lambda images: objective(images, *args), x_adv)
+  if values.shape != x_adv.shape[:1]:
+    raise AssertionError(f'objective must return one value per example, got {values.shape}')
+  return values, vjp(jnp.ones_like(values))[0]
 
 
-def _pixel_axes(x: jax.Array) -> tuple[int, ...]:
-  return tuple(range(1, x.ndim))
-
-
-def _l2_norm(x: jax.Array) -> jax.Array:
-  return jnp.sqrt(jnp.sum(x**2, axis=_pixel_axes(x), keepdims=True))
-
-
-def _check(
+def fgsm(
+  objective: Objective,
+  key: jax.Array,
   x: jax.Array,
+  *,
   radius: jax.typing.ArrayLike,
-  num_steps: int,
-  norm: str,
-  bounds: tuple[float, float],
-) -> None:
-  if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise AssertionError(f'x must be floating point [B, ...], got {x.dtype} {x.shape}')
-  if jnp.ndim(radius) != 0:
-    raise AssertionError(f'radius must be a scalar, got shape {jnp.shape(radius)}')
-  if num_steps < 1:
-    raise ValueError(f'num_steps must be >= 1, got {num_steps}')
-  if norm not in NORMS:
-    raise ValueError(f'norm must be one of {", ".join(NORMS)}, got {norm!r}')
-  if not bounds[0] < bounds[1]:
-    raise ValueError(f'bounds must be (lowest, highest), got {bounds}')
+  norm: Norm = 'linf',
+  bounds: tuple[float, float] = (0.0, 1.0),
+  args: tuple[Any, ...] = (),
+) -> jax.Array:
+  """One step from x to the edge of the ball (Goodfellow et al., 2015); arguments as for `pgd`."""
+  return pgd(
+    objective,
+    key,
+    x,
+    radius=radius,
+    num_steps=1,
+    step_size=radius,
+    norm=norm,
+    bounds=bounds,
+    random_start=False,
+    args=args,
+  )
+
+
+def noise(
+  key: jax.Array,
+  x: jax.Array,
+  *,
+  radius: jax.typing.ArrayLike,
+  extreme: bool = False,
+  norm: Norm = 'linf',
+  bounds: tuple[float, float] = (0.0, 1.0),
+  index: jax.Array | None = None,
+) -> jax.Array:
+  """Random noise: what any attack must beat.
+
+  Args:
+    key: as for `pgd`.
+    x: as for `pgd`.
+    radius: as for `pgd`.
+    extreme: draw from the corners of the box (random signs) or from the sphere, and not from the
+      whole ball.
+    norm: as for `pgd`.
+    bounds: as for `pgd`.
+    index: as for `pgd`.
+
+  Returns:
+    x_adv, as legal as `pgd`'s.
+
+  Raises:
+    AssertionError, ValueError: as for `pgd`.
+  """
+  balls.check(x, radius, 1, norm, bounds)
+  radius = jnp.asarray(radius, x.dtype)
+  keys = example_keys(key, jnp.arange(x.shape[0]) if index is None else index)
+  draw = balls.extreme_offsets if extreme else balls.random_offsets
+  offsets = draw(keys, x, radius, norm)
+  return balls.project(x + offsets, x=x, radius=radius, norm=norm, bounds=bounds)

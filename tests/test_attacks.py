@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from se_vae import attacks
+from se_vae import apgd, attacks, square
 
 SHAPE = (6, 5, 4, 2)
 RADII = (0.0, 1e-6, 0.03, 0.2, 1.0)
@@ -224,3 +224,146 @@ def test_wrong_arguments_raise(images, change, error, message):
   objective, x = arguments.pop('objective'), arguments.pop('x')
   with pytest.raises(error, match=message):
     attacks.pgd(objective, jax.random.key(0), x, **arguments)
+
+
+# ---------------------------------------------------------------------------------------------
+# The other attacks: one table, the same demands
+# ---------------------------------------------------------------------------------------------
+
+
+def run_apgd(objective, x, *, key=0, **options):
+  return apgd.apgd(objective, jax.random.key(key), x, num_steps=9, **options)
+
+
+def run_fgsm(objective, x, *, key=0, index=None, **options):
+  return attacks.fgsm(objective, jax.random.key(key), x, **options)
+
+
+def run_square(objective, x, *, key=0, norm='linf', **options):
+  assert norm == 'linf'
+  return square.square(objective, jax.random.key(key), x, num_queries=60, **options)
+
+
+def run_noise(objective, x, *, key=0, args=(), **options):
+  return attacks.noise(jax.random.key(key), x, **options)
+
+
+def run_signs(objective, x, *, key=0, args=(), **options):
+  return attacks.noise(jax.random.key(key), x, extreme=True, **options)
+
+
+TABLE = [
+  (run, norm)
+  for run in (run_apgd, run_fgsm, run_square, run_noise, run_signs)
+  for norm in attacks.NORMS
+  if not (run is run_square and norm == 'l2')
+]
+
+
+@pytest.mark.parametrize(('run', 'norm'), TABLE)
+@pytest.mark.parametrize('radius', RADII)
+def test_every_attack_is_legal_and_deterministic(images, weights, run, norm, radius):
+  options = dict(radius=radius, norm=norm, args=(weights,))
+  x_adv = run(wavy, images, **options)
+  assert_legal(x_adv, images, radius, norm)
+  np.testing.assert_array_equal(x_adv, run(wavy, images, **options))
+  if radius >= 0.03:
+    assert np.all(np.any(np.asarray(x_adv != images), axis=(1, 2, 3)))
+    if run is not run_fgsm:  # which has no random start
+      assert np.any(x_adv != run(wavy, images, key=1, **options))
+
+
+@pytest.mark.parametrize(('run', 'norm'), TABLE)
+def test_every_attack_is_legal_where_gradients_are_not_numbers(images, run, norm):
+  def broken(x_adv):
+    total = jnp.sum(x_adv, axis=(1, 2, 3))
+    return jnp.sqrt(total - total) + jnp.nan * total
+
+  assert_legal(run(broken, images, radius=0.1, norm=norm), images, 0.1, norm)
+
+
+@pytest.mark.parametrize('run', [run_apgd, run_square, run_noise, run_signs])
+def test_no_attack_depends_on_the_batch(images, weights, run):
+  index = jnp.arange(SHAPE[0])
+  whole = run(wavy, images, radius=0.1, args=(weights,), index=index)
+  assert_legal(whole, images, 0.1, 'linf')
+  for i in range(0, SHAPE[0], 2):
+    rows = slice(i, i + 2)
+    part = run(wavy, images[rows], radius=0.1, args=(weights[rows],), index=index[rows])
+    np.testing.assert_array_equal(part, whole[rows])
+
+
+@pytest.mark.parametrize('run', [run_apgd, run_fgsm, run_square])
+def test_a_radius_does_not_recompile(images, weights, run):
+  traces = []
+
+  def objective(x_adv, w):
+    traces.append(None)
+    return linear(x_adv, w)
+
+  run(objective, images, radius=0.01, args=(weights,))
+  first = len(traces)
+  run(objective, images, radius=0.3, args=(weights,))
+  assert len(traces) == first > 0
+
+
+@pytest.mark.parametrize('run', [run_apgd, run_fgsm])
+def test_gradient_attacks_reach_the_exact_maximum_of_a_linear_objective(images, weights, run):
+  x_adv = run(linear, images, radius=0.15, args=(weights,))
+  best = np.clip(np.asarray(images) + 0.15 * np.sign(weights), 0.0, 1.0)
+  assert_legal(x_adv, images, 0.15, 'linf')
+  np.testing.assert_allclose(x_adv, best, atol=1e-6)
+
+
+def test_square_needs_no_gradient_and_nears_the_maximum(images, weights):
+  @jax.custom_jvp
+  def masked(x_adv, w):
+    return linear(x_adv, w)
+
+  masked.defjvps(None, None)  # no gradient at all
+  x_adv = square.square(
+    masked, jax.random.key(0), images, radius=0.1, num_queries=2000, args=(weights,)
+  )
+  assert_legal(x_adv, images, 0.1, 'linf')
+  best = np.clip(np.asarray(images) + 0.1 * np.sign(weights), 0.0, 1.0)
+  gain = np.asarray(linear(x_adv, weights) - linear(images, weights))
+  most = np.asarray(linear(jnp.asarray(best), weights) - linear(images, weights))
+  assert np.all(gain > 0.9 * most)
+
+
+def test_apgd_halves_its_step_and_climbs_where_long_steps_overshoot(images):
+  """The peak is inside the ball: PGD's last iterate swings about it, APGD settles."""
+  peak = images + 0.01 * jnp.sign(0.5 - images)
+  hill = lambda x_adv, peak: -jnp.sum((x_adv - peak) ** 2, axis=(1, 2, 3))  # noqa: E731
+  x_adv = apgd.apgd(hill, jax.random.key(0), images, radius=0.3, num_steps=60, args=(peak,))
+  fixed = attacks.pgd(hill, jax.random.key(0), images, radius=0.3, num_steps=60, args=(peak,))
+  assert_legal(x_adv, images, 0.3, 'linf')
+  assert np.mean(hill(x_adv, peak)) > 0.5 * np.mean(hill(fixed, peak))  # both negative
+
+
+def test_apgd_keeps_the_best_of_its_start_and_its_steps(images, weights):
+  start = jnp.clip(images + 0.05 * jnp.sign(weights), 0.0, 1.0)
+  x_adv = apgd.apgd(
+    linear, jax.random.key(0), images, radius=0.05, num_steps=1, start=start, args=(weights,)
+  )
+  assert_legal(x_adv, images, 0.05, 'linf')
+  np.testing.assert_allclose(x_adv, start, atol=1e-6)
+  # A start outside the ball is projected.
+  outside = apgd.apgd(flat, jax.random.key(0), images, radius=0.05, num_steps=3, start=1 - images)
+  assert_legal(outside, images, 0.05, 'linf')
+
+
+def test_apgd_looks_ever_more_often():
+  """The checkpoints of the paper for 100 steps: 22, 41, 57, 70, 80, 87, 93, 99."""
+  intervals = apgd._intervals(100)
+  ends = np.flatnonzero(intervals) + 1
+  np.testing.assert_array_equal(ends, [22, 41, 57, 70, 80, 87, 93, 99])
+  np.testing.assert_array_equal(np.cumsum(intervals[ends - 1]), ends)
+
+
+@pytest.mark.parametrize('run', [run_apgd, run_fgsm, run_square, run_noise])
+def test_every_attack_refuses_wrong_arguments(images, run):
+  with pytest.raises(ValueError, match='bounds'):
+    run(flat, images, radius=0.1, bounds=(1.0, 0.0))
+  with pytest.raises(AssertionError, match='radius must be a scalar'):
+    run(flat, images, radius=jnp.ones(3))

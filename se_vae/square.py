@@ -1,0 +1,100 @@
+"""The Square attack: random search over squares of pixels, without gradients (linf).
+
+Andriushchenko, Croce, Flammarion and Hein (2020), Algorithm 1 and 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from se_vae import attacks, balls
+
+# The share of pixels that a square covers falls from this, halved after these shares of the search.
+_FIRST_SHARE = 0.8
+_HALVED_AFTER = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+
+
+@functools.partial(jax.jit, static_argnames=('objective', 'num_queries', 'bounds'))
+def square(
+  objective: attacks.Objective,
+  key: jax.Array,
+  x: jax.Array,
+  *,
+  radius: jax.typing.ArrayLike,
+  num_queries: int,
+  bounds: tuple[float, float] = (0.0, 1.0),
+  args: tuple[Any, ...] = (),
+  index: jax.Array | None = None,
+) -> jax.Array:
+  """Maximises `objective(x', *args)` in the linf ball from its values alone.
+
+  Starts from vertical stripes, and moves a random square to a random corner of its box whenever
+  that raises the value.
+
+  Args:
+    objective: as for `attacks.pgd`; never differentiated.
+    key: as for `attacks.pgd`.
+    x: images `[B, H, W, C]`, or `[B, ...]` of which the last axis is taken for channels.
+    radius: as for `attacks.pgd`, in linf.
+    num_queries: forward passes >= 1.
+    bounds: as for `attacks.pgd`.
+    args: as for `attacks.pgd`.
+    index: as for `attacks.pgd`.
+
+  Returns:
+    The best of all tried images, as legal as `attacks.pgd`'s.
+
+  Raises:
+    AssertionError, ValueError: as for `attacks.pgd`.
+  """
+  balls.check(x, radius, num_queries, 'linf', bounds)
+  radius = jnp.asarray(radius, x.dtype)
+  project = functools.partial(balls.project, x=x, radius=radius, norm='linf', bounds=bounds)
+  keys = attacks.example_keys(key, jnp.arange(x.shape[0]) if index is None else index)
+  height, width, channels = _as_image(x.shape[1:])
+  sides = jnp.asarray(_sides(num_queries, height, width))
+
+  def stripes(example_key: jax.Array) -> jax.Array:
+    signs = jax.random.rademacher(example_key, (1, width, channels), x.dtype)
+    return jnp.broadcast_to(signs, (height, width, channels)).reshape(x.shape[1:])
+
+  def move(example_key: jax.Array, x_adv: jax.Array, x: jax.Array, side: jax.Array) -> jax.Array:
+    row_key, column_key, sign_key = jax.random.split(example_key, 3)
+    tall, wide = jnp.minimum(side, height), jnp.minimum(side, width)
+    row = jnp.arange(height) - jax.random.randint(row_key, (), 0, height - tall + 1)
+    column = jnp.arange(width) - jax.random.randint(column_key, (), 0, width - wide + 1)
+    inside = ((row >= 0) & (row < tall))[:, None] & ((column >= 0) & (column < wide))[None]
+    signs = jax.random.rademacher(sign_key, (1, 1, channels), x.dtype)
+    corner = x.reshape(height, width, channels) + radius * signs
+    image = x_adv.reshape(height, width, channels)
+    return jnp.where(inside[:, :, None], corner, image).reshape(x.shape)
+
+  def query(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
+    x_adv = project(jax.vmap(move, in_axes=(0, 0, 0, None))(step_keys, carry[0], x, sides[i]))
+    return balls.better(x_adv, objective(x_adv, *args), *carry)
+
+  start = project(x + radius * jax.vmap(stripes)(keys))
+  lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
+  first = balls.better(start, objective(start, *args), start, lowest)
+  return jax.lax.fori_loop(1, num_queries, query, first)[0]
+
+
+def _as_image(shape: tuple[int, ...]) -> tuple[int, int, int]:
+  """(H, W, C) for an example's shape; rows of a vector are one pixel wide."""
+  if len(shape) < 2:
+    return 1, shape[0], 1
+  return shape[0], math.prod(shape[1:-1]), shape[-1]
+
+
+def _sides(num_queries: int, height: int, width: int) -> np.ndarray:
+  """Side of the square at each query, `[num_queries]`."""
+  done = np.arange(num_queries) / num_queries
+  share = _FIRST_SHARE / 2.0 ** np.searchsorted(_HALVED_AFTER, done, side='right')
+  return np.maximum(1, np.round(np.sqrt(share * height * width))).astype(np.int32)
