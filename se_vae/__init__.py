@@ -15,7 +15,12 @@ from se_vae.gaussians import (
 )
 from se_vae.objectives import elbo, log_normalizer, se_elbo
 from se_vae.probing import LinearProbe, ProbedEncoder, encoder_means, fit_probe
-from se_vae.robustness import adversarial_accuracy
+from se_vae.robustness import (
+  adversarial_accuracy,
+  evaluate,
+  joint_accuracy,
+  representation_moves,
+)
 from se_vae.training import TrainConfig, TrainState, init_state, train_step
 from se_vae.vae import VAE, make_vae
 from se_vae.wasserstein import (
@@ -51,8 +56,10 @@ __all__ = [
   'entropic_transport_cost',
   'entropic_transport_cost_full',
   'entropy',
+  'evaluate',
   'fit_probe',
   'init_state',
+  'joint_accuracy',
   'kl_divergence',
   'kl_to_standard_normal',
   'load_model',
@@ -63,6 +70,7 @@ __all__ = [
   'optimal_map',
   'optimal_map_full',
   'pgd',
+  'representation_moves',
   'se_elbo',
   'squared_w2',
   'squared_w2_full',

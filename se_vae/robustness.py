@@ -273,6 +273,8 @@ def evaluate(
     'num_queries': num_queries,
     'batch_size': batch_size,
   }
+  if check_examples < 0:
+    raise ValueError(f'check_examples must be >= 0, got {check_examples}')
   x, labels = np.asarray(x), np.asarray(labels)
   if not np.issubdtype(x.dtype, np.floating) or not np.issubdtype(labels.dtype, np.integer):
     raise ValueError(f'x must be float and labels integer, got {x.dtype} and {labels.dtype}')

@@ -75,7 +75,12 @@ def test_an_encoder_loads_in_a_notebook(trained):
 
 def test_probe_writes_what_it_promises(trained):
   settings = probe.ProbeConfig(
-    workdir=str(trained), task='color', radii=(0.0, 0.1), pgd_steps=3, num_examples=50
+    workdir=str(trained),
+    task='color',
+    radii=(0.0, 0.1),
+    pgd_steps=3,
+    num_examples=50,
+    check_examples=0,
   )
   result = probe.run(settings, runtime.StopSignal())
   saved = np.load(trained / 'probe_color.npz')
@@ -164,7 +169,9 @@ def test_full_covariance_encoders_train_and_are_probed(tmp_path):
   losses = [row['loss'] for row in rows(tmp_path)]
   assert losses[-1] < losses[0]
   result = probe.run(
-    probe.ProbeConfig(workdir=str(tmp_path), radii=(0.0, 0.1), pgd_steps=2, num_examples=20),
+    probe.ProbeConfig(
+      workdir=str(tmp_path), radii=(0.0, 0.1), pgd_steps=2, num_examples=20, check_examples=0
+    ),
     runtime.StopSignal(),
   )
   assert 0.0 <= result['accuracy'][1] <= result['accuracy'][0] <= 1.0
@@ -176,7 +183,13 @@ def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
   encoders = tuple(
     dataclasses.replace(pair, num_steps=20, overrides=small) for pair in preset.encoders
   )
-  attack = {'num_examples': 20, 'pgd_steps': 2, 'restarts': 1, 'radii': (0.0, 0.1)}
+  attack = {
+    'num_examples': 20,
+    'pgd_steps': 2,
+    'restarts': 1,
+    'radii': (0.0, 0.1),
+    'check_examples': 0,
+  }
   monkeypatch.setitem(
     figure1.PRESETS, 'quick', dataclasses.replace(preset, encoders=encoders, attack=attack)
   )
