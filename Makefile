@@ -12,7 +12,7 @@ figure1: $(READY)  ## The paper's Figure 1 on the embedded digits, into $(WORKDI
 	$(BIN)/python -m experiments.figure1 --workdir=$(WORKDIR)
 
 test: $(READY)  ## All tests but the slow ones.
-	$(BIN)/python -m pytest -m "not slow" tests se_vae
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --dist=loadfile tests se_vae
 
 soak: $(READY)  ## The slow tests: kills, full disks, 10,000 fuzzed inputs of each kind.
 	$(BIN)/python -m pytest -m slow tests
