@@ -127,7 +127,7 @@ def se_elbo(
     log_prior_a=log_prior_a,
     log_prior_b=log_prior_b,
     transport_cost=transport_cost,
-    normalized_elbo=bound - log_normalizer(gamma, q_a.dim),
+    normalized_elbo=bound - log_normalizer(jnp.asarray(gamma, bound.dtype), q_a.dim),
   )
 
 
@@ -138,7 +138,7 @@ def log_normalizer(gamma: jax.typing.ArrayLike, dim: int) -> jax.Array:
   from the SE-ELBO makes that a bound on a normalised log-density.
   """
   wasserstein.check_gamma(gamma)
-  return -0.5 * dim * jnp.log1p(2.0 * jnp.asarray(gamma, jnp.result_type(float)))
+  return -0.5 * dim * jnp.log1p(2.0 * gamma)
 
 
 def _check_batch(x: jax.Array, q: Gaussian) -> None:

@@ -423,3 +423,11 @@ def test_shapes_that_do_not_fit_are_refused(jit):
 def test_log_normalizer_has_a_gradient_at_gamma_zero():
   gradient = jax.grad(lambda g: objectives.log_normalizer(g, 3))(0.0)
   assert float(gradient) == -3.0  # minus half the expected squared distance, 2 D, of the priors
+
+
+@in_float64
+def test_float32_stays_float32_where_float64_is_the_default():
+  x, q = jnp.zeros((2, 3), jnp.float32), DiagonalGaussian(*jnp.zeros((2, 2, 4), jnp.float32))
+  for gamma in (1, 1.0, np.float64(1.0), jnp.float64(1.0)):
+    terms = objectives.se_elbo(x, x, q, q, gamma=gamma, obs_var=0.1)
+    assert {term.dtype for term in terms} == {jnp.dtype(jnp.float32)}
