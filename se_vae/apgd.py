@@ -72,18 +72,18 @@ def apgd(
   """
   balls.check(x, radius, num_steps, norm, bounds)
   radius = jnp.asarray(radius, x.dtype)
+  shape, (objective, x) = x.shape, attacks.on_rows(objective, x)
   project = functools.partial(balls.project, x=x, radius=radius, norm=norm, bounds=bounds)
   if start is None:
     index = jnp.arange(x.shape[0]) if index is None else index
     start = x + balls.random_offsets(attacks.example_keys(key, index), x, radius, norm)
-  start = project(start)
+  start = project(start.reshape(x.shape))
   value, gradient = attacks.values_and_gradients(objective, start, args)
   batch = x.shape[:1]
   intervals = jnp.asarray(_intervals(num_steps))
-  per_example = (...,) + (None,) * (x.ndim - 1)
 
   def step(i: jax.Array, state: _State) -> _State:
-    length = state.step_size[per_example]
+    length = state.step_size[:, None]
     ahead = project(state.x_adv + length * balls.direction(state.gradient, norm))
     share = jnp.where(i == 0, 1.0, _MOMENTUM).astype(x.dtype)
     inertia = (1.0 - share) * (state.x_adv - state.previous)
@@ -134,7 +134,7 @@ def apgd(
     halved=jnp.ones(batch, bool),  # the first checkpoint has none before it to be stuck since
     checkpoint_value=value,
   )
-  return jax.lax.fori_loop(0, num_steps, step, first).best
+  return jax.lax.fori_loop(0, num_steps, step, first).best.reshape(shape)
 
 
 def _intervals(num_steps: int) -> np.ndarray:

@@ -7,6 +7,7 @@ nothing of encoders, labels or losses.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,7 @@ def pgd(
   radius = jnp.asarray(radius, x.dtype)
   step_size = _RELATIVE_STEP * radius / num_steps if step_size is None else step_size
   step_size = jnp.asarray(step_size, x.dtype)
+  shape, (objective, x) = x.shape, on_rows(objective, x)
   project = functools.partial(balls.project, x=x, radius=radius, norm=norm, bounds=bounds)
 
   def value_and_gradient(x_adv: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -95,9 +97,10 @@ def pgd(
     start = project(x + balls.random_offsets(example_keys(key, index), x, radius, norm))
 
   if not keep_best:
-    return jax.lax.fori_loop(
+    last = jax.lax.fori_loop(
       0, num_steps, lambda _, x_adv: step(x_adv, value_and_gradient(x_adv)[1]), start
     )
+    return last.reshape(shape)
 
   def step_and_compare(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     x_adv, best, best_value = carry
@@ -107,7 +110,18 @@ def pgd(
 
   lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
   last, best, best_value = jax.lax.fori_loop(0, num_steps, step_and_compare, (start, start, lowest))
-  return balls.better(last, objective(last, *args), best, best_value)[0]
+  return balls.better(last, objective(last, *args), best, best_value)[0].reshape(shape)
+
+
+def on_rows(objective: Objective, x: jax.Array) -> tuple[Objective, jax.Array]:
+  """The same objective of flattened images `[B, P]`, and x as such.
+
+  What an attack does to pixels is done one by one, and vectorised along the last axis: of grey
+  images that has length 1.
+  """
+  shape = x.shape
+  rows = x.reshape(shape[0], math.prod(shape[1:]))
+  return lambda rows, *args: objective(rows.reshape(shape), *args), rows
 
 
 def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ def _bound_terms(
   x = pixels(images)
   q = model.encode(params, x)
   z = gaussians.sample_each(q, attacks.example_keys(key, index))
-  squared_error = jnp.sum((x - model.decode(params, q.mean)) ** 2, axis=(1, 2, 3))
+  squared_error = objectives.squared_error(x, model.decode(params, q.mean))
   return objectives.elbo(x, model.decode(params, z), q, obs_var=obs_var), squared_error
 
 

@@ -12,13 +12,35 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from se_vae import convolutions
+from se_vae import convolutions, products
 from se_vae.gaussians import DiagonalGaussian, FullGaussian, Gaussian
 
 COVARIANCES = ('diagonal', 'full')
 
 _KERNEL_SIZE = 3
 _STRIDE = 2
+
+
+class Dense(nn.Module):
+  """A linear layer between features-major activations; from rows where it is the first.
+
+  Attributes:
+    units: N.
+    first: whether the input is `[B, K]` and not `[K, B]`.
+  """
+
+  units: int
+  first: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`[B, K]` or `[K, B]` to `[units, B]`."""
+    inputs = x.shape[1] if self.first else x.shape[0]
+    init = nn.initializers.lecun_normal()
+    kernel = self.param('kernel', init, (inputs, self.units), x.dtype)
+    bias = self.param('bias', nn.initializers.zeros_init(), (self.units,), x.dtype)
+    outputs = (products.enter if self.first else products.through)(x, kernel)
+    return outputs + bias[:, None]
 
 
 class GaussianHead(nn.Module):
@@ -38,11 +60,12 @@ class GaussianHead(nn.Module):
     """`[B, F]` to a Gaussian with means `[B, D]`."""
     dim = self.latent_dim
     if self.covariance == 'diagonal':
-      outputs = nn.Dense(2 * dim)(features)
-      return DiagonalGaussian(outputs[:, :dim], outputs[:, dim:])
+      # Not two slices: their gradients would meet in a sum of padded arrays, which is slow.
+      mean, log_var = jnp.split(Dense(2 * dim)(features.T), 2)
+      return DiagonalGaussian(mean.T, log_var.T)
     if self.covariance != 'full':
       raise ValueError(f'covariance must be one of {COVARIANCES}, got {self.covariance!r}')
-    outputs = nn.Dense(dim + dim * (dim + 1) // 2)(features)
+    outputs = Dense(dim + dim * (dim + 1) // 2)(features.T).T
     mean, half_log_var, below = jnp.split(outputs, (dim, 2 * dim), axis=-1)
     rows, columns = jnp.tril_indices(dim, -1)
     scale_tril = jnp.zeros((features.shape[0], dim, dim), outputs.dtype)
@@ -62,10 +85,15 @@ class MLPEncoder(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> Gaussian:
     """Images `[B, H, W, C]` to a Gaussian with means `[B, D]`."""
-    features = x.reshape(x.shape[0], -1)
-    for units in self.hidden:
-      features = nn.relu(nn.Dense(units)(features))
-    return GaussianHead(self.latent_dim, self.covariance)(features)
+    features = _hidden(self.hidden, x.reshape(x.shape[0], -1))
+    return GaussianHead(self.latent_dim, self.covariance)(features.T)
+
+
+def _hidden(sizes: tuple[int, ...], x: jax.Array) -> jax.Array:
+  """Rows `[B, K]` through ReLU layers of these sizes, to features-major `[F, B]`."""
+  for number, units in enumerate(sizes):
+    x = nn.relu(Dense(units, first=number == 0)(x))
+  return x
 
 
 class MLPDecoder(nn.Module):
@@ -77,9 +105,8 @@ class MLPDecoder(nn.Module):
   @nn.compact
   def __call__(self, z: jax.Array) -> jax.Array:
     """Latents `[B, D]` to image means `[B, H, W, C]`."""
-    for units in self.hidden:
-      z = nn.relu(nn.Dense(units)(z))
-    pixels = nn.Dense(math.prod(self.image_shape))(z)
+    features = _hidden(self.hidden, z)
+    pixels = nn.Dense(math.prod(self.image_shape))(features.T)
     return nn.sigmoid(pixels).reshape(z.shape[0], *self.image_shape)
 
 

@@ -66,8 +66,15 @@ def gaussian_log_likelihood(
   _check_obs_var(obs_var)
   obs_var = jnp.asarray(obs_var, x_mean.dtype)
   num_pixels = math.prod(x.shape[1:])
-  squared_error = jnp.sum((x - x_mean) ** 2, axis=tuple(range(1, x.ndim)))
-  return -0.5 * (squared_error / obs_var + num_pixels * (gaussians.LOG_2PI + jnp.log(obs_var)))
+  log_scale = gaussians.LOG_2PI + jnp.log(obs_var)
+  return -0.5 * (squared_error(x, x_mean) / obs_var + num_pixels * log_scale)
+
+
+def squared_error(x: jax.Array, x_mean: jax.Array) -> jax.Array:
+  """||x - x_mean||^2 of each example, `[B]`."""
+  # Flattened first: the last axis, along which a CPU vectorises, may have length 1.
+  flat = (x.shape[0], math.prod(x.shape[1:]))
+  return jnp.sum((x.reshape(flat) - x_mean.reshape(flat)) ** 2, axis=-1)
 
 
 def elbo(

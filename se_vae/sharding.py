@@ -1,15 +1,17 @@
 """Placement of arrays on devices: the only module that knows how many devices there are.
 
-Data parallelism is a placement and nothing else: parameters are replicated, batches are split along
-one mesh axis, and the compiler inserts the gradient's sum. A program never branches on the number
-of devices, and draws no random number that depends on it.
+Parameters are replicated, batches are split along one mesh axis, and each device works on its share
+alone until the gradients are averaged. A program never branches on the number of devices, and draws
+no random number that depends on it.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -50,6 +52,35 @@ def replicate_copy(mesh: Mesh, tree: Tree) -> Tree:
   )
   copied: Tree = copy(tree)
   return copied
+
+
+def per_device(mesh: Mesh, function: Callable[..., Tree], axes: Sequence[int | None]) -> Any:
+  """`function` on each device's share of its arguments, to a replicated result.
+
+  Args:
+    mesh: the devices.
+    function: takes shares, gives the same values on every device: by way of `mean_over_devices`.
+    axes: for each argument the axis along which it is split, or None where it is replicated.
+  """
+  specs = tuple(
+    PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, DATA_AXIS) for axis in axes
+  )
+  # Not checked: the check wants every value marked as varying over devices or not.
+  return jax.shard_map(
+    function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+  )
+
+
+def mean_over_devices(tree: Tree) -> Tree:
+  """The mean of each leaf over the devices of `per_device`, all leaves in one all-reduce."""
+  flat, restore = jax.flatten_util.ravel_pytree(tree)
+  mean: Tree = restore(jax.lax.pmean(flat, DATA_AXIS))
+  return mean
+
+
+def share_of_batch(size: int) -> jax.Array:
+  """Inside `per_device`: the places in the whole batch of this device's `size` examples."""
+  return jax.lax.axis_index(DATA_AXIS) * size + jnp.arange(size)
 
 
 def split(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:

@@ -105,11 +105,17 @@ class LatentMove:
 
 
 def select(
-  model: VAE, config: TrainConfig, params: Params, key: jax.Array, x: jax.Array, q_a: Gaussian
+  model: VAE,
+  config: TrainConfig,
+  params: Params,
+  key: jax.Array,
+  x: jax.Array,
+  q_a: Gaussian,
+  index: jax.Array | None = None,
 ) -> jax.Array:
   """The selection mechanism: x' `[B, H, W, C]` near x whose encoding is furthest from q_a.
 
-  No gradient flows through it: x' is data (Sec. 2).
+  No gradient flows through it: x' is data (Sec. 2). `index` as for `attacks.pgd`.
   """
   params, q_a = jax.lax.stop_gradient((params, q_a))
   x_adv = attacks.pgd(
@@ -120,12 +126,18 @@ def select(
     num_steps=config.pgd_steps,
     step_size=config.pgd_step_size,
     args=(params, q_a),
+    index=index,
   )
   return jax.lax.stop_gradient(x_adv)
 
 
 def loss(
-  params: Params, model: VAE, config: TrainConfig, key: jax.Array, x: jax.Array
+  params: Params,
+  model: VAE,
+  config: TrainConfig,
+  key: jax.Array,
+  x: jax.Array,
+  index: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """Minus the batch mean of the bound, in nats, and the mean of every term of it.
 
@@ -135,11 +147,13 @@ def loss(
     config: which bound, with its settings.
     key: one key for this step.
     x: images `[B, H, W, C]` in [0, 1].
+    index: `[B]`, the place of each in the whole batch, of which x may be a part; `arange(B)` if
+      None. Each draws with a key of its own, whatever the parts.
   """
   sample_key, select_key = jax.random.split(key)
+  index = jnp.arange(x.shape[0]) if index is None else index
   q_a = model.encode(params, x)
-  # One key for each place in the batch, so that no draw depends on how the batch is split up.
-  sample_keys = attacks.example_keys(sample_key, jnp.arange(x.shape[0]))
+  sample_keys = attacks.example_keys(sample_key, index)
   z_a = gaussians.sample_each(q_a, sample_keys)
   x_mean = model.decode(params, z_a)
   terms: NamedTuple
@@ -147,17 +161,23 @@ def loss(
     terms = objectives.elbo(x, x_mean, q_a, obs_var=config.obs_var)
     extra = {}
   else:
-    q_b = model.encode(params, select(model, config, params, select_key, x, q_a))
+    q_b = model.encode(params, select(model, config, params, select_key, x, q_a, index))
     terms = objectives.se_elbo(x, x_mean, q_a, q_b, gamma=config.gamma, obs_var=config.obs_var)
     extra = {'squared_w2': jnp.mean(wasserstein.squared_w2(q_a, q_b))}
   metrics = {name: jnp.mean(values) for name, values in terms._asdict().items()} | extra
-  metrics['squared_error'] = jnp.mean(jnp.sum((x - x_mean) ** 2, axis=(1, 2, 3)))
+  metrics['squared_error'] = jnp.mean(objectives.squared_error(x, x_mean))
   value = -metrics['elbo']
   return value, {'loss': value} | metrics
 
 
 def train_step(
-  model: VAE, config: TrainConfig, state: TrainState, key: jax.Array, x: jax.Array
+  model: VAE,
+  config: TrainConfig,
+  state: TrainState,
+  key: jax.Array,
+  x: jax.Array,
+  index: jax.Array | None = None,
+  mean_over_parts: Callable[[Any], Any] = lambda tree: tree,
 ) -> tuple[TrainState, Metrics]:
   """One step of gradient ascent on the bound.
 
@@ -167,13 +187,15 @@ def train_step(
     state: before the step.
     key: the run's key; the step's own is folded in from `state.step`.
     x: images `[B, H, W, C]` in [0, 1].
+    index: as for `loss`.
+    mean_over_parts: averages a tree over the parts of a batch that is split up.
 
   Returns:
     The state after the step, and scalars averaged over the batch.
   """
   step_key = jax.random.fold_in(key, state.step)
   gradient_of = jax.grad(loss, has_aux=True)
-  gradients, metrics = gradient_of(state.params, model, config, step_key, x)
+  gradients, metrics = mean_over_parts(gradient_of(state.params, model, config, step_key, x, index))
   updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics['gradient_norm'] = optax.tree.norm(gradients)
@@ -205,10 +227,11 @@ def empty_window(model: VAE, config: TrainConfig, state: TrainState) -> Window:
   return Window(jnp.zeros((), jnp.int32), zeros, jnp.full((), -1, jnp.int32), zeros)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'config'), donate_argnames='carry')
+@functools.partial(jax.jit, static_argnames=('model', 'config', 'mesh'), donate_argnames='carry')
 def train_steps(
   model: VAE,
   config: TrainConfig,
+  mesh: Mesh,
   carry: tuple[TrainState, Window],
   key: jax.Array,
   images: jax.Array,
@@ -221,10 +244,11 @@ def train_steps(
   Args:
     model: the model.
     config: the settings.
-    carry: state and window; donated.
-    key: the run's key.
-    images: the whole training set `[N, H, W, C]`, uint8.
-    indices: `[K, B]`, the examples of each step.
+    mesh: the devices.
+    carry: state and window, replicated; donated.
+    key: the run's key, replicated.
+    images: the whole training set `[N, H, W, C]`, uint8, replicated.
+    indices: `[K, B]`, the examples of each step, split along the batch.
     first: the row of `indices` to begin with, traced.
     count: how many steps, traced: dispatches of any length share one compilation.
 
@@ -232,23 +256,42 @@ def train_steps(
     The new state and window.
   """
 
-  def body(i: jax.Array, carry: tuple[TrainState, Window]) -> tuple[TrainState, Window]:
-    before, window = carry
-    state, metrics = train_step(model, config, before, key, pixels(images[indices[i]]))
-    finite = jnp.all(jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))))
-    is_first_bad = ~finite & (window.bad_step < 0)
+  def on_device(
+    carry: tuple[TrainState, Window],
+    key: jax.Array,
+    rows: jax.Array,
+    indices: jax.Array,
+    first: jax.Array,
+    count: jax.Array,
+  ) -> tuple[TrainState, Window]:
+    index = sharding.share_of_batch(indices.shape[1])
 
-    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-      return jnp.where(is_first_bad, new, old)
+    def step(i: jax.Array, carry: tuple[TrainState, Window]) -> tuple[TrainState, Window]:
+      state, window = carry
+      x = pixels(rows[indices[i]]).reshape(len(index), *images.shape[1:])
+      after, metrics = train_step(model, config, state, key, x, index, sharding.mean_over_devices)
+      return after, _add_to_window(window, state.step, metrics)
 
-    return state, Window(
-      window.num_steps + 1,
-      jax.tree.map(jnp.add, window.sums, metrics),
-      keep(before.step, window.bad_step),
-      {name: keep(value, window.bad_metrics[name]) for name, value in metrics.items()},
-    )
+    return jax.lax.fori_loop(first, first + count, step, carry)
 
-  return jax.lax.fori_loop(first, first + count, body, carry)
+  rows = images.reshape(images.shape[0], -1)  # a gather is vectorised along the last axis
+  parallel = sharding.per_device(mesh, on_device, (None, None, None, 1, None, None))
+  return parallel(carry, key, rows, indices, first, count)
+
+
+def _add_to_window(window: Window, step: jax.Array, metrics: Metrics) -> Window:
+  finite = jnp.all(jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))))
+  is_first_bad = ~finite & (window.bad_step < 0)
+
+  def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(is_first_bad, new, old)
+
+  return Window(
+    window.num_steps + 1,
+    jax.tree.map(jnp.add, window.sums, metrics),
+    keep(step, window.bad_step),
+    {name: keep(value, window.bad_metrics[name]) for name, value in metrics.items()},
+  )
 
 
 def pixels(images: jax.typing.ArrayLike) -> jax.Array:
@@ -337,6 +380,7 @@ def run(
       carry = train_steps(
         model,
         config,
+        mesh,
         carry,
         key,
         device_images,
