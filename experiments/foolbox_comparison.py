@@ -124,7 +124,7 @@ def run(config: ComparisonConfig) -> dict[str, Any]:
       attack=attack,
       restarts=config.restarts,
       seed=config.seed,
-      latents_fn=robustness.GaussianLatents(problem.model),
+      latents_fn=probing.GaussianLatents(problem.model),
       **options,
     )
     seconds[f'our {attack}'] = time.monotonic() - started

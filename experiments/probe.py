@@ -185,8 +185,8 @@ def run(
       seed=config.seed,
       batch_size=config.batch_size,
       args=(prepared.params, probe),
-      latents_fn=robustness.GaussianLatents(prepared.model),
-      reconstruct_fn=robustness.Reconstruction(prepared.model),
+      latents_fn=probing.GaussianLatents(prepared.model),
+      reconstruct_fn=probing.Reconstruction(prepared.model),
       check_examples=config.check_examples,
       mesh=prepared.mesh,
       state_path=state,
@@ -278,7 +278,7 @@ def _page(outcome: robustness.Evaluation, prepared: Prepared) -> list[np.ndarray
     return []
   order = fallen[np.argsort(radius[fallen], kind='stable')]
   chosen = order[np.unique(np.linspace(0, len(order) - 1, 12).astype(int))]
-  reconstruct = jax.jit(robustness.Reconstruction(prepared.model))
+  reconstruct = jax.jit(probing.Reconstruction(prepared.model))
   rows = [prepared.images[chosen], outcome.ledger.images[chosen]]
   return [*rows, *(np.asarray(reconstruct(row, prepared.params)) for row in rows)]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from se_vae import robustness, sharding
+from se_vae import largest, robustness, sharding
 from se_vae.ledger import Ledger
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -265,7 +265,7 @@ def test_a_joint_attack_is_no_stronger_than_either_alone():
   second = (encoder, -probe, -bias)
   other = np.argmax(linear(jnp.asarray(x), *second), axis=1)
   options = dict(radii=RADII, num_steps=10, batch_size=16, mesh=sharding.data_mesh(1))
-  joint = robustness.joint_accuracy(
+  joint = largest.joint_accuracy(
     (linear, linear),
     x,
     np.stack([labels, other], axis=1),
@@ -273,7 +273,7 @@ def test_a_joint_attack_is_no_stronger_than_either_alone():
     **options,
   )
   alone = [
-    robustness.joint_accuracy((linear,), x, y[:, None], args=(args,), **options).correct
+    largest.joint_accuracy((linear,), x, y[:, None], args=(args,), **options).correct
     for y, args in ((labels, (encoder, probe, bias)), (other, second))
   ]
   np.testing.assert_array_equal(alone[0], closed_form())
@@ -281,13 +281,13 @@ def test_a_joint_attack_is_no_stronger_than_either_alone():
   assert np.all(joint.correct >= alone[0]) and np.all(joint.correct >= alone[1])
   assert joint.correct.sum() > alone[0].sum()
   with pytest.raises(ValueError, match='2 classifiers need labels'):
-    robustness.joint_accuracy((linear, linear), x, labels, args=((), ()), **options)
+    largest.joint_accuracy((linear, linear), x, labels, args=((), ()), **options)
 
 
 def test_the_largest_move_of_a_one_dimensional_representation_is_exact():
   x = np.full((3, *SHAPE), 0.5, np.float32)
   total = lambda x, scale: scale * x.sum(axis=(1, 2))  # noqa: E731
-  moves = robustness.representation_moves(
+  moves = largest.representation_moves(
     total, x, radii=(0.2, 0.0, 0.1), args=(np.float32(2.0),), num_steps=10
   )
   expected = (2.0 * 16 * np.array([0.2, 0.0, 0.1])) ** 2
