@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import foolbox_comparison, pretrain, probe, runtime, settings
+from experiments import attack_comparison, pretrain, probe, runtime, settings
 from experiments.settings import UsageError
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -93,4 +93,6 @@ def test_a_failed_check_is_an_exit_code_where_that_is_asked_for(
 def test_the_comparison_says_what_is_missing(workdir, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'foolbox', None)
   with pytest.raises(UsageError, match='pip install torch foolbox'):
-    foolbox_comparison.run(foolbox_comparison.ComparisonConfig(workdir=str(workdir)))
+    attack_comparison.run(
+      attack_comparison.ComparisonConfig(workdir=str(workdir)), runtime.StopSignal()
+    )
