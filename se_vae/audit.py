@@ -68,7 +68,7 @@ def audit(
     attack.name: AdversarialAccuracy(
       order, np.stack([np.isin(rows, survivors(problem, (attack,), r, rows)) for r in order])
     )
-    for attack in _reference(problem, num_steps)
+    for attack in _reference(problem, num_steps, config['relative_step_size'])
   }
   pgd, fgsm = curves['pgd'].accuracy, curves['fgsm'].accuracy
   noise = {name: curves[name].accuracy for name in ('noise', 'signs')}
@@ -120,13 +120,13 @@ def audit(
   )
 
 
-def _reference(problem: Problem, num_steps: int) -> tuple[suite.Attack, ...]:
+def _reference(
+  problem: Problem, num_steps: int, step_share: float | None
+) -> tuple[suite.Attack, ...]:
   """The paper's attack with one start, one step, and what both must beat."""
+  (pgd,) = suite.standard(problem.logits_fn, num_steps=num_steps, restarts=1, step_share=step_share)
   return (
-    *(
-      dataclasses.replace(a, name='pgd')
-      for a in suite.standard(problem.logits_fn, num_steps=num_steps, restarts=1)
-    ),
+    dataclasses.replace(pgd, name='pgd'),
     suite.Attack('fgsm', 'fgsm', classification.CrossEntropy(problem.logits_fn)),
     suite.Attack('noise', 'noise'),
     suite.Attack('signs', 'extreme_noise'),

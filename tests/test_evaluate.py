@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from se_vae import largest, robustness, sharding
+from se_vae import largest, robustness, sharding, suite
 from se_vae.ledger import Ledger
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -253,6 +255,70 @@ def test_a_stronger_surrogate_is_flagged():
   assert 8 in failed(result)
   assert 'transfer' in result.checks[7].values
   assert 8 not in failed(evaluate(surrogate=(scaled, problem()[2])))
+
+
+# ---------------------------------------------------------------------------------------------
+# Planted faults of the evaluation itself: the checks that must fail, and no others
+# ---------------------------------------------------------------------------------------------
+
+
+def ball_too_large(real, attack, key, x, aim, index, radius, *rest, **options):
+  return real(attack, key, x, aim, index, jnp.float32(1.02) * radius, *rest, **options)
+
+
+def pixels_not_clipped(real, *operands, norm, bounds):
+  return real(*operands, norm=norm, bounds=(-0.2, 1.2))
+
+
+def idle_at_one_radius(real, attack, key, x, aim, index, radius, *rest, **options):
+  """As if the table of steps had a zero at this radius: every attack leaves the image alone."""
+  if np.isclose(radius, RADII[-1]):
+    return x
+  return real(attack, key, x, aim, index, radius, *rest, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Negative:
+  objective: Any
+
+  def __call__(self, *operands):
+    return -self.objective(*operands)
+
+
+def wrong_sign(real, attack, *operands, **options):
+  """PGD walks down where it should walk up."""
+  if attack.method == 'pgd':
+    attack = dataclasses.replace(attack, objective=Negative(attack.objective))
+  return real(attack, *operands, **options)
+
+
+@pytest.mark.parametrize(
+  ('fault', 'expected'),
+  [
+    (ball_too_large, {1}),
+    (pixels_not_clipped, {1}),
+    (idle_at_one_radius, {3}),
+    # It leaves the large radii, falls behind FGSM, Square and noise, and lives on lucky starts.
+    (wrong_sign, {4, 5, 6, 7, 8}),
+  ],
+)
+def test_a_faulty_attack_is_flagged(fault, expected, monkeypatch):
+  monkeypatch.setattr(suite, 'run', functools.partial(fault, suite.run))
+  assert failed(evaluate(latents_fn=latents)) == expected
+
+
+def test_an_attack_that_has_not_converged_is_flagged():
+  """Ten steps of a fiftieth of the radius: one long step and Square go further."""
+  result = evaluate(latents_fn=latents, relative_step_size=0.02)
+  assert failed(result) == {5, 6, 7}
+
+
+def test_a_claim_that_forgets_what_was_wrong_before_is_flagged(monkeypatch):
+  def survives(self, radii):
+    return (self.radius[None] > np.asarray(radii)[:, None]) | (self.attack == 0)[None]
+
+  monkeypatch.setattr(Ledger, 'survives', survives)
+  assert failed(evaluate(latents_fn=latents)) == {11}
 
 
 # ---------------------------------------------------------------------------------------------
