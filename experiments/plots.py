@@ -50,15 +50,20 @@ class Curve:
     return np.stack([intervals[..., 0].min(axis=0), intervals[..., 1].max(axis=0)], axis=-1)
 
 
-def save(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]]) -> None:
-  """Draws panels (title, curves) side by side into a PNG file."""
+def save(
+  path: Path,
+  panels: Sequence[tuple[str, Sequence[Curve]]],
+  moves: dict[str, Any] | None = None,
+) -> None:
+  """Draws panels (title, curves) side by side into a PNG file; the moves of the encoding last."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(4.2 * len(panels), 3.6), layout='constrained')
+  count = len(panels) + (moves is not None)
+  figure = Figure(figsize=(4.2 * count, 3.6), layout='constrained')
   FigureCanvasAgg(figure)
-  axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-  for axis, (title, curves) in zip(axes, panels, strict=True):
+  axes = figure.subplots(1, count, squeeze=False)[0]
+  for axis, (title, curves) in zip(axes, panels, strict=False):
     variants = sorted({curve.variant for curve in curves}, key=lambda name: (len(name), name))
     for curve in curves:
       color = _COLORS[curve.objective]
@@ -67,11 +72,25 @@ def save(path: Path, panels: Sequence[tuple[str, Sequence[Curve]]]) -> None:
         curve.radii, curve.accuracy, style, marker='o', ms=3.5, color=color, label=curve.label
       )
       axis.fill_between(curve.radii, *curve.interval.T, color=color, alpha=0.2, linewidth=0)
-    axis.set(title=title, xlabel='attack radius (l-inf, pixels in [0, 1])', ylim=(-0.02, 1.02))
+    axis.set(title=title, ylim=(-0.02, 1.02))
+    axis.tick_params(labelleft=axis is axes[0])
+  axes[0].set_ylabel('adversarial accuracy')
+  if moves is not None:
+    _draw_moves(axes[-1], moves)
+  for axis in axes:
+    axis.set_xlabel('attack radius (l-inf, pixels in [0, 1])')
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-  axes[0].set_ylabel('adversarial accuracy')
   figure.savefig(path, dpi=150)
+
+
+def _draw_moves(axis: Any, moves: dict[str, Any]) -> None:
+  radii, levels = moves['radii'], list(moves['quantiles'])
+  lowest, highest = (moves['quantiles'][level] for level in (levels[0], levels[-1]))
+  band = f'{levels[0]} to {levels[-1]} of the images'
+  axis.plot(radii, moves['mean'], marker='o', ms=3.5, color='k', label='mean')
+  axis.fill_between(radii, lowest, highest, color='k', alpha=0.15, linewidth=0, label=band)
+  axis.set(title='largest move of the encoding', ylabel='squared W2')
 
 
 def save_images(path: Path, rows: Sequence[np.ndarray], scale: int = 2) -> None:

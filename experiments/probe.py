@@ -5,17 +5,20 @@ r"""Fits a linear probe on a pretrained encoder's means, attacks it, and checks 
 Reads the newest checkpoint of the run in --workdir and writes beside it `probe_TASK.json`
 (accuracies, checks, settings, versions), `.csv` and `.png` (the curve), `_images.png` (adversarial
 images beside originals and reconstructions) and `.npz` (every example's ledger and adversarial
-image); `robustness.json` holds the results of all tasks. With --strict the exit code is 1 when a
-check fails. Interrupted, the same command goes on where it was.
+image); `robustness.json` holds the results of all tasks. --joint adds the curve of one attack on
+all tasks together, and --moves how far the encoding itself can be moved, with `_moves.csv`. With
+--strict the exit code is 1 when a check fails. Interrupted, the same command goes on where it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import json
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,15 @@ from jax.sharding import Mesh
 
 from experiments import plots, pretrain, runtime, settings
 from experiments.settings import UsageError, setting
-from se_vae import checkpoints, data, probing, robustness, suite, vae
+from se_vae import checkpoints, data, largest, probing, robustness, suite, vae
+from se_vae.ledger import LedgerError
 
 TASKS = ('digit', 'color', 'label')
+
+# Of the moves of the encoding, over the examples.
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +64,11 @@ class ProbeConfig:
   check_examples: int = setting(
     200, 'Test examples that the checks attack once more; 0 for no checks.', at_least=0
   )
+  surrogate: str | None = setting(
+    None, 'Directory of another run on the same data, whose adversarial examples check 8 tries.'
+  )
+  joint: bool = setting(False, 'Attack the probes of all tasks together too, for colour sets.')
+  moves: bool = setting(False, 'Measure how far the encoding can be moved, without labels.')
   strict: bool = setting(False, 'Exit with code 1 when a check fails.')
   num_examples: int | None = setting(
     None, 'Test examples to attack, in canonical order; all if not given.', at_least=1
@@ -77,6 +91,11 @@ def main() -> None:
     result['radii'], result['accuracy'], result['interval'], strict=True
   ):
     print(f'{radius:6.3f}  {accuracy:.3f} [{low:.3f}, {high:.3f}]')
+  if config.joint:
+    tasks = ' and '.join(result['joint']['tasks'])
+    print(f'{tasks} together:', *(f'{value:.3f}' for value in result['joint']['accuracy']))
+  if config.moves:
+    print('mean squared W2 of moves:', *(f'{value:.3g}' for value in result['moves']['mean']))
   for check in result['checks']:
     verdict = 'pass' if check['passed'] else 'FAIL'
     print(f'{verdict}  {check["number"]:2d} {check["name"]}: {check["figure"]}')
@@ -96,6 +115,7 @@ class Prepared:
   images: np.ndarray
   labels: np.ndarray
   mesh: Mesh
+  surrogate: checkpoints.Run | None
 
 
 def prepare(config: ProbeConfig) -> Prepared:
@@ -106,12 +126,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   """
   settings.check(config)
   workdir = runtime.check_workdir(config.workdir)
-  try:
-    model, params, metadata = checkpoints.load_run(workdir)
-  except checkpoints.CheckpointError as error:
-    raise UsageError(
-      f'--workdir: holds no pretrained encoder, run experiments.pretrain there first: {error}'
-    ) from None
+  model, params, metadata = _load('--workdir', workdir)
   pretraining = settings.from_dict(pretrain.PretrainConfig, metadata['config'])
   # A run's directory may have moved since, and with it what it wrote.
   data_dir = config.data_dir or pretraining.data_dir
@@ -122,6 +137,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   except data.DataError as error:
     raise UsageError(str(error)) from None
   _check_task(config, dataset, metadata)
+  surrogate = _load_surrogate(config, workdir, dataset)
   count = config.num_examples or len(dataset.test.images)
   return Prepared(
     workdir,
@@ -132,19 +148,52 @@ def prepare(config: ProbeConfig) -> Prepared:
     dataset.test.images[:count].astype(np.float32) / 255.0,
     dataset.test.labels[config.task][:count],
     runtime.mesh_for(config.batch_size),
+    surrogate,
   )
 
 
-def fit(config: ProbeConfig, prepared: Prepared) -> tuple[probing.LinearProbe, float]:
-  """The probe, and its accuracy on the training set."""
-  labels = prepared.dataset.train.labels[config.task]
-  means = probing.encoder_means(
-    prepared.model, prepared.params, prepared.dataset.train.images, mesh=prepared.mesh
-  )
+def _load(flag: str, workdir: Path) -> checkpoints.Run:
+  try:
+    return checkpoints.load_run(workdir)
+  except checkpoints.CheckpointError as error:
+    raise UsageError(
+      f'{flag}: holds no pretrained encoder, run experiments.pretrain there first: {error}'
+    ) from None
+
+
+def _load_surrogate(
+  config: ProbeConfig, workdir: Path, dataset: data.Dataset
+) -> checkpoints.Run | None:
+  if config.surrogate is None:
+    return None
+  if not config.check_examples:
+    raise UsageError('--surrogate: is for a check; needs --check_examples above 0')
+  path = Path(config.surrogate)
+  if path.resolve() == workdir.resolve():
+    raise UsageError('--surrogate: is --workdir itself; name another run')
+  surrogate = _load('--surrogate', path)
+  if surrogate.metadata['data']['digest'] != dataset.digest:
+    raise UsageError('--surrogate: was trained on other data than --workdir')
+  return surrogate
+
+
+def fit(
+  config: ProbeConfig,
+  prepared: Prepared,
+  *,
+  task: str | None = None,
+  encoder: checkpoints.Run | None = None,
+) -> tuple[probing.LinearProbe, float]:
+  """The probe, and its accuracy on the training set; --task's, on --workdir's encoder, if None."""
+  task = config.task if task is None else task
+  model, params = (encoder.model, encoder.params) if encoder else (prepared.model, prepared.params)
+  train = prepared.dataset.train
+  labels = train.labels[task]
+  means = probing.encoder_means(model, params, train.images, mesh=prepared.mesh)
   probe = probing.fit_probe(
     means,
     labels,
-    prepared.dataset.num_classes[config.task],
+    prepared.dataset.num_classes[task],
     l2=config.l2,
     standardize=config.standardize,
   )
@@ -165,33 +214,52 @@ def run(
   stem = prepared.workdir / f'probe_{config.task}'
   digest = hashlib.sha256(json.dumps(settings.to_dict(config)).encode()).hexdigest()[:8]
   state = stem.with_name(f'{stem.name}_{digest}.state.npz')
-  with runtime.progress_bar(1, description, unit='attack') as progress:
+  surrogate = None
+  if prepared.surrogate is not None:
+    other, _ = fit(config, prepared, encoder=prepared.surrogate)
+    encoder = prepared.surrogate
+    surrogate = probing.ProbedEncoder(encoder.model), (encoder.params, other)
+  options: dict[str, Any] = {
+    'radii': config.radii,
+    'num_steps': config.pgd_steps,
+    'restarts': config.restarts,
+    'seed': config.seed,
+    'batch_size': config.batch_size,
+    'mesh': prepared.mesh,
+  }
 
-    def advance(done: int, total: int) -> None:
-      progress.total = total
-      progress.update(done - progress.n)
-      stop.check()
-
-    outcome = robustness.evaluate(
+  def evaluate(progress: Progress) -> robustness.Evaluation:
+    return robustness.evaluate(
       probing.ProbedEncoder(prepared.model),
       prepared.images,
       prepared.labels,
-      radii=config.radii,
       attack=config.attack,
-      num_steps=config.pgd_steps,
-      restarts=config.restarts,
       num_queries=config.num_queries,
       relative_step_size=config.pgd_step_size,
-      seed=config.seed,
-      batch_size=config.batch_size,
       args=(prepared.params, probe),
-      latents_fn=robustness.GaussianLatents(prepared.model),
-      reconstruct_fn=robustness.Reconstruction(prepared.model),
+      latents_fn=probing.GaussianLatents(prepared.model),
+      reconstruct_fn=probing.Reconstruction(prepared.model),
+      surrogate=surrogate,
       check_examples=config.check_examples,
-      mesh=prepared.mesh,
       state_path=state,
-      progress=advance,
+      progress=progress,
+      **options,
     )
+
+  extra: dict[str, Any] = {}
+  if config.joint:
+    with _progress(f'{description}, joint', stop) as progress:
+      extra['joint'] = _joint(config, prepared, probe, options | {'progress': progress})
+  if config.moves:
+    with _progress(f'{description}, moves', stop) as progress:
+      extra['moves'] = _moves(prepared, options | {'progress': progress})
+  with _progress(description, stop) as progress:
+    try:
+      outcome = evaluate(progress)
+    except LedgerError as error:
+      runtime.warn(f'{error}; starting afresh')
+      state.unlink()
+      outcome = evaluate(progress)
   result = {
     'task': config.task,
     'num_examples': len(prepared.images),
@@ -202,12 +270,14 @@ def run(
     'train_accuracy': train_accuracy,
     'config': settings.to_dict(config),
     'evaluation': outcome.config,
+    **extra,
     'cost': {
       'gradients': int(outcome.ledger.gradients.sum()),
       'forwards': int(outcome.ledger.forwards.sum()),
     },
     'pretraining': prepared.metadata['config'],
     'step': prepared.metadata['step'],
+    'surrogate': None if prepared.surrogate is None else prepared.surrogate.metadata['config'],
     'data': {'source': prepared.dataset.source, 'digest': prepared.dataset.digest},
     'versions': runtime.versions(),
     'devices': runtime.devices(),
@@ -217,12 +287,66 @@ def run(
   return result
 
 
+@contextlib.contextmanager
+def _progress(description: str, stop: runtime.StopSignal) -> Iterator[Progress]:
+  """A bar of finished and all attacks, which looks for a signal whenever it moves."""
+  with runtime.progress_bar(1, description, unit='attack') as bar:
+
+    def advance(done: int, total: int) -> None:
+      bar.total = total
+      bar.update(done - bar.n)
+      stop.check()
+
+    yield advance
+
+
+def _joint(
+  config: ProbeConfig, prepared: Prepared, probe: probing.LinearProbe, options: dict[str, Any]
+) -> dict[str, Any]:
+  """The curve of examples whose probes no single image breaks together."""
+  tasks, count = tuple(prepared.dataset.num_classes), len(prepared.images)
+  probes = [probe if t == config.task else fit(config, prepared, task=t)[0] for t in tasks]
+  labels = [prepared.dataset.test.labels[task][:count] for task in tasks]
+  curve = largest.joint_accuracy(
+    (probing.ProbedEncoder(prepared.model),) * len(tasks),
+    prepared.images,
+    np.stack(labels, axis=1),
+    args=tuple((prepared.params, fitted) for fitted in probes),
+    **options,
+  )
+  return {
+    'tasks': tasks,
+    'radii': list(config.radii),
+    'accuracy': curve.accuracy.tolist(),
+    'interval': curve.interval().tolist(),
+  }
+
+
+def _moves(prepared: Prepared, options: dict[str, Any]) -> dict[str, Any]:
+  """Mean and quantiles over examples of the largest squared W2 between the encodings of x and x'.
+
+  Full covariances: of the distance of their means, a lower bound.
+  """
+  latents_fn = probing.GaussianLatents(prepared.model)
+  moves = largest.representation_moves(
+    latents_fn, prepared.images, args=(prepared.params,), **options
+  )
+  quantiles = np.quantile(moves, _QUANTILES, axis=1)
+  return {
+    'radii': list(options['radii']),
+    'mean': moves.mean(axis=1).tolist(),
+    'quantiles': dict(zip(map(str, _QUANTILES), quantiles.tolist(), strict=True)),
+  }
+
+
 def _check_task(config: ProbeConfig, dataset: data.Dataset, metadata: dict[str, Any]) -> None:
   if config.task not in dataset.num_classes:
     raise UsageError(
       f'--task: {dataset.name} has no {config.task} labels; its tasks are '
       f'{", ".join(dataset.num_classes)}'
     )
+  if config.joint and len(dataset.num_classes) < 2:
+    raise UsageError(f'--joint: needs several tasks; {dataset.name} has {config.task} labels alone')
   if dataset.digest != metadata['data']['digest']:
     raise UsageError('--data_dir: holds other data than the encoder was trained on')
   available = len(dataset.test.images)
@@ -235,26 +359,33 @@ def _check_task(config: ProbeConfig, dataset: data.Dataset, metadata: dict[str, 
 def _write(
   stem: Path, result: dict[str, Any], outcome: robustness.Evaluation, prepared: Prepared
 ) -> None:
-  rows = zip(result['radii'], result['accuracy'], result['interval'], strict=True)
-
-  def write_csv(path: Path) -> None:
-    with path.open('w', newline='') as file:
-      writer = csv.writer(file)
-      writer.writerow(('radius', 'accuracy', 'low', 'high'))
-      writer.writerows((radius, accuracy, *interval) for radius, accuracy, interval in rows)
+  curves = {'': result} | ({'joint_': result['joint']} if 'joint' in result else {})
+  columns: dict[str, Sequence[float]] = {'radius': result['radii']}
+  for prefix, found in curves.items():
+    columns |= {f'{prefix}accuracy': found['accuracy']}
+    columns |= zip(
+      (f'{prefix}low', f'{prefix}high'), zip(*found['interval'], strict=True), strict=True
+    )
+  _write_csv(stem.with_suffix('.csv'), columns)
+  moves = result.get('moves')
+  if moves:
+    quantiles = {f'quantile_{level}': values for level, values in moves['quantiles'].items()}
+    columns = {'radius': moves['radii'], 'mean_squared_w2': moves['mean'], **quantiles}
+    _write_csv(stem.with_name(f'{stem.name}_moves.csv'), columns)
 
   def write_npz(path: Path) -> None:
     curve, ledger = outcome.curve, vars(outcome.ledger)
-    columns = {('broken_' if name == 'radius' else '') + name: ledger[name] for name in ledger}
+    arrays = {('broken_' if name == 'radius' else '') + name: ledger[name] for name in ledger}
     np.savez_compressed(
-      path, radii=curve.radii, correct=curve.correct, labels=prepared.labels, **columns
+      path, radii=curve.radii, correct=curve.correct, labels=prepared.labels, **arrays
     )
 
-  runtime.write_atomically(stem.with_suffix('.csv'), write_csv)
   runtime.write_atomically(stem.with_suffix('.npz'), write_npz)
-  curve = plots.Curve(result['pretraining']['objective'], [result])
+  objective = result['pretraining']['objective']
+  drawn = [plots.Curve(objective, [found], name.strip('_')) for name, found in curves.items()]
+  panels = [(f'{result["task"]} probe', drawn)]
   runtime.write_atomically(
-    stem.with_suffix('.png'), lambda path: plots.save(path, [(f'{result["task"]} probe', [curve])])
+    stem.with_suffix('.png'), lambda path: plots.save(path, panels, moves=moves)
   )
   page = _page(outcome, prepared)
   if page:
@@ -265,6 +396,16 @@ def _write(
   tasks = runtime.read_json(path) if path.exists() else {}
   runtime.write_json(path, {**tasks, result['task']: result})
   runtime.write_json(stem.with_suffix('.json'), result)  # last: its presence says all is there
+
+
+def _write_csv(path: Path, columns: Mapping[str, Sequence[float]]) -> None:
+  def write(temporary: Path) -> None:
+    with temporary.open('w', newline='') as file:
+      writer = csv.writer(file)
+      writer.writerow(columns)
+      writer.writerows(zip(*columns.values(), strict=True))
+
+  runtime.write_atomically(path, write)
 
 
 def _page(outcome: robustness.Evaluation, prepared: Prepared) -> list[np.ndarray]:
@@ -278,7 +419,7 @@ def _page(outcome: robustness.Evaluation, prepared: Prepared) -> list[np.ndarray
     return []
   order = fallen[np.argsort(radius[fallen], kind='stable')]
   chosen = order[np.unique(np.linspace(0, len(order) - 1, 12).astype(int))]
-  reconstruct = jax.jit(robustness.Reconstruction(prepared.model))
+  reconstruct = jax.jit(probing.Reconstruction(prepared.model))
   rows = [prepared.images[chosen], outcome.ledger.images[chosen]]
   return [*rows, *(np.asarray(reconstruct(row, prepared.params)) for row in rows)]
 

@@ -13,14 +13,10 @@ from se_vae.gaussians import (
   kl_divergence,
   kl_to_standard_normal,
 )
+from se_vae.largest import joint_accuracy, representation_moves
 from se_vae.objectives import elbo, log_normalizer, se_elbo
 from se_vae.probing import LinearProbe, ProbedEncoder, encoder_means, fit_probe
-from se_vae.robustness import (
-  adversarial_accuracy,
-  evaluate,
-  joint_accuracy,
-  representation_moves,
-)
+from se_vae.robustness import adversarial_accuracy, evaluate
 from se_vae.training import TrainConfig, TrainState, init_state, train_step
 from se_vae.vae import VAE, make_vae
 from se_vae.wasserstein import (

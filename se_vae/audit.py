@@ -13,9 +13,10 @@ import numpy as np
 from se_vae import attacks, checks, classification, sharding, suite
 from se_vae.checks import Check
 from se_vae.classification import Aim, Model, UntilBroken
+from se_vae.curve import AdversarialAccuracy
 from se_vae.diagnostics import active_latents
 from se_vae.ledger import Ledger
-from se_vae.problem import Problem, attempt, forward, survivors
+from se_vae.problem import Problem, aim_at, attempt, forward, in_batches, survivors
 
 # Radii of check 4, as shares of the radius that takes every image to every other.
 _LARGE = (0.5, 0.75, 1.0)
@@ -64,10 +65,13 @@ def audit(
 
   # Each radius apart, whatever a smaller one broke: what monotony has to be seen on.
   curves = {
-    attack.name: np.array([len(survivors(problem, (attack,), r, rows)) / count for r in order])
-    for attack in _reference(problem, num_steps)
+    attack.name: AdversarialAccuracy(
+      order, np.stack([np.isin(rows, survivors(problem, (attack,), r, rows)) for r in order])
+    )
+    for attack in _reference(problem, num_steps, config['relative_step_size'])
   }
-  pgd, fgsm, noise = curves['pgd'], curves['fgsm'], {n: curves[n] for n in ('noise', 'signs')}
+  pgd, fgsm = curves['pgd'].accuracy, curves['fgsm'].accuracy
+  noise = {name: curves[name].accuracy for name in ('noise', 'signs')}
   if surrogate is not None:
     noise['transfer'] = _transfer(problem, surrogate, num_steps, order, rows)
 
@@ -90,7 +94,7 @@ def audit(
   return (
     checks.legality(problem.x, ledger.images, ledger.radius, problem.norm, problem.bounds),
     checks.rescoring(broken, wrong, clean_accuracy, float((ledger.radius > 0.0).mean())),
-    checks.monotone(order, pgd, _wilson(pgd, count)),
+    checks.monotone(order, pgd, curves['pgd'].interval()),
     checks.large_radius(*_large_radii(problem, table, ledger, rows), largest_share),
     checks.iterative(pgd, fgsm, count),
     checks.converged(more['steps'], more['restarts'], count),
@@ -116,13 +120,13 @@ def audit(
   )
 
 
-def _reference(problem: Problem, num_steps: int) -> tuple[suite.Attack, ...]:
+def _reference(
+  problem: Problem, num_steps: int, step_share: float | None
+) -> tuple[suite.Attack, ...]:
   """The paper's attack with one start, one step, and what both must beat."""
+  (pgd,) = suite.standard(problem.logits_fn, num_steps=num_steps, restarts=1, step_share=step_share)
   return (
-    *(
-      dataclasses.replace(a, name='pgd')
-      for a in suite.standard(problem.logits_fn, num_steps=num_steps, restarts=1)
-    ),
+    dataclasses.replace(pgd, name='pgd'),
     suite.Attack('fgsm', 'fgsm', classification.CrossEntropy(problem.logits_fn)),
     suite.Attack('noise', 'noise'),
     suite.Attack('signs', 'extreme_noise'),
@@ -187,7 +191,6 @@ def _health(
   problem: Problem, table: tuple[suite.Attack, ...], radius: float, rows: np.ndarray
 ) -> dict[str, dict[str, float]]:
   """For each attack, the shares of examples in trouble at a random point of the ball."""
-  assert problem.aims is not None
   rows = rows[_correct(forward(problem, problem.logits_fn, problem.x[rows]), problem.labels[rows])]
   if not len(rows):
     return {'none': {'examples that are right': 1.0}}
@@ -208,30 +211,23 @@ def _health(
     assert objective is not None
     if isinstance(objective, UntilBroken):
       objective = objective.objective  # its gradient is zero where it has done its work
-    zero, bad = [], []
-    for start in range(0, len(rows), problem.batch_size):
-      places = np.arange(start, start + problem.batch_size)
-      some = places % len(rows)
-      aim = suite.aim_at(problem.aims, attack, 0, rows[some], problem.x, problem.num_classes)
-      batch = sharding.split(problem.mesh, (noisy[some], aim))
-      flags = _gradient_flags(objective, *batch, problem.args)
-      keep = int(np.sum(places < len(rows)))
-      zero.append(np.asarray(flags[0])[:keep])
-      bad.append(np.asarray(flags[1])[:keep])
-    shares[attack.name] = {
-      'zero': float(np.concatenate(zero).mean()),
-      'NaN or Inf': float(np.concatenate(bad).mean()),
-    }
+    gradients = functools.partial(_gradient_flags, objective, problem.args)
+    flags = in_batches(problem, gradients, (noisy, aim_at(problem, attack, 0, rows)))
+    shares[attack.name] = {name: float(flag.mean()) for name, flag in flags.items()}
   return shares
 
 
 @functools.partial(jax.jit, static_argnames='objective')
 def _gradient_flags(
-  objective: Model, x: jax.Array, aim: Aim, args: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array]:
+  objective: Model, args: tuple[Any, ...], batch: tuple[jax.Array, Aim]
+) -> dict[str, jax.Array]:
   """Whether each example's gradient is all zero, and whether any of it is NaN or infinite."""
+  x, aim = batch
   gradient = attacks.values_and_gradients(objective, x, (aim, *args))[1].reshape(x.shape[0], -1)
-  return (gradient == 0.0).all(axis=1), ~jnp.isfinite(gradient).all(axis=1)
+  return {
+    'zero': (gradient == 0.0).all(axis=1),
+    'NaN or Inf': ~jnp.isfinite(gradient).all(axis=1),
+  }
 
 
 @jax.jit
@@ -264,14 +260,6 @@ def _life(
 def _recorded(ledger: Ledger) -> np.ndarray:
   """`[N]`: the radius of each example's image, inf where it is the clean one of a survivor."""
   return np.where(ledger.attack >= 0, ledger.radius, np.inf)
-
-
-def _wilson(accuracy: np.ndarray, count: int) -> np.ndarray:
-  from scipy.stats import binomtest
-
-  counts = np.round(accuracy * count).astype(int)
-  intervals = [binomtest(int(k), count).proportion_ci(0.95, method='wilson') for k in counts]
-  return np.array([(interval.low, interval.high) for interval in intervals])
 
 
 def _correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -64,13 +64,13 @@ def held_out(
     `elbo`, `log_likelihood`, `kl` in nats an image, and `squared_error` (of the decoder's mean at
     the encoder's mean, summed over pixels in [0, 1]).
   """
-  batch_size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size
   params = sharding.replicate(mesh, params)
-  columns: dict[str, list[np.ndarray]] = {}
-  for start in range(0, len(images), batch_size):
-    rows = np.arange(start, start + batch_size) % len(images)  # wraps: one shape, one compilation
-    batch = sharding.split(mesh, (images[rows], rows.astype(np.int32)))
-    terms, squared_error = _bound_terms(model, params, key, *batch, jnp.float32(obs_var))
-    for name, values in (terms._asdict() | {'squared_error': squared_error}).items():
-      columns.setdefault(name, []).append(np.asarray(values)[: len(images) - start])
-  return {name: float(np.concatenate(values).mean()) for name, values in columns.items()}
+
+  def measure(batch: tuple[jax.Array, jax.Array]) -> tuple[objectives.ElboTerms, jax.Array]:
+    return _bound_terms(model, params, key, *batch, jnp.float32(obs_var))
+
+  index = np.arange(len(images), dtype=np.int32)
+  batch_size = min(batch_size, len(images))
+  terms, squared_error = sharding.map_batches(mesh, measure, (images, index), batch_size)
+  columns = terms._asdict() | {'squared_error': squared_error}
+  return {name: float(values.mean()) for name, values in columns.items()}

@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 
 
+class LedgerError(ValueError):
+  """A file that is no ledger, or one of another evaluation."""
+
+
 @dataclasses.dataclass
 class Ledger:
   """Grows as an evaluation goes on.
@@ -70,7 +74,7 @@ class Ledger:
     """Reads what `save` wrote.
 
     Raises:
-      ValueError: if it is damaged, or belongs to another evaluation.
+      LedgerError: if it is damaged, or belongs to another evaluation.
     """
     try:
       with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
@@ -79,7 +83,7 @@ class Ledger:
       names = tuple(map(str, content.pop('names')))
       ledger = cls(names, int(content.pop('done')), **content)
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-      raise ValueError(f'{path}: is not a ledger: {error}') from error
+      raise LedgerError(f'{path}: is not a ledger: {error}') from error
     if stored != fingerprint:
-      raise ValueError(f'{path}: belongs to another evaluation; remove it to start afresh')
+      raise LedgerError(f'{path}: belongs to another evaluation; remove it to start afresh')
     return ledger

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from se_vae import sharding
+from se_vae.gaussians import DiagonalGaussian
 from se_vae.training import pixels
 from se_vae.vae import VAE, Params
 
@@ -45,6 +47,34 @@ class ProbedEncoder:
     return probe.logits(self.model.encode(params, x).mean)
 
 
+@dataclasses.dataclass(frozen=True)
+class GaussianLatents:
+  """Means and standard deviations of an encoder, side by side: Euclid's distance is W2 (Eq. 12).
+
+  Full covariances have no such coordinates: their means alone, a lower bound of W2.
+  """
+
+  model: VAE
+
+  def __call__(self, x: jax.Array, params: Params, *_: Any) -> jax.Array:
+    """Images `[B, H, W, C]` to `[B, 2 D]`, or `[B, D]`."""
+    q = self.model.encode(params, x)
+    if isinstance(q, DiagonalGaussian):
+      return jnp.concatenate([q.mean, q.stddev], axis=-1)
+    return q.mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+  """Images, through the encoder's mean and the decoder, to images."""
+
+  model: VAE
+
+  def __call__(self, x: jax.Array, params: Params, *_: Any) -> jax.Array:
+    """`[B, H, W, C]` to `[B, H, W, C]`."""
+    return self.model.decode(params, self.model.encode(params, x).mean)
+
+
 @functools.partial(jax.jit, static_argnames='model')
 def _encode_means(model: VAE, params: Params, images: jax.Array) -> jax.Array:
   return model.encode(params, pixels(images)).mean
@@ -54,16 +84,9 @@ def encoder_means(
   model: VAE, params: Params, images: np.ndarray, *, mesh: Mesh, batch_size: int = 512
 ) -> np.ndarray:
   """Means of q(z | x) for uint8 images `[N, H, W, C]`: float32 `[N, D]`."""
-  batch_size = -(-batch_size // mesh.size) * mesh.size
   params = sharding.replicate(mesh, params)
-  means = []
-  for start in range(0, len(images), batch_size):
-    batch = images[start : start + batch_size]
-    # Every batch has the same shape: one compilation.
-    padded = np.concatenate([batch, np.zeros_like(images[:1]).repeat(batch_size - len(batch), 0)])
-    outputs = _encode_means(model, params, sharding.split(mesh, padded))
-    means.append(np.asarray(outputs)[: len(batch)])
-  return np.concatenate(means)
+  encode = functools.partial(_encode_means, model, params)
+  return sharding.map_batches(mesh, encode, images, batch_size)
 
 
 def fit_probe(

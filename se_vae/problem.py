@@ -1,10 +1,10 @@
-"""A classifier and the examples to break it on, in batches of one shape."""
+"""A classifier and the examples to break it on: checked, and attacked in batches of one shape."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from se_vae import sharding, suite
+from se_vae import balls, sharding, suite
 from se_vae.balls import Norm
-from se_vae.classification import Model, is_correct
+from se_vae.classification import Aim, Model, is_correct
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,9 +30,10 @@ class Problem:
     num_classes: K.
     norm: of the balls.
     bounds: lowest and highest pixel value.
-    batch_size: a multiple of the number of devices.
+    batch_size: examples at a time.
     mesh: the devices.
-    aims: what the targeted attacks aim at.
+    aims: what the targeted attacks aim at; None where there are none.
+    on_batch: called after each batch; may raise to stop.
   """
 
   logits_fn: Model
@@ -46,44 +47,120 @@ class Problem:
   batch_size: int
   mesh: Mesh
   aims: suite.Aims | None = None
+  on_batch: Callable[[], Any] = lambda: None
+
+
+def pose(
+  logits_fn: Model,
+  key: jax.Array,
+  x: np.ndarray,
+  labels: np.ndarray,
+  *,
+  radii: Sequence[float],
+  counts: Mapping[str, int],
+  norm: Norm,
+  bounds: tuple[float, float],
+  args: tuple[Any, ...],
+  mesh: Mesh | None,
+) -> tuple[Problem, np.ndarray]:
+  """Checks what a caller gave; returns the problem, and the logits of the clean images.
+
+  Args:
+    logits_fn: as for `robustness.evaluate`, as are the others.
+    key: of everything random.
+    x: images.
+    labels: their classes.
+    radii: to be attacked.
+    counts: by name, what must be >= 1; `batch_size` among them.
+    norm: of the balls.
+    bounds: of the pixels.
+    args: of `logits_fn`.
+    mesh: devices.
+
+  Raises:
+    ValueError: for input that makes no sense, or clean logits that are not finite.
+  """
+  x, labels = np.asarray(x), np.asarray(labels)
+  if not np.issubdtype(x.dtype, np.floating) or not np.issubdtype(labels.dtype, np.integer):
+    raise ValueError(f'x must be float and labels integer, got {x.dtype} and {labels.dtype}')
+  if len(x) == 0 or labels.shape != x.shape[:1]:
+    raise ValueError(
+      f'x [N, ...] and labels [N] must fit, with N >= 1, got {x.shape}, {labels.shape}'
+    )
+  check_radii(radii)
+  for name, count in counts.items():
+    if count < 1:
+      raise ValueError(f'{name} must be >= 1, got {count}')
+  if norm not in balls.NORMS:
+    raise ValueError(f'norm must be one of {", ".join(balls.NORMS)}, got {norm!r}')
+  x = x.astype(np.float32)
+  check_images(x, bounds)
+  shape = jax.eval_shape(logits_fn, x[:1], *args).shape
+  if len(shape) != 2 or shape[0] != 1 or shape[1] < 2:
+    raise ValueError(f'logits_fn must give [B, K] with K >= 2, got {shape} for one image')
+  if labels.min() < 0 or labels.max() >= shape[1]:
+    raise ValueError(f'labels must lie in [0, {shape[1]}), got [{labels.min()}, {labels.max()}]')
+  mesh = sharding.data_mesh() if mesh is None else mesh
+  problem = Problem(
+    logits_fn=logits_fn,
+    args=sharding.replicate(mesh, args),
+    x=x,
+    labels=labels.astype(np.int32),
+    key=key,
+    num_classes=shape[1],
+    norm=norm,
+    bounds=bounds,
+    batch_size=min(counts['batch_size'], len(x)),
+    mesh=mesh,
+  )
+  logits = forward(problem, logits_fn, x)
+  if not np.isfinite(logits).all():
+    raise ValueError('the logits of clean images are not finite: the classifier has diverged')
+  return problem, logits
+
+
+def check_radii(radii: Sequence[float]) -> None:
+  """Raises ValueError unless there are radii, all finite and >= 0."""
+  if not len(radii) or min(radii) < 0.0 or not np.isfinite(radii).all():
+    raise ValueError(f'radii must be finite and >= 0, got {list(radii)}')
+
+
+def check_images(x: np.ndarray, bounds: tuple[float, float]) -> None:
+  """Raises ValueError unless there are images, all inside the bounds."""
+  if not len(x) or not (x.min() >= bounds[0] and x.max() <= bounds[1]):  # NaN is outside too
+    found = f'[{x.min()}, {x.max()}]' if len(x) else 'none'
+    raise ValueError(f'images must lie in {bounds}, got {found}')
 
 
 def attempt(
-  problem: Problem,
-  attack: suite.Attack,
-  radius: float,
-  restart: int,
-  rows: np.ndarray,
-  progress: Callable[[], Any] = lambda: None,
+  problem: Problem, attack: suite.Attack, radius: float, restart: int, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """One try on the examples `rows`.
+  """One try on the examples `rows`, of which there must be some.
 
   Returns:
     The images `[len(rows), ...]`, and whether the classifier is right on each.
   """
-  assert problem.aims is not None
+  aim = aim_at(problem, attack, restart, rows)
   key = suite.try_key(problem.key, attack, radius, restart)
-  images = np.empty((len(rows), *problem.x.shape[1:]), np.float32)
-  correct = np.ones(len(rows), bool)
-  for places, some in _batches(rows, problem.batch_size):
-    aim = suite.aim_at(problem.aims, attack, restart, some, problem.x, problem.num_classes)
-    x, aim, index = sharding.split(problem.mesh, (problem.x[some], aim, some.astype(np.int32)))
+
+  def attack_batch(batch: tuple[jax.Array, Aim, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    x, aim, index = batch
+    norm, bounds = problem.norm, problem.bounds
     x_adv = suite.run(
-      attack,
-      key,
-      x,
-      aim,
-      index,
-      jnp.float32(radius),
-      problem.args,
-      norm=problem.norm,
-      bounds=problem.bounds,
+      attack, key, x, aim, index, jnp.float32(radius), problem.args, norm=norm, bounds=bounds
     )
     logits = _apply(problem.logits_fn, x_adv, problem.args)
-    images[places] = np.asarray(x_adv)[: len(places)]
-    correct[places] = np.asarray(is_correct(logits, aim.labels))[: len(places)]
-    progress()
-  return images, correct
+    problem.on_batch()
+    return x_adv, is_correct(logits, aim.labels)
+
+  return in_batches(problem, attack_batch, (problem.x[rows], aim, rows.astype(np.int32)))
+
+
+def aim_at(problem: Problem, attack: suite.Attack, restart: int, rows: np.ndarray) -> Aim:
+  """What one try aims at, for the examples `rows`."""
+  return suite.aim_at(
+    problem.aims, attack, restart, rows, problem.x, problem.labels, problem.num_classes
+  )
 
 
 def survivors(
@@ -99,22 +176,14 @@ def survivors(
 
 def forward(problem: Problem, function: Model, images: np.ndarray) -> np.ndarray:
   """A function of images (and the problem's args) on all of them, `[N, ...]`."""
-  outputs = [
-    np.asarray(_apply(function, sharding.split(problem.mesh, images[some]), problem.args))[
-      : len(places)
-    ]
-    for places, some in _batches(np.arange(len(images)), problem.batch_size)
-  ]
-  return np.concatenate(outputs)
+  return in_batches(problem, lambda x: _apply(function, x, problem.args), images)
+
+
+def in_batches(problem: Problem, function: Callable[[Any], Any], arrays: Any) -> Any:
+  """`sharding.map_batches` with the problem's batches."""
+  return sharding.map_batches(problem.mesh, function, arrays, problem.batch_size)
 
 
 @functools.partial(jax.jit, static_argnames='function')
 def _apply(function: Model, x: jax.Array, args: tuple[Any, ...]) -> jax.Array:
   return function(x, *args)
-
-
-def _batches(rows: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Places in `rows`, and a full batch of rows that begins with those: one compilation."""
-  for start in range(0, len(rows), batch_size):
-    places = np.arange(start, start + batch_size)
-    yield places[places < len(rows)], rows[places % len(rows)]

@@ -2,7 +2,7 @@
 
 `adversarial_accuracy` is the paper's curve, each radius attacked apart. `evaluate` is a claim with
 its evidence: each example's worst case over a suite of attacks, the images that prove it, and the
-checks of `se_vae.checks`. It takes any JAX callable.
+checks of `se_vae.checks`. Both take any JAX callable.
 """
 
 from __future__ import annotations
@@ -20,83 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from se_vae import attacks, audit, classification, sharding, suite
+from se_vae import audit, classification, suite
 from se_vae.balls import Norm
 from se_vae.checks import Check
-from se_vae.classification import Aim, Joint, LatentMove, Model
-from se_vae.gaussians import DiagonalGaussian
+from se_vae.classification import Model
+from se_vae.curve import AdversarialAccuracy
 from se_vae.ledger import Ledger
-from se_vae.problem import Problem, attempt, forward
-from se_vae.vae import VAE, Params
+from se_vae.problem import Problem, attempt, forward, pose, survivors
 
 # Seconds between two copies of the ledger on disk.
 _SAVE_EVERY = 10.0
-
-
-@dataclasses.dataclass(frozen=True)
-class AdversarialAccuracy:
-  """Which examples survive at which radius.
-
-  Attributes:
-    radii: `[R]`.
-    correct: bool `[R, N]`: example n is classified correctly by every attempt at radius r.
-  """
-
-  radii: np.ndarray
-  correct: np.ndarray
-
-  @property
-  def accuracy(self) -> np.ndarray:
-    """Adversarial accuracy at each radius, `[R]`."""
-    return self.correct.mean(axis=1)
-
-  def interval(self, confidence: float = 0.95) -> np.ndarray:
-    """Wilson score interval of each accuracy, `[R, 2]`."""
-    from scipy.stats import binomtest
-
-    count = self.correct.shape[1]
-    intervals = [
-      binomtest(int(row.sum()), count).proportion_ci(confidence, method='wilson')
-      for row in self.correct
-    ]
-    return np.array([(interval.low, interval.high) for interval in intervals])
-
-
-@functools.partial(jax.jit, static_argnames=('logits_fn', 'num_steps', 'norm', 'bounds'))
-def _survives(
-  logits_fn: Model,
-  key: jax.Array,
-  x: jax.Array,
-  labels: jax.Array,
-  index: jax.Array,
-  radius: jax.Array,
-  step_size: jax.Array,
-  args: tuple[Any, ...],
-  *,
-  num_steps: int,
-  norm: Norm,
-  bounds: tuple[float, float],
-) -> tuple[jax.Array, jax.Array]:
-  """Whether each example is still classified correctly after one attack, and its logits finite.
-
-  Both bool `[B]`. An example whose logits are not finite is not classified correctly: the largest
-  of a row of NaN would be class 0.
-  """
-  x_adv = attacks.pgd(
-    classification.CrossEntropy(logits_fn),
-    key,
-    x,
-    radius=radius,
-    num_steps=num_steps,
-    step_size=step_size,
-    norm=norm,
-    bounds=bounds,
-    keep_best=True,
-    args=(Aim(labels), *args),
-    index=index,
-  )
-  logits = logits_fn(x_adv, *args)
-  return classification.is_correct(logits, labels), jnp.isfinite(logits).all(axis=-1)
 
 
 def adversarial_accuracy(
@@ -114,65 +47,52 @@ def adversarial_accuracy(
   batch_size: int = 200,
   args: tuple[Any, ...] = (),
   mesh: Mesh | None = None,
-  progress: Callable[[int], Any] = lambda examples: None,
+  progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> AdversarialAccuracy:
-  """Attacks a classifier at every radius, and counts who survives.
+  """The paper's PGD at every radius apart, whatever it breaks at another.
 
-  Each radius and restart is a separate PGD attack from its own random start; an example survives a
-  radius if it survives all restarts there. Radius 0 is the clean accuracy. The result does not
-  depend on the batch size or on the number of devices, beyond rounding.
+  An example survives a radius if it survives all restarts there. Radius 0 is the clean accuracy.
+  The result does not depend on the batch size or on the number of devices, beyond rounding.
 
   Args:
-    logits_fn: images `[B, ...]` (and `args`) to logits `[B, K]`; hashable, compiled once.
+    logits_fn: as for `evaluate`, as are the others.
     key: one PRNG key.
-    x: images `[N, ...]`, float, inside `bounds`.
-    labels: `[N]` integers in [0, K).
-    radii: radii >= 0, traced: one compilation serves them all.
+    x: images.
+    labels: their classes, which may be one.
+    radii: radii >= 0.
     num_steps: PGD steps.
-    restarts: attacks for each radius.
-    relative_step_size: step size as a share of the radius; `attacks.pgd`'s rule if None.
+    restarts: tries at each radius.
+    relative_step_size: step size as a share of the radius.
     norm: 'linf' or 'l2'.
     bounds: lowest and highest pixel value.
     batch_size: examples attacked at a time.
-    args: further arguments of `logits_fn`, such as parameters.
-    mesh: devices to spread a batch over; all of them if None.
-    progress: called with the number of attacked examples after each batch.
+    args: further arguments of `logits_fn`.
+    mesh: devices.
+    progress: called after each batch with the number of finished radii and of all.
 
   Raises:
-    ValueError: for no examples, labels that do not fit, negative radii, counts < 1, images outside
-      `bounds`, logits that are not `[B, K]` with K >= 2, or clean logits (radius 0) that are not
-      finite.
+    ValueError: for input that makes no sense, or clean logits that are not finite.
   """
   counts = {'num_steps': num_steps, 'restarts': restarts, 'batch_size': batch_size}
-  _check(logits_fn, args, x, labels, radii, counts, bounds)
-  mesh = sharding.data_mesh() if mesh is None else mesh
-  batch_size = -(-min(batch_size, len(x)) // mesh.size) * mesh.size
-  args = sharding.replicate(mesh, args)
-  correct = np.ones((len(radii), len(x)), bool)
-  relative_step_size = 2.5 / num_steps if relative_step_size is None else relative_step_size
-  for start in range(0, len(x), batch_size):
-    # The last batch wraps around, so that every batch has the same shape: one compilation.
-    index = np.arange(start, start + batch_size)
-    rows = index % len(x)
-    batch = sharding.split(mesh, (x[rows], labels[rows].astype(np.int32), rows.astype(np.int32)))
-    stop = min(start + batch_size, len(x))
-    for i, radius in enumerate(radii):
-      for restart in range(restarts if radius > 0.0 else 1):
-        survives, finite = _survives(
-          logits_fn,
-          jax.random.fold_in(jax.random.fold_in(key, i), restart),
-          *batch,
-          jnp.float32(radius),
-          jnp.float32(radius * relative_step_size),
-          args,
-          num_steps=num_steps,
-          norm=norm,
-          bounds=bounds,
-        )
-        if radius == 0.0 and not np.asarray(finite).all():
-          raise ValueError('the logits of clean images are not finite: the classifier has diverged')
-        correct[i, start:stop] &= np.asarray(survives)[: stop - start]
-    progress(stop - start)
+  problem, _ = pose(
+    logits_fn,
+    key,
+    x,
+    labels,
+    radii=radii,
+    counts=counts,
+    norm=norm,
+    bounds=bounds,
+    args=args,
+    mesh=mesh,
+  )
+  table = suite.standard(
+    logits_fn, num_steps=num_steps, restarts=restarts, step_share=relative_step_size
+  )
+  correct = np.zeros((len(radii), len(x)), bool)
+  for i, radius in enumerate(radii):
+    problem = dataclasses.replace(problem, on_batch=functools.partial(progress, i, len(radii)))
+    correct[i, survivors(problem, table, float(radius), np.arange(len(x)))] = True
   return AdversarialAccuracy(np.asarray(radii, np.float64), correct)
 
 
@@ -273,34 +193,23 @@ def evaluate(
     'num_queries': num_queries,
     'batch_size': batch_size,
   }
-  if check_examples < 0:
-    raise ValueError(f'check_examples must be >= 0, got {check_examples}')
-  x, labels = np.asarray(x), np.asarray(labels)
-  if not np.issubdtype(x.dtype, np.floating) or not np.issubdtype(labels.dtype, np.integer):
-    raise ValueError(f'x must be float and labels integer, got {x.dtype} and {labels.dtype}')
-  x = x.astype(np.float32)
-  _check(logits_fn, args, x, labels, radii, counts, bounds)
-  _check_claim(x, labels, radii, attack, norm, bounds)
-  mesh = sharding.data_mesh() if mesh is None else mesh
-  problem = Problem(
-    logits_fn=logits_fn,
-    args=sharding.replicate(mesh, args),
-    x=x,
-    labels=labels.astype(np.int32),
-    key=jax.random.key(seed),
-    num_classes=jax.eval_shape(logits_fn, x[:1], *args).shape[1],
+  problem, logits = pose(
+    logits_fn,
+    jax.random.key(seed),
+    x,
+    labels,
+    radii=radii,
+    counts=counts,
     norm=norm,
     bounds=bounds,
-    batch_size=-(-min(batch_size, len(x)) // mesh.size) * mesh.size,
+    args=args,
     mesh=mesh,
   )
-  logits = forward(problem, logits_fn, x)
-  if not np.isfinite(logits).all():
-    raise ValueError('the logits of clean images are not finite: the classifier has diverged')
+  x, labels = problem.x, problem.labels
+  _check_claim(problem, radii, attack, check_examples)
   latents = x.reshape(len(x), -1) if latents_fn is None else forward(problem, latents_fn, x)
   if not np.isfinite(latents).all():
     raise ValueError('the representations of clean images are not finite')
-  problem = dataclasses.replace(problem, aims=suite.find_aims(x, problem.labels, latents, bounds))
   settings: dict[str, Any] = {
     'num_steps': num_steps,
     'restarts': restarts,
@@ -318,6 +227,8 @@ def evaluate(
       num_queries=num_queries,
       **settings,
     )
+  if any(row.target for row in table):
+    problem = dataclasses.replace(problem, aims=suite.find_aims(x, labels, latents, bounds))
   config = {
     'attack': attack,
     'attacks': {row.name: {'steps': row.num_steps, 'tries': row.tries} for row in table},
@@ -335,7 +246,7 @@ def evaluate(
   if not check_examples:
     return Evaluation(curve, ledger, (), config)
   checks = audit.audit(
-    problem,
+    dataclasses.replace(problem, on_batch=functools.partial(progress, ledger.done, ledger.done)),
     table,
     ledger,
     curve.accuracy,
@@ -380,11 +291,15 @@ def _attack_all(
   try:
     for radius, number, attack, restart in tries[ledger.done :]:
       rows = np.flatnonzero(np.isinf(ledger.radius))
-      report = functools.partial(progress, ledger.done, len(tries))
-      images, correct = attempt(problem, attack, radius, restart, rows, report)
-      ledger.forwards[rows] += attack.forwards
-      ledger.gradients[rows] += attack.gradients
-      ledger.record(rows[~correct], images[~correct], radius=radius, attack=number, restart=restart)
+      if len(rows):
+        report = functools.partial(progress, ledger.done, len(tries))
+        images, correct = attempt(
+          dataclasses.replace(problem, on_batch=report), attack, radius, restart, rows
+        )
+        broken, images = rows[~correct], images[~correct]
+        ledger.forwards[rows] += attack.forwards
+        ledger.gradients[rows] += attack.gradients
+        ledger.record(broken, images, radius=radius, attack=number, restart=restart)
       ledger.done += 1
       if state_path is not None and time.monotonic() - saved > _SAVE_EVERY:
         ledger.save(state_path, fingerprint)
@@ -404,212 +319,18 @@ def _fingerprint(problem: Problem, config: dict[str, Any]) -> str:
   return digest.hexdigest()
 
 
-def largest_values(
-  objective: Model,
-  x: np.ndarray,
-  aim: Aim,
-  *,
-  radii: Sequence[float],
-  num_steps: int = 40,
-  restarts: int = 1,
-  norm: Norm = 'linf',
-  bounds: tuple[float, float] = (0.0, 1.0),
-  seed: int = 0,
-  batch_size: int = 200,
-  args: tuple[Any, ...] = (),
-  mesh: Mesh | None = None,
-) -> np.ndarray:
-  """The largest value of an objective that `apgd` finds within each radius of each example.
-
-  Args:
-    objective: `(x_adv, aim, *args) -> [B]`.
-    x: images `[N, ...]`.
-    aim: of all examples.
-    radii: radii >= 0.
-    num_steps: as for `evaluate`, as are the others.
-    restarts: tries at each radius.
-    norm: 'linf' or 'l2'.
-    bounds: lowest and highest pixel value.
-    seed: of the random starts.
-    batch_size: examples at a time.
-    args: further arguments of the objective.
-    mesh: devices.
-
-  Returns:
-    `[R, N]`: what is within a smaller radius counts at a larger one too.
-
-  Raises:
-    ValueError: for bad radii, images outside the bounds, or no examples.
-  """
-  if len(x) == 0 or not (x.min() >= bounds[0] and x.max() <= bounds[1]):
-    raise ValueError(f'needs images in {bounds}, got {len(x)} of them')
-  if not len(radii) or min(radii) < 0.0 or not np.isfinite(radii).all():
-    raise ValueError(f'radii must be finite and >= 0, got {list(radii)}')
-  mesh = sharding.data_mesh() if mesh is None else mesh
-  batch_size = -(-min(batch_size, len(x)) // mesh.size) * mesh.size
-  args = sharding.replicate(mesh, args)
-  row = suite.Attack('largest', 'apgd', objective, num_steps=num_steps, tries=restarts)
-  order = sorted({0.0, *map(float, radii)})
-  found = np.full((len(order), len(x)), -np.inf)
-  for start in range(0, len(x), batch_size):
-    rows = np.arange(start, start + batch_size) % len(x)
-    everything = (x, aim, np.arange(len(x), dtype=np.int32))
-    batch = jax.tree.map(functools.partial(_rows, rows=rows), everything)
-    x_batch, aim_batch, index = sharding.split(mesh, batch)
-    stop = min(start + batch_size, len(x))
-    for i, radius in enumerate(order):
-      for restart in range(restarts if radius else 1):
-        key = suite.try_key(jax.random.key(seed), row, radius, restart)
-        x_adv = suite.run(
-          row, key, x_batch, aim_batch, index, jnp.float32(radius), args, norm=norm, bounds=bounds
-        )
-        values = np.asarray(_values(objective, x_adv, aim_batch, args))[: stop - start]
-        # A value that is not a number is as bad as can be.
-        values = np.where(np.isnan(values), np.inf, values)
-        found[i, start:stop] = np.maximum(found[i, start:stop], values)
-  found = np.maximum.accumulate(found, axis=0)
-  return found[[order.index(float(radius)) for radius in radii]]
-
-
-def _rows(leaf: Any, rows: np.ndarray) -> np.ndarray:
-  return np.asarray(leaf)[rows]
-
-
-@functools.partial(jax.jit, static_argnames='objective')
-def _values(objective: Model, x_adv: jax.Array, aim: Aim, args: tuple[Any, ...]) -> jax.Array:
-  return objective(x_adv, aim, *args)
-
-
-def joint_accuracy(
-  logits_fns: Sequence[Model],
-  x: np.ndarray,
-  labels: np.ndarray,
-  *,
-  radii: Sequence[float],
-  args: Sequence[tuple[Any, ...]],
-  **options: Any,
-) -> AdversarialAccuracy:
-  """Share of examples for which no one image within the radius breaks all classifiers at once.
-
-  Args:
-    logits_fns: T classifiers of the same images.
-    x: images `[N, ...]`.
-    labels: `[N, T]`.
-    radii: radii >= 0.
-    args: further arguments of each classifier.
-    **options: as for `largest_values`.
-
-  Raises:
-    ValueError: if the numbers of classifiers, labels and arguments differ; as `largest_values`.
-  """
-  if labels.shape != (len(x), len(logits_fns)) or len(args) != len(logits_fns):
-    raise ValueError(
-      f'{len(logits_fns)} classifiers need labels [N, {len(logits_fns)}] and as many args, got '
-      f'{labels.shape} and {len(args)}'
-    )
-  objective, aim = Joint(tuple(logits_fns)), Aim(labels.astype(np.int32))
-  margins = largest_values(objective, x, aim, radii=radii, args=tuple(args), **options)
-  return AdversarialAccuracy(np.asarray(radii, np.float64), margins <= 0.0)
-
-
-def representation_moves(
-  latents_fn: Model,
-  x: np.ndarray,
-  *,
-  radii: Sequence[float],
-  args: tuple[Any, ...] = (),
-  **options: Any,
-) -> np.ndarray:
-  """The furthest that a representation can be moved, without labels: `[R, N]`, squared.
-
-  With `GaussianLatents` it is the largest squared W2 of encodings, the quantity that SE training
-  keeps small.
-
-  Args:
-    latents_fn: images (and `args`) to representations `[B, E]`.
-    x: images `[N, ...]`.
-    radii: radii >= 0.
-    args: further arguments of `latents_fn`.
-    **options: as for `largest_values`.
-  """
-  latents = np.concatenate(
-    [np.asarray(latents_fn(jnp.asarray(x[i : i + 500]), *args)) for i in range(0, len(x), 500)]
-  )
-  aim = Aim(np.zeros(len(x), np.int32), latent=latents)
-  return largest_values(LatentMove(latents_fn), x, aim, radii=radii, args=args, **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class GaussianLatents:
-  """Means and standard deviations of an encoder, side by side: Euclid's distance is W2 (Eq. 12).
-
-  Full covariances have no such coordinates: their means alone, a lower bound of W2.
-  """
-
-  model: VAE
-
-  def __call__(self, x: jax.Array, params: Params, *_: Any) -> jax.Array:
-    """Images `[B, H, W, C]` to `[B, 2 D]`, or `[B, D]`."""
-    q = self.model.encode(params, x)
-    if isinstance(q, DiagonalGaussian):
-      return jnp.concatenate([q.mean, q.stddev], axis=-1)
-    return q.mean
-
-
-@dataclasses.dataclass(frozen=True)
-class Reconstruction:
-  """Images, through the encoder's mean and the decoder, to images."""
-
-  model: VAE
-
-  def __call__(self, x: jax.Array, params: Params, *_: Any) -> jax.Array:
-    """`[B, H, W, C]` to `[B, H, W, C]`."""
-    return self.model.decode(params, self.model.encode(params, x).mean)
-
-
 def _check_claim(
-  x: np.ndarray,
-  labels: np.ndarray,
-  radii: Sequence[float],
-  attack: str,
-  norm: str,
-  bounds: tuple[float, float],
+  problem: Problem, radii: Sequence[float], attack: str, check_examples: int
 ) -> None:
-  """What `evaluate` asks for on top of `_check`."""
+  """What `evaluate` asks for on top of `pose`."""
+  if check_examples < 0:
+    raise ValueError(f'check_examples must be >= 0, got {check_examples}')
   if attack not in suite.SUITES:
     raise ValueError(f'attack must be one of {", ".join(suite.SUITES)}, got {attack!r}')
-  if norm not in attacks.NORMS:
-    raise ValueError(f'norm must be one of {", ".join(attacks.NORMS)}, got {norm!r}')
-  largest = (bounds[1] - bounds[0]) * (np.sqrt(x[0].size) if norm == 'l2' else 1.0)
+  largest = problem.bounds[1] - problem.bounds[0]
+  if problem.norm == 'l2':
+    largest *= float(np.sqrt(problem.x[0].size))
   if max(radii) > largest:
     raise ValueError(f'radii must be at most the pixel range {largest:g}, got {max(radii)}')
-  if len(np.unique(labels)) < 2:
+  if len(np.unique(problem.labels)) < 2:
     raise ValueError('the labels are all of one class: a constant would be robust')
-
-
-def _check(
-  logits_fn: Model,
-  args: tuple[Any, ...],
-  x: np.ndarray,
-  labels: np.ndarray,
-  radii: Sequence[float],
-  counts: dict[str, int],
-  bounds: tuple[float, float],
-) -> None:
-  if len(x) == 0 or labels.shape != x.shape[:1]:
-    raise ValueError(
-      f'x [N, ...] and labels [N] must fit, with N >= 1, got {x.shape}, {labels.shape}'
-    )
-  if not len(radii) or min(radii) < 0.0 or not np.isfinite(radii).all():
-    raise ValueError(f'radii must be finite and >= 0, got {list(radii)}')
-  for name, count in counts.items():
-    if count < 1:
-      raise ValueError(f'{name} must be >= 1, got {count}')
-  if not (x.min() >= bounds[0] and x.max() <= bounds[1]):  # NaN is outside too
-    raise ValueError(f'images must lie in {bounds}, got [{x.min()}, {x.max()}]')
-  logits = jax.eval_shape(logits_fn, x[:1], *args)
-  if logits.ndim != 2 or logits.shape[0] != 1 or logits.shape[1] < 2:
-    raise ValueError(f'logits_fn must give [B, K] with K >= 2, got {logits.shape} for one image')
-  num_classes = logits.shape[1]
-  if labels.min() < 0 or labels.max() >= num_classes:
-    raise ValueError(f'labels must lie in [0, {num_classes}), got [{labels.min()}, {labels.max()}]')

@@ -7,12 +7,14 @@ no random number that depends on it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = 'data'
@@ -95,3 +97,29 @@ def split(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:
         f'a batch of {leaf.shape[axis]} cannot be split evenly over {mesh.size} devices'
       )
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*(None,) * axis, DATA_AXIS)))
+
+
+def map_batches(mesh: Mesh, function: Callable[[Any], Any], arrays: Any, batch_size: int) -> Any:
+  """A function of a batch, split over the devices, on all rows of host arrays.
+
+  Every batch has one shape, so that `function` is compiled once: rows from the beginning fill the
+  last one, and what they give is dropped.
+
+  Args:
+    mesh: devices.
+    function: a tree of `[B, ...]` to a tree of `[B, ...]`, each row of its own row alone.
+    arrays: tree of `[N, ...]`, N >= 1.
+    batch_size: B, rounded up to a multiple of the number of devices.
+
+  Returns:
+    A tree of NumPy arrays `[N, ...]`.
+  """
+  count = len(jax.tree.leaves(arrays)[0])
+  batch_size = -(-batch_size // mesh.size) * mesh.size
+  parts = []
+  for start in range(0, count, batch_size):
+    rows = np.arange(start, start + batch_size) % count
+    outputs = function(split(mesh, jax.tree.map(operator.itemgetter(rows), arrays)))
+    kept = operator.itemgetter(slice(count - start))
+    parts.append(jax.tree.map(kept, jax.device_get(outputs)))
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

@@ -206,7 +206,6 @@ class Aims(NamedTuple):
   """What the attacks of a suite aim at, for N examples of C classes; see `find_aims`.
 
   Attributes:
-    labels: `[N]`.
     latents: `[N, E]`.
     centroids: `[C, E]`, of the classes in ascending order.
     by_centroid: `[N, C - 1]`, rows of centroids of other classes, nearest first.
@@ -214,7 +213,6 @@ class Aims(NamedTuple):
     greys: `[G, ...]`, uniform images.
   """
 
-  labels: np.ndarray
   latents: np.ndarray
   centroids: np.ndarray
   by_centroid: np.ndarray
@@ -253,27 +251,34 @@ def find_aims(
   levels = np.linspace(*bounds, _GREYS, dtype=x.dtype)
   greys = np.stack([np.full(x.shape[1:], level, x.dtype) for level in levels])
   by_centroid = to_centroid.argsort(axis=1)[:, :-1]
-  return Aims(labels.astype(np.int32), latents, centroids, by_centroid, by_encoding, greys)
+  return Aims(latents, centroids, by_centroid, by_encoding, greys)
 
 
 def aim_at(
-  aims: Aims, attack: Attack, attempt: int, rows: np.ndarray, x: np.ndarray, num_classes: int
+  aims: Aims | None,
+  attack: Attack,
+  attempt: int,
+  rows: np.ndarray,
+  x: np.ndarray,
+  labels: np.ndarray,
+  num_classes: int,
 ) -> Aim:
-  """The aim of one try on the examples `rows`."""
-  labels = aims.labels[rows]
+  """The aim of one try on the examples `rows`; `aims` may be None where it needs none."""
+  labels = labels[rows]
+  if not attack.target:
+    return Aim(labels)
   if attack.target == 'class':
     return Aim(labels, target=(labels + 1 + attempt) % num_classes)
+  assert aims is not None
   if attack.target == 'centroid':
     return Aim(labels, latent=aims.centroids[aims.by_centroid[rows, attempt]])
   if attack.target == 'encoding':
     return Aim(labels, latent=aims.latents[aims.by_encoding[rows, attempt]])
   if attack.target == 'self':
     return Aim(labels, latent=aims.latents[rows])
-  if attack.target == 'candidate':
-    if attempt < len(aims.greys):
-      return Aim(labels, image=np.broadcast_to(aims.greys[attempt], x[rows].shape))
-    return Aim(labels, image=x[aims.by_encoding[rows, attempt - len(aims.greys)]])
-  return Aim(labels)
+  if attempt < len(aims.greys):
+    return Aim(labels, image=np.broadcast_to(aims.greys[attempt], x[rows].shape))
+  return Aim(labels, image=x[aims.by_encoding[rows, attempt - len(aims.greys)]])
 
 
 def _until(objective: Any) -> Model:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from se_vae import robustness, sharding
+from se_vae import largest, robustness, sharding, suite
 from se_vae.ledger import Ledger
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -256,6 +258,70 @@ def test_a_stronger_surrogate_is_flagged():
 
 
 # ---------------------------------------------------------------------------------------------
+# Planted faults of the evaluation itself: the checks that must fail, and no others
+# ---------------------------------------------------------------------------------------------
+
+
+def ball_too_large(real, attack, key, x, aim, index, radius, *rest, **options):
+  return real(attack, key, x, aim, index, jnp.float32(1.02) * radius, *rest, **options)
+
+
+def pixels_not_clipped(real, *operands, norm, bounds):
+  return real(*operands, norm=norm, bounds=(-0.2, 1.2))
+
+
+def idle_at_one_radius(real, attack, key, x, aim, index, radius, *rest, **options):
+  """As if the table of steps had a zero at this radius: every attack leaves the image alone."""
+  if np.isclose(radius, RADII[-1]):
+    return x
+  return real(attack, key, x, aim, index, radius, *rest, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Negative:
+  objective: Any
+
+  def __call__(self, *operands):
+    return -self.objective(*operands)
+
+
+def wrong_sign(real, attack, *operands, **options):
+  """PGD walks down where it should walk up."""
+  if attack.method == 'pgd':
+    attack = dataclasses.replace(attack, objective=Negative(attack.objective))
+  return real(attack, *operands, **options)
+
+
+@pytest.mark.parametrize(
+  ('fault', 'expected'),
+  [
+    (ball_too_large, {1}),
+    (pixels_not_clipped, {1}),
+    (idle_at_one_radius, {3}),
+    # It leaves the large radii, falls behind FGSM, Square and noise, and lives on lucky starts.
+    (wrong_sign, {4, 5, 6, 7, 8}),
+  ],
+)
+def test_a_faulty_attack_is_flagged(fault, expected, monkeypatch):
+  monkeypatch.setattr(suite, 'run', functools.partial(fault, suite.run))
+  assert failed(evaluate(latents_fn=latents)) == expected
+
+
+def test_an_attack_that_has_not_converged_is_flagged():
+  """Ten steps of a fiftieth of the radius: one long step and Square go further."""
+  result = evaluate(latents_fn=latents, relative_step_size=0.02)
+  assert failed(result) == {5, 6, 7}
+
+
+def test_a_claim_that_forgets_what_was_wrong_before_is_flagged(monkeypatch):
+  def survives(self, radii):
+    return (self.radius[None] > np.asarray(radii)[:, None]) | (self.attack == 0)[None]
+
+  monkeypatch.setattr(Ledger, 'survives', survives)
+  assert failed(evaluate(latents_fn=latents)) == {11}
+
+
+# ---------------------------------------------------------------------------------------------
 # Joint attack and moves of the representation
 # ---------------------------------------------------------------------------------------------
 
@@ -265,7 +331,7 @@ def test_a_joint_attack_is_no_stronger_than_either_alone():
   second = (encoder, -probe, -bias)
   other = np.argmax(linear(jnp.asarray(x), *second), axis=1)
   options = dict(radii=RADII, num_steps=10, batch_size=16, mesh=sharding.data_mesh(1))
-  joint = robustness.joint_accuracy(
+  joint = largest.joint_accuracy(
     (linear, linear),
     x,
     np.stack([labels, other], axis=1),
@@ -273,7 +339,7 @@ def test_a_joint_attack_is_no_stronger_than_either_alone():
     **options,
   )
   alone = [
-    robustness.joint_accuracy((linear,), x, y[:, None], args=(args,), **options).correct
+    largest.joint_accuracy((linear,), x, y[:, None], args=(args,), **options).correct
     for y, args in ((labels, (encoder, probe, bias)), (other, second))
   ]
   np.testing.assert_array_equal(alone[0], closed_form())
@@ -281,13 +347,13 @@ def test_a_joint_attack_is_no_stronger_than_either_alone():
   assert np.all(joint.correct >= alone[0]) and np.all(joint.correct >= alone[1])
   assert joint.correct.sum() > alone[0].sum()
   with pytest.raises(ValueError, match='2 classifiers need labels'):
-    robustness.joint_accuracy((linear, linear), x, labels, args=((), ()), **options)
+    largest.joint_accuracy((linear, linear), x, labels, args=((), ()), **options)
 
 
 def test_the_largest_move_of_a_one_dimensional_representation_is_exact():
   x = np.full((3, *SHAPE), 0.5, np.float32)
   total = lambda x, scale: scale * x.sum(axis=(1, 2))  # noqa: E731
-  moves = robustness.representation_moves(
+  moves = largest.representation_moves(
     total, x, radii=(0.2, 0.0, 0.1), args=(np.float32(2.0),), num_steps=10
   )
   expected = (2.0 * 16 * np.array([0.2, 0.0, 0.1])) ** 2

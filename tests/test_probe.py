@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import signal
@@ -10,19 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import foolbox_comparison, pretrain, probe, runtime, settings
+from experiments import attack_comparison, pretrain, probe, runtime, settings
 from experiments.settings import UsageError
+from se_vae import audit, robustness
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 RADII = (0.0, 0.05, 0.3)
+TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 40}
 
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   path = tmp_path_factory.mktemp('run')
-  tiny = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 40}
-  config = pretrain.PretrainConfig(workdir=str(path), objective='vae', **tiny)
+  config = pretrain.PretrainConfig(workdir=str(path), objective='vae', **TINY)
   pretrain.run(config, runtime.StopSignal())
   return path
 
@@ -73,6 +75,143 @@ def test_an_interrupted_attack_goes_on(config, workdir, result):
   assert not list(workdir.glob('*.state.npz'))
 
 
+@pytest.mark.parametrize('damage', [b'', b'not a ledger', None])
+def test_a_damaged_or_foreign_state_is_warned_about_and_started_afresh(
+  config, workdir, result, capsys, monkeypatch, damage
+):
+  stop = runtime.StopSignal()
+  stop.signum = signal.SIGTERM
+  again = dataclasses.replace(config, check_examples=0)
+  with pytest.raises(runtime.Interrupted):
+    probe.run(again, stop)
+  (state,) = workdir.glob('*.state.npz')
+  if damage is None:
+    monkeypatch.setattr(robustness, '_fingerprint', lambda *_: 'another')
+  else:
+    state.write_bytes(damage)
+  assert probe.run(again, runtime.StopSignal())['accuracy'] == result['accuracy']
+  assert 'warning: ' in (error := capsys.readouterr().err) and 'starting afresh' in error
+  assert not list(workdir.glob('*.state.npz'))
+
+
+@pytest.fixture(scope='module')
+def colored(tmp_path_factory):
+  """Two runs on coloured digits, with different seeds."""
+  paths = [tmp_path_factory.mktemp(name) for name in ('first', 'second')]
+  for seed, path in enumerate(paths):
+    pretrain.run(
+      pretrain.PretrainConfig(
+        workdir=str(path), dataset='color_mnist_5k', objective='vae', seed=seed, **TINY
+      ),
+      runtime.StopSignal(),
+    )
+  return paths
+
+
+def test_surrogate_joint_attack_and_moves_stand_beside_the_curve(colored, capsys, monkeypatch):
+  workdir, surrogate = colored
+  config = probe.ProbeConfig(
+    workdir=str(workdir),
+    surrogate=str(surrogate),
+    joint=True,
+    moves=True,
+    radii=RADII,
+    pgd_steps=4,
+    num_examples=48,
+    num_queries=20,
+    check_examples=16,
+  )
+  monkeypatch.setattr(settings, 'from_flags', lambda _: config)
+  probe.main()
+  output = capsys.readouterr().out
+  assert 'digit and color together: ' in output and 'mean squared W2 of moves: ' in output
+  result = json.loads((workdir / 'probe_digit.json').read_text())
+  transfer = result['checks'][7]['values']['transfer']
+  assert len(transfer) == len(RADII) and transfer[0] == result['checks'][2]['values']['accuracy'][0]
+  assert result['surrogate']['seed'] == 1
+
+  # One image must break both: never easier than the easier of the two.
+  joint, moves = result['joint'], result['moves']
+  assert joint['tasks'] == ['digit', 'color'] and joint['accuracy'][0] > result['accuracy'][0]
+  assert np.all(np.diff(joint['accuracy']) <= 0.0)
+  quantiles = np.array(list(moves['quantiles'].values()))
+  assert moves['mean'][0] < 1e-6 * moves['mean'][1] < 1e-6 * moves['mean'][2]  # float32
+  assert quantiles.shape == (5, len(RADII)) and np.all(np.diff(quantiles[:, 1:], axis=0) > 0.0)
+
+  with (workdir / 'probe_digit.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  assert [float(row['joint_accuracy']) for row in rows] == joint['accuracy']
+  assert [[float(row['joint_low']), float(row['joint_high'])] for row in rows] == joint['interval']
+  with (workdir / 'probe_digit_moves.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  assert [float(row['mean_squared_w2']) for row in rows] == moves['mean']
+  assert [float(row['quantile_0.95']) for row in rows] == moves['quantiles']['0.95']
+  with Image.open(workdir / 'probe_digit.png') as picture:
+    assert picture.size[0] > 2 * picture.size[1]  # two panels
+
+
+@pytest.mark.parametrize('flag', ['joint', 'moves'])
+def test_a_signal_stops_the_other_attacks_too(colored, flag, monkeypatch):
+  stop = runtime.StopSignal()
+  stop.signum = signal.SIGINT
+  monkeypatch.setattr(robustness, 'evaluate', pytest.fail)
+  config = probe.ProbeConfig(
+    workdir=str(colored[0]), radii=(0.1,), pgd_steps=4, num_examples=16, **{flag: True}
+  )
+  with pytest.raises(runtime.Interrupted):
+    probe.run(config, stop)
+
+
+def test_a_signal_stops_the_checks_too(config, monkeypatch, workdir):
+  stop, real = runtime.StopSignal(), audit.audit
+
+  def signalled(*operands, **options):
+    stop.signum = signal.SIGTERM
+    return real(*operands, **options)
+
+  monkeypatch.setattr(audit, 'audit', signalled)
+  with pytest.raises(runtime.Interrupted):
+    probe.run(dataclasses.replace(config, num_queries=21), stop)
+  (state,) = workdir.glob('*.state.npz')  # the attacks are not repeated
+  state.unlink()
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'surrogate': 'nowhere'}, '--surrogate: holds no pretrained encoder'),
+    ({'surrogate': 'itself'}, '--surrogate: is --workdir itself'),
+    ({'surrogate': 'colored'}, '--surrogate: was trained on other data'),
+    ({'surrogate': 'colored', 'check_examples': 0}, '--surrogate: .*--check_examples above 0'),
+    ({'joint': True}, '--joint: needs several tasks; mnist_5k has digit labels alone'),
+  ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_fitted(
+  config, workdir, colored, tmp_path, monkeypatch, change, message
+):
+  places = {'nowhere': tmp_path, 'itself': workdir / '.', 'colored': colored[0]}
+  if 'surrogate' in change:
+    change = change | {'surrogate': str(places[change['surrogate']])}
+  monkeypatch.setattr(probe, 'fit', pytest.fail)
+  with pytest.raises(UsageError, match=message):
+    probe.run(dataclasses.replace(config, **change), runtime.StopSignal())
+
+
+@pytest.mark.parametrize('attack', ['standard', pytest.param('worst_case', marks=pytest.mark.slow)])
+def test_an_undefended_encoder_falls(tmp_path, attack):
+  pretrain.run(
+    pretrain.PretrainConfig(
+      workdir=str(tmp_path), objective='vae', hidden_units=64, latent_dim=8, num_steps=600
+    ),
+    runtime.StopSignal(),
+  )
+  config = probe.ProbeConfig(
+    workdir=str(tmp_path), attack=attack, radii=(0.0, 0.3), num_examples=100, check_examples=0
+  )
+  clean, attacked = probe.run(config, runtime.StopSignal())['accuracy']
+  assert clean > 0.7 and attacked <= 0.02
+
+
 @pytest.mark.parametrize(('strict', 'passed', 'code'), [(True, False, 1), (True, True, 0)])
 def test_a_failed_check_is_an_exit_code_where_that_is_asked_for(
   config, result, monkeypatch, capsys, strict, passed, code
@@ -93,4 +232,6 @@ def test_a_failed_check_is_an_exit_code_where_that_is_asked_for(
 def test_the_comparison_says_what_is_missing(workdir, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'foolbox', None)
   with pytest.raises(UsageError, match='pip install torch foolbox'):
-    foolbox_comparison.run(foolbox_comparison.ComparisonConfig(workdir=str(workdir)))
+    attack_comparison.run(
+      attack_comparison.ComparisonConfig(workdir=str(workdir)), runtime.StopSignal()
+    )

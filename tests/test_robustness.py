@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from se_vae import robustness, sharding
+from se_vae import curve, robustness, sharding
 
 SHAPE = (2, 3, 1)
 KEY = jax.random.key(4)
@@ -149,11 +149,11 @@ def test_one_compilation_serves_all_radii_batches_and_restarts():
   assert len(traces) == first > 0
 
 
-def test_progress_counts_examples():
+def test_progress_counts_radii_batch_by_batch():
   x, labels, args = wavy_problem()
   seen = []
-  measure(wavy, x, labels, args, batch_size=7, progress=seen.append, **WEAK)
-  assert seen == [7, 7, 6]
+  measure(wavy, x, labels, args, batch_size=7, progress=lambda *pair: seen.append(pair), **WEAK)
+  assert seen == [(done, 4) for done in range(4) for _ in range(3)]
 
 
 @pytest.mark.parametrize('confidence', [0.95, 0.99])
@@ -161,7 +161,7 @@ def test_interval_is_wilsons(confidence):
   correct = np.zeros((4, 40), bool)
   for row, count in zip(correct, (0, 7, 30, 40), strict=True):
     row[:count] = True
-  result = robustness.AdversarialAccuracy(np.arange(4.0), correct)
+  result = curve.AdversarialAccuracy(np.arange(4.0), correct)
   z = scipy.stats.norm.ppf(0.5 + confidence / 2.0)
   p, n = np.array([0.0, 0.175, 0.75, 1.0]), 40
   center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -207,18 +207,19 @@ def test_wrong_arguments_raise(change, message):
     measure(args=args, **options | change)
 
 
-def broken_when_bright(x, bad):
-  """Logits of class 0, but not finite ones for bright images."""
-  bright = jnp.mean(x, axis=(1, 2, 3)) > 0.5
-  return jnp.where(bright[:, None], bad, jnp.asarray([1.0, 0.0])[None])
+def broken_when_bright(x, bad, bright):
+  """Logits of class 0, but not finite ones for images that are brighter than `bright`."""
+  above = jnp.max(x, axis=(1, 2, 3)) > bright
+  return jnp.where(above[:, None], bad, jnp.asarray([1.0, 0.0])[None])
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
-def test_logits_that_are_not_finite_raise_at_radius_zero_and_are_wrong_elsewhere(bad):
+def test_logits_that_are_not_finite_raise_for_clean_images_and_are_wrong_elsewhere(bad):
   x = np.stack([np.full(SHAPE, 0.2), np.full(SHAPE, 0.8)]).astype(np.float32)
-  labels, args = np.zeros(2, int), (np.float32(bad),)
+  labels, options = np.zeros(2, int), dict(radii=(0.05,), num_steps=2)
   with pytest.raises(ValueError, match='not finite'):
-    measure(broken_when_bright, x, labels, args, radii=(0.05, 0.0), num_steps=2)
+    measure(broken_when_bright, x, labels, (np.float32(bad), np.float32(0.7)), **options)
   # The largest of a row of NaN is the first, class 0: it must not pass for a correct answer.
-  actual = measure(broken_when_bright, x, labels, args, radii=(0.05,), num_steps=2)
+  args = (np.float32(bad), np.float32(0.81))
+  actual = measure(broken_when_bright, x, labels, args, **options)
   np.testing.assert_array_equal(actual.correct, [[True, False]])

@@ -88,3 +88,22 @@ def test_a_replicated_copy_may_be_donated(leaf):
     assert copy['leaf'].sharding.is_fully_replicated
     np.testing.assert_array_equal(double(copy['leaf']), 2.0 * np.arange(64.0))
     np.testing.assert_array_equal(leaf, np.arange(64.0))
+
+
+@pytest.mark.parametrize(('num_devices', 'batch_size'), [(1, 1), (1, 3), (4, 3), (2, 10), (4, 64)])
+def test_mapped_batches_are_full_and_give_every_row_once(num_devices, batch_size):
+  mesh = sharding.data_mesh(num_devices)
+  x = np.random.default_rng(0).normal(size=(10, 2)).astype(np.float32)
+  shapes = []
+
+  def function(batch):
+    shapes.append(batch['x'].shape)
+    assert len(pieces(batch['x'])) == num_devices
+    return 2.0 * batch['x'], batch['index']
+
+  tree = {'x': x, 'index': np.arange(10), 'none': None}
+  doubled, index = sharding.map_batches(mesh, function, tree, batch_size)
+  np.testing.assert_array_equal(doubled, 2.0 * x)
+  np.testing.assert_array_equal(index, np.arange(10))
+  full = -(-batch_size // num_devices) * num_devices
+  assert shapes == [(full, 2)] * -(-10 // full)
