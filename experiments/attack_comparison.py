@@ -46,9 +46,7 @@ class ComparisonConfig:
   workdir: str | None = setting(None, 'Directory of a pretraining run of an MLP.')
   data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
   task: str = setting('digit', 'What the probe predicts.', choices=probe.TASKS)
-  radii: tuple[float, ...] = setting(
-    (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), 'linf radii.', at_least=0, at_most=1
-  )
+  radii: tuple[float, ...] = setting(probe.RADII, 'linf radii.', at_least=0, at_most=1)
   pgd_steps: int = setting(40, "Gradient steps of ours and of Foolbox's.", at_least=1)
   restarts: int = setting(1, 'Random starts of our untargeted attacks.', at_least=1)
   num_examples: int = setting(1000, 'Test images, in canonical order.', at_least=1)
@@ -87,7 +85,8 @@ def run(config: ComparisonConfig, stop: runtime.StopSignal) -> dict[str, Any]:
   shared = {name: value for name, value in vars(config).items() if name in names}
   probing_config = probe.ProbeConfig(**shared)
   prepared = probe.prepare(probing_config)
-  fitted, _ = probe.fit(probing_config, prepared)
+  means = probe.train_means(prepared, prepared.model, prepared.params)
+  fitted, _ = probe.fit(probing_config, prepared, means)
   network = _torch_network(torch, prepared.model, prepared.params, fitted)
   _check_same(torch, network, prepared, fitted)
 

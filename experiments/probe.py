@@ -32,6 +32,7 @@ from se_vae import checkpoints, data, largest, probing, robustness, suite, vae
 from se_vae.ledger import LedgerError
 
 TASKS = ('digit', 'color', 'label')
+RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 
 # Of the moves of the encoding, over the examples.
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -50,10 +51,7 @@ class ProbeConfig:
     'standard', "The paper's PGD, or everything there is.", choices=suite.SUITES
   )
   radii: tuple[float, ...] = setting(
-    (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
-    'linf radii of the attack, for pixels in [0, 1].',
-    at_least=0,
-    at_most=1,
+    RADII, 'linf radii of the attack, for pixels in [0, 1].', at_least=0, at_most=1
   )
   pgd_steps: int = setting(40, 'Gradient steps of the attack.', at_least=1)
   pgd_step_size: float | None = setting(
@@ -177,19 +175,17 @@ def _load_surrogate(
   return surrogate
 
 
+def train_means(prepared: Prepared, model: vae.VAE, params: vae.Params) -> np.ndarray:
+  """What an encoder makes of the training set, `[N, D]`."""
+  return probing.encoder_means(model, params, prepared.dataset.train.images, mesh=prepared.mesh)
+
+
 def fit(
-  config: ProbeConfig,
-  prepared: Prepared,
-  *,
-  task: str | None = None,
-  encoder: checkpoints.Run | None = None,
+  config: ProbeConfig, prepared: Prepared, means: np.ndarray, task: str | None = None
 ) -> tuple[probing.LinearProbe, float]:
-  """The probe, and its accuracy on the training set; --task's, on --workdir's encoder, if None."""
+  """The probe for a task (--task if None) on `train_means`, and its accuracy on them."""
   task = config.task if task is None else task
-  model, params = (encoder.model, encoder.params) if encoder else (prepared.model, prepared.params)
-  train = prepared.dataset.train
-  labels = train.labels[task]
-  means = probing.encoder_means(model, params, train.images, mesh=prepared.mesh)
+  labels = prepared.dataset.train.labels[task]
   probe = probing.fit_probe(
     means,
     labels,
@@ -210,15 +206,16 @@ def run(
     Interrupted: when `stop` says so; what was attacked is kept.
   """
   prepared = prepare(config)
-  probe, train_accuracy = fit(config, prepared)
+  means = train_means(prepared, prepared.model, prepared.params)
+  probe, train_accuracy = fit(config, prepared, means)
   stem = prepared.workdir / f'probe_{config.task}'
   digest = hashlib.sha256(json.dumps(settings.to_dict(config)).encode()).hexdigest()[:8]
   state = stem.with_name(f'{stem.name}_{digest}.state.npz')
   surrogate = None
   if prepared.surrogate is not None:
-    other, _ = fit(config, prepared, encoder=prepared.surrogate)
-    encoder = prepared.surrogate
-    surrogate = probing.ProbedEncoder(encoder.model), (encoder.params, other)
+    other, other_params, _ = prepared.surrogate
+    fitted, _ = fit(config, prepared, train_means(prepared, other, other_params))
+    surrogate = probing.ProbedEncoder(other), (other_params, fitted)
   options: dict[str, Any] = {
     'radii': config.radii,
     'num_steps': config.pgd_steps,
@@ -249,7 +246,7 @@ def run(
   extra: dict[str, Any] = {}
   if config.joint:
     with _progress(f'{description}, joint', stop) as progress:
-      extra['joint'] = _joint(config, prepared, probe, options | {'progress': progress})
+      extra['joint'] = _joint(config, prepared, means, probe, options | {'progress': progress})
   if config.moves:
     with _progress(f'{description}, moves', stop) as progress:
       extra['moves'] = _moves(prepared, options | {'progress': progress})
@@ -301,11 +298,15 @@ def _progress(description: str, stop: runtime.StopSignal) -> Iterator[Progress]:
 
 
 def _joint(
-  config: ProbeConfig, prepared: Prepared, probe: probing.LinearProbe, options: dict[str, Any]
+  config: ProbeConfig,
+  prepared: Prepared,
+  means: np.ndarray,
+  probe: probing.LinearProbe,
+  options: dict[str, Any],
 ) -> dict[str, Any]:
   """The curve of examples whose probes no single image breaks together."""
   tasks, count = tuple(prepared.dataset.num_classes), len(prepared.images)
-  probes = [probe if t == config.task else fit(config, prepared, task=t)[0] for t in tasks]
+  probes = [probe if t == config.task else fit(config, prepared, means, t)[0] for t in tasks]
   labels = [prepared.dataset.test.labels[task][:count] for task in tasks]
   curve = largest.joint_accuracy(
     (probing.ProbedEncoder(prepared.model),) * len(tasks),

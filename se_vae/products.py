@@ -25,11 +25,6 @@ def through(features: jax.Array, kernel: jax.Array) -> jax.Array:
   return _product(_transposed(kernel), features, 1, 0)
 
 
-def leave(features: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Features-major `[K, B]` times weights `[K, N]`, to rows `[B, N]`."""
-  return _product(features, kernel, 0, 0)
-
-
 # A backward pass transposes these tangents; each is written so that its transpose is fast.
 
 

@@ -64,9 +64,7 @@ def per_device(mesh: Mesh, function: Callable[..., Tree], axes: Sequence[int | N
     function: takes shares, gives the same values on every device: by way of `mean_over_devices`.
     axes: for each argument the axis along which it is split, or None where it is replicated.
   """
-  specs = tuple(
-    PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, DATA_AXIS) for axis in axes
-  )
+  specs = tuple(map(_spec, axes))
   # Not checked: the check wants every value marked as varying over devices or not.
   return jax.shard_map(
     function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
@@ -96,7 +94,12 @@ def split(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:
       raise ValueError(
         f'a batch of {leaf.shape[axis]} cannot be split evenly over {mesh.size} devices'
       )
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*(None,) * axis, DATA_AXIS)))
+  return jax.device_put(tree, NamedSharding(mesh, _spec(axis)))
+
+
+def _spec(axis: int | None) -> PartitionSpec:
+  """Split along `axis`, or replicated."""
+  return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, DATA_AXIS)
 
 
 def map_batches(mesh: Mesh, function: Callable[[Any], Any], arrays: Any, batch_size: int) -> Any:

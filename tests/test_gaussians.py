@@ -347,3 +347,8 @@ def test_pairs_and_points_that_do_not_fit_are_refused(jit):
         wrap(lambda q, z: q.log_prob(z))(q, z)
   with pytest.raises(AssertionError, match='a full covariance needs'):
     wrap(FullGaussian.from_covariance)(np.zeros(3, np.float32), np.zeros((3, 2), np.float32))
+
+
+def test_a_scalar_mean_is_refused():
+  with pytest.raises(AssertionError):
+    gaussians.check_moments(jnp.zeros(()), jnp.zeros((1, 1)))

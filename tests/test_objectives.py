@@ -431,3 +431,25 @@ def test_float32_stays_float32_where_float64_is_the_default():
   for gamma in (1, 1.0, np.float64(1.0), jnp.float64(1.0)):
     terms = objectives.se_elbo(x, x, q, q, gamma=gamma, obs_var=0.1)
     assert {term.dtype for term in terms} == {jnp.dtype(jnp.float32)}
+
+
+def test_observations_of_one_pixel_need_no_axis_of_their_own():
+  x = jnp.asarray([0.0, 1.0])
+  value = objectives.gaussian_log_likelihood(x, jnp.zeros(2), 1.0)
+  np.testing.assert_allclose(value, -0.5 * (np.square(x) + np.log(2.0 * np.pi)), rtol=1e-6)
+  with pytest.raises(AssertionError, match='one shape'):
+    objectives.gaussian_log_likelihood(x[0], x[0], 1.0)
+
+
+def test_encodings_are_a_batch_as_long_as_the_images():
+  deep, long = (DiagonalGaussian(*jnp.zeros((2, *shape))) for shape in ((4, 1, 2), (5, 2)))
+  for q in (deep, long):
+    with pytest.raises(AssertionError, match='needs means'):
+      objectives.elbo(X, X, q, obs_var=1.0)
+
+
+def test_settings_are_given_by_name():
+  with pytest.raises(TypeError):
+    objectives.elbo(X, X, Q, 1.0)
+  with pytest.raises(TypeError):
+    objectives.se_elbo(X, X, Q, Q, 1.0, 1.0)

@@ -15,7 +15,6 @@ FORMS = {
   # name: (function, its activations' shape, the same as a plain product of rows)
   'enter': (products.enter, (5, 3), lambda x, kernel: (x @ kernel).T),
   'through': (products.through, (3, 5), lambda h, kernel: (h.T @ kernel).T),
-  'leave': (products.leave, (3, 5), lambda h, kernel: h.T @ kernel),
 }
 
 

@@ -888,3 +888,9 @@ def test_points_that_do_not_fit_the_map_are_refused(jit):
       wrap(wasserstein.optimal_map, jit)(FLAT, FLAT, z)
     with pytest.raises(AssertionError, match='must have one shape'):
       wrap(wasserstein.optimal_map_full, jit)(MEAN, COV, MEAN, COV, z)
+
+
+@pytest.mark.parametrize('shape', [(2, 3), (3, 2)])
+def test_covariances_that_are_not_square_are_refused(shape):
+  with pytest.raises(AssertionError, match='square'):
+    wasserstein.optimal_coupling_full(jnp.ones(shape), jnp.ones(shape))
