@@ -92,6 +92,35 @@ def family(name: str, rng, dim: int):
   return p, full(p)
 
 
+def batch_of(items, shape=(2, 3)):
+  """Pytrees of one structure as a single one with several batch axes."""
+  return jax.tree.map(lambda *leaves: np.stack(leaves).reshape(*shape, *leaves[0].shape), *items)
+
+
+def assert_batches_are_loops(function, *batches):
+  """Asserts that `function` does to batches `[2, 3, ...]`, whole and mapped, what a loop does.
+
+  The last axes should have other lengths than the batch axes, so that none passes for another.
+  """
+
+  def three_ways(*batches):
+    flat = jax.tree.map(lambda leaf: leaf.reshape(6, *leaf.shape[2:]), batches)
+    loop = jax.lax.map(lambda one: function(*one), flat)
+    loop = jax.tree.map(lambda leaf: leaf.reshape(2, 3, *leaf.shape[1:]), loop)
+    return loop, function(*batches), jax.vmap(jax.vmap(function))(*batches)
+
+  loop, *others = quick_jit(three_ways)(*batches)
+  for other in others:
+    # Rounding: batched or not, LAPACK sees one matrix at a time, but products are summed otherwise.
+    jax.tree_util.tree_map_with_path(
+      lambda path, expected, actual: np.testing.assert_allclose(
+        actual, expected, rtol=1e-11, atol=1e-11, err_msg=jax.tree_util.keystr(path)
+      ),
+      loop,
+      other,
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # Derivatives
 # ---------------------------------------------------------------------------------------------

@@ -216,21 +216,28 @@ UNARY = {
 
 @pytest.mark.parametrize('family', FAMILIES)
 @in_float64
-def test_batches_are_loops(family):
+def test_batches_of_several_axes_are_loops(family):
   rng = np.random.default_rng(60)
-  draws = [[oracles.family(family, rng, 3)[1] for _ in range(4)] for _ in range(2)]
-  q_a, q_b = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *batch) for batch in draws)
-  for name, function in UNARY.items():
-    if name == 'sample':
-      continue
-    function = oracles.quick_jit(function)
-    loop = [function(q) for q in draws[0]]
-    np.testing.assert_allclose(function(q_a), loop, err_msg=name, **EXACT)
-    np.testing.assert_allclose(jax.vmap(function)(q_a), loop, err_msg=name, **EXACT)
-  kl_divergence = oracles.quick_jit(gaussians.kl_divergence)
-  loop = [kl_divergence(a, b) for a, b in zip(*draws, strict=True)]
-  np.testing.assert_allclose(kl_divergence(q_a, q_b), loop, **EXACT)
-  np.testing.assert_allclose(jax.vmap(kl_divergence)(q_a, q_b), loop, **EXACT)
+  q_a, q_b = (
+    oracles.batch_of([oracles.family(family, rng, 4)[1] for _ in range(6)]) for _ in range(2)
+  )
+
+  def every_function(q_a, q_b):
+    values = {name: function(q_a) for name, function in UNARY.items() if name != 'sample'}
+    values |= {'kl': gaussians.kl_divergence(q_a, q_b), 'trace': q_a.trace(), 'det': q_a.log_det()}
+    if family == 'diagonal':
+      return values | {'var': q_a.var, 'stddev': q_a.stddev}
+    rebuilt = FullGaussian.from_covariance(q_a.mean, q_a.cov)
+    return values | {'cov': q_a.cov, 'from_covariance': rebuilt}
+
+  oracles.assert_batches_are_loops(every_function, q_a, q_b)
+  # A batch is one draw of noise, which the standard normal shows.
+  key, standard = jax.random.key(0), getattr(oracles, family)(oracles.standard_normal(4))
+  noise = oracles.batch_of([standard] * 6).sample(key)
+  scale = jnp.exp(0.5 * q_a.log_var) * noise if family == 'diagonal' else None
+  if family == 'full':
+    scale = np.einsum('abij,abj->abi', q_a.scale_tril, noise)
+  np.testing.assert_allclose(q_a.sample(key), q_a.mean + scale, **EXACT)
 
 
 @pytest.mark.parametrize('family', FAMILIES)

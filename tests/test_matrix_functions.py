@@ -167,23 +167,22 @@ def test_third_derivatives_exist_at_equal_eigenvalues():
 
 
 @in_float64
-def test_batches_are_loops():
+def test_batches_of_several_axes_are_loops():
   rng = np.random.default_rng(6)
-  psd = np.stack([oracles.random_covariance(rng, 3) for _ in range(6)]).reshape(2, 3, 3, 3)
-  rhs = rng.normal(size=(2, 3, 3, 3))
-  for function, arguments in (
-    (matrix_functions.sqrtm, (psd,)),
-    (matrix_functions.polar_factor, (rhs,)),
-    (matrix_functions.hypotenuse, (rhs,)),
-    (matrix_functions.solve_sylvester, (psd, rhs)),
-    (matrix_functions.transpose, (rhs,)),
-  ):
-    arguments = [jnp.asarray(x) for x in arguments]
-    function = oracles.quick_jit(function)
-    loop = np.stack([[function(*(x[i, j] for x in arguments)) for j in range(3)] for i in range(2)])
-    np.testing.assert_allclose(function(*arguments), loop, **EXACT)
-    np.testing.assert_allclose(jax.vmap(jax.vmap(function))(*arguments), loop, **EXACT)
-  np.testing.assert_array_equal(matrix_functions.transpose(jnp.asarray(rhs))[1, 2], rhs[1, 2].T)
+  psd = oracles.batch_of([oracles.random_covariance(rng, 4) for _ in range(6)])
+  rhs = rng.normal(size=(2, 3, 4, 4))
+
+  def every_function(psd, rhs):
+    return {
+      'sqrtm': matrix_functions.sqrtm(psd),
+      'polar_factor': matrix_functions.polar_factor(rhs),
+      'hypotenuse': matrix_functions.hypotenuse(rhs),
+      'solve_sylvester': matrix_functions.solve_sylvester(psd, rhs),
+      'transpose': matrix_functions.transpose(rhs),
+    }
+
+  oracles.assert_batches_are_loops(every_function, psd, rhs)
+  np.testing.assert_array_equal(matrix_functions.transpose(rhs)[1, 2], rhs[1, 2].T)
 
 
 def test_non_square_matrices_are_refused():

@@ -450,14 +450,14 @@ def test_no_other_coupling_costs_less(case, free, gamma):
 
 @pytest.mark.parametrize('family', FAMILIES)
 @in_float64
-def test_batches_are_loops(family):
+def test_batches_of_several_axes_are_loops(family):
   rng = np.random.default_rng(70)
-  p_a, p_b = ([oracles.family(family, rng, 3)[0] for _ in range(4)] for _ in range(2))
   q_a, q_b = (
-    getattr(oracles, family)(Moments(*map(np.stack, zip(*p, strict=True)))) for p in (p_a, p_b)
+    oracles.batch_of([oracles.family(family, rng, 4)[1] for _ in range(6)]) for _ in range(2)
   )
+  gamma = 0.7
 
-  def every_function(q_a, q_b, gamma):
+  def every_function(q_a, q_b):
     values = {
       'squared_w2': wasserstein.squared_w2(q_a, q_b),
       'entropic_squared_w2': wasserstein.entropic_squared_w2(q_a, q_b, gamma),
@@ -477,15 +477,7 @@ def test_batches_are_loops(family):
     values['cost_full'] = wasserstein.entropic_transport_cost_full(*moments, gamma)
     return values
 
-  one = oracles.quick_jit(every_function)
-  pick = lambda i: jax.tree.map(lambda leaf: leaf[i], (q_a, q_b))  # noqa: E731
-  loop = jax.tree.map(lambda *leaves: np.stack(leaves), *[one(*pick(i), 0.7) for i in range(4)])
-  assert loop['entropic_transport_cost'].shape == (4,)
-  vmapped = oracles.quick_jit(jax.vmap(every_function, in_axes=(0, 0, None)))
-  for batched in (one(q_a, q_b, 0.7), vmapped(q_a, q_b, 0.7)):
-    assert batched.keys() == loop.keys()
-    for name, value in batched.items():
-      np.testing.assert_allclose(value, loop[name], err_msg=name, **EXACT)
+  oracles.assert_batches_are_loops(every_function, q_a, q_b)
 
 
 @in_float64
