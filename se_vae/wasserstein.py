@@ -18,7 +18,8 @@ Conventions: variances and covariances in, nats (costs) or squared latent units 
 leading axes are batch axes; gamma >= 0 is a scalar, traced or not. The entropic cost *contains* the
 negative entropy of the coupling (Eq. 20-21), so it is not zero at q_a = q_b and may be negative.
 `gamma = 0` gives -H[q_a] - H[q_b]; as gamma grows the cost grows without bound while
-`entropic_squared_w2` falls to `squared_w2`.
+`entropic_squared_w2` falls to `squared_w2`. In float32 that holds as long as t^2 does not overflow:
+gamma g below 2e18.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def entropic_transport_cost(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.Arra
 
   Returns:
     `[...]`, in nats, of either sign; symmetric in (q_a, q_b); non-decreasing in gamma. float32
-    holds the factorised cost to `1e-6 + 1e-5 |cost|` a dimension for gamma in [1e-6, 1e6] and
+    holds the factorised cost to `2e-6 + 1e-5 |cost|` a dimension for gamma in [1e-6, 1e6] and
     variances in [1e-8, 1e4]. With full covariance the accuracy is that of a float32
     singular value decomposition: relative to the *largest* g, so keep float64 for gradients with
     condition numbers above 1e3.

@@ -20,9 +20,9 @@ FAMILIES = ('diagonal', 'full')
 # Closed forms in float64 on well-conditioned inputs: rounding only.
 EXACT = {'rtol': 1e-11, 'atol': 1e-11}
 
-squared_w2 = jax.jit(wasserstein.squared_w2)
-entropic_squared_w2 = jax.jit(wasserstein.entropic_squared_w2)
-entropic_transport_cost = jax.jit(wasserstein.entropic_transport_cost)
+squared_w2 = oracles.quick_jit(wasserstein.squared_w2)
+entropic_squared_w2 = oracles.quick_jit(wasserstein.entropic_squared_w2)
+entropic_transport_cost = oracles.quick_jit(wasserstein.entropic_transport_cost)
 
 
 def pair(family, seed, dim):
@@ -59,13 +59,13 @@ def test_entropic_transport_is_what_sinkhorn_finds_on_a_grid(family, dim, gamma)
   if family == 'full' and dim == 2:
     p_a, p_b = (Moments(p.mean, oracles.random_covariance(rng, 2, 3.0)) for p in (p_a, p_b))
   q_a, q_b = (getattr(oracles, family)(p) for p in (p_a, p_b))
-  # The spacing is half of the least deviation of z_a given z_b (or the reverse) under the plan:
-  # there the rectangle rule has an error of exp(-8 pi^2), and the tails beyond 7 deviations, like
+  # The spacing is 0.8 of the least deviation of z_a given z_b (or the reverse) under the plan:
+  # there the rectangle rule has an error of exp(-31), and the tails beyond 7 deviations, like
   # Sinkhorn's own stopping rule, leave 1e-10 or so of the cost.
   precision = np.linalg.inv(
     oracles.joint_covariance(p_a, p_b, oracles.riccati_solution(p_a.cov, p_b.cov, gamma))
   )
-  plan = oracles.sinkhorn(p_a, p_b, gamma, spacing=0.6 / np.sqrt(np.diag(precision).max()))
+  plan = oracles.sinkhorn(p_a, p_b, gamma, spacing=0.8 / np.sqrt(np.diag(precision).max()))
   tolerance = {'rtol': 1e-8, 'atol': 1e-8}
   np.testing.assert_allclose(entropic_transport_cost(q_a, q_b, gamma), plan.cost, **tolerance)
   np.testing.assert_allclose(
@@ -283,7 +283,7 @@ def test_squared_w2_of_singular_covariances_is_right_and_its_gradient_finite(dty
     'orthogonal lines': (np.diag([4.0, 0.0, 0.0]), np.diag([0.0, 1.0, 0.0]), 6.0),
     'two points': (nothing, nothing, 1.0),
   }
-  function = jax.jit(jax.value_and_grad(wasserstein.squared_w2_full, argnums=(0, 1, 2, 3)))
+  function = oracles.quick_jit(jax.value_and_grad(wasserstein.squared_w2_full, (0, 1, 2, 3)))
   for name, (cov_a, cov_b, expected) in cases.items():
     arguments = [jnp.asarray(x, dtype) for x in (mean, cov_a, np.zeros(3), cov_b)]
     value, gradient = function(*arguments)
@@ -305,7 +305,7 @@ def test_squared_w2_of_singular_covariances_is_right_and_its_gradient_finite(dty
 @in_float64
 def test_squared_w2_and_its_gradient_vanish_at_equal_gaussians(family):
   _, q = oracles.family(family, np.random.default_rng(61), 3)
-  value, gradient = jax.jit(jax.value_and_grad(wasserstein.squared_w2))(q, q)
+  value, gradient = oracles.quick_jit(jax.value_and_grad(wasserstein.squared_w2))(q, q)
   # Exactly when factorised, as documented; to rounding (of a root of 1, squared) otherwise.
   tolerance = 0.0 if family == 'diagonal' else 1e-13
   np.testing.assert_allclose(value, 0.0, atol=tolerance**2)
@@ -394,7 +394,7 @@ def test_cost_has_half_the_entropic_distance_as_its_slope_in_gamma(case, gamma):
   )
 
 
-COST_SLOPE = jax.jit(jax.grad(wasserstein.entropic_transport_cost, argnums=2))
+COST_SLOPE = oracles.quick_jit(jax.grad(wasserstein.entropic_transport_cost, argnums=2))
 
 
 @hypothesis.given(both('full'), vectors, matrices, gammas)
@@ -583,11 +583,10 @@ def test_values_and_gradients_are_finite_in_float32_at_every_extreme(family):
       'entropic_transport_cost': wasserstein.entropic_transport_cost(q_a, q_b, gamma),
     }
 
-  def values_and_gradients(q_a, q_b, gamma):
-    return {
-      name: jax.value_and_grad(lambda *x, name=name: values(*x)[name], (0, 1, 2))(q_a, q_b, gamma)
-      for name in values(q_a, q_b, gamma)
-    }
+  def values_and_gradients(*arguments):
+    # What is not finite in any part is not finite in the gradient of the sum.
+    results, pullback = jax.vjp(values, *arguments)
+    return results, pullback(jax.tree.map(jnp.ones_like, results))
 
   # One Gaussian against one, for every pair of variances and every gamma.
   function = jax.vmap(values_and_gradients, (0, 0, None))
@@ -624,10 +623,9 @@ def test_couplings_and_maps_are_finite_in_float32_at_every_extreme():
     )
 
   def values_and_gradients(*arguments):
-    def total(*arguments):  # what is not finite in any part is not finite in the sum
-      return sum(jnp.sum(value) for value in values(*arguments))
-
-    return values(*arguments), jax.grad(total, (0, 1, 2, 3, 4))(*arguments)
+    # What is not finite in any part is not finite in the gradient of the sum.
+    results, pullback = jax.vjp(values, *arguments)
+    return results, pullback(jax.tree.map(jnp.ones_like, results))
 
   function = jax.vmap(values_and_gradients, (0, 0, 0, 0, None))
   function = oracles.quick_jit(jax.vmap(function, (None, None, None, None, 0)))
@@ -670,12 +668,14 @@ def test_factorised_cost_is_accurate_in_float32():
   assert excess.min() > -1e-9
   terms = transport + excess + (np.abs(log_var_a) + np.abs(log_var_b)) / 2 + 2.84
   assert np.max(error / terms) < 4.0 * np.finfo(np.float32).eps
-  assert np.all(error < 1e-6 + 1e-5 * np.abs(expected))
-  # Of the larger of the two alone, where terms of order 10 cancel and 1e-6 is their last place, one
-  # or two points of the 893,101 miss by a seventh.
-  ratio = error / np.maximum(1e-6, 1e-5 * np.abs(expected))
-  assert ratio.max() < 1.2
-  assert np.sum(ratio > 1.0) <= 2
+  # Where terms of order 10 cancel 1e-6 is their last place: no point of this grid, or one or two,
+  # miss it, and by less than half a unit in the last place of the log-variances is worth.
+  missed = error > np.maximum(1e-6, 1e-5 * np.abs(expected))
+  assert np.sum(missed) <= 2
+  assert np.all(error < 2e-6 + 1e-5 * np.abs(expected))
+  at = [np.broadcast_to(x, values.shape)[missed] for x in (log_var_a, log_var_b, gammas)]
+  moved = oracles.cost_of_half_a_unit(*(x.astype(np.float32) for x in at))
+  assert np.all(error[missed] < moved)
 
 
 def test_factorised_distances_and_couplings_keep_their_relative_accuracy_in_float32():
@@ -714,7 +714,7 @@ def test_squared_w2_keeps_its_relative_accuracy_in_float32_near_equal_variances(
   zero = jnp.zeros((100, 1))
   q_a, q_b = (DiagonalGaussian(zero, jnp.asarray(v)[:, None]) for v in (log_var_a, log_var_b))
   sd_a, sd_b = (np.exp(v.astype(LONG) / 2) for v in (log_var_a, log_var_b))
-  error = np.asarray(wasserstein.squared_w2(q_a, q_b), LONG) / (sd_a - sd_b) ** 2 - 1
+  error = np.asarray(jax.jit(wasserstein.squared_w2)(q_a, q_b), LONG) / (sd_a - sd_b) ** 2 - 1
   assert np.max(np.abs(error)) < 3e-6
 
 
@@ -740,20 +740,19 @@ def test_full_covariance_is_accurate_in_float32_relative_to_its_terms(condition)
   squares = np.asarray(double[0].trace() + double[1].trace()) + shift
   entropies = sum(np.abs(np.asarray(gaussians.entropy(q))) for q in double)
 
-  def error(function, terms):
-    value = np.asarray(function(*single))
+  def error(function, terms, *gamma):
+    value = np.asarray(jax.jit(function)(*single, *gamma))
     assert value.dtype == np.float32
-    return np.max(np.abs(value - np.asarray(function(*double))) / terms)
+    return np.max(np.abs(value - np.asarray(jax.jit(function)(*double, *gamma))) / terms)
 
   eps = np.finfo(np.float32).eps
   # Whatever the condition number, and whatever gamma. Without the square root of a matrix that
   # has already been squared, that is: with it the distance would be off by a factor at 1e4.
-  assert error(squared_w2, squares) < 4.0 * eps
+  assert error(wasserstein.squared_w2, squares) < 4.0 * eps
   for gamma in 10.0 ** np.arange(-6, 7):
-    cost = functools.partial(entropic_transport_cost, gamma=gamma)
-    assert error(cost, gamma * squares + entropies + 10.0) < 4.0 * eps
-    distance = functools.partial(entropic_squared_w2, gamma=gamma)
-    assert error(distance, squares) < 12.0 * eps
+    terms = gamma * squares + entropies + 10.0
+    assert error(wasserstein.entropic_transport_cost, terms, gamma) < 4.0 * eps
+    assert error(wasserstein.entropic_squared_w2, squares, gamma) < 12.0 * eps
 
 
 @pytest.mark.parametrize('condition', (1.0, 1e2, 1e4))
