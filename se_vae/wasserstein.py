@@ -49,7 +49,8 @@ def squared_w2(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
 
   Returns:
     `[...]`, >= 0, in squared latent units. Exactly 0, with zero gradient, at q_a = q_b when both
-    are factorised (so an attack that starts there needs a random start).
+    are factorised (so an attack that starts there needs a random start). float32 holds it to 3e-6
+    of itself when factorised, and to 5e-7 of `||m_a - m_b||^2 + Tr S_a + Tr S_b` in general.
 
   Raises:
     AssertionError: if shapes differ.
@@ -66,7 +67,8 @@ def entropic_squared_w2(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.ArrayLik
   """E||z_a - z_b||^2 under the entropic coupling, W^2_{2,gamma} (Eq. 19), `[...]`.
 
   Non-increasing in gamma: from ||m_a - m_b||^2 + Tr S_a + Tr S_b (independent z_a and z_b) at
-  gamma = 0 to `squared_w2` as gamma grows. Unlike the cost it holds no entropy.
+  gamma = 0 to `squared_w2` as gamma grows. Unlike the cost it holds no entropy. float32 holds it to
+  3e-6 of itself when factorised, and to 1.5e-6 of its value at gamma = 0 in general.
   """
   gaussians.check_pair(q_a, q_b)
   check_gamma(gamma)
@@ -168,12 +170,21 @@ def entropic_coupling_full(
   return a @ jnp.linalg.solve(hypotenuse(cross) + identity, transpose(cross)) @ b
 
 
-def optimal_map(q_a: DiagonalGaussian, q_b: DiagonalGaussian, z_b: jax.Array) -> jax.Array:
-  """The z_a to which the optimal plan sends `z_b` `[..., D]` (Sec. 5.1, factorised)."""
+def optimal_map(q_a: Gaussian, q_b: Gaussian, z_b: jax.Array) -> jax.Array:
+  """The z_a to which the optimal plan sends `z_b` `[..., D]` (Sec. 5.1).
+
+  m_a + (sd_a / sd_b) (z_b - m_b) for factorised Gaussians; in general m_a + A O^T B^-1 (z_b - m_b)
+  with the O of the module's docstring.
+  """
   gaussians.check_pair(q_a, q_b)
   _check_same_shape('z_b', z_b, 'mean_b', q_b.mean)
-  scale = jnp.exp(0.5 * (q_a.log_var - q_b.log_var))
-  return q_a.mean + scale * (z_b - q_b.mean)
+  shift = z_b - q_b.mean
+  if isinstance(q_a, DiagonalGaussian) and isinstance(q_b, DiagonalGaussian):
+    return q_a.mean + jnp.exp(0.5 * (q_a.log_var - q_b.log_var)) * shift
+  root_a, root_b = _roots(q_a, q_b)
+  whitened = jax.scipy.linalg.solve_triangular(root_b, shift[..., None], lower=True)
+  rotation = polar_factor(transpose(root_b) @ root_a)
+  return q_a.mean + (root_a @ (transpose(rotation) @ whitened))[..., 0]
 
 
 def optimal_map_full(
@@ -183,7 +194,10 @@ def optimal_map_full(
   cov_b: jax.Array,
   z_b: jax.Array,
 ) -> jax.Array:
-  """The z_a to which the optimal plan sends `z_b` `[..., D]`: m_a + Psi S_b^-1 (z_b - m_b)."""
+  """The z_a to which the optimal plan sends `z_b` `[..., D]`: m_a + Psi S_b^-1 (z_b - m_b).
+
+  `cov_b` must be positive definite; `cov_a` may be singular.
+  """
   _check_moments(mean_a, cov_a, mean_b, cov_b)
   _check_same_shape('z_b', z_b, 'mean_b', mean_b)
   psi = optimal_coupling_full(cov_a, cov_b)

@@ -271,8 +271,8 @@ def random_costs(count: int = 4_000_000) -> str:
   moved = oracles.cost_of_half_a_unit(*(x[missed] for x in (lv_a, lv_b, gamma)))
   return (
     f'{missed.sum()} of {count} random factorised costs in float32 miss max(1e-6, 1e-5 |cost|), '
-    f'by up to {ratio.max():.2f} times; their errors are up to '
-    f'{np.max(error[missed] / moved):.2f} of what half a unit in the last place of a log-variance does.'
+    f'by up to {ratio.max():.2f} times; their errors are up to {np.max(error[missed] / moved):.2f} '
+    'of what half a unit in the last place of a log-variance does.'
   )
 
 

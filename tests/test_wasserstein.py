@@ -245,16 +245,19 @@ def test_optimal_coupling_is_eq_11():
 def test_optimal_map_carries_one_gaussian_onto_the_other_at_the_least_cost(family):
   (p_a, q_a), (p_b, q_b) = pair(family, 50, 3)
 
+  optimal_map = oracles.quick_jit(wasserstein.optimal_map)
+
   def send(z_b):
-    if family == 'diagonal':
-      return np.asarray(wasserstein.optimal_map(q_a, q_b, jnp.asarray(z_b)))
-    return np.asarray(wasserstein.optimal_map_full(*moment_arguments(p_a, p_b), jnp.asarray(z_b)))
+    return np.asarray(optimal_map(q_a, q_b, jnp.asarray(z_b)))
 
   np.testing.assert_allclose(send(p_b.mean), p_a.mean, **EXACT)
   linear = np.stack([send(p_b.mean + e) - p_a.mean for e in np.eye(3)], axis=1)
   # Affine, onto q_a's covariance, and the gradient of a convex function: optimal, by Brenier.
   z = np.random.default_rng(51).normal(size=3)
   np.testing.assert_allclose(send(z), p_a.mean + linear @ (z - p_b.mean), **EXACT)
+  if family == 'full':
+    same = wasserstein.optimal_map_full(*moment_arguments(p_a, p_b), jnp.asarray(z))
+    np.testing.assert_allclose(same, send(z), **EXACT)
   np.testing.assert_allclose(linear @ p_b.cov @ linear.T, p_a.cov, **EXACT)
   np.testing.assert_allclose(linear, linear.T, **EXACT)
   assert np.linalg.eigvalsh(linear).min() > 0.0
@@ -462,16 +465,16 @@ def test_batches_of_several_axes_are_loops(family):
       'squared_w2': wasserstein.squared_w2(q_a, q_b),
       'entropic_squared_w2': wasserstein.entropic_squared_w2(q_a, q_b, gamma),
       'entropic_transport_cost': wasserstein.entropic_transport_cost(q_a, q_b, gamma),
+      'optimal_map': wasserstein.optimal_map(q_a, q_b, 2.0 * q_b.mean),
     }
     if family == 'diagonal':
       values['optimal_coupling'] = wasserstein.optimal_coupling(q_a.var, q_b.var)
       values['entropic_coupling'] = wasserstein.entropic_coupling(q_a.var, q_b.var, gamma)
-      values['optimal_map'] = wasserstein.optimal_map(q_a, q_b, 2.0 * q_b.mean)
       return values
     moments = (q_a.mean, q_a.cov, q_b.mean, q_b.cov)
     values['optimal_coupling'] = wasserstein.optimal_coupling_full(q_a.cov, q_b.cov)
     values['entropic_coupling'] = wasserstein.entropic_coupling_full(q_a.cov, q_b.cov, gamma)
-    values['optimal_map'] = wasserstein.optimal_map_full(*moments, 2.0 * q_b.mean)
+    values['optimal_map_full'] = wasserstein.optimal_map_full(*moments, 2.0 * q_b.mean)
     values['squared_w2_full'] = wasserstein.squared_w2_full(*moments)
     values['entropic_squared_w2_full'] = wasserstein.entropic_squared_w2_full(*moments, gamma)
     values['cost_full'] = wasserstein.entropic_transport_cost_full(*moments, gamma)
@@ -547,6 +550,7 @@ def test_derivatives_in_the_scale_match_finite_differences():
       wasserstein.squared_w2(q_a, q_b),
       wasserstein.entropic_squared_w2(q_a, q_b, gamma),
       wasserstein.entropic_transport_cost(q_a, q_b, gamma),
+      wasserstein.optimal_map(q_a, q_b, 2.0 * q_b.mean + 1.0),
     )
 
   cases = [[oracles.full(p) for p in case] for case in full_cases().values()]
@@ -726,6 +730,39 @@ def test_factorised_cost_rises_with_gamma_in_float32():
   assert np.max(falls / np.maximum(1e-6, 1e-5 * np.abs(values[1:]))) < 2.4
 
 
+@pytest.mark.parametrize('family', FAMILIES)
+@in_float64
+def test_gradients_in_float32_are_those_in_float64(family):
+  rng = np.random.default_rng(92)
+  (p_a, _), (p_b, _) = (oracles.family(family, rng, 3) for _ in range(2))
+  standard = oracles.standard_normal(3)
+  pairs = [(p_a, p_b), (p_a, p_a), (standard, standard), (p_a, standard)]
+
+  def gradients(q_a, q_b, gamma):
+    def total(q_a, q_b, gamma):
+      if family == 'full':
+        q_a, q_b = (FullGaussian(q.mean, jnp.tril(q.scale_tril)) for q in (q_a, q_b))
+      distances = wasserstein.squared_w2(q_a, q_b) + wasserstein.entropic_squared_w2(
+        q_a, q_b, gamma
+      )
+      return distances + wasserstein.entropic_transport_cost(q_a, q_b, gamma)
+
+    return jax.grad(total, (0, 1, 2))(q_a, q_b, gamma)
+
+  function = oracles.quick_jit(jax.vmap(gradients))
+  batches = []
+  for dtype in (jnp.float32, jnp.float64):
+    make = functools.partial(getattr(oracles, family), dtype=dtype)
+    cases = [(make(a), make(b), dtype(g)) for a, b in pairs for g in (0.0, 0.7, 100.0)]
+    results = function(*oracles.batch_of(cases, (12,)))
+    batches.append([np.asarray(leaf) for leaf in jax.tree.leaves(results)])
+  for actual, expected in zip(*batches, strict=True):
+    assert actual.dtype == jnp.float32
+    # The three functions add terms of the size of the largest gradient, or of gamma's share of it.
+    tolerance = 32.0 * np.finfo(np.float32).eps * np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0.0, atol=tolerance)
+
+
 @pytest.mark.parametrize('condition', (1.0, 1e2, 1e4))
 @in_float64
 def test_full_covariance_is_accurate_in_float32_relative_to_its_terms(condition):
@@ -787,6 +824,7 @@ PAIR_FUNCTIONS = {
   'squared_w2': wasserstein.squared_w2,
   'entropic_squared_w2': lambda a, b: wasserstein.entropic_squared_w2(a, b, 1.0),
   'entropic_transport_cost': lambda a, b: wasserstein.entropic_transport_cost(a, b, 1.0),
+  'optimal_map': lambda a, b: wasserstein.optimal_map(a, b, b.mean),
 }
 GAMMA_FUNCTIONS = {
   'entropic_squared_w2': lambda g: wasserstein.entropic_squared_w2(FLAT, FLAT, g),
@@ -877,6 +915,8 @@ def test_points_that_do_not_fit_the_map_are_refused(jit):
   for z in (np.zeros(1, np.float32), np.zeros((2, 3), np.float32)):
     with pytest.raises(AssertionError, match='must have one shape'):
       wrap(wasserstein.optimal_map, jit)(FLAT, FLAT, z)
+    with pytest.raises(AssertionError, match='must have one shape'):
+      wrap(wasserstein.optimal_map, jit)(DENSE, DENSE, z)
     with pytest.raises(AssertionError, match='must have one shape'):
       wrap(wasserstein.optimal_map_full, jit)(MEAN, COV, MEAN, COV, z)
 
