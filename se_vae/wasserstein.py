@@ -215,8 +215,9 @@ def squared_w2_full(
 ) -> jax.Array:
   """`squared_w2` for means `[..., D]` and covariances `[..., D, D]`, singular ones included.
 
-  At a singular covariance the value is right and the gradient finite, but the true gradient there
-  is unbounded along the null space; zero is returned for that part.
+  At a singular covariance the value is right (an eigenvalue that is zero up to rounding has a root
+  that is zero up to the root of rounding, so float32 holds three digits there) and the gradient
+  finite, but the true gradient is unbounded along the null space; zero is returned for that part.
   """
   _check_moments(mean_a, cov_a, mean_b, cov_b)
   shift = jnp.sum((mean_a - mean_b) ** 2, axis=-1)
