@@ -1,9 +1,12 @@
 """Gaussian encodings against SciPy densities, quadrature and Monte Carlo."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
 from se_vae import gaussians
@@ -311,6 +314,22 @@ def test_kl_divergence_keeps_its_digits_in_float32():
   assert np.max(np.abs(np.asarray(same, LONG) / (0.5 * ratio) - 1)) < 3e-6
 
 
+@in_float64
+def test_exp_remainder_keeps_its_digits_in_float64():
+  t = np.concatenate([np.linspace(-3.0, 3.0, 601), [-40.0, 40.0]])
+  expected = np.expm1(t.astype(LONG)) - t
+  small = np.abs(t) < 0.5
+  series = sum(t.astype(LONG) ** k / scipy.special.factorial(k, exact=True) for k in range(2, 20))
+  expected = np.where(small, series, expected).astype(float)
+  np.testing.assert_allclose(jax.jit(gaussians.exp_remainder)(t), expected, rtol=2e-15)
+
+
+def test_a_gaussian_cannot_be_changed():
+  for q in (GOOD, FullGaussian(np.zeros(3, np.float32), np.eye(3, dtype=np.float32))):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+      q.mean = np.ones(3, np.float32)
+
+
 # ---------------------------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------------------------
@@ -345,8 +364,9 @@ def test_shapes_that_do_not_fit_are_refused(name, jit):
 def test_pairs_and_points_that_do_not_fit_are_refused(jit):
   wrap = jax.jit if jit else lambda function: function
   short = DiagonalGaussian(np.zeros((2, 1), np.float32), np.zeros((2, 1), np.float32))
-  with pytest.raises(AssertionError, match='must have one shape'):
-    wrap(gaussians.kl_divergence)(GOOD, short)
+  for q_a, q_b in ((GOOD, short), (short, GOOD)):
+    with pytest.raises(AssertionError, match='must have one shape'):
+      wrap(gaussians.kl_divergence)(q_a, q_b)
   dense = FullGaussian(np.zeros(3, np.float32), np.eye(3, dtype=np.float32))
   flat = DiagonalGaussian(np.zeros(3, np.float32), np.zeros(3, np.float32))
   for q_a, q_b in ((flat, dense), (dense, flat)):
