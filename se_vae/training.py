@@ -114,15 +114,15 @@ def init_state(
     key: one PRNG key.
     num_examples: N, of the training set; a warm start needs to know it.
   """
-  if config.warm_start and num_examples is None:
-    raise ValueError('a warm start needs num_examples')
-  params = model.init(key)
-  opt_state = make_optimizer(config).init(params)
   offsets = None
   if config.warm_start:
+    if num_examples is None:
+      raise ValueError('a warm start needs num_examples')
     shape = (num_examples, math.prod(model.image_shape))
     offsets_key = jax.random.fold_in(key, 1)
     offsets = jax.random.randint(offsets_key, shape, -_OFFSET_STEPS, _OFFSET_STEPS + 1, jnp.int8)
+  params = model.init(key)
+  opt_state = make_optimizer(config).init(params)
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state, offsets)
 
 
@@ -258,12 +258,13 @@ def train_step(
   x_adv, offsets = None, state.offsets
   if config.objective == 'se':
     start = None
-    if config.warm_start:
-      assert offsets is not None and examples is not None
+    if offsets is not None:
+      assert examples is not None
       start = x + (config.radius / _OFFSET_STEPS) * offsets[examples].reshape(x.shape)
     q_a = model.encode(state.params, x)
     x_adv = select(model, config, state.params, select_key, x, q_a, index, start)
-    if config.warm_start:
+    if offsets is not None:
+      assert examples is not None
       moved = jnp.round((x_adv - x) * (_OFFSET_STEPS / config.radius)).astype(jnp.int8)
       offsets = offsets.at[parts.gather(examples)].set(parts.gather(moved.reshape(len(x), -1)))
   gradients, metrics = parts.mean(
