@@ -31,6 +31,8 @@ METRICS = 'metrics.jsonl'
 RESULT = 'result.json'
 NOT_FINITE = 'not_finite.json'
 
+PRECISIONS = ('default', 'high', 'highest')
+
 # Settings that may differ when a run is resumed, since the trained model does not depend on them.
 _FREE_SETTINGS = frozenset({'workdir', 'data_dir', 'cache_dir', 'log_every', 'checkpoint_every'})
 
@@ -67,6 +69,15 @@ class PretrainConfig:
   pgd_step_size: float | None = setting(
     None, 'Step size of the selection; 2.5 * radius / pgd_steps if not given.', above=0
   )
+  warm_start: bool = setting(
+    False, "Start each example's selection where its last one ended; then 5 pgd_steps may do."
+  )
+  attack_dtype: str = setting(
+    'float32', 'Precision of the encoder within the selection.', choices=training.ATTACK_DTYPES
+  )
+  matmul_precision: str = setting(
+    'default', "Of all matrix products, as JAX's setting of that name.", choices=PRECISIONS
+  )
   obs_var: float = setting(0.1, 'Observation noise variance v of the decoder.', above=0)
   num_steps: int = setting(10_000, 'Training steps; the paper takes 300,000.', at_least=1)
   batch_size: int = setting(64, 'Examples a step.', at_least=1)
@@ -98,6 +109,8 @@ def prepare(config: PretrainConfig) -> data.Dataset:
     UsageError: naming the flag.
   """
   settings.check(config)
+  if config.warm_start and not (config.objective == 'se' and config.radius > 0.0):
+    raise UsageError('--warm_start: is for --objective=se and a --radius above 0')
   workdir = runtime.check_workdir(config.workdir)
   _check_same_settings(workdir / CONFIG, config)
   try:
@@ -147,7 +160,7 @@ def run(
   """
   dataset = prepare(config)
   workdir = Path(str(config.workdir))
-  with runtime.lock(workdir):
+  with runtime.lock(workdir), jax.default_matmul_precision(config.matmul_precision):
     if (workdir / RESULT).exists():
       result: dict[str, Any] = runtime.read_json(workdir / RESULT)
       if result['step'] == config.num_steps:
@@ -177,7 +190,7 @@ def _set_up(config: PretrainConfig, dataset: data.Dataset) -> _Setup:
   model = vae.make_vae(image_shape, **model_config)
   train_config = training.TrainConfig(**_fields_of(config, *_names(training.TrainConfig)))
   init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
-  state = training.init_state(model, train_config, init_key)
+  state = training.init_state(model, train_config, init_key, len(dataset.train.images))
   metadata = {
     'model': {'image_shape': list(image_shape), **model_config},
     'config': settings.to_dict(config),

@@ -26,7 +26,7 @@ _RELATIVE_STEP = 2.5
 
 @functools.partial(
   jax.jit,
-  static_argnames=('objective', 'num_steps', 'norm', 'bounds', 'random_start', 'keep_best'),
+  static_argnames=('objective', 'num_steps', 'norm', 'bounds', 'keep_best'),
 )
 def pgd(
   objective: Objective,
@@ -38,7 +38,7 @@ def pgd(
   step_size: jax.typing.ArrayLike | None = None,
   norm: Norm = 'linf',
   bounds: tuple[float, float] = (0.0, 1.0),
-  random_start: bool = True,
+  start: jax.Array | None = None,
   keep_best: bool = False,
   args: tuple[Any, ...] = (),
   index: jax.Array | None = None,
@@ -64,8 +64,8 @@ def pgd(
     step_size: length of a step in the ball's norm, a scalar; `2.5 * radius / num_steps` if None.
     norm: 'linf' (sign steps; the paper's) or 'l2' (normalised gradient steps).
     bounds: lowest and highest pixel value.
-    random_start: start from a uniformly drawn point of the ball instead of x. An objective that is
-      flat at x, as a distance from x's own encoding is, needs it.
+    start: images to start from, projected; a uniform draw from the ball if None. An objective that
+      is flat at x, as a distance from x's own encoding is, must not start there.
     keep_best: return the best of all iterates rather than the last, for one more evaluation.
     args: further arguments of `objective`, traced.
     index: `[B]` integers that identify the examples; `arange(B)` if None.
@@ -91,10 +91,10 @@ def pgd(
   def step(x_adv: jax.Array, gradient: jax.Array) -> jax.Array:
     return project(x_adv + step_size * balls.direction(gradient, norm))
 
-  start = x
-  if random_start:
+  if start is None:
     index = jnp.arange(x.shape[0]) if index is None else index
-    start = project(x + balls.random_offsets(example_keys(key, index), x, radius, norm))
+    start = x + balls.random_offsets(example_keys(key, index), x, radius, norm)
+  start = project(start.reshape(x.shape))
 
   if not keep_best:
     last = jax.lax.fori_loop(
@@ -120,8 +120,11 @@ def on_rows(objective: Objective, x: jax.Array) -> tuple[Objective, jax.Array]:
   images that has length 1.
   """
   shape = x.shape
-  rows = x.reshape(shape[0], math.prod(shape[1:]))
-  return lambda rows, *args: objective(rows.reshape(shape), *args), rows
+  return lambda rows, *args: objective(rows.reshape(shape), *args), _rows(x)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+  return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
@@ -159,7 +162,7 @@ def fgsm(
     step_size=radius,
     norm=norm,
     bounds=bounds,
-    random_start=False,
+    start=x,
     args=args,
   )
 
@@ -196,5 +199,6 @@ def noise(
   radius = jnp.asarray(radius, x.dtype)
   keys = example_keys(key, jnp.arange(x.shape[0]) if index is None else index)
   draw = balls.extreme_offsets if extreme else balls.random_offsets
-  offsets = draw(keys, x, radius, norm)
-  return balls.project(x + offsets, x=x, radius=radius, norm=norm, bounds=bounds)
+  rows = _rows(x)
+  x_adv = rows + draw(keys, rows, radius, norm)
+  return balls.project(x_adv, x=rows, radius=radius, norm=norm, bounds=bounds).reshape(x.shape)

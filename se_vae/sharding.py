@@ -78,6 +78,11 @@ def mean_over_devices(tree: Tree) -> Tree:
   return mean
 
 
+def gather_over_devices(rows: jax.Array) -> jax.Array:
+  """The rows of all devices of `per_device`, in the order of the batch."""
+  return jax.lax.all_gather(rows, DATA_AXIS, tiled=True)
+
+
 def share_of_batch(size: int) -> jax.Array:
   """Inside `per_device`: the places in the whole batch of this device's `size` examples."""
   return jax.lax.axis_index(DATA_AXIS) * size + jnp.arange(size)

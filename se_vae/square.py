@@ -55,25 +55,25 @@ def square(
   """
   balls.check(x, radius, num_queries, 'linf', bounds)
   radius = jnp.asarray(radius, x.dtype)
+  height, width, channels = _as_image(x.shape[1:])
+  shape, (objective, x) = x.shape, attacks.on_rows(objective, x)
   project = functools.partial(balls.project, x=x, radius=radius, norm='linf', bounds=bounds)
   keys = attacks.example_keys(key, jnp.arange(x.shape[0]) if index is None else index)
-  height, width, channels = _as_image(x.shape[1:])
   sides = jnp.asarray(_sides(num_queries, height, width))
+  # Of each number in a row.
+  row_of, column_of, _ = np.indices((height, width, channels)).reshape(3, -1)
 
   def stripes(example_key: jax.Array) -> jax.Array:
-    signs = jax.random.rademacher(example_key, (1, width, channels), x.dtype)
-    return jnp.broadcast_to(signs, (height, width, channels)).reshape(x.shape[1:])
+    return jnp.tile(jax.random.rademacher(example_key, (width * channels,), x.dtype), height)
 
   def move(example_key: jax.Array, x_adv: jax.Array, x: jax.Array, side: jax.Array) -> jax.Array:
     row_key, column_key, sign_key = jax.random.split(example_key, 3)
     tall, wide = jnp.minimum(side, height), jnp.minimum(side, width)
-    row = jnp.arange(height) - jax.random.randint(row_key, (), 0, height - tall + 1)
-    column = jnp.arange(width) - jax.random.randint(column_key, (), 0, width - wide + 1)
-    inside = ((row >= 0) & (row < tall))[:, None] & ((column >= 0) & (column < wide))[None]
-    signs = jax.random.rademacher(sign_key, (1, 1, channels), x.dtype)
-    corner = x.reshape(height, width, channels) + radius * signs
-    image = x_adv.reshape(height, width, channels)
-    return jnp.where(inside[:, :, None], corner, image).reshape(x.shape)
+    row = row_of - jax.random.randint(row_key, (), 0, height - tall + 1)
+    column = column_of - jax.random.randint(column_key, (), 0, width - wide + 1)
+    inside = (row >= 0) & (row < tall) & (column >= 0) & (column < wide)
+    signs = jax.random.rademacher(sign_key, (channels,), x.dtype)
+    return jnp.where(inside, x + radius * jnp.tile(signs, height * width), x_adv)
 
   def query(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
@@ -83,7 +83,7 @@ def square(
   start = project(x + radius * jax.vmap(stripes)(keys))
   lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
   first = balls.better(start, objective(start, *args), start, lowest)
-  return jax.lax.fori_loop(1, num_queries, query, first)[0]
+  return jax.lax.fori_loop(1, num_queries, query, first)[0].reshape(shape)
 
 
 def _as_image(shape: tuple[int, ...]) -> tuple[int, int, int]:

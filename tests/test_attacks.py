@@ -129,9 +129,7 @@ def test_l2_reaches_the_maximum_of_a_linear_objective_away_from_the_bounds(weigh
 def test_l2_direction_survives_gradients_whose_squares_underflow():
   tiny = lambda x_adv: 1e-25 * jnp.sum(x_adv, axis=(1, 2, 3))  # noqa: E731
   x = jnp.full(SHAPE, 0.5)
-  x_adv = attacks.pgd(
-    tiny, jax.random.key(0), x, radius=0.1, num_steps=30, norm='l2', random_start=False
-  )
+  x_adv = attacks.pgd(tiny, jax.random.key(0), x, radius=0.1, num_steps=30, norm='l2', start=x)
   moved = np.asarray(x_adv - x).reshape(SHAPE[0], -1)
   np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 0.1, rtol=1e-4)
   assert (moved > 0.0).all()
@@ -140,7 +138,7 @@ def test_l2_direction_survives_gradients_whose_squares_underflow():
 @pytest.mark.parametrize('norm', attacks.NORMS)
 def test_a_random_start_leaves_a_flat_spot_and_a_fixed_one_cannot(images, norm):
   options = dict(radius=0.1, num_steps=5, norm=norm, args=(images,))
-  stuck = attacks.pgd(squared_move, jax.random.key(0), images, random_start=False, **options)
+  stuck = attacks.pgd(squared_move, jax.random.key(0), images, start=images, **options)
   free = attacks.pgd(squared_move, jax.random.key(0), images, **options)
   np.testing.assert_array_equal(stuck, images)
   assert_legal(free, images, 0.1, norm)

@@ -235,7 +235,7 @@ def test_se_elbo_leaves_the_gradient_of_the_decoder_unchanged():
   def gradients(params):
     configs = [dataclasses.replace(CONFIG, objective=name, gamma=3.0) for name in ('vae', 'se')]
     gradient = jax.grad(training.loss, has_aux=True)
-    return [gradient(params, model, config, KEY, x)[0] for config in configs]
+    return [gradient(params, model, config, KEY, x, 1.0 - x)[0] for config in configs]
 
   by_vae, by_se = gradients(drawn(model))
   # The same operations, which the compiler may fuse differently.
@@ -277,6 +277,48 @@ def test_no_gradient_flows_through_the_selection():
 
   for gradient in jax.jit(jax.grad(selected, argnums=(0, 1)))(drawn(model), x):
     assert_same(gradient, jax.tree.map(np.zeros_like, gradient))
+
+
+WARM = dataclasses.replace(CONFIG, warm_start=True, pgd_steps=1)
+
+
+def test_a_warm_start_goes_on_from_the_last_offset_of_the_same_example():
+  """The store holds x' - x in 127ths of the radius; what other examples left there stays."""
+  model = tiny(num_layers=1)
+  state = training.init_state(model, WARM, KEY, len(IMAGES))
+  assert state.offsets.shape == (24, 16) and state.offsets.dtype == jnp.int8
+  before = np.array(state.offsets, np.int64)
+  assert before.min() < -100 and before.max() > 100
+  examples = jnp.asarray([3, 17, 5])
+  x = jnp.asarray(IMAGES[examples] / np.float32(255.0))
+  after, _ = jitted_step()(model, WARM, state, KEY, x, examples)
+  start = x + WARM.radius * before[examples].reshape(x.shape).astype(np.float32) / 127.0
+  q_a = model.encode(state.params, x)
+  x_adv = training.select(model, WARM, state.params, KEY, x, q_a, start=start)
+  offsets = np.asarray(x_adv - x, np.float64).reshape(3, 16)
+  # Half a step of rounding, and float32's.
+  assert np.abs(127.0 * offsets / WARM.radius - after.offsets[examples]).max() < 0.5 + 1e-3
+  others = np.setdiff1d(np.arange(24), examples)
+  np.testing.assert_array_equal(after.offsets[others], before[others])
+  assert np.any(after.offsets[examples] != before[examples])
+
+
+@strictly
+@pytest.mark.parametrize('dtype', training.ATTACK_DTYPES)
+def test_a_bfloat16_attack_selects_nearly_as_well(dtype):
+  model, x, params = tiny(), batch(0), drawn(tiny())
+
+  def moved(config):
+    q_a = model.encode(params, x)
+    x_adv = training.select(model, config, params, KEY, x, q_a)
+    return x_adv, wasserstein.squared_w2(q_a, model.encode(params, x_adv))
+
+  config = dataclasses.replace(CONFIG, attack_dtype=dtype)
+  assert ('bf16[' in str(jax.make_jaxpr(lambda: moved(config))())) == (dtype == 'bfloat16')
+  x_adv, found = jax.jit(lambda: moved(config))()
+  assert x_adv.dtype == jnp.float32
+  # Eight bits of gradient turn the sign of small entries alone.
+  np.testing.assert_allclose(found.mean(), moved(CONFIG)[1].mean(), rtol=0.1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -321,10 +363,9 @@ def test_every_step_draws_its_own_noise():
 def test_noise_belongs_to_a_place_in_the_batch():
   """Longer batches only add draws: example i has its own key, whatever the batch's size."""
   loss = jax.jit(training.loss, static_argnums=(1, 2))
-  sample_key = jax.random.split(KEY)[0]
   expected = 0.0
   for size in range(1, 4):
-    noise = jax.random.normal(jax.random.fold_in(sample_key, size - 1), (3,))
+    noise = jax.random.normal(jax.random.fold_in(KEY, size - 1), (3,))
     expected += float(np.sum(np.square(noise)))
     _, metrics = loss(NO_PARAMS, NOISE_MODEL, NOISE_CONFIG, KEY, jnp.zeros((size, 1, 1, 3)))
     np.testing.assert_allclose(float(metrics['squared_error']) * size, expected, rtol=1e-5)
@@ -391,12 +432,29 @@ def test_cosine_scales_the_constant_rate_down_to_zero(optimizer):
 
 
 @pytest.mark.parametrize(
-  'change', [{'objective': 'beta'}, {'optimizer': 'adagrad'}, {'schedule': 'linear'}]
+  'change',
+  [
+    {'objective': 'beta'},
+    {'optimizer': 'adagrad'},
+    {'schedule': 'linear'},
+    {'attack_dtype': 'int8'},
+  ],
 )
 def test_unknown_choices_raise(change):
   name, value = next(iter(change.items()))
   with pytest.raises(ValueError, match=f'{name} must be one of .* got {value!r}'):
     training.TrainConfig(**change)
+
+
+@pytest.mark.parametrize('change', [{'objective': 'vae'}, {'radius': 0.0}])
+def test_a_warm_start_without_a_selection_raises(change):
+  with pytest.raises(ValueError, match='warm_start needs'):
+    training.TrainConfig(warm_start=True, **change)
+
+
+def test_a_warm_start_needs_the_size_of_the_training_set():
+  with pytest.raises(ValueError, match='num_examples'):
+    training.init_state(tiny(), WARM, KEY)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -522,14 +580,22 @@ def test_full_covariance_trains():
 
 
 @pytest.mark.parametrize(
-  ('changes', 'objective'), [({}, 'se'), ({'arch': 'convnet', 'num_layers': 1}, 'vae')]
+  ('changes', 'config'),
+  [
+    ({}, CONFIG),
+    ({'num_layers': 1}, WARM),
+    ({'arch': 'convnet', 'num_layers': 1}, dataclasses.replace(CONFIG, objective='vae')),
+  ],
 )
-def test_four_devices_train_as_one(changes, objective):
-  model, config = tiny(**changes), dataclasses.replace(CONFIG, objective=objective)
-  alone, spread = (run(model, config, start(model, config), devices, rows=2) for devices in (1, 4))
+def test_four_devices_train_as_one(changes, config):
+  model = tiny(**changes)
+  state = training.init_state(model, config, KEY, len(IMAGES))
+  alone, spread = (run(model, config, state, devices, rows=2) for devices in (1, 4))
   assert int(spread[-1][0].step) == 20
   for (state, metrics), (expected, expected_metrics) in zip(spread, alone, strict=True):
     # The gradient's sum in another order: 1e-7 here, with room for 20 steps of Adam elsewhere.
     assert_close(state.params, expected.params, rtol=1e-4)
+    if config.warm_start:  # the sign of a small gradient may turn, and an offset with it
+      assert np.mean(state.offsets != expected.offsets) < 0.02
     for name, value in expected_metrics.items():
       np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
