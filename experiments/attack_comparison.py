@@ -30,7 +30,7 @@ import numpy as np
 
 from experiments import probe, runtime, settings
 from experiments.settings import UsageError, setting
-from se_vae import probing, robustness, suite, vae
+from se_vae import choices, probing, robustness, vae
 
 # Images and labels in, `[R, N]` out: who is classified correctly under attack at each radius.
 Contender = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -176,7 +176,7 @@ def _ours(
       **options,
     ).curve.correct
 
-  suites = {f'our {name}': functools.partial(evaluate, name) for name in suite.SUITES}
+  suites = {f'our {name}': functools.partial(evaluate, name) for name in choices.SUITES}
   return {'our PGD': pgd, **suites}
 
 

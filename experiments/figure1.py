@@ -16,9 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments import plots, pretrain, probe, runtime, settings
+from etils import epy
+
+from experiments import pretrain, probe, runtime, settings
 from experiments.settings import UsageError, setting
-from se_vae import data
+
+with epy.lazy_imports():  # --help and wrong flags are answered without them
+  from experiments import plots
+  from se_vae import data
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,15 +14,19 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
-from PIL import Image
+from etils import epy
 
 from experiments import runtime, settings
 from experiments.settings import UsageError, setting
-from se_vae import attacks, checkpoints, data, diagnostics, networks, probing, training, vae
+from se_vae import choices
+
+with epy.lazy_imports():  # --help and wrong flags are answered without them
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from PIL import Image
+
+  from se_vae import attacks, checkpoints, data, diagnostics, probing, training, vae
 
 CHECKPOINTS = 'checkpoints'
 BEST = 'checkpoints/best'
@@ -30,8 +34,6 @@ CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 RESULT = 'result.json'
 NOT_FINITE = 'not_finite.json'
-
-PRECISIONS = ('default', 'high', 'highest')
 
 # Settings that may differ when a run is resumed, since the trained model does not depend on them.
 _FREE_SETTINGS = frozenset({'workdir', 'data_dir', 'cache_dir', 'log_every', 'checkpoint_every'})
@@ -42,7 +44,7 @@ class PretrainConfig:
   """The flags of this binary."""
 
   workdir: str | None = setting(None, 'Directory of this run; everything it writes goes there.')
-  dataset: str = setting('mnist_5k', f'One of: {", ".join(data.DATASETS)}, or tfds:NAME.')
+  dataset: str = setting('mnist_5k', f'One of: {", ".join(choices.DATASETS)}, or tfds:NAME.')
   data_dir: str | None = setting(None, 'Directory of the IDX files or the TFDS data set.')
   cache_dir: str | None = setting(
     None, "Where decoded TFDS sets are kept; 'data' in the work directory if not given."
@@ -51,11 +53,11 @@ class PretrainConfig:
   validation: bool = setting(
     False, 'Hold out a sixth of the training set and use it in place of the test set.'
   )
-  objective: str = setting('se', 'Bound to maximise.', choices=training.OBJECTIVES)
-  arch: str = setting('mlp', 'Encoder and decoder architecture.', choices=vae.ARCHS)
+  objective: str = setting('se', 'Bound to maximise.', choices=choices.OBJECTIVES)
+  arch: str = setting('mlp', 'Encoder and decoder architecture.', choices=choices.ARCHS)
   latent_dim: int = setting(64, 'Latent dimensions; the paper uses 32, 64 and 128.', at_least=1)
   covariance: str = setting(
-    'diagonal', "Covariance of the encoder; the paper's is diagonal.", choices=networks.COVARIANCES
+    'diagonal', "Covariance of the encoder; the paper's is diagonal.", choices=choices.COVARIANCES
   )
   hidden_units: int = setting(200, 'Units of each of the 4 layers of an MLP.', at_least=1)
   conv_channels: int = setting(
@@ -73,18 +75,18 @@ class PretrainConfig:
     False, "Start each example's selection where its last one ended; then 5 pgd_steps may do."
   )
   attack_dtype: str = setting(
-    'float32', 'Precision of the encoder within the selection.', choices=training.ATTACK_DTYPES
+    'float32', 'Precision of the encoder within the selection.', choices=choices.ATTACK_DTYPES
   )
   matmul_precision: str = setting(
-    'default', "Of all matrix products, as JAX's setting of that name.", choices=PRECISIONS
+    'default', "Of all matrix products, as JAX's setting of that name.", choices=choices.PRECISIONS
   )
   obs_var: float = setting(0.1, 'Observation noise variance v of the decoder.', above=0)
   num_steps: int = setting(10_000, 'Training steps; the paper takes 300,000.', at_least=1)
   batch_size: int = setting(64, 'Examples a step.', at_least=1)
-  optimizer: str = setting('adam', 'Update rule.', choices=training.OPTIMIZERS)
+  optimizer: str = setting('adam', 'Update rule.', choices=choices.OPTIMIZERS)
   momentum: float = setting(0.9, 'Momentum of sgd.', at_least=0, at_most=1)
   learning_rate: float = setting(1e-3, 'Learning rate, at its peak.', above=0)
-  schedule: str = setting('cosine', 'Learning rate over time.', choices=training.SCHEDULES)
+  schedule: str = setting('cosine', 'Learning rate over time.', choices=choices.SCHEDULES)
   seed: int = setting(
     0, 'Seed of initialisation, batch order and noise.', at_least=0, at_most=2**31 - 1
   )
@@ -190,7 +192,9 @@ def _set_up(config: PretrainConfig, dataset: data.Dataset) -> _Setup:
   model = vae.make_vae(image_shape, **model_config)
   train_config = training.TrainConfig(**_fields_of(config, *_names(training.TrainConfig)))
   init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
-  state = training.init_state(model, train_config, init_key, len(dataset.train.images))
+  # As one program, and not as dozens of small ones to compile.
+  init_state = jax.jit(training.init_state, static_argnums=(0, 1, 3))
+  state = init_state(model, train_config, init_key, len(dataset.train.images))
   metadata = {
     'model': {'image_shape': list(image_shape), **model_config},
     'config': settings.to_dict(config),
@@ -204,7 +208,7 @@ def _train(
   config: PretrainConfig,
   setup: _Setup,
   dataset: data.Dataset,
-  mesh: Mesh,
+  mesh: jax.sharding.Mesh,
   stop: runtime.StopSignal,
   description: str,
 ) -> training.TrainState:
@@ -291,7 +295,7 @@ def _finish(
   setup: _Setup,
   state: training.TrainState,
   dataset: data.Dataset,
-  mesh: Mesh,
+  mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
   """Looks at the trained model on held-out images, and returns the result's JSON."""
   images, model = dataset.test.images, setup.model

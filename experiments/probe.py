@@ -22,14 +22,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
+from etils import epy
 
-from experiments import plots, pretrain, runtime, settings
+from experiments import pretrain, runtime, settings
 from experiments.settings import UsageError, setting
-from se_vae import checkpoints, data, largest, probing, robustness, suite, vae
-from se_vae.ledger import LedgerError
+from se_vae import choices
+
+with epy.lazy_imports():  # --help and wrong flags are answered without them
+  import jax
+  import numpy as np
+
+  from experiments import plots
+  from se_vae import checkpoints, data, largest, ledger, probing, robustness, vae
 
 TASKS = ('digit', 'color', 'label')
 RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -48,7 +52,7 @@ class ProbeConfig:
   data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
   task: str = setting('digit', 'What the probe predicts.', choices=TASKS)
   attack: str = setting(
-    'standard', "The paper's PGD, or everything there is.", choices=suite.SUITES
+    'standard', "The paper's PGD, or everything there is.", choices=choices.SUITES
   )
   radii: tuple[float, ...] = setting(
     RADII, 'linf radii of the attack, for pixels in [0, 1].', at_least=0, at_most=1
@@ -112,7 +116,7 @@ class Prepared:
   dataset: data.Dataset
   images: np.ndarray
   labels: np.ndarray
-  mesh: Mesh
+  mesh: jax.sharding.Mesh
   surrogate: checkpoints.Run | None
 
 
@@ -253,7 +257,7 @@ def run(
   with _progress(description, stop) as progress:
     try:
       outcome = evaluate(progress)
-    except LedgerError as error:
+    except ledger.LedgerError as error:
       runtime.warn(f'{error}; starting afresh')
       state.unlink()
       outcome = evaluate(progress)

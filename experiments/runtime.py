@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import importlib.metadata
@@ -17,10 +18,16 @@ from types import FrameType
 from typing import Any
 
 from absl import app, flags, logging
+from etils import epy
 from tqdm import tqdm
 
-from experiments.settings import UsageError
-from se_vae import checkpoints
+from experiments import settings
+from experiments.settings import UsageError, setting
+
+with epy.lazy_imports():  # --help and wrong flags are answered without them
+  import jax
+
+  from se_vae import checkpoints, sharding
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scikit-learn', 'se_vae')
 
@@ -28,8 +35,17 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scikit-learn', 'se_vae'
 _SMALLEST_SHARE = 16
 
 
-# What can go wrong with the machine or the numbers: told in a line, not in a traceback.
-_FAILURES = (OSError, ArithmeticError, checkpoints.CheckpointError)
+# The flags defined here belong to every binary, and are listed by its --help.
+flags.disclaim_key_flags()
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+  """The flags that every binary has; no result depends on them."""
+
+  compilation_cache_dir: str | None = setting(
+    None, 'Directory that keeps compiled programs for later runs on this host.'
+  )
 
 
 class Interrupted(Exception):
@@ -42,6 +58,7 @@ class Interrupted(Exception):
 
 def run(main: Callable[[], None]) -> None:
   """Runs a binary: 2 for a usage error, 1 for a failure, 130 or 143 when interrupted."""
+  settings.define_flags(RuntimeConfig)
   app.run(functools.partial(_guarded, main), flags_parser=_parse_flags)
 
 
@@ -51,11 +68,13 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise UsageError(f'unexpected argument {argv[1]!r}; settings are given as --flag=value')
+    _use_compilation_cache(settings.from_flags(RuntimeConfig).compilation_cache_dir)
     main()
   except UsageError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
-  except _FAILURES as error:
+  except (OSError, ArithmeticError, checkpoints.CheckpointError) as error:
+    # What can go wrong with the machine or the numbers: told in a line, not in a traceback.
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     sys.exit(1)
   except Interrupted as interrupted:
@@ -71,6 +90,19 @@ def _parse_flags(argv: list[str]) -> list[str]:
     sys.exit(2)
 
 
+def _use_compilation_cache(directory: str | None) -> None:
+  """Keeps every compiled program in `directory`, however small, and looks for it there first.
+
+  XLA compiles for the very CPU that it runs on: a directory is for one host.
+  """
+  if directory is None:
+    return
+  _check_directory('--compilation_cache_dir', directory)
+  jax.config.update('jax_compilation_cache_dir', directory)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
 def use_all_cores(batch_size: int) -> None:
   """Splits the host into one JAX device a core, as far as the batch allows.
 
@@ -78,8 +110,6 @@ def use_all_cores(batch_size: int) -> None:
   devices than each spread over all cores. Must run before JAX is first used; leaves accelerators
   alone, and any number of host devices that the user chose.
   """
-  import jax
-
   chosen: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
   if chosen > 0 or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
     return
@@ -89,10 +119,6 @@ def use_all_cores(batch_size: int) -> None:
 
 def mesh_for(batch_size: int) -> Any:
   """The data mesh over as many local devices as divide the batch."""
-  import jax
-
-  from se_vae import sharding
-
   return sharding.data_mesh(_even_split(batch_size, jax.device_count()))
 
 
@@ -185,8 +211,6 @@ def versions() -> dict[str, str]:
 
 def devices() -> list[str]:
   """The kinds of the local devices."""
-  import jax
-
   return [device.device_kind for device in jax.devices()]
 
 
@@ -218,10 +242,14 @@ def check_workdir(workdir: str | None) -> Path:
   """The work directory as a path, if it is or can become a writable directory."""
   if not workdir:
     raise UsageError('--workdir: is required; everything the run writes goes there')
-  path = Path(workdir)
+  return _check_directory('--workdir', workdir)
+
+
+def _check_directory(flag: str, directory: str) -> Path:
+  path = Path(directory)
   nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
   if not nearest.is_dir():
-    raise UsageError(f'--workdir: {nearest} is not a directory')
+    raise UsageError(f'{flag}: {nearest} is not a directory')
   if not os.access(nearest, os.W_OK):
-    raise UsageError(f'--workdir: {nearest} is not writable')
+    raise UsageError(f'{flag}: {nearest} is not writable')
   return path

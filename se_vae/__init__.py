@@ -4,35 +4,38 @@ The reference implementation of *Learning Robust Representations with Smooth Enc
 Ghaisas, Dvijotham and Kohli, 2019).
 """
 
-from se_vae.attacks import pgd
-from se_vae.checkpoints import load_model
-from se_vae.gaussians import (
-  DiagonalGaussian,
-  FullGaussian,
-  entropy,
-  kl_divergence,
-  kl_to_standard_normal,
-)
-from se_vae.largest import joint_accuracy, representation_moves
-from se_vae.objectives import elbo, log_normalizer, se_elbo
-from se_vae.probing import LinearProbe, ProbedEncoder, encoder_means, fit_probe
-from se_vae.robustness import adversarial_accuracy, evaluate
-from se_vae.training import TrainConfig, TrainState, init_state, train_step
-from se_vae.vae import VAE, make_vae
-from se_vae.wasserstein import (
-  entropic_coupling,
-  entropic_coupling_full,
-  entropic_squared_w2,
-  entropic_squared_w2_full,
-  entropic_transport_cost,
-  entropic_transport_cost_full,
-  optimal_coupling,
-  optimal_coupling_full,
-  optimal_map,
-  optimal_map_full,
-  squared_w2,
-  squared_w2_full,
-)
+from etils import epy as _epy
+
+with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is first used
+  from se_vae.attacks import pgd
+  from se_vae.checkpoints import load_model
+  from se_vae.gaussians import (
+    DiagonalGaussian,
+    FullGaussian,
+    entropy,
+    kl_divergence,
+    kl_to_standard_normal,
+  )
+  from se_vae.largest import joint_accuracy, representation_moves
+  from se_vae.objectives import elbo, log_normalizer, se_elbo
+  from se_vae.probing import LinearProbe, ProbedEncoder, encoder_means, fit_probe
+  from se_vae.robustness import adversarial_accuracy, evaluate
+  from se_vae.training import TrainConfig, TrainState, init_state, train_step
+  from se_vae.vae import VAE, make_vae
+  from se_vae.wasserstein import (
+    entropic_coupling,
+    entropic_coupling_full,
+    entropic_squared_w2,
+    entropic_squared_w2_full,
+    entropic_transport_cost,
+    entropic_transport_cost_full,
+    optimal_coupling,
+    optimal_coupling_full,
+    optimal_map,
+    optimal_map_full,
+    squared_w2,
+    squared_w2_full,
+  )
 
 __all__ = [
   'VAE',

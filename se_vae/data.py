@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-DATASETS = ('mnist', 'color_mnist', 'fashion_mnist', 'mnist_5k', 'color_mnist_5k')
+from se_vae.choices import DATASETS
 
 # Colour id -> which of the red, green and blue channels are on. Black is left out: it hides the
 # digit.

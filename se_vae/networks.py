@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from se_vae import convolutions, products
+from se_vae.choices import COVARIANCES
 from se_vae.gaussians import DiagonalGaussian, FullGaussian, Gaussian
-
-COVARIANCES = ('diagonal', 'full')
 
 _KERNEL_SIZE = 3
 _STRIDE = 2

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from se_vae import audit, classification, suite
 from se_vae.balls import Norm
 from se_vae.checks import Check
+from se_vae.choices import SUITES
 from se_vae.classification import Model
 from se_vae.curve import AdversarialAccuracy
 from se_vae.ledger import Ledger
@@ -325,8 +326,8 @@ def _check_claim(
   """What `evaluate` asks for on top of `pose`."""
   if check_examples < 0:
     raise ValueError(f'check_examples must be >= 0, got {check_examples}')
-  if attack not in suite.SUITES:
-    raise ValueError(f'attack must be one of {", ".join(suite.SUITES)}, got {attack!r}')
+  if attack not in SUITES:
+    raise ValueError(f'attack must be one of {", ".join(SUITES)}, got {attack!r}')
   largest = problem.bounds[1] - problem.bounds[0]
   if problem.norm == 'l2':
     largest *= float(np.sqrt(problem.x[0].size))

@@ -14,8 +14,6 @@ from se_vae import apgd, attacks, balls, classification, square
 from se_vae.balls import Norm
 from se_vae.classification import Aim, Model
 
-SUITES = ('standard', 'worst_case')
-
 # Classes that a latent-targeted attack tries, nearest first: each is a whole attack of its own.
 _LATENT_TARGETS = 3
 _GREYS = 5

@@ -20,13 +20,9 @@ import optax
 from jax.sharding import Mesh
 
 from se_vae import attacks, gaussians, objectives, sharding, wasserstein
+from se_vae.choices import ATTACK_DTYPES, OBJECTIVES, OPTIMIZERS, SCHEDULES
 from se_vae.gaussians import Gaussian
 from se_vae.vae import VAE, Params
-
-OBJECTIVES = ('vae', 'se')
-OPTIMIZERS = ('adam', 'sgd')
-SCHEDULES = ('constant', 'cosine')
-ATTACK_DTYPES = ('float32', 'bfloat16')
 
 Metrics = dict[str, jax.Array]
 

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from se_vae import networks
+from se_vae.choices import ARCHS, COVARIANCES
 from se_vae.gaussians import Gaussian
 
 Params = Any  # {'encoder': pytree, 'decoder': pytree}
-
-ARCHS = ('mlp', 'convnet')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +87,8 @@ def make_vae(
   """
   if arch not in ARCHS:
     raise ValueError(f'arch must be one of {", ".join(ARCHS)}, got {arch!r}')
-  if covariance not in networks.COVARIANCES:
-    raise ValueError(f'covariance must be one of {networks.COVARIANCES}, got {covariance!r}')
+  if covariance not in COVARIANCES:
+    raise ValueError(f'covariance must be one of {COVARIANCES}, got {covariance!r}')
   if min(latent_dim, hidden_units, conv_channels, num_layers, *image_shape) < 1:
     raise ValueError('image_shape, latent_dim and layer sizes must be >= 1')
   if arch == 'mlp':
