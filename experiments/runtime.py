@@ -113,8 +113,13 @@ def use_all_cores(batch_size: int) -> None:
   chosen: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
   if chosen > 0 or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
     return
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  jax.config.update('jax_num_cpu_devices', _even_split(batch_size, cores))
+  jax.config.update('jax_num_cpu_devices', _even_split(batch_size, num_cores()))
+
+
+def num_cores() -> int:
+  """How many cores this process may use."""
+  affinity = getattr(os, 'sched_getaffinity', None)
+  return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def mesh_for(batch_size: int) -> Any:

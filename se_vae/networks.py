@@ -16,8 +16,8 @@ from se_vae import convolutions, products
 from se_vae.choices import COVARIANCES
 from se_vae.gaussians import DiagonalGaussian, FullGaussian, Gaussian
 
-_KERNEL_SIZE = 3
-_STRIDE = 2
+KERNEL_SIZE = 3
+STRIDE = 2
 
 
 class Dense(nn.Module):
@@ -121,14 +121,14 @@ class Conv(nn.Module):
     ends = (x.shape[-1], self.channels)
     if self.transpose_to is not None:
       ends = ends[::-1]
-    window = (_KERNEL_SIZE, _KERNEL_SIZE)
+    window = (KERNEL_SIZE, KERNEL_SIZE)
     init = nn.initializers.lecun_normal(*((-1, -2) if self.transpose_to is not None else (-2, -1)))
     kernel = self.param('kernel', init, (*window, *ends), x.dtype)
     bias = self.param('bias', nn.initializers.zeros_init(), (self.channels,), x.dtype)
     if self.transpose_to is not None:
-      outputs = convolutions.conv_transpose(x, kernel, _STRIDE, self.transpose_to)
+      outputs = convolutions.conv_transpose(x, kernel, STRIDE, self.transpose_to)
     else:
-      outputs = convolutions.conv(x, kernel, _STRIDE)
+      outputs = convolutions.conv(x, kernel, STRIDE)
     return outputs + bias.reshape(1, 1, 1, -1)
 
 
@@ -159,7 +159,7 @@ class ConvDecoder(nn.Module):
     height, width, image_channels = self.image_shape
     sizes = [(height, width)]  # of the images between the encoder's layers, from the input on
     for _ in self.channels:
-      height, width = (convolutions.output_size(size, _STRIDE) for size in sizes[-1])
+      height, width = (convolutions.output_size(size, STRIDE) for size in sizes[-1])
       sizes.append((height, width))
     features = nn.Dense(height * width * self.channels[-1])(z)
     x = nn.relu(features).reshape(z.shape[0], height, width, self.channels[-1])
