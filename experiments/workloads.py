@@ -19,7 +19,6 @@ from se_vae import (
   attacks,
   data,
   gaussians,
-  objectives,
   probing,
   robustness,
   sharding,
@@ -155,9 +154,9 @@ class Benched:
       return total + jnp.sum(x_adv)
 
     def gradient(batch: _Batch, _: Params) -> Params:
-      return jax.grad(loss_given)(
-        params, model, config, batch.key, batch.x, batch.other, batch.index
-      )
+      arguments = (model, config, batch.key, batch.x, batch.other, batch.index)
+      gradients, _ = jax.grad(training.loss, has_aux=True)(params, *arguments)
+      return gradients
 
     def update(_: _Batch, carry: tuple[Params, Params, Any]) -> tuple[Params, Params, Any]:
       gradients, params, opt_state = carry
@@ -227,27 +226,6 @@ class _Batch:
   index: jax.Array
 
 
-def loss_given(
-  params: Params,
-  model: VAE,
-  config: TrainConfig,
-  key: jax.Array,
-  x: jax.Array,
-  x_adv: jax.Array,
-  index: jax.Array,
-) -> jax.Array:
-  """`training.loss` without its selection: x' `[B, H, W, C]` is given, and 'vae' ignores it."""
-  sample_key, _ = jax.random.split(key)
-  q_a = model.encode(params, x)
-  z_a = gaussians.sample_each(q_a, attacks.example_keys(sample_key, index))
-  x_mean = model.decode(params, z_a)
-  if config.objective == 'vae':
-    return -jnp.mean(objectives.elbo(x, x_mean, q_a, obs_var=config.obs_var).elbo)
-  q_b = model.encode(params, x_adv)
-  terms = objectives.se_elbo(x, x_mean, q_a, q_b, gamma=config.gamma, obs_var=config.obs_var)
-  return -jnp.mean(terms.elbo)
-
-
 def twin_error(
   twin: Twin, model: VAE, params: Params, config: TrainConfig, images: np.ndarray
 ) -> float:
@@ -255,11 +233,10 @@ def twin_error(
   key, index = jax.random.key(4), jnp.arange(len(images))
   x, other = training.pixels(images), training.pixels(images[::-1])
   zeros = jnp.zeros((len(images), model.latent_dim))
-  sample_keys = attacks.example_keys(jax.random.split(key)[0], index)
+  sample_keys = attacks.example_keys(key, index)
   noise = gaussians.sample_each(DiagonalGaussian(zeros, zeros), sample_keys)
-  loss, gradients = jax.jit(jax.value_and_grad(loss_given), static_argnums=(1, 2))(
-    params, model, config, key, x, other, index
-  )
+  gradient_of = jax.jit(jax.value_and_grad(training.loss, has_aux=True), static_argnums=(1, 2))
+  (loss, _), gradients = gradient_of(params, model, config, key, x, other, index)
   arrays = twin.place(np.asarray(x)), twin.place(np.asarray(other))
   their_loss, norms = twin.loss_and_norms(*arrays, np.asarray(noise))
   ours = np.array([float(loss), *(float(optax.tree.norm(gradients[part])) for part in gradients)])

@@ -7,7 +7,6 @@ import functools
 import json
 import sys
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,24 +71,6 @@ def test_operations_agree_with_the_compiler(wide, compiled):
   assert 1.0 < ratio < 1.03
 
 
-@pytest.mark.parametrize('objective', ['vae', 'se'])
-def test_the_gradient_piece_is_that_of_the_loss(objective):
-  model, config = (
-    TINY.model((4, 4, 1)),
-    case(objective=objective).train_config(),
-  )
-  params = model.init(jax.random.key(0))
-  x = jax.random.uniform(jax.random.key(1), (5, 4, 4, 1))
-  key, index = jax.random.key(2), jnp.arange(5)
-  select_key = jax.random.split(key)[1]
-  x_adv = training.select(model, config, params, select_key, x, model.encode(params, x), index)
-  expected = jax.value_and_grad(training.loss, has_aux=True)(params, model, config, key, x, index)
-  value, gradient = jax.value_and_grad(workloads.loss_given)(
-    params, model, config, key, x, x_adv, index
-  )
-  chex.assert_trees_all_close((value, gradient), (expected[0][0], expected[1]), rtol=1e-5)
-
-
 @pytest.mark.parametrize('memory_format', torch_twin.FORMATS)
 @pytest.mark.parametrize('arch', ['mlp', 'convnet'])
 @pytest.mark.parametrize('objective', ['vae', 'se'])
@@ -97,7 +78,7 @@ def test_the_twin_takes_the_same_step(arch, objective, memory_format):
   """Loss, gradient and selection of the same parameters, images and random numbers."""
   torch = pytest.importorskip('torch')
   small = dataclasses.replace(TINY, arch=arch, objective=objective, hidden_units=30)
-  model, config = small.model((7, 10, 1) if arch == 'mlp' else (14, 10, 2)), small.train_config()
+  model, config = small.model((14, 14, 2)), small.train_config()
   params = jax.jit(model.init)(jax.random.key(0))
   images = np.random.default_rng(0).integers(0, 256, (16, *model.image_shape), np.uint8)
   twin = torch_twin.Twin(
