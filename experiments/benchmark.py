@@ -178,9 +178,8 @@ def _measure(
   for kind, case, workload in _workloads(config, dataset, torch):
     workload.run(1)
     timed.append((workload, workloads.steps_that_take(workload, config.seconds)))
-    row = {'kind': kind, 'case': case, **dataclasses.asdict(workload), 'seconds': []}
-    del row['run']
-    rows.append(row)
+    described = {name: getattr(workload, name) for name in ('name', 'operations', 'temp_bytes')}
+    rows.append({'kind': kind, 'case': case, **described, 'seconds': []})
     stop.check()
   roofline = workloads.Roofline(config.roofline_sizes)
   rates: dict[str, list[float]] = {product.name: [] for product in roofline.products}
