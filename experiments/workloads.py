@@ -191,7 +191,8 @@ class Benched:
     if not error < 1e-3:
       raise AssertionError(f'loss or gradient in PyTorch differ from ours by {error:.1e}')
     operations = flops.train_step(self.model, self.config, self.case.batch_size)
-    return Workload(f'{self.case.name}: PyTorch, {memory_format}', twin.run, operations)
+    layout = f' {memory_format}' if self.case.arch == 'convnet' else ''
+    return Workload(self.case.name + layout, twin.run, operations)
 
   def _loop(self, step: Callable[[Any, Any], Any], carry: Any) -> Callable[[int], Any]:
     """Many steps on all devices in one dispatch; runs them."""

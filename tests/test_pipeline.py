@@ -230,6 +230,38 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   assert step == rows(tmp_path)[-1]['step'] > 0
 
 
+@pytest.mark.slow
+def test_a_kept_program_changes_no_bit(tmp_path):
+  """Without a cache, filling one, and with a full one."""
+  cache = {'compilation_cache_dir': tmp_path / 'cache'}
+  metrics = []
+  for name, flags in (('none', {}), ('empty', cache), ('full', cache)):
+    line = command('pretrain', workdir=tmp_path / name, **TINY, **flags)
+    subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
+    metrics.append(rows(tmp_path / name))
+  assert len(list((tmp_path / 'cache').iterdir())) > 10
+  assert metrics[0] == metrics[1] == metrics[2]
+
+
+@pytest.mark.parametrize('binary', ['pretrain', 'probe', 'figure1', 'benchmark'])
+def test_help_waits_for_nothing_heavy(binary):
+  code = (
+    f'import sys; from experiments import {binary}, runtime, settings; '
+    'print({"jax", "numpy", "flax", "matplotlib", "PIL"} & set(sys.modules))'
+  )
+  output = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  assert output.stdout.strip() == 'set()'
+  shown = subprocess.run(
+    [sys.executable, '-m', f'experiments.{binary}', '--help'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert '--compilation_cache_dir' in shown.stdout and '--workdir' in shown.stdout
+
+
 def test_no_data_is_answered_at_once(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   started = time.monotonic()
