@@ -26,9 +26,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = 'data'
 
-# Seconds until a process that has fallen silent is taken for dead, and the others are stopped.
-_HEARTBEAT_TIMEOUT = 60
-
 Tree = TypeVar('Tree')
 Value = TypeVar('Value')
 
@@ -183,14 +180,7 @@ def join(
   """
   # This service would silently take SIGTERM away from the program.
   jax.config.update('jax_enable_preemption_service', False)
-  jax.distributed.initialize(
-    coordinator,
-    num_processes,
-    process_id,
-    initialization_timeout=timeout,
-    heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
-    shutdown_timeout_seconds=_HEARTBEAT_TIMEOUT,
-  )
+  jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
   if jax.device_count() != jax.process_count() * jax.local_device_count():
     raise ValueError(f'{jax.local_device_count()} devices here, another number elsewhere')
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -70,17 +71,28 @@ def pair(
       process.communicate()
 
 
-def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-  """The exit code of each, what it printed, and its last line of errors."""
+class End(NamedTuple):
+  """Of a process: its exit code, what it printed, and the lines of its standard error."""
+
+  code: int
+  printed: str
+  errors: list[str]
+
+  @property
+  def last(self) -> str:
+    return self.errors[-1] if self.errors else ''
+
+
+def ends(processes: list[subprocess.Popen]) -> list[End]:
   found = []
   for process in processes:
     stdout, stderr = process.communicate(timeout=SECONDS)
-    found.append((process.returncode, without_gloo(stdout), (stderr.splitlines() or [''])[-1]))
+    found.append(End(process.returncode, without_gloo(stdout), without_gloo(stderr).splitlines()))
   return found
 
 
 def without_gloo(text: str) -> str:
-  """Gloo tells of its connections on standard output, sometimes two in a line."""
+  """Gloo tells of its connections, sometimes two in a line."""
   return ''.join(line for line in text.splitlines(keepends=True) if '[Gloo]' not in line)
 
 
@@ -128,9 +140,10 @@ def assert_same_but_for_rounding(workdir: Path, expected: Path) -> None:
 
 def test_two_processes_train_as_one_and_write_everything_once(tmp_path, alone):
   with pair(tmp_path) as processes:
-    (code, printed, _), other = ends(processes)
-  assert code == 0 and printed.startswith(f'{tmp_path}: step 40: ')
-  assert other[:2] == (0, '')
+    first, second = ends(processes)
+  assert first.code == 0, first.errors
+  assert first.printed.startswith(f'{tmp_path}: step 40: ')
+  assert (second.code, second.printed, second.errors) == (0, '', [])
   assert_same_but_for_rounding(tmp_path, alone)
   assert [step for step, _ in checkpoints.steps(tmp_path / 'checkpoints')] == [40, 20]
   assert len(json.loads((tmp_path / 'config.json').read_text())['devices']) == 4
@@ -143,9 +156,9 @@ def test_sigterm_to_one_stops_both_and_one_process_goes_on(tmp_path, alone):
     wait_for(tmp_path / 'config.json', processes)  # training begins: it compiles
     processes[1].send_signal(signal.SIGTERM)
     found = ends(processes)
-  for code, _, last in found:
-    assert code == 128 + signal.SIGTERM
-    assert last.startswith('SIGTERM: saved. Run the same command again')
+  for end in found:
+    assert end.code == 128 + signal.SIGTERM, end.errors
+    assert end.last.startswith('SIGTERM: saved. Run the same command again')
   ((step, _),) = checkpoints.steps(tmp_path / 'checkpoints')
   assert 0 < step < TINY['num_steps']
   run_alone(tmp_path)
@@ -160,8 +173,177 @@ def test_an_unreachable_coordinator_is_an_error_in_a_line(tmp_path):
     process_id=1,
     join_timeout=1,
   )
-  stdout, stderr = process.communicate(timeout=SECONDS)
-  assert (process.returncode, stdout) == (1, '')
-  (line,) = stderr.splitlines()
+  (end,) = ends([process])
+  assert (end.code, end.printed) == (1, '')
+  (line,) = end.errors
   assert line.startswith('error: localhost:') and 'within 1 s (--join_timeout)' in line
   assert not (tmp_path / 'w').exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ({'coordinator': 'a:1'}, '--num_processes, --process_id: must be given too'),
+    ({'num_processes': 2, 'process_id': 0}, '--coordinator: must be given too'),
+    ({'coordinator': 'a', 'num_processes': 2, 'process_id': 0}, '--coordinator: must be host:port'),
+    ({'coordinator': 'a:1', 'num_processes': 2, 'process_id': 2}, '--process_id: must be below'),
+    ({'coordinator': 'a:1', 'num_processes': 0, 'process_id': 0}, '--num_processes: must be >= 1'),
+    ({'coordinator': 'a:1', 'num_processes': 2, 'process_id': -1}, '--process_id: must be >= 0'),
+    ({'join_timeout': 0}, '--join_timeout: must be >= 1'),
+  ],
+)
+def test_flags_that_contradict_each_other_are_named(flags, message):
+  with pytest.raises(UsageError, match=message), runtime.joined(runtime.Cluster(**flags)):
+    pytest.fail('joined')
+
+
+def test_alone_nothing_is_joined_and_every_decision_is_one_s_own():
+  with runtime.joined(runtime.Cluster()):
+    assert sharding.is_first()
+    assert sharding.largest(7) == 7 and sharding.largest(-7) == -7
+    assert sharding.differing({'a': 1, 'b': 'x'}) == []
+    assert sharding.together(lambda a, b: a + b, 1, 2) == 3
+    assert sharding.on_first(divmod, 7, 2) == (3, 1)
+    tree = {'a': np.arange(3), 'b': 1.5}
+    assert sharding.from_first(tree) is tree
+    with pytest.raises(ZeroDivisionError):
+      sharding.together(divmod, 1, 0)
+    with pytest.raises(ZeroDivisionError):  # and is not swallowed: this process is the first
+      sharding.on_first(divmod, 1, 0)
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'num_devices', 'expected'), [(64, None, 4), (64, 2, 2), (48, None, 3), (6, 3, 3)]
+)
+def test_as_many_devices_as_divide_the_batch_or_as_many_as_asked_for(
+  batch_size, num_devices, expected
+):
+  assert runtime.mesh_for(batch_size, num_devices).size == expected
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'num_devices', 'message'),
+  [
+    (64, 3, '--batch_size, --num_devices: 64 examples cannot be split evenly over 3 devices'),
+    (64, 8, '--num_devices: must be <= 4, the devices here; got 8'),
+  ],
+)
+def test_devices_that_do_not_fit_are_named_before_anything_is_written(
+  tmp_path, batch_size, num_devices, message
+):
+  config = pretrain.PretrainConfig(
+    workdir=str(tmp_path / 'w'), batch_size=batch_size, num_devices=num_devices
+  )
+  with pytest.raises(UsageError) as error:
+    pretrain.run(config, runtime.StopSignal())
+  assert str(error.value) == message
+  assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------
+
+LONG = {'num_steps': 100_000, 'log_every': 50}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('killed', [0, 1])
+def test_the_death_of_one_ends_the_other_and_the_run_goes_on_from_its_checkpoint(tmp_path, killed):
+  with pair(tmp_path, **LONG) as processes:
+    while not checkpoints.steps(tmp_path / 'checkpoints'):
+      wait_for(tmp_path / 'config.json', processes)
+      time.sleep(0.1)
+    processes[killed].kill()
+    asked = time.monotonic()
+    (end,) = ends([processes[1 - killed]])
+  assert time.monotonic() - asked < 120.0  # at the latest when JAX misses a heartbeat, for 100 s
+  assert end.code in (1, -signal.SIGABRT), end.errors  # the latter if JAX's own watch is quicker
+  if end.code == 1:
+    assert end.last.startswith('error: lost the other processes, or a device: ')
+  ((before, _), *_) = checkpoints.steps(tmp_path / 'checkpoints')
+  with pair(tmp_path, **LONG) as processes:
+    while checkpoints.steps(tmp_path / 'checkpoints')[0][0] == before:
+      wait_for(tmp_path / 'config.json', processes)
+      time.sleep(0.1)
+    processes[0].send_signal(signal.SIGINT)
+    assert [end.code for end in ends(processes)] == [130, 130]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_both(tmp_path):
+  diverging = {'optimizer': 'sgd', 'learning_rate': 1e6, 'schedule': 'constant'}
+  with pair(tmp_path, **diverging) as processes:
+    found = ends(processes)
+  for end in found:
+    assert end.code == 1 and 'is not finite' in end.last, end.errors
+  assert (tmp_path / 'not_finite.json').exists() and not (tmp_path / 'result.json').exists()
+
+
+@pytest.mark.slow
+def test_other_flags_in_one_process_are_named_by_both(tmp_path):
+  with pair(tmp_path / 'w', own=({}, {'seed': 1, 'gamma': 2})) as processes:
+    found = ends(processes)
+  for end in found:
+    assert end.code == 2, end.errors
+    assert end.last == 'error: --gamma, --seed: must be the same in every process'
+  assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_both(tmp_path):
+  """A lock that is held, of process 0; data that are not there, of process 1."""
+  with runtime.lock(tmp_path / 'w'), pair(tmp_path / 'w') as processes:
+    first, second = ends(processes)
+  assert first.code == 2 and f'in use by process {os.getpid()}' in first.last
+  assert (second.code, second.last) == (1, 'error: another process has failed, and says why')
+  with pair(tmp_path / 'v', own=({}, {'dataset': 'mnist', 'data_dir': '/no'})) as processes:
+    first, second = ends(processes)
+  assert (first.code, first.last) == (1, 'error: another process has failed, and says why')
+  assert second.code == 2 and '--data_dir' in second.last
+
+
+@pytest.mark.slow
+def test_processes_that_never_come_are_an_error_in_a_line(tmp_path):
+  process = start(
+    tmp_path / 'w',
+    coordinator=f'localhost:{free_port()}',
+    num_processes=2,
+    process_id=0,
+    join_timeout=2,
+  )
+  (end,) = ends([process])
+  assert end.code == 1 and 'did not bring all processes together within 2 s' in end.last
+
+
+@pytest.mark.slow
+def test_a_slurm_job_needs_one_flag(tmp_path, alone):
+  """The variables that srun sets, for two tasks on one node."""
+  job = {
+    'JAX_COORDINATOR_PORT': str(free_port()),
+    'SLURM_JOB_ID': '1',
+    'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2',
+  }
+  processes = [
+    start(
+      tmp_path,
+      distributed=True,
+      env={**job, 'SLURM_PROCID': str(task), 'SLURM_LOCALID': str(task)},
+    )
+    for task in (0, 1)
+  ]
+  assert [end.code for end in ends(processes)] == [0, 0]
+  assert_same_but_for_rounding(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_no_scheduler_is_an_error_in_a_line(tmp_path):
+  process = start(tmp_path / 'w', distributed=True)
+  (end,) = ends([process])
+  assert end.code == 2 and end.last.startswith('error: --distributed: ')
