@@ -131,8 +131,9 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   settings.check(config)
   if config.warm_start and not (config.objective == 'se' and config.radius > 0.0):
     raise UsageError('--warm_start: is for --objective=se and a --radius above 0')
-  workdir = runtime.check_workdir(config.workdir)
-  _check_same_settings(workdir / CONFIG, config)
+  if sharding.is_first():
+    workdir = runtime.check_workdir(config.workdir)
+    _check_same_settings(workdir / CONFIG, config)
   try:
     data.check(config.dataset, config.data_dir)
     dataset = load_dataset(config)

@@ -296,7 +296,7 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> list[str]:
-  """The kinds of the local devices."""
+  """The kinds of the devices, of all processes."""
   import jax
 
   return [device.device_kind for device in jax.devices()]
