@@ -31,6 +31,8 @@ TINY = {
   'num_steps': 40,
   'log_every': 10,
   'checkpoint_every': 20,
+  'optimizer': 'sgd',  # Adam divides by the size of gradients, and so of rounding where they vanish
+  'learning_rate': 1e-4,
 }
 SECONDS = 300.0  # for what takes ten on an idle machine; a deadlock is an error, not a wait
 
@@ -121,18 +123,15 @@ def alone(tmp_path_factory) -> Path:
 
 
 def assert_same_but_for_rounding(workdir: Path, expected: Path) -> None:
-  """The gradient of a batch is summed in another order: a few times 1e-6 of each tensor's largest
-  entry after the 40 steps here, which Adam and the selection's sign steps magnify."""
+  """The gradient of a batch is summed in another order: 2e-7 of each tensor's largest entry here."""
   mine, theirs = (
     checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
     for path in (workdir, expected)
   )
   assert mine.keys() == theirs.keys() and mine['step'] == TINY['num_steps']
   for name in (name for name in theirs if name.startswith('params/')):
-    scale = np.abs(theirs[name]).max()
-    np.testing.assert_allclose(
-      mine[name], theirs[name], rtol=0.0, atol=1e-3 * scale + 1e-12, err_msg=name
-    )
+    tolerance = 1e-5 * np.abs(theirs[name]).max()
+    np.testing.assert_allclose(mine[name], theirs[name], rtol=0.0, atol=tolerance, err_msg=name)
   for row, expected_row in zip(rows(workdir), rows(expected), strict=True):
     assert row['step'] == expected_row['step']
     np.testing.assert_allclose(row['loss'], expected_row['loss'], rtol=1e-5)
@@ -277,7 +276,7 @@ def test_the_death_of_one_ends_the_other_and_the_run_goes_on_from_its_checkpoint
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_both(tmp_path):
-  diverging = {'optimizer': 'sgd', 'learning_rate': 1e6, 'schedule': 'constant'}
+  diverging = {'learning_rate': 1e6, 'schedule': 'constant'}
   with pair(tmp_path, **diverging) as processes:
     found = ends(processes)
   for end in found:
