@@ -87,6 +87,9 @@ class Cluster:
   num_processes: int | None = setting(None, 'How many processes there are.', at_least=1)
   process_id: int | None = setting(None, 'The number of this one, from 0.', at_least=0)
   join_timeout: int = setting(60, 'Seconds to wait for the others at the start.', at_least=1)
+  heartbeat_timeout: int = setting(
+    100, 'Seconds of silence after which a process is taken for dead.', at_least=10
+  )
 
 
 def check_cluster(cluster: Cluster) -> None:
@@ -152,6 +155,7 @@ def _join(cluster: Cluster) -> None:
       cluster.num_processes,
       cluster.process_id,
       timeout=cluster.join_timeout + 60,  # JAX would abort with a stack trace
+      heartbeat_timeout=cluster.heartbeat_timeout,
     )
   except ValueError as error:
     raise UsageError(f'--distributed: {error}') from None

@@ -12,6 +12,7 @@ Where there is one process they do nothing.
 
 from __future__ import annotations
 
+import collections
 import operator
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -165,6 +166,7 @@ def join(
   process_id: int | None = None,
   *,
   timeout: int = 60,
+  heartbeat_timeout: int = 100,
 ) -> None:
   """Makes the devices of several processes one machine. Must come before JAX is first used.
 
@@ -174,15 +176,24 @@ def join(
     num_processes: how many there are.
     process_id: this one's number.
     timeout: seconds. A process that cannot reach the others until then is killed by JAX.
+    heartbeat_timeout: seconds of silence after which a process is taken for dead, and the others
+      are killed by JAX.
 
   Raises:
     ValueError: if the environment does not say, or the processes differ in number of devices.
   """
   # This service would silently take SIGTERM away from the program.
   jax.config.update('jax_enable_preemption_service', False)
-  jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
-  if jax.device_count() != jax.process_count() * jax.local_device_count():
-    raise ValueError(f'{jax.local_device_count()} devices here, another number elsewhere')
+  jax.distributed.initialize(
+    coordinator,
+    num_processes,
+    process_id,
+    initialization_timeout=timeout,
+    heartbeat_timeout_seconds=heartbeat_timeout,
+  )
+  counts = collections.Counter(device.process_index for device in jax.devices())
+  if len(set(counts.values())) > 1:
+    raise ValueError(f'the processes must have equally many devices, got {dict(counts)}')
 
 
 def is_first() -> bool:

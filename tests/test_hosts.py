@@ -35,6 +35,7 @@ TINY = {
   'learning_rate': 1e-4,
 }
 SECONDS = 300.0  # for what takes ten on an idle machine; a deadlock is an error, not a wait
+PATIENCE = {'join_timeout': 200, 'heartbeat_timeout': 300}  # with a machine that is not idle
 
 
 def free_port() -> int:
@@ -61,7 +62,7 @@ def pair(
   workdir: Path, *, own: tuple[dict, dict] = ({}, {}), **flags
 ) -> Iterator[list[subprocess.Popen]]:
   """Two processes that train together; `own` are further flags of each."""
-  cluster = {'coordinator': f'localhost:{free_port()}', 'num_processes': 2}
+  cluster = {'coordinator': f'localhost:{free_port()}', 'num_processes': 2, **PATIENCE}
   processes = [
     start(workdir, process_id=number, **cluster, **{**flags, **own[number]}) for number in (0, 1)
   ]
@@ -123,7 +124,7 @@ def alone(tmp_path_factory) -> Path:
 
 
 def assert_same_but_for_rounding(workdir: Path, expected: Path) -> None:
-  """The gradient of a batch is summed in another order: 2e-7 of each tensor's largest entry here."""
+  """A gradient's sum in another order: 2e-7 of each tensor's largest entry, on one machine."""
   mine, theirs = (
     checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
     for path in (workdir, expected)
@@ -261,7 +262,7 @@ def test_the_death_of_one_ends_the_other_and_the_run_goes_on_from_its_checkpoint
     processes[killed].kill()
     asked = time.monotonic()
     (end,) = ends([processes[1 - killed]])
-  assert time.monotonic() - asked < 120.0  # at the latest when JAX misses a heartbeat, for 100 s
+  assert time.monotonic() - asked < 60.0  # its connections break: no heartbeat need be missed
   assert end.code in (1, -signal.SIGABRT), end.errors  # the latter if JAX's own watch is quicker
   if end.code == 1:
     assert end.last.startswith('error: lost the other processes, or a device: ')
@@ -333,6 +334,7 @@ def test_a_slurm_job_needs_one_flag(tmp_path, alone):
     start(
       tmp_path,
       distributed=True,
+      **PATIENCE,
       env={**job, 'SLURM_PROCID': str(task), 'SLURM_LOCALID': str(task)},
     )
     for task in (0, 1)
