@@ -7,10 +7,12 @@ A run that was interrupted goes on where it was when the same command is given a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
   from PIL import Image
 
-  from se_vae import attacks, checkpoints, data, diagnostics, probing, training, vae
+  from se_vae import attacks, checkpoints, data, diagnostics, probing, sharding, training, vae
 
 CHECKPOINTS = 'checkpoints'
 BEST = 'checkpoints/best'
@@ -36,7 +38,8 @@ RESULT = 'result.json'
 NOT_FINITE = 'not_finite.json'
 
 # Settings that may differ when a run is resumed, since the trained model does not depend on them.
-_FREE_SETTINGS = frozenset({'workdir', 'data_dir', 'cache_dir', 'log_every', 'checkpoint_every'})
+_PLACES = frozenset({'workdir', 'data_dir', 'cache_dir'})
+_FREE_SETTINGS = _PLACES | {'log_every', 'checkpoint_every', 'num_devices'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +95,23 @@ class PretrainConfig:
   )
   log_every: int = setting(100, 'Steps a row of metrics averages over.', at_least=1)
   checkpoint_every: int = setting(1000, 'Steps between checkpoints.', at_least=1)
+  num_devices: int | None = setting(
+    None,
+    'Devices of each process to use; if not given, as many as divide the batch.',
+    at_least=1,
+  )
 
 
 def main() -> None:
   """Entry point."""
   config = settings.from_flags(PretrainConfig)
-  runtime.use_all_cores(config.batch_size)
-  with runtime.StopSignal().listening() as stop:
+  cluster = settings.from_flags(runtime.Cluster)
+  runtime.use_all_cores(config.batch_size // (cluster.num_processes or 1), config.num_devices)
+  with runtime.joined(cluster), runtime.StopSignal().listening() as stop:
     result = run(config, stop)
-  summary = ', '.join(f'{name} {value:.4g}' for name, value in result['test'].items())
-  print(f'{config.workdir}: step {result["step"]}: {summary}')
+  if result:
+    summary = ', '.join(f'{name} {value:.4g}' for name, value in result['test'].items())
+    print(f'{config.workdir}: step {result["step"]}: {summary}')
 
 
 def prepare(config: PretrainConfig) -> data.Dataset:
@@ -113,8 +123,9 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   settings.check(config)
   if config.warm_start and not (config.objective == 'se' and config.radius > 0.0):
     raise UsageError('--warm_start: is for --objective=se and a --radius above 0')
-  workdir = runtime.check_workdir(config.workdir)
-  _check_same_settings(workdir / CONFIG, config)
+  if sharding.is_first():
+    workdir = runtime.check_workdir(config.workdir)
+    _check_same_settings(workdir / CONFIG, config)
   try:
     data.check(config.dataset, config.data_dir)
     dataset = load_dataset(config)
@@ -125,6 +136,7 @@ def prepare(config: PretrainConfig) -> data.Dataset:
       f'--batch_size: must be at most the {len(dataset.train.images)} training examples of '
       f'{config.dataset}; got {config.batch_size}'
     )
+  runtime.mesh_for(config.batch_size, config.num_devices)
   return dataset
 
 
@@ -155,24 +167,45 @@ def run(
 ) -> dict[str, Any]:
   """Trains to the end, from the newest checkpoint if there is one; returns the result's JSON.
 
+  Of several processes that train together, all raise what one of them raises, or stop when one is
+  told to. The first alone uses the work directory, and has a result: that of the others is empty.
+
   Raises:
     UsageError: for settings that are wrong, before anything is written.
     Interrupted: when `stop` says so, after a checkpoint.
     NotFiniteError: for a loss that is not finite; the last good checkpoint stays.
+    OtherProcessError: for any of these in another process alone.
   """
-  dataset = prepare(config)
+  dataset = sharding.together(prepare, config)
+  _check_same_everywhere(config, dataset)
   workdir = Path(str(config.workdir))
-  with runtime.lock(workdir), jax.default_matmul_precision(config.matmul_precision):
-    if (workdir / RESULT).exists():
-      result: dict[str, Any] = runtime.read_json(workdir / RESULT)
-      if result['step'] == config.num_steps:
-        return result
-    mesh = runtime.mesh_for(config.batch_size)
+  with contextlib.ExitStack() as held:
+    held.enter_context(jax.default_matmul_precision(config.matmul_precision))
+    sharding.on_first(held.enter_context, runtime.lock(workdir))
+    result = sharding.on_first(_result_so_far, workdir, config.num_steps) or {}
+    if sharding.largest(bool(result)):
+      return result
+    mesh = runtime.mesh_for(config.batch_size, config.num_devices)
     setup = _set_up(config, dataset)
     state = _train(config, setup, dataset, mesh, stop, description)
-    result = _finish(config, setup, state, dataset, mesh)
-    runtime.write_json(workdir / RESULT, result)
-  return result
+    return sharding.on_first(_finish, config, setup, state, dataset, mesh.local_mesh) or {}
+
+
+def _check_same_everywhere(config: PretrainConfig, dataset: data.Dataset) -> None:
+  """Refuses to train with processes that were told different things."""
+  values = {name: value for name, value in settings.to_dict(config).items() if name not in _PLACES}
+  values |= {'data_dir': dataset.digest, 'versions': runtime.versions()}
+  if names := sharding.differing(values):
+    flags = ', '.join(f'--{name}' for name in names)
+    raise UsageError(f'{flags}: must be the same in every process')
+
+
+def _result_so_far(workdir: Path, num_steps: int) -> dict[str, Any] | None:
+  """The result of a run that has already come to its end."""
+  if not (workdir / RESULT).exists():
+    return None
+  result: dict[str, Any] = runtime.read_json(workdir / RESULT)
+  return result if result['step'] == num_steps else None
 
 
 class _Setup(NamedTuple):
@@ -212,13 +245,12 @@ def _train(
   stop: runtime.StopSignal,
   description: str,
 ) -> training.TrainState:
-  """The training loop around `training.run`: resumes, reports and saves."""
+  """The training loop around `training.run`: resumes, reports, saves and stops."""
   workdir = Path(str(config.workdir))
-  state, window = _restore(workdir / CHECKPOINTS, setup, dataset)
-  runtime.write_json(workdir / CONFIG, setup.metadata | {'devices': runtime.devices()})
-  done = int(state.step)
-  _drop_rows_after(workdir / METRICS, done)
-  best_loss = _best_loss(workdir / BEST)
+  fresh = setup.state, training.empty_window(setup.model, setup.train_config, setup.state)
+  restored = sharding.on_first(_restore, workdir / CHECKPOINTS, setup, dataset, fresh)
+  state, window = sharding.from_first(restored or fresh)
+  progress = training.Progress(state, window, row=None)
   dispatches = training.run(
     setup.model,
     setup.train_config,
@@ -230,34 +262,60 @@ def _train(
     mesh=mesh,
     window=window,
   )
-  progress = runtime.progress_bar(config.num_steps, description, initial=done)
-  with progress, (workdir / METRICS).open('a') as metrics_file:
-    loss = math.inf
+  with contextlib.ExitStack() as stack:
+    recording = _recording(config, setup, int(state.step), description)
+    record = sharding.on_first(stack.enter_context, recording) or _record_nothing
     try:
-      for state, window, row in dispatches:
-        step = int(state.step)
-        progress.update(step - done)
-        if row is not None:
-          loss = row['loss']
-          metrics_file.write(json.dumps({'step': step, **row}) + '\n')
-          metrics_file.flush()
-          progress.set_postfix(loss=f'{loss:.1f}', refresh=False)
-        due = step // config.checkpoint_every > done // config.checkpoint_every
-        done = step
-        if not workdir.is_dir():  # saving would make it anew, without what was in it
-          raise FileNotFoundError(f'{workdir}: the work directory has vanished')
-        if due or stop.signum is not None or done == config.num_steps:
-          tree = _tree(state, window)
-          checkpoints.save(workdir / CHECKPOINTS, done, tree, setup.metadata)
-          if loss < best_loss:
-            best_loss = loss
-            checkpoints.save(workdir / BEST, done, tree, {**setup.metadata, 'loss': loss}, keep=1)
-        stop.check()
+      for progress in dispatches:
+        signum = sharding.largest(stop.signum or 0)
+        sharding.together(record, progress, signum > 0)
+        if signum:
+          raise runtime.Interrupted(signum)
     except training.NotFiniteError as error:
       report = {'step': error.step, 'metrics': error.metrics, 'examples': error.examples.tolist()}
-      runtime.write_json(workdir / NOT_FINITE, report)
+      sharding.on_first(runtime.write_json, workdir / NOT_FINITE, report)
       raise
-  return state
+  return progress.state
+
+
+@contextlib.contextmanager
+def _recording(
+  config: PretrainConfig, setup: _Setup, done: int, description: str
+) -> Iterator[Callable[[training.Progress, bool], None]]:
+  """A function that writes down, after each dispatch, what the work directory is to keep of it."""
+  workdir = Path(str(config.workdir))
+  runtime.write_json(workdir / CONFIG, setup.metadata | {'devices': runtime.devices()})
+  _drop_rows_after(workdir / METRICS, done)
+  best_loss = _best_loss(workdir / BEST)
+  loss = math.inf
+
+  def record(progress: training.Progress, stopping: bool) -> None:
+    nonlocal done, loss, best_loss
+    step = int(progress.state.step)
+    bar.update(step - done)
+    if progress.row is not None:
+      loss = progress.row['loss']
+      metrics_file.write(json.dumps({'step': step, **progress.row}) + '\n')
+      metrics_file.flush()
+      bar.set_postfix(loss=f'{loss:.1f}', refresh=False)
+    due = step // config.checkpoint_every > done // config.checkpoint_every
+    done = step
+    if not workdir.is_dir():  # saving would make it anew, without what was in it
+      raise FileNotFoundError(f'{workdir}: the work directory has vanished')
+    if due or stopping or done == config.num_steps:
+      tree = _tree(progress.state, progress.window)
+      checkpoints.save(workdir / CHECKPOINTS, done, tree, setup.metadata)
+      if loss < best_loss:
+        best_loss = loss
+        checkpoints.save(workdir / BEST, done, tree, {**setup.metadata, 'loss': loss}, keep=1)
+
+  progress_bar = runtime.progress_bar(config.num_steps, description, initial=done)
+  with progress_bar as bar, (workdir / METRICS).open('a') as metrics_file:
+    yield record
+
+
+def _record_nothing(progress: training.Progress, stopping: bool) -> None:
+  """What the other processes keep of a dispatch."""
 
 
 def _tree(state: training.TrainState, window: training.Window) -> dict[str, Any]:
@@ -266,14 +324,15 @@ def _tree(state: training.TrainState, window: training.Window) -> dict[str, Any]
 
 
 def _restore(
-  directory: Path, setup: _Setup, dataset: data.Dataset
+  directory: Path,
+  setup: _Setup,
+  dataset: data.Dataset,
+  fresh: tuple[training.TrainState, training.Window],
 ) -> tuple[training.TrainState, training.Window]:
   """State and window of the newest good checkpoint, or those of step 0."""
-  window = training.empty_window(setup.model, setup.train_config, setup.state)
-  template = _tree(setup.state, window)
-  restored = checkpoints.restore_latest(directory, template, on_damage=runtime.warn)
+  restored = checkpoints.restore_latest(directory, _tree(*fresh), on_damage=runtime.warn)
   if restored is None:
-    return setup.state, window
+    return fresh
   tree, saved = restored
   if saved['data']['digest'] != dataset.digest:
     raise UsageError('--data_dir: holds other data than the run was started with')
@@ -297,7 +356,7 @@ def _finish(
   dataset: data.Dataset,
   mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
-  """Looks at the trained model on held-out images, and returns the result's JSON."""
+  """Looks at the trained model on held-out images; writes and returns the result's JSON."""
   images, model = dataset.test.images, setup.model
   params = jax.device_get(state.params)
   test = diagnostics.held_out(
@@ -307,7 +366,9 @@ def _finish(
   test['active_latents'] = diagnostics.active_latents(means)
   workdir = Path(str(config.workdir))
   _save_pictures(workdir, model, setup.train_config, params, setup.eval_key, images[:10])
-  return {'step': int(state.step), 'test': test, **setup.metadata}
+  result = {'step': int(state.step), 'test': test, **setup.metadata}
+  runtime.write_json(workdir / RESULT, result)
+  return result
 
 
 def _indices(config: PretrainConfig, num_examples: int, step: int, num_steps: int) -> np.ndarray:
@@ -394,4 +455,5 @@ def _save_grid(path: Path, images: np.ndarray) -> None:
 
 if __name__ == '__main__':
   settings.define_flags(PretrainConfig)
+  settings.define_flags(runtime.Cluster)
   runtime.run(main)

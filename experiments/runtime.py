@@ -10,8 +10,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -73,13 +76,17 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
   except UsageError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
-  except (OSError, ArithmeticError, checkpoints.CheckpointError) as error:
-    # What can go wrong with the machine or the numbers: told in a line, not in a traceback.
+  except _failures() as error:
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     sys.exit(1)
   except Interrupted as interrupted:
     print(f'{interrupted}: saved. Run the same command again to go on.', file=sys.stderr)
     sys.exit(128 + interrupted.signum)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+  """What can go wrong with the machine or the numbers: told in a line, not in a traceback."""
+  return (OSError, ArithmeticError, checkpoints.CheckpointError, sharding.OtherProcessError)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -103,8 +110,101 @@ def _use_compilation_cache(directory: str | None) -> None:
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-def use_all_cores(batch_size: int) -> None:
-  """Splits the host into one JAX device a core, as far as the batch allows.
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+  """The flags of a binary that several processes may run together, each on its own devices."""
+
+  distributed: bool = setting(
+    False, 'Train together with the other processes of a SLURM job, Kubernetes job or TPU pod.'
+  )
+  coordinator: str | None = setting(None, 'host:port of process 0, where there is no scheduler.')
+  num_processes: int | None = setting(None, 'How many processes there are.', at_least=1)
+  process_id: int | None = setting(None, 'The number of this one, from 0.', at_least=0)
+  join_timeout: int = setting(60, 'Seconds to wait for the others at the start.', at_least=1)
+  heartbeat_timeout: int = setting(
+    100, 'Seconds of silence after which a process is taken for dead.', at_least=10
+  )
+
+
+def check_cluster(cluster: Cluster) -> None:
+  """Raises UsageError for flags that contradict each other."""
+  settings.check(cluster)
+  named = {name: getattr(cluster, name) for name in ('coordinator', 'num_processes', 'process_id')}
+  missing = [f'--{name}' for name, value in named.items() if value is None]
+  if cluster.coordinator is None or cluster.num_processes is None or cluster.process_id is None:
+    if len(missing) < len(named):
+      raise UsageError(f'{", ".join(missing)}: must be given too')
+    return
+  if not re.fullmatch(r'.+:[0-9]{1,5}', cluster.coordinator):
+    raise UsageError(f'--coordinator: must be host:port; got {cluster.coordinator!r}')
+  if cluster.process_id >= cluster.num_processes:
+    raise UsageError(f'--process_id: must be below --num_processes; got {cluster.process_id}')
+
+
+@contextlib.contextmanager
+def joined(cluster: Cluster) -> Iterator[None]:
+  """One process alone, or one of several while the context is open. Precedes any use of JAX.
+
+  An error that not all of them raise together (a bug, an accelerator out of memory, the death of
+  another process) ends this process at once: at an ordinary exit it would wait for the others, and
+  they for it.
+
+  Raises:
+    UsageError: for flags that contradict each other, or where the scheduler has said nothing.
+  """
+  check_cluster(cluster)
+  if not cluster.distributed and cluster.coordinator is None:
+    yield
+    return
+  _join(cluster)
+  shared: tuple[type[Exception], ...] = (UsageError, Interrupted, *_failures())
+  try:
+    yield
+  except shared:
+    raise
+  except jax.errors.JaxRuntimeError as error:
+    _leave(1, f'error: lost the other processes, or a device: {" ".join(str(error).split())}')
+  except SystemExit as error:
+    _leave(error.code if isinstance(error.code, int) else 1)
+  except BaseException:
+    _leave(1, traceback.format_exc())
+
+
+def _join(cluster: Cluster) -> None:
+  late = threading.Timer(
+    cluster.join_timeout,
+    _leave,
+    (
+      1,
+      f'error: {cluster.coordinator or "the coordinator"} did not bring all processes together '
+      f'within {cluster.join_timeout} s (--join_timeout); is each running, and can it be reached?',
+    ),
+  )
+  late.daemon = True
+  late.start()
+  try:
+    sharding.join(
+      cluster.coordinator,
+      cluster.num_processes,
+      cluster.process_id,
+      timeout=cluster.join_timeout + 60,  # JAX would abort with a stack trace
+      heartbeat_timeout=cluster.heartbeat_timeout,
+    )
+  except ValueError as error:
+    raise UsageError(f'--distributed: {error}') from None
+  finally:
+    late.cancel()
+
+
+def _leave(code: int, message: str = '') -> None:
+  """Ends the process without taking leave of the others."""
+  print(message, end='\n' if message else '', file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(code)
+
+
+def use_all_cores(batch_size: int, num_devices: int | None = None) -> None:
+  """Splits the host into one JAX device a core, as far as the batch allows, or into `num_devices`.
 
   XLA's CPU backend runs the small matrix products of this project faster side by side on several
   devices than each spread over all cores. Must run before JAX is first used; leaves accelerators
@@ -113,7 +213,7 @@ def use_all_cores(batch_size: int) -> None:
   chosen: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
   if chosen > 0 or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
     return
-  jax.config.update('jax_num_cpu_devices', _even_split(batch_size, num_cores()))
+  jax.config.update('jax_num_cpu_devices', num_devices or _even_split(batch_size, num_cores()))
 
 
 def num_cores() -> int:
@@ -122,9 +222,28 @@ def num_cores() -> int:
   return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def mesh_for(batch_size: int) -> Any:
-  """The data mesh over as many local devices as divide the batch."""
-  return sharding.data_mesh(_even_split(batch_size, jax.device_count()))
+def mesh_for(batch_size: int, num_devices: int | None = None) -> Any:
+  """The data mesh over `num_devices` devices of each process, or as many as divide the batch.
+
+  Raises:
+    UsageError: if they do not divide it, or are not there. Compiles nothing.
+  """
+  num_processes, most = jax.process_count(), jax.local_device_count()
+  if batch_size % num_processes:
+    raise UsageError(
+      f'--batch_size: must be a multiple of the {num_processes} processes; got {batch_size}'
+    )
+  share = batch_size // num_processes
+  if num_devices is None:
+    num_devices = _even_split(share, most)
+  elif num_devices > most:
+    raise UsageError(f'--num_devices: must be <= {most}, the devices here; got {num_devices}')
+  elif share % num_devices:
+    raise UsageError(
+      f'--batch_size, --num_devices: {batch_size} examples cannot be split evenly over '
+      f'{num_processes * num_devices} devices'
+    )
+  return sharding.data_mesh(num_devices)
 
 
 def _even_split(batch_size: int, most: int) -> int:
@@ -215,7 +334,7 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> list[str]:
-  """The kinds of the local devices."""
+  """The kinds of the devices, of all processes."""
   return [device.device_kind for device in jax.devices()]
 
 

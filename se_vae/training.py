@@ -475,7 +475,8 @@ def run(
       yield Progress(carry[0], carry[1], row)
       # At most twice the last one, as the first dispatch of a process includes its compilation.
       fitting = max(1, int(count * seconds_per_dispatch / seconds))
-      dispatch_steps = min(max(fitting, dispatch_steps // 2), 2 * dispatch_steps)
+      fitting = min(max(fitting, dispatch_steps // 2), 2 * dispatch_steps)
+      dispatch_steps = sharding.largest(fitting)  # one clock for all processes
 
 
 def _to_floats(metrics: Metrics) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from experiments import figure1, pretrain, probe, settings
+from experiments import figure1, pretrain, probe, runtime, settings
 from experiments.settings import UsageError, setting
 
 BINARIES = {'pretrain': pretrain.PretrainConfig, 'probe': probe.ProbeConfig}
@@ -26,7 +26,7 @@ class Example:
 
 
 def test_defaults_are_within_their_limits():
-  for config_type in (Example, *BINARIES.values(), figure1.Figure1Config):
+  for config_type in (Example, *BINARIES.values(), figure1.Figure1Config, runtime.Cluster):
     settings.check(config_type())
 
 
@@ -79,6 +79,8 @@ WRONG_COMMANDS = [
   ('pretrain', '--workdir={tmp}/w --batch_size=0', '--batch_size'),
   ('pretrain', '--workdir={tmp}/w --batch_size=4001', '--batch_size'),
   ('pretrain', '--workdir={tmp}/w --batch_size=many', '--batch_size'),
+  ('pretrain', '--workdir={tmp}/w --num_devices=3', '--num_devices'),
+  ('pretrain', '--workdir={tmp}/w --coordinator=localhost:1', '--process_id'),
   ('pretrain', '--workdir={tmp}/w --objective=gan', '--objective'),
   ('pretrain', '--workdir={tmp}/w --arch=transformer', '--arch'),
   ('pretrain', '--workdir={tmp}/w --gama=1', 'gama'),
@@ -138,6 +140,6 @@ def test_wrong_commands_fail_in_one_line_and_leave_no_trace(outcomes, command):
 
 def test_readme_lists_every_flag():
   readme = (ROOT / 'README.md').read_text()
-  for config_type in BINARIES.values():
+  for config_type in (*BINARIES.values(), runtime.Cluster):
     for field in dataclasses.fields(config_type):
       assert f'`--{field.name}`' in readme, field.name
