@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from PIL import Image
 
 from experiments import runtime, settings
 from experiments.settings import UsageError, setting
-from se_vae import attacks, checkpoints, data, diagnostics, networks, probing, training, vae
+from se_vae import attacks, checkpoints, data, diagnostics, files, networks, probing, training, vae
 
 CHECKPOINTS = 'checkpoints'
 BEST = 'checkpoints/best'
@@ -30,6 +32,12 @@ CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 RESULT = 'result.json'
 NOT_FINITE = 'not_finite.json'
+RECONSTRUCTIONS = 'reconstructions.png'
+SAMPLES = 'samples.png'
+_FILES = (CONFIG, METRICS, RESULT, NOT_FINITE, RECONSTRUCTIONS, SAMPLES)
+
+# Seconds to wait for a dispatch once a signal has come; it takes about one.
+_PATIENCE = 60.0
 
 PRECISIONS = ('default', 'high', 'highest')
 
@@ -112,7 +120,9 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   if config.warm_start and not (config.objective == 'se' and config.radius > 0.0):
     raise UsageError('--warm_start: is for --objective=se and a --radius above 0')
   workdir = runtime.check_workdir(config.workdir)
-  _check_same_settings(workdir / CONFIG, config)
+  begun = runtime.read_json(workdir / CONFIG, 'config')
+  if begun is not None:
+    _check_same_settings(begun['config'], config)
   try:
     data.check(config.dataset, config.data_dir)
     dataset = load_dataset(config)
@@ -160,14 +170,15 @@ def run(
   """
   dataset = prepare(config)
   workdir = Path(str(config.workdir))
-  with runtime.lock(workdir), jax.default_matmul_precision(config.matmul_precision):
-    if (workdir / RESULT).exists():
-      result: dict[str, Any] = runtime.read_json(workdir / RESULT)
-      if result['step'] == config.num_steps:
-        return result
+  stop.patience = _PATIENCE
+  precision = jax.default_matmul_precision(config.matmul_precision)
+  with runtime.lock(workdir, *_FILES) as check_place, precision:
+    finished = runtime.read_json(workdir / RESULT, 'step', 'test', 'config')
+    if finished is not None and finished['step'] == config.num_steps:
+      return finished
     mesh = runtime.mesh_for(config.batch_size)
     setup = _set_up(config, dataset)
-    state = _train(config, setup, dataset, mesh, stop, description)
+    state = _train(config, setup, dataset, mesh, stop, description, check_place)
     result = _finish(config, setup, state, dataset, mesh)
     runtime.write_json(workdir / RESULT, result)
   return result
@@ -207,10 +218,11 @@ def _train(
   mesh: Mesh,
   stop: runtime.StopSignal,
   description: str,
+  check_place: Callable[[], None],
 ) -> training.TrainState:
   """The training loop around `training.run`: resumes, reports and saves."""
   workdir = Path(str(config.workdir))
-  state, window = _restore(workdir / CHECKPOINTS, setup, dataset)
+  state, window = _restore(workdir / CHECKPOINTS, config, setup, dataset)
   runtime.write_json(workdir / CONFIG, setup.metadata | {'devices': runtime.devices()})
   done = int(state.step)
   _drop_rows_after(workdir / METRICS, done)
@@ -228,26 +240,27 @@ def _train(
   )
   progress = runtime.progress_bar(config.num_steps, description, initial=done)
   with progress, (workdir / METRICS).open('a') as metrics_file:
-    loss = math.inf
     try:
       for state, window, row in dispatches:
         step = int(state.step)
         progress.update(step - done)
+        check_place()  # saving would make it anew, without what was in it
         if row is not None:
           loss = row['loss']
           metrics_file.write(json.dumps({'step': step, **row}) + '\n')
           metrics_file.flush()
           progress.set_postfix(loss=f'{loss:.1f}', refresh=False)
-        due = step // config.checkpoint_every > done // config.checkpoint_every
-        done = step
-        if not workdir.is_dir():  # saving would make it anew, without what was in it
-          raise FileNotFoundError(f'{workdir}: the work directory has vanished')
-        if due or stop.signum is not None or done == config.num_steps:
-          tree = _tree(state, window)
-          checkpoints.save(workdir / CHECKPOINTS, done, tree, setup.metadata)
-          if loss < best_loss:
+          # Decided by the step alone, and before that step is done with: an interruption between
+          # the two checkpoints changes neither.
+          begun = (step - 1) // config.log_every * config.log_every
+          if _is_due(config, begun, step) and loss < best_loss:
             best_loss = loss
-            checkpoints.save(workdir / BEST, done, tree, {**setup.metadata, 'loss': loss}, keep=1)
+            best = {**setup.metadata, 'loss': loss}
+            checkpoints.save(workdir / BEST, step, _tree(state, window), best, keep=1)
+        if _is_due(config, done, step) or stop.requested():
+          os.fsync(metrics_file.fileno())  # no row may be missing before a checkpoint
+          checkpoints.save(workdir / CHECKPOINTS, step, _tree(state, window), setup.metadata)
+        done = step
         stop.check()
     except training.NotFiniteError as error:
       report = {'step': error.step, 'metrics': error.metrics, 'examples': error.examples.tolist()}
@@ -256,13 +269,19 @@ def _train(
   return state
 
 
+def _is_due(config: PretrainConfig, done: int, step: int) -> bool:
+  """Whether a checkpoint falls between two steps, the second included."""
+  every = config.checkpoint_every
+  return step // every > done // every or step == config.num_steps
+
+
 def _tree(state: training.TrainState, window: training.Window) -> dict[str, Any]:
   """What a checkpoint holds."""
   return {**state._asdict(), 'window': window}
 
 
 def _restore(
-  directory: Path, setup: _Setup, dataset: data.Dataset
+  directory: Path, config: PretrainConfig, setup: _Setup, dataset: data.Dataset
 ) -> tuple[training.TrainState, training.Window]:
   """State and window of the newest good checkpoint, or those of step 0."""
   window = training.empty_window(setup.model, setup.train_config, setup.state)
@@ -271,6 +290,7 @@ def _restore(
   if restored is None:
     return setup.state, window
   tree, saved = restored
+  _check_same_settings(saved['config'], config)  # should config.json be lost
   if saved['data']['digest'] != dataset.digest:
     raise UsageError('--data_dir: holds other data than the run was started with')
   window = tree.pop('window')
@@ -319,12 +339,9 @@ def _fields_of(config: PretrainConfig, *names: str) -> dict[str, Any]:
   return {name: getattr(config, name) for name in names}
 
 
-def _check_same_settings(path: Path, config: PretrainConfig) -> None:
+def _check_same_settings(before: dict[str, Any], config: PretrainConfig) -> None:
   """Refuses to go on with a run under other settings than it was started with."""
-  if not path.exists():
-    return
-  before = runtime.read_json(path)['config']
-  longer = config.schedule == 'constant' and config.num_steps > before['num_steps']
+  longer = config.schedule == 'constant' and config.num_steps > before.get('num_steps', math.inf)
   free = _FREE_SETTINGS | ({'num_steps'} if longer else set())
   changed = {
     name: value
@@ -335,7 +352,7 @@ def _check_same_settings(path: Path, config: PretrainConfig) -> None:
     names = ', '.join(f'--{name}' for name in changed)
     values = '; '.join(f'{name} was {before.get(name)}, now {new}' for name, new in changed.items())
     raise UsageError(
-      f'{names}: not what the run in {path.parent} was started with ({values}); choose another '
+      f'{names}: not what the run in {config.workdir} was started with ({values}); choose another '
       '--workdir'
     )
 
@@ -345,15 +362,18 @@ def _drop_rows_after(path: Path, step: int) -> None:
   if not path.exists():
     return
   kept = []
-  for line in path.read_text().splitlines():
+  lines = path.read_bytes().splitlines()
+  for number, line in enumerate(lines, start=1):
     try:
-      row = json.loads(line)
-    except json.JSONDecodeError:
-      break  # the last line of a killed run
-    if row['step'] > step:
-      break
-    kept.append(line + '\n')
-  runtime.write_atomically(path, lambda temporary: temporary.write_text(''.join(kept)))
+      row_step = json.loads(line)['step']
+    except (ValueError, TypeError, KeyError):
+      if number < len(lines):  # the last line of a killed run is half a line
+        runtime.warn(f'{path}: line {number} is damaged, left out')
+      continue
+    if row_step <= step:
+      kept.append(line + b'\n')
+  with files.replacing(path) as file:
+    file.write(b''.join(kept))
 
 
 def _save_pictures(
@@ -370,11 +390,11 @@ def _save_pictures(
   x_adv = training.select(model, config, params, key, x, q)
   rows = [x, x_adv, model.decode(params, q.mean)]
   rows.append(model.decode(params, model.encode(params, x_adv).mean))
-  _save_grid(workdir / 'reconstructions.png', np.stack([np.asarray(row) for row in rows]))
+  _save_grid(workdir / RECONSTRUCTIONS, np.stack([np.asarray(row) for row in rows]))
   noise_keys = attacks.example_keys(key, jnp.arange(100))
   z = jax.vmap(lambda one: jax.random.normal(one, (model.latent_dim,)))(noise_keys)
   samples = np.asarray(model.decode(params, z))
-  _save_grid(workdir / 'samples.png', samples.reshape(10, 10, *model.image_shape))
+  _save_grid(workdir / SAMPLES, samples.reshape(10, 10, *model.image_shape))
 
 
 def _save_grid(path: Path, images: np.ndarray) -> None:
@@ -385,7 +405,8 @@ def _save_grid(path: Path, images: np.ndarray) -> None:
   picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
   size = (2 * columns * width, 2 * rows * height)
   enlarged = picture.resize(size, Image.Resampling.NEAREST)
-  runtime.write_atomically(path, enlarged.save)
+  with files.replacing(path) as file:
+    enlarged.save(file, 'PNG')
 
 
 if __name__ == '__main__':

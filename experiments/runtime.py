@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import functools
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from absl import app, flags, logging
 from tqdm import tqdm
 
 from experiments.settings import UsageError
-from se_vae import checkpoints
+from se_vae import checkpoints, files
+
+LOCK = '.lock'
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scikit-learn', 'se_vae')
 
@@ -102,37 +108,72 @@ def _even_split(batch_size: int, most: int) -> int:
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-  """Makes the directory if need be, and keeps every other process out of it.
+def lock(workdir: Path, *patterns: str, name: str = LOCK) -> Iterator[Callable[[], None]]:
+  """Makes the directory if need be, and keeps every other process with this lock out of it.
 
   The system drops the lock of a process that dies, however it dies.
+
+  Args:
+    workdir: the directory.
+    *patterns: of the files that the lock is for; what dead processes left of them is removed.
+    name: of the lock.
+
+  Yields:
+    A function that raises FileNotFoundError once the directory has vanished, even where another one
+    is in its place.
 
   Raises:
     UsageError: if another process is at work there; names it.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / '.lock').open('a+') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      file.seek(0)
-      owner = file.read().strip() or 'another process'
-      raise UsageError(f'--workdir: {workdir} is in use by {owner}') from None
+  files.make_directory(workdir)
+  path = workdir / name
+  with path.open('a+') as file:
+    _lock_or_refuse(file, workdir, fcntl.LOCK_EX)
     file.truncate(0)
     file.write(f'process {os.getpid()} on {platform.node()}')
     file.flush()
-    yield
+    files.remove_leftovers(workdir, *patterns)
+
+    def check() -> None:
+      if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        raise FileNotFoundError(f'{workdir}: the work directory has vanished')
+
+    yield check
+
+
+def _lock_or_refuse(file: TextIO, workdir: Path, mode: int) -> None:
+  try:
+    fcntl.flock(file, mode | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    owner = file.read().strip() or 'another process'
+    raise UsageError(f'--workdir: {workdir} is in use by {owner}') from None
 
 
 class StopSignal:
-  """Remembers a request to stop (Ctrl-C, SIGTERM), to be honoured at a point of one's choice."""
+  """Remembers a request to stop (Ctrl-C, SIGTERM), to be honoured at a point of one's choice.
+
+  Attributes:
+    signum: of the request; None if there is none.
+    patience: seconds to wait for that point. The process ends without it afterwards, with what was
+      saved before: a device at work cannot be interrupted.
+  """
 
   def __init__(self) -> None:
     self.signum: int | None = None
+    self.patience = 10.0
+    self._honoured = threading.Event()
+
+  def requested(self) -> bool:
+    """Whether to stop; who is told so may take all the time that saving needs."""
+    if self.signum is not None:
+      self._honoured.set()
+    return self.signum is not None
 
   def check(self) -> None:
     """Raises Interrupted if a request has come in."""
-    if self.signum is not None:
+    if self.requested():
+      assert self.signum is not None
       raise Interrupted(self.signum)
 
   @contextlib.contextmanager
@@ -140,18 +181,44 @@ class StopSignal:
     """Listens while the context is open; a second request kills the process at once."""
 
     def handler(signum: int, _: FrameType | None) -> None:
-      if self.signum is not None:
-        sys.exit(128 + signum)
       self.signum = signum
 
+    # Python runs handlers between two of its instructions, not while the device is waited for. The
+    # interpreter writes the signal's number to the wakeup descriptor at once, for a thread to read.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     previous = {
       number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
     }
+    wakeup = signal.set_wakeup_fd(writer)
+    watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+    watcher.start()
     try:
       yield self
     finally:
+      self._honoured.set()
+      signal.set_wakeup_fd(wakeup)
       for number, old in previous.items():
         signal.signal(number, old)
+      os.close(writer)  # the watcher reads the end of the file
+      watcher.join()
+      os.close(reader)
+
+  def _watch(self, reader: int) -> None:
+    """Ends the process for a second request, and for a first that is not honoured in time."""
+    for signum in os.read(reader, 1):
+      self.signum = signum
+      again, _, _ = select.select([reader], [], [], self.patience)
+      if not again and not self._honoured.is_set():
+        print(
+          f'\n{signal.Signals(signum).name}: a step takes longer than {self.patience:g} s and was '
+          'not waited for; what was saved before stays. Run the same command again to go on.',
+          file=sys.stderr,
+          flush=True,
+        )
+        os._exit(128 + signum)
+      for second in os.read(reader, 1):
+        os._exit(128 + second)
 
 
 def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 'step') -> Any:
@@ -190,32 +257,39 @@ def devices() -> list[str]:
   return [device.device_kind for device in jax.devices()]
 
 
-def read_json(path: Path) -> Any:
-  """The content of a JSON file."""
-  return json.loads(path.read_text())
+def read_json(path: Path, *names: str) -> dict[str, Any] | None:
+  """The object in a JSON file, with these names in it; None if it is missing.
+
+  None also if it is damaged, with a warning: what is written as JSON can be made again.
+  """
+  try:
+    content = json.loads(path.read_bytes())
+  except FileNotFoundError:
+    return None
+  except (ValueError, RecursionError):
+    content = None
+  if not isinstance(content, dict) or not content.keys() >= {*names}:
+    warn(f'{path}: damaged, not used')
+    return None
+  return content
 
 
 def write_json(path: Path, content: Any) -> None:
   """Writes a JSON file, whole or not at all."""
-  write_atomically(
-    path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + '\n')
-  )
+  with files.replacing(path) as file:
+    file.write(f'{json.dumps(content, indent=2)}\n'.encode())
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-  """Lets `write` fill a temporary file, and puts that in the place of `path`."""
-  temporary = path.with_name(
-    f'.{os.getpid()}.{path.name}'
-  )  # keeps the suffix, which names a format
-  try:
-    write(temporary)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+  """Writes a CSV file, whole or not at all."""
+  text = io.StringIO(newline='')
+  csv.writer(text).writerows(rows)
+  with files.replacing(path) as file:
+    file.write(text.getvalue().encode())
 
 
-def check_workdir(workdir: str | None) -> Path:
-  """The work directory as a path, if it is or can become a writable directory."""
+def check_workdir(workdir: str | None, lock_name: str = LOCK) -> Path:
+  """The work directory as a path, if it is or can become a writable directory that is free."""
   if not workdir:
     raise UsageError('--workdir: is required; everything the run writes goes there')
   path = Path(workdir)
@@ -224,4 +298,7 @@ def check_workdir(workdir: str | None) -> Path:
     raise UsageError(f'--workdir: {nearest} is not a directory')
   if not os.access(nearest, os.W_OK):
     raise UsageError(f'--workdir: {nearest} is not writable')
+  if (path / lock_name).exists():
+    with (path / lock_name).open() as file:
+      _lock_or_refuse(file, path, fcntl.LOCK_SH)
   return path
