@@ -187,12 +187,12 @@ class StopSignal:
     # interpreter writes the signal's number to the wakeup descriptor at once, for a thread to read.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    previous = {
-      number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
-    }
     wakeup = signal.set_wakeup_fd(writer)
     watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
     watcher.start()
+    previous = {
+      number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
       yield self
     finally:
