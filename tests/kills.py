@@ -3,8 +3,8 @@
   python -m tests.kills pretrain DIRECTORY --kills=20
 
 The moments fall evenly over the time that an undisturbed run takes: on loading, compiling,
-training, attacking, saving and drawing alike. Whenever the run comes to its end it is compared, and
-begun again, until there were enough kills. One process imports the library, and forks those to kill.
+training, attacking, saving and drawing alike. Whenever the run comes to its end it is compared and
+begun again, until there were enough kills. One process imports the library and forks the victims.
 """
 
 from __future__ import annotations

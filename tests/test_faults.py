@@ -303,9 +303,8 @@ def test_damaged_results_and_rows_are_named_and_made_again(tmp_path, capsys):
   config = pretrain.PretrainConfig(workdir=str(tmp_path), log_every=2, checkpoint_every=10, **small)
   pretrain.run(config, runtime.StopSignal())
   kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-  (tmp_path / 'result.json').write_bytes(
-    kept[tmp_path / 'result.json'].replace(b'"step"', b'"stfp"')
-  )
+  result = tmp_path / 'result.json'
+  result.write_bytes(kept[result].replace(b'"step"', b'"stfp"'))
   (tmp_path / 'config.json').write_bytes(b'\xff')
   with pytest.raises(UsageError, match='--gamma'):  # the checkpoint knows too
     pretrain.run(dataclasses.replace(config, gamma=2.0), runtime.StopSignal())
