@@ -40,7 +40,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
 
   from experiments import torch_twin, workloads
-  from se_vae import data
+  from se_vae import data, files
 
 SECTIONS = ('steps', 'growth', 'profile', 'torch', 'evaluation', 'startup')
 _BINARIES = ('pretrain', 'probe', 'figure1', 'benchmark')
@@ -115,7 +115,8 @@ def run(config: BenchmarkConfig, stop: runtime.StopSignal) -> dict[str, Any]:
       'cores': runtime.num_cores(),
     }
     tables = '\n\n'.join(_tables(result))
-    runtime.write_atomically(workdir / 'benchmark.md', lambda path: path.write_text(tables + '\n'))
+    with files.replacing(workdir / 'benchmark.md') as file:
+      file.write(f'{tables}\n'.encode())
     runtime.write_json(workdir / 'benchmark.json', result)
   print(tables)
   return result

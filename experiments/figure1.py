@@ -9,10 +9,9 @@ repeated.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from experiments.settings import UsageError, setting
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments import plots
-  from se_vae import data
+  from se_vae import data, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,27 +149,40 @@ def run(config: Figure1Config, stop: runtime.StopSignal) -> dict[str, Any]:
     UsageError: for settings that are wrong, before anything is compiled or written.
     Interrupted: when `stop` says so, after a checkpoint.
   """
-  started = time.monotonic()
   settings.check(config)
   workdir = runtime.check_workdir(config.workdir)
-  preset = _with_overrides(config)
-  pieces = list(_pieces(config, preset, workdir))
+  pieces = list(_pieces(config, _with_overrides(config), workdir))
   for piece in pieces:
     dataset = pretrain.prepare(piece.pretraining)
     _check_attack(piece, dataset)
+  with runtime.lock(workdir, 'figure1.*') as check_place:
+    return _run(config, workdir, pieces, stop, check_place)
 
+
+def _run(
+  config: Figure1Config,
+  workdir: Path,
+  pieces: list[Piece],
+  stop: runtime.StopSignal,
+  check_place: Callable[[], None],
+) -> dict[str, Any]:
+  started = time.monotonic()
   results = []
   for number, piece in enumerate(pieces, start=1):
     name = f'[{number}/{len(pieces)}] {piece.encoders.name} {piece.objective}'
+    check_place()  # a piece would make it anew
     pretraining = pretrain.run(piece.pretraining, stop, name)
     for attack in piece.probes:
-      result = _finished(attack) or probe.run(attack, stop, f'{name}, attack on {attack.task}')
+      result = _finished(attack, pretraining) or probe.run(
+        attack, stop, f'{name}, attack on {attack.task}'
+      )
       results.append({**_identity(piece), 'held_out': pretraining['test'], **result})
 
   panels = [(panel, _curves(panel, results)) for panel in PANELS]
   drawn = [(panel.title, curves) for panel, curves in panels]
-  runtime.write_atomically(workdir / 'figure1.png', lambda path: plots.save(path, drawn))
-  runtime.write_atomically(workdir / 'figure1.csv', lambda path: _write_csv(path, results))
+  with files.replacing(workdir / 'figure1.png') as file:
+    plots.save(file, drawn)
+  runtime.write_csv(workdir / 'figure1.csv', _table(results))
   content = {
     'config': settings.to_dict(config),
     'panels': [dataclasses.asdict(panel) for panel in PANELS],
@@ -245,13 +257,16 @@ def _check_attack(piece: Piece, dataset: data.Dataset) -> None:
       )
 
 
-def _finished(attack: probe.ProbeConfig) -> dict[str, Any] | None:
-  """The result of an attack that was run before with these very settings."""
+def _finished(attack: probe.ProbeConfig, pretraining: dict[str, Any]) -> dict[str, Any] | None:
+  """The result of an attack that was run before with these very settings, on this very encoder."""
   path = Path(str(attack.workdir)) / f'probe_{attack.task}.json'
-  if not path.exists():
+  used = ('task', 'num_examples', 'radii', 'accuracy', 'interval', 'config', 'pretraining', 'step')
+  result = runtime.read_json(path, *used)
+  if result is None:
     return None
-  result: dict[str, Any] = runtime.read_json(path)
-  return result if result['config'] == settings.to_dict(attack) else None
+  found = (result['config'], result['pretraining'], result['step'])
+  wanted = (settings.to_dict(attack), pretraining['config'], pretraining['step'])
+  return result if found == wanted else None
 
 
 def _identity(piece: Piece) -> dict[str, Any]:
@@ -277,16 +292,14 @@ def _curves(panel: Panel, results: list[dict[str, Any]]) -> list[plots.Curve]:
   ]
 
 
-def _write_csv(path: Path, results: list[dict[str, Any]]) -> None:
-  columns = ('encoders', 'task', 'objective', 'latent_dim', 'seed')
-  with path.open('w', newline='') as file:
-    writer = csv.writer(file)
-    writer.writerow((*columns, 'num_examples', 'radius', 'accuracy', 'low', 'high'))
-    for result in results:
-      curve = zip(result['radii'], result['accuracy'], result['interval'], strict=True)
-      for radius, accuracy, interval in curve:
-        identity = (result[column] for column in columns)
-        writer.writerow((*identity, result['num_examples'], radius, accuracy, *interval))
+def _table(results: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+  """The rows of the CSV file, its header first."""
+  columns = ('encoders', 'task', 'objective', 'latent_dim', 'seed', 'num_examples')
+  yield (*columns, 'radius', 'accuracy', 'low', 'high')
+  for result in results:
+    curve = zip(result['radii'], result['accuracy'], result['interval'], strict=True)
+    for radius, accuracy, interval in curve:
+      yield (*(result[column] for column in columns), radius, accuracy, *interval)
 
 
 def _print_table(panels: list[tuple[Panel, list[plots.Curve]]]) -> None:

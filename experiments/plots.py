@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -51,7 +50,7 @@ class Curve:
 
 
 def save(
-  path: Path,
+  file: BinaryIO,
   panels: Sequence[tuple[str, Sequence[Curve]]],
   moves: dict[str, Any] | None = None,
 ) -> None:
@@ -81,7 +80,7 @@ def save(
     axis.set_xlabel('attack radius (l-inf, pixels in [0, 1])')
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-  figure.savefig(path, dpi=150)
+  figure.savefig(file, dpi=150, format='png')
 
 
 def _draw_moves(axis: Any, moves: dict[str, Any]) -> None:
@@ -93,7 +92,7 @@ def _draw_moves(axis: Any, moves: dict[str, Any]) -> None:
   axis.set(title='largest move of the encoding', ylabel='squared W2')
 
 
-def save_images(path: Path, rows: Sequence[np.ndarray], scale: int = 2) -> None:
+def save_images(file: BinaryIO, rows: Sequence[np.ndarray], scale: int = 2) -> None:
   """Rows of images `[N, H, W, C]` in [0, 1] as one PNG file, each pixel `scale` wide."""
   from PIL import Image
 
@@ -102,4 +101,4 @@ def save_images(path: Path, rows: Sequence[np.ndarray], scale: int = 2) -> None:
   pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
   if pixels.shape[-1] not in (1, 3):
     raise ValueError(f'images must have 1 or 3 channels, got {pixels.shape[-1]}')
-  Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)
+  Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, 'PNG')

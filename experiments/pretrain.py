@@ -12,13 +12,14 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epy
 
-from experiments import runtime, settings
+from experiments import cluster, runtime, settings
 from experiments.settings import UsageError, setting
 from se_vae import choices
 
@@ -28,7 +29,17 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
   from PIL import Image
 
-  from se_vae import attacks, checkpoints, data, diagnostics, probing, sharding, training, vae
+  from se_vae import (
+    attacks,
+    checkpoints,
+    data,
+    diagnostics,
+    files,
+    probing,
+    sharding,
+    training,
+    vae,
+  )
 
 CHECKPOINTS = 'checkpoints'
 BEST = 'checkpoints/best'
@@ -36,6 +47,12 @@ CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 RESULT = 'result.json'
 NOT_FINITE = 'not_finite.json'
+RECONSTRUCTIONS = 'reconstructions.png'
+SAMPLES = 'samples.png'
+_FILES = (CONFIG, METRICS, RESULT, NOT_FINITE, RECONSTRUCTIONS, SAMPLES)
+
+# Seconds to wait for a dispatch once a signal has come; it takes about one.
+_PATIENCE = 60.0
 
 # Settings that may differ when a run is resumed, since the trained model does not depend on them.
 _PLACES = frozenset({'workdir', 'data_dir', 'cache_dir'})
@@ -105,9 +122,9 @@ class PretrainConfig:
 def main() -> None:
   """Entry point."""
   config = settings.from_flags(PretrainConfig)
-  cluster = settings.from_flags(runtime.Cluster)
-  runtime.use_all_cores(config.batch_size // (cluster.num_processes or 1), config.num_devices)
-  with runtime.joined(cluster), runtime.StopSignal().listening() as stop:
+  processes = settings.from_flags(cluster.Cluster)
+  runtime.use_all_cores(config.batch_size // (processes.num_processes or 1), config.num_devices)
+  with cluster.joined(processes), runtime.StopSignal().listening() as stop:
     result = run(config, stop)
   if result:
     summary = ', '.join(f'{name} {value:.4g}' for name, value in result['test'].items())
@@ -125,7 +142,9 @@ def prepare(config: PretrainConfig) -> data.Dataset:
     raise UsageError('--warm_start: is for --objective=se and a --radius above 0')
   if sharding.is_first():
     workdir = runtime.check_workdir(config.workdir)
-    _check_same_settings(workdir / CONFIG, config)
+    begun = runtime.read_json(workdir / CONFIG, 'config')
+    if begun is not None:
+      _check_same_settings(begun['config'], config)
   try:
     data.check(config.dataset, config.data_dir)
     dataset = load_dataset(config)
@@ -179,15 +198,18 @@ def run(
   dataset = sharding.together(prepare, config)
   _check_same_everywhere(config, dataset)
   workdir = Path(str(config.workdir))
+  stop.patience = _PATIENCE
   with contextlib.ExitStack() as held:
     held.enter_context(jax.default_matmul_precision(config.matmul_precision))
-    sharding.on_first(held.enter_context, runtime.lock(workdir))
+    check_place = (
+      sharding.on_first(held.enter_context, runtime.lock(workdir, *_FILES)) or _elsewhere
+    )
     result = sharding.on_first(_result_so_far, workdir, config.num_steps) or {}
     if sharding.largest(bool(result)):
       return result
     mesh = runtime.mesh_for(config.batch_size, config.num_devices)
     setup = _set_up(config, dataset)
-    state = _train(config, setup, dataset, mesh, stop, description)
+    state = _train(config, setup, dataset, mesh, stop, description, check_place)
     return sharding.on_first(_finish, config, setup, state, dataset, mesh.local_mesh) or {}
 
 
@@ -202,10 +224,8 @@ def _check_same_everywhere(config: PretrainConfig, dataset: data.Dataset) -> Non
 
 def _result_so_far(workdir: Path, num_steps: int) -> dict[str, Any] | None:
   """The result of a run that has already come to its end."""
-  if not (workdir / RESULT).exists():
-    return None
-  result: dict[str, Any] = runtime.read_json(workdir / RESULT)
-  return result if result['step'] == num_steps else None
+  result = runtime.read_json(workdir / RESULT, 'step', 'test', 'config')
+  return result if result is not None and result['step'] == num_steps else None
 
 
 class _Setup(NamedTuple):
@@ -244,11 +264,12 @@ def _train(
   mesh: jax.sharding.Mesh,
   stop: runtime.StopSignal,
   description: str,
+  check_place: Callable[[], None],
 ) -> training.TrainState:
   """The training loop around `training.run`: resumes, reports, saves and stops."""
   workdir = Path(str(config.workdir))
   fresh = setup.state, training.empty_window(setup.model, setup.train_config, setup.state)
-  restored = sharding.on_first(_restore, workdir / CHECKPOINTS, setup, dataset, fresh)
+  restored = sharding.on_first(_restore, workdir / CHECKPOINTS, config, setup, dataset, fresh)
   state, window = sharding.from_first(restored or fresh)
   progress = training.Progress(state, window, row=None)
   dispatches = training.run(
@@ -263,11 +284,11 @@ def _train(
     window=window,
   )
   with contextlib.ExitStack() as stack:
-    recording = _recording(config, setup, int(state.step), description)
-    record = sharding.on_first(stack.enter_context, recording) or _record_nothing
+    recording = _recording(config, setup, int(state.step), description, check_place)
+    record = sharding.on_first(stack.enter_context, recording) or _elsewhere
     try:
       for progress in dispatches:
-        signum = sharding.largest(stop.signum or 0)
+        signum = sharding.largest(stop.requested() or 0)
         sharding.together(record, progress, signum > 0)
         if signum:
           raise runtime.Interrupted(signum)
@@ -280,42 +301,52 @@ def _train(
 
 @contextlib.contextmanager
 def _recording(
-  config: PretrainConfig, setup: _Setup, done: int, description: str
+  config: PretrainConfig,
+  setup: _Setup,
+  done: int,
+  description: str,
+  check_place: Callable[[], None],
 ) -> Iterator[Callable[[training.Progress, bool], None]]:
   """A function that writes down, after each dispatch, what the work directory is to keep of it."""
   workdir = Path(str(config.workdir))
   runtime.write_json(workdir / CONFIG, setup.metadata | {'devices': runtime.devices()})
   _drop_rows_after(workdir / METRICS, done)
   best_loss = _best_loss(workdir / BEST)
-  loss = math.inf
 
   def record(progress: training.Progress, stopping: bool) -> None:
-    nonlocal done, loss, best_loss
-    step = int(progress.state.step)
+    nonlocal done, best_loss
+    step, tree = int(progress.state.step), _tree(progress.state, progress.window)
     bar.update(step - done)
+    check_place()  # saving would make it anew, without what was in it
     if progress.row is not None:
       loss = progress.row['loss']
       metrics_file.write(json.dumps({'step': step, **progress.row}) + '\n')
       metrics_file.flush()
       bar.set_postfix(loss=f'{loss:.1f}', refresh=False)
-    due = step // config.checkpoint_every > done // config.checkpoint_every
-    done = step
-    if not workdir.is_dir():  # saving would make it anew, without what was in it
-      raise FileNotFoundError(f'{workdir}: the work directory has vanished')
-    if due or stopping or done == config.num_steps:
-      tree = _tree(progress.state, progress.window)
-      checkpoints.save(workdir / CHECKPOINTS, done, tree, setup.metadata)
-      if loss < best_loss:
+      # Decided by the step alone, and before that step is done with: an interruption between the
+      # two checkpoints changes neither.
+      begun = (step - 1) // config.log_every * config.log_every
+      if _is_due(config, begun, step) and loss < best_loss:
         best_loss = loss
-        checkpoints.save(workdir / BEST, done, tree, {**setup.metadata, 'loss': loss}, keep=1)
+        checkpoints.save(workdir / BEST, step, tree, {**setup.metadata, 'loss': loss}, keep=1)
+    if _is_due(config, done, step) or stopping:
+      os.fsync(metrics_file.fileno())  # no row may be missing before a checkpoint
+      checkpoints.save(workdir / CHECKPOINTS, step, tree, setup.metadata)
+    done = step
 
   progress_bar = runtime.progress_bar(config.num_steps, description, initial=done)
   with progress_bar as bar, (workdir / METRICS).open('a') as metrics_file:
     yield record
 
 
-def _record_nothing(progress: training.Progress, stopping: bool) -> None:
-  """What the other processes keep of a dispatch."""
+def _elsewhere(*_: Any) -> None:
+  """What processes do that do not use the work directory."""
+
+
+def _is_due(config: PretrainConfig, done: int, step: int) -> bool:
+  """Whether a checkpoint falls between two steps, the second included."""
+  every = config.checkpoint_every
+  return step // every > done // every or step == config.num_steps
 
 
 def _tree(state: training.TrainState, window: training.Window) -> dict[str, Any]:
@@ -325,6 +356,7 @@ def _tree(state: training.TrainState, window: training.Window) -> dict[str, Any]
 
 def _restore(
   directory: Path,
+  config: PretrainConfig,
   setup: _Setup,
   dataset: data.Dataset,
   fresh: tuple[training.TrainState, training.Window],
@@ -334,6 +366,7 @@ def _restore(
   if restored is None:
     return fresh
   tree, saved = restored
+  _check_same_settings(saved['config'], config)  # should config.json be lost
   if saved['data']['digest'] != dataset.digest:
     raise UsageError('--data_dir: holds other data than the run was started with')
   window = tree.pop('window')
@@ -384,12 +417,9 @@ def _fields_of(config: PretrainConfig, *names: str) -> dict[str, Any]:
   return {name: getattr(config, name) for name in names}
 
 
-def _check_same_settings(path: Path, config: PretrainConfig) -> None:
+def _check_same_settings(before: dict[str, Any], config: PretrainConfig) -> None:
   """Refuses to go on with a run under other settings than it was started with."""
-  if not path.exists():
-    return
-  before = runtime.read_json(path)['config']
-  longer = config.schedule == 'constant' and config.num_steps > before['num_steps']
+  longer = config.schedule == 'constant' and config.num_steps > before.get('num_steps', math.inf)
   free = _FREE_SETTINGS | ({'num_steps'} if longer else set())
   changed = {
     name: value
@@ -400,7 +430,7 @@ def _check_same_settings(path: Path, config: PretrainConfig) -> None:
     names = ', '.join(f'--{name}' for name in changed)
     values = '; '.join(f'{name} was {before.get(name)}, now {new}' for name, new in changed.items())
     raise UsageError(
-      f'{names}: not what the run in {path.parent} was started with ({values}); choose another '
+      f'{names}: not what the run in {config.workdir} was started with ({values}); choose another '
       '--workdir'
     )
 
@@ -410,15 +440,18 @@ def _drop_rows_after(path: Path, step: int) -> None:
   if not path.exists():
     return
   kept = []
-  for line in path.read_text().splitlines():
+  lines = path.read_bytes().splitlines()
+  for number, line in enumerate(lines, start=1):
     try:
-      row = json.loads(line)
-    except json.JSONDecodeError:
-      break  # the last line of a killed run
-    if row['step'] > step:
-      break
-    kept.append(line + '\n')
-  runtime.write_atomically(path, lambda temporary: temporary.write_text(''.join(kept)))
+      row_step = json.loads(line)['step']
+    except (ValueError, TypeError, KeyError):
+      if number < len(lines):  # the last line of a killed run is half a line
+        runtime.warn(f'{path}: line {number} is damaged, left out')
+      continue
+    if row_step <= step:
+      kept.append(line + b'\n')
+  with files.replacing(path) as file:
+    file.write(b''.join(kept))
 
 
 def _save_pictures(
@@ -435,11 +468,11 @@ def _save_pictures(
   x_adv = training.select(model, config, params, key, x, q)
   rows = [x, x_adv, model.decode(params, q.mean)]
   rows.append(model.decode(params, model.encode(params, x_adv).mean))
-  _save_grid(workdir / 'reconstructions.png', np.stack([np.asarray(row) for row in rows]))
+  _save_grid(workdir / RECONSTRUCTIONS, np.stack([np.asarray(row) for row in rows]))
   noise_keys = attacks.example_keys(key, jnp.arange(100))
   z = jax.vmap(lambda one: jax.random.normal(one, (model.latent_dim,)))(noise_keys)
   samples = np.asarray(model.decode(params, z))
-  _save_grid(workdir / 'samples.png', samples.reshape(10, 10, *model.image_shape))
+  _save_grid(workdir / SAMPLES, samples.reshape(10, 10, *model.image_shape))
 
 
 def _save_grid(path: Path, images: np.ndarray) -> None:
@@ -450,10 +483,11 @@ def _save_grid(path: Path, images: np.ndarray) -> None:
   picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
   size = (2 * columns * width, 2 * rows * height)
   enlarged = picture.resize(size, Image.Resampling.NEAREST)
-  runtime.write_atomically(path, enlarged.save)
+  with files.replacing(path) as file:
+    enlarged.save(file, 'PNG')
 
 
 if __name__ == '__main__':
   settings.define_flags(PretrainConfig)
-  settings.define_flags(runtime.Cluster)
+  settings.define_flags(cluster.Cluster)
   runtime.run(main)

@@ -13,7 +13,6 @@ all tasks together, and --moves how far the encoding itself can be moved, with `
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import json
@@ -33,10 +32,18 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
 
   from experiments import plots
-  from se_vae import checkpoints, data, largest, ledger, probing, robustness, vae
+  from se_vae import checkpoints, data, files, largest, ledger, probing, robustness, vae
 
 TASKS = ('digit', 'color', 'label')
 RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+
+# One probe at a time writes a directory, be the encoder itself trained on meanwhile or not.
+_LOCK = '.probe.lock'
+_FILES = ('probe_*', 'robustness.json')
+
+# Seconds to wait for a batch of an attack once a signal has come. One can take minutes, and is lost
+# unless the whole try is done: the ledger of finished tries is on disk.
+_PATIENCE = 5.0
 
 # Of the moves of the encoding, over the examples.
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -127,7 +134,7 @@ def prepare(config: ProbeConfig) -> Prepared:
     UsageError: naming the flag.
   """
   settings.check(config)
-  workdir = runtime.check_workdir(config.workdir)
+  workdir = runtime.check_workdir(config.workdir, _LOCK)
   model, params, metadata = _load('--workdir', workdir)
   pretraining = settings.from_dict(pretrain.PretrainConfig, metadata['config'])
   # A run's directory may have moved since, and with it what it wrote.
@@ -210,8 +217,18 @@ def run(
     Interrupted: when `stop` says so; what was attacked is kept.
   """
   prepared = prepare(config)
+  stop.patience = _PATIENCE
+  with runtime.lock(prepared.workdir, *_FILES, name=_LOCK):
+    return _run(config, prepared, stop, description)
+
+
+def _run(
+  config: ProbeConfig, prepared: Prepared, stop: runtime.StopSignal, description: str
+) -> dict[str, Any]:
   means = train_means(prepared, prepared.model, prepared.params)
+  stop.check()
   probe, train_accuracy = fit(config, prepared, means)
+  stop.check()
   stem = prepared.workdir / f'probe_{config.task}'
   digest = hashlib.sha256(json.dumps(settings.to_dict(config)).encode()).hexdigest()[:8]
   state = stem.with_name(f'{stem.name}_{digest}.state.npz')
@@ -378,39 +395,28 @@ def _write(
     columns = {'radius': moves['radii'], 'mean_squared_w2': moves['mean'], **quantiles}
     _write_csv(stem.with_name(f'{stem.name}_moves.csv'), columns)
 
-  def write_npz(path: Path) -> None:
-    curve, ledger = outcome.curve, vars(outcome.ledger)
-    arrays = {('broken_' if name == 'radius' else '') + name: ledger[name] for name in ledger}
+  curve, ledger = outcome.curve, vars(outcome.ledger)
+  arrays = {('broken_' if name == 'radius' else '') + name: ledger[name] for name in ledger}
+  with files.replacing(stem.with_suffix('.npz')) as file:
     np.savez_compressed(
-      path, radii=curve.radii, correct=curve.correct, labels=prepared.labels, **arrays
+      file, radii=curve.radii, correct=curve.correct, labels=prepared.labels, **arrays
     )
-
-  runtime.write_atomically(stem.with_suffix('.npz'), write_npz)
   objective = result['pretraining']['objective']
   drawn = [plots.Curve(objective, [found], name.strip('_')) for name, found in curves.items()]
   panels = [(f'{result["task"]} probe', drawn)]
-  runtime.write_atomically(
-    stem.with_suffix('.png'), lambda path: plots.save(path, panels, moves=moves)
-  )
+  with files.replacing(stem.with_suffix('.png')) as file:
+    plots.save(file, panels, moves=moves)
   page = _page(outcome, prepared)
   if page:
-    runtime.write_atomically(
-      stem.with_name(f'{stem.name}_images.png'), lambda path: plots.save_images(path, page)
-    )
+    with files.replacing(stem.with_name(f'{stem.name}_images.png')) as file:
+      plots.save_images(file, page)
   path = stem.with_name('robustness.json')
-  tasks = runtime.read_json(path) if path.exists() else {}
-  runtime.write_json(path, {**tasks, result['task']: result})
+  runtime.write_json(path, {**(runtime.read_json(path) or {}), result['task']: result})
   runtime.write_json(stem.with_suffix('.json'), result)  # last: its presence says all is there
 
 
 def _write_csv(path: Path, columns: Mapping[str, Sequence[float]]) -> None:
-  def write(temporary: Path) -> None:
-    with temporary.open('w', newline='') as file:
-      writer = csv.writer(file)
-      writer.writerow(columns)
-      writer.writerows(zip(*columns.values(), strict=True))
-
-  runtime.write_atomically(path, write)
+  runtime.write_csv(path, [tuple(columns), *zip(*columns.values(), strict=True)])
 
 
 def _page(outcome: robustness.Evaluation, prepared: Prepared) -> list[np.ndarray]:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import fcntl
 import functools
 import importlib.metadata
+import io
 import json
 import os
 import platform
-import re
+import select
 import signal
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from absl import app, flags, logging
 from etils import epy
@@ -30,7 +31,9 @@ from experiments.settings import UsageError, setting
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
 
-  from se_vae import checkpoints, sharding
+  from se_vae import checkpoints, files, sharding
+
+LOCK = '.lock'
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scikit-learn', 'se_vae')
 
@@ -76,7 +79,7 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
   except UsageError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
-  except _failures() as error:
+  except failures() as error:
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     sys.exit(1)
   except Interrupted as interrupted:
@@ -84,7 +87,7 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
     sys.exit(128 + interrupted.signum)
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
   """What can go wrong with the machine or the numbers: told in a line, not in a traceback."""
   return (OSError, ArithmeticError, checkpoints.CheckpointError, sharding.OtherProcessError)
 
@@ -108,99 +111,6 @@ def _use_compilation_cache(directory: str | None) -> None:
   jax.config.update('jax_compilation_cache_dir', directory)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-  """The flags of a binary that several processes may run together, each on its own devices."""
-
-  distributed: bool = setting(
-    False, 'Train together with the other processes of a SLURM job, Kubernetes job or TPU pod.'
-  )
-  coordinator: str | None = setting(None, 'host:port of process 0, where there is no scheduler.')
-  num_processes: int | None = setting(None, 'How many processes there are.', at_least=1)
-  process_id: int | None = setting(None, 'The number of this one, from 0.', at_least=0)
-  join_timeout: int = setting(60, 'Seconds to wait for the others at the start.', at_least=1)
-  heartbeat_timeout: int = setting(
-    100, 'Seconds of silence after which a process is taken for dead.', at_least=10
-  )
-
-
-def check_cluster(cluster: Cluster) -> None:
-  """Raises UsageError for flags that contradict each other."""
-  settings.check(cluster)
-  named = {name: getattr(cluster, name) for name in ('coordinator', 'num_processes', 'process_id')}
-  missing = [f'--{name}' for name, value in named.items() if value is None]
-  if cluster.coordinator is None or cluster.num_processes is None or cluster.process_id is None:
-    if len(missing) < len(named):
-      raise UsageError(f'{", ".join(missing)}: must be given too')
-    return
-  if not re.fullmatch(r'.+:[0-9]{1,5}', cluster.coordinator):
-    raise UsageError(f'--coordinator: must be host:port; got {cluster.coordinator!r}')
-  if cluster.process_id >= cluster.num_processes:
-    raise UsageError(f'--process_id: must be below --num_processes; got {cluster.process_id}')
-
-
-@contextlib.contextmanager
-def joined(cluster: Cluster) -> Iterator[None]:
-  """One process alone, or one of several while the context is open. Precedes any use of JAX.
-
-  An error that not all of them raise together (a bug, an accelerator out of memory, the death of
-  another process) ends this process at once: at an ordinary exit it would wait for the others, and
-  they for it.
-
-  Raises:
-    UsageError: for flags that contradict each other, or where the scheduler has said nothing.
-  """
-  check_cluster(cluster)
-  if not cluster.distributed and cluster.coordinator is None:
-    yield
-    return
-  _join(cluster)
-  shared: tuple[type[Exception], ...] = (UsageError, Interrupted, *_failures())
-  try:
-    yield
-  except shared:
-    raise
-  except jax.errors.JaxRuntimeError as error:
-    _leave(1, f'error: lost the other processes, or a device: {" ".join(str(error).split())}')
-  except SystemExit as error:
-    _leave(error.code if isinstance(error.code, int) else 1)
-  except BaseException:
-    _leave(1, traceback.format_exc())
-
-
-def _join(cluster: Cluster) -> None:
-  late = threading.Timer(
-    cluster.join_timeout,
-    _leave,
-    (
-      1,
-      f'error: {cluster.coordinator or "the coordinator"} did not bring all processes together '
-      f'within {cluster.join_timeout} s (--join_timeout); is each running, and can it be reached?',
-    ),
-  )
-  late.daemon = True
-  late.start()
-  try:
-    sharding.join(
-      cluster.coordinator,
-      cluster.num_processes,
-      cluster.process_id,
-      timeout=cluster.join_timeout + 60,  # JAX would abort with a stack trace
-      heartbeat_timeout=cluster.heartbeat_timeout,
-    )
-  except ValueError as error:
-    raise UsageError(f'--distributed: {error}') from None
-  finally:
-    late.cancel()
-
-
-def _leave(code: int, message: str = '') -> None:
-  """Ends the process without taking leave of the others."""
-  print(message, end='\n' if message else '', file=sys.stderr, flush=True)
-  sys.stdout.flush()
-  os._exit(code)
 
 
 def use_all_cores(batch_size: int, num_devices: int | None = None) -> None:
@@ -252,56 +162,117 @@ def _even_split(batch_size: int, most: int) -> int:
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-  """Makes the directory if need be, and keeps every other process out of it.
+def lock(workdir: Path, *patterns: str, name: str = LOCK) -> Iterator[Callable[[], None]]:
+  """Makes the directory if need be, and keeps every other process with this lock out of it.
 
   The system drops the lock of a process that dies, however it dies.
+
+  Args:
+    workdir: the directory.
+    *patterns: of the files that the lock is for; what dead processes left of them is removed.
+    name: of the lock.
+
+  Yields:
+    A function that raises FileNotFoundError once the directory has vanished, even where another one
+    is in its place.
 
   Raises:
     UsageError: if another process is at work there; names it.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / '.lock').open('a+') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      file.seek(0)
-      owner = file.read().strip() or 'another process'
-      raise UsageError(f'--workdir: {workdir} is in use by {owner}') from None
+  files.make_directory(workdir)
+  path = workdir / name
+  with path.open('a+') as file:
+    _lock_or_refuse(file, workdir, fcntl.LOCK_EX)
     file.truncate(0)
     file.write(f'process {os.getpid()} on {platform.node()}')
     file.flush()
-    yield
+    files.remove_leftovers(workdir, *patterns)
+
+    def check() -> None:
+      if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        raise FileNotFoundError(f'{workdir}: the work directory has vanished')
+
+    yield check
+
+
+def _lock_or_refuse(file: TextIO, workdir: Path, mode: int) -> None:
+  try:
+    fcntl.flock(file, mode | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    owner = file.read().strip() or 'another process'
+    raise UsageError(f'--workdir: {workdir} is in use by {owner}') from None
 
 
 class StopSignal:
-  """Remembers a request to stop (Ctrl-C, SIGTERM), to be honoured at a point of one's choice."""
+  """Remembers a request to stop (Ctrl-C, SIGTERM), to be honoured at a point of one's choice.
+
+  Attributes:
+    signum: of the request; None if there is none.
+    patience: seconds to wait for that point. The process ends without it afterwards, with what was
+      saved before: a device at work cannot be interrupted.
+  """
 
   def __init__(self) -> None:
     self.signum: int | None = None
+    self.patience = 10.0
+    self._honoured = threading.Event()
+
+  def requested(self) -> int | None:
+    """The request, if there is one; who is told of it may take all the time that saving needs."""
+    if self.signum is not None:
+      self._honoured.set()
+    return self.signum
 
   def check(self) -> None:
     """Raises Interrupted if a request has come in."""
-    if self.signum is not None:
-      raise Interrupted(self.signum)
+    signum = self.requested()
+    if signum is not None:
+      raise Interrupted(signum)
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[StopSignal]:
     """Listens while the context is open; a second request kills the process at once."""
 
     def handler(signum: int, _: FrameType | None) -> None:
-      if self.signum is not None:
-        sys.exit(128 + signum)
       self.signum = signum
 
+    # Python runs handlers between two of its instructions, not while the device is waited for. The
+    # interpreter writes the signal's number to the wakeup descriptor at once, for a thread to read.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    wakeup = signal.set_wakeup_fd(writer)
+    watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+    watcher.start()
     previous = {
       number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
       yield self
     finally:
+      self._honoured.set()
+      signal.set_wakeup_fd(wakeup)
       for number, old in previous.items():
         signal.signal(number, old)
+      os.close(writer)  # the watcher reads the end of the file
+      watcher.join()
+      os.close(reader)
+
+  def _watch(self, reader: int) -> None:
+    """Ends the process for a second request, and for a first that is not honoured in time."""
+    for signum in os.read(reader, 1):
+      self.signum = signum
+      again, _, _ = select.select([reader], [], [], self.patience)
+      if not again and not self._honoured.is_set():
+        print(
+          f'\n{signal.Signals(signum).name}: a step takes longer than {self.patience:g} s and was '
+          'not waited for; what was saved before stays. Run the same command again to go on.',
+          file=sys.stderr,
+          flush=True,
+        )
+        os._exit(128 + signum)
+      for second in os.read(reader, 1):
+        os._exit(128 + second)
 
 
 def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 'step') -> Any:
@@ -338,35 +309,46 @@ def devices() -> list[str]:
   return [device.device_kind for device in jax.devices()]
 
 
-def read_json(path: Path) -> Any:
-  """The content of a JSON file."""
-  return json.loads(path.read_text())
+def read_json(path: Path, *names: str) -> dict[str, Any] | None:
+  """The object in a JSON file, with these names in it; None if it is missing.
+
+  None also if it is damaged, with a warning: what is written as JSON can be made again.
+  """
+  try:
+    content = json.loads(path.read_bytes())
+  except FileNotFoundError:
+    return None
+  except (ValueError, RecursionError):
+    content = None
+  if not isinstance(content, dict) or not content.keys() >= {*names}:
+    warn(f'{path}: damaged, not used')
+    return None
+  return content
 
 
 def write_json(path: Path, content: Any) -> None:
   """Writes a JSON file, whole or not at all."""
-  write_atomically(
-    path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + '\n')
-  )
+  with files.replacing(path) as file:
+    file.write(f'{json.dumps(content, indent=2)}\n'.encode())
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-  """Lets `write` fill a temporary file, and puts that in the place of `path`."""
-  temporary = path.with_name(
-    f'.{os.getpid()}.{path.name}'
-  )  # keeps the suffix, which names a format
-  try:
-    write(temporary)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+  """Writes a CSV file, whole or not at all."""
+  text = io.StringIO(newline='')
+  csv.writer(text).writerows(rows)
+  with files.replacing(path) as file:
+    file.write(text.getvalue().encode())
 
 
-def check_workdir(workdir: str | None) -> Path:
-  """The work directory as a path, if it is or can become a writable directory."""
+def check_workdir(workdir: str | None, lock_name: str = LOCK) -> Path:
+  """The work directory as a path, if it is or can become a writable directory that is free."""
   if not workdir:
     raise UsageError('--workdir: is required; everything the run writes goes there')
-  return _check_directory('--workdir', workdir)
+  path = _check_directory('--workdir', workdir)
+  if (path / lock_name).exists():
+    with (path / lock_name).open() as file:
+      _lock_or_refuse(file, path, fcntl.LOCK_SH)
+  return path
 
 
 def _check_directory(flag: str, directory: str) -> Path:

@@ -27,7 +27,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from se_vae import vae
+from se_vae import files, vae
 
 FORMAT = 1
 # What safetensors both writes and reads as NumPy arrays; it writes float8, but cannot read it.
@@ -75,8 +75,10 @@ def save(
   data = _serialise(step, tree, metadata)
   path = Path(directory) / f'checkpoint_{step:08d}_{hashlib.sha256(data).hexdigest()}.safetensors'
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, data)
+    files.make_directory(path.parent)
+    files.remove_leftovers(path.parent, 'checkpoint_*')  # of dead ones: there is one writer
+    with files.replacing(path) as file:
+      file.write(data)
   except OSError as error:
     raise CheckpointError(f'{path}: cannot be written: {error.strerror or error}') from error
   _prune(path, step, keep)
@@ -253,33 +255,6 @@ def _serialise(step: int, tree: Any, metadata: Mapping[str, Any]) -> bytes:
   document = {'versions': versions, **metadata, 'format': FORMAT, 'step': int(step)}
   header = {_HEADER_KEY: json.dumps(document, allow_nan=False)}
   return safetensors.numpy.save(tensors, header)
-
-
-def _write(path: Path, data: bytes) -> None:
-  """Puts `data` at `path`, durably, or leaves no trace."""
-  # There is one writer, so whatever temporary file is there belonged to one that died.
-  for leftover in path.parent.glob('.checkpoint_*.tmp'):
-    leftover.unlink()
-  temporary = path.with_name(f'.checkpoint_{os.getpid()}.tmp')
-  try:
-    with open(temporary, 'xb') as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_directory(path.parent)
-  finally:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
-
-
-def _sync_directory(directory: Path) -> None:
-  """Makes a rename in the directory survive a power cut."""
-  descriptor = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
 
 
 def _prune(written: Path, step: int, keep: int) -> None:

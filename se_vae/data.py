@@ -30,16 +30,17 @@ import os
 import re
 import socket
 import struct
-import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from se_vae import files
 from se_vae.choices import DATASETS
 
 # Colour id -> which of the red, green and blue channels are on. Black is left out: it hides the
@@ -749,15 +750,8 @@ def _read_cache(path: str) -> dict[str, np.ndarray] | None:
 
 
 def _write_cache(path: str, arrays: dict[str, np.ndarray]) -> None:
-  # Written aside and renamed, so that no reader meets half a file.
-  handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), suffix='.tmp')
-  try:
-    with os.fdopen(handle, 'wb') as file:
-      np.savez(file, digest=np.array(_digest(arrays)), **arrays)  # type: ignore[arg-type]
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  with files.replacing(Path(path)) as file:
+    np.savez(file, digest=np.array(_digest(arrays)), **arrays)  # type: ignore[arg-type]
 
 
 def _one_line(error: BaseException) -> str:

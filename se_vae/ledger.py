@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
+
+from se_vae import files
 
 
 class LedgerError(ValueError):
@@ -61,13 +62,8 @@ class Ledger:
 
   def save(self, path: Path, fingerprint: str) -> None:
     """Writes an npz file, whole or not at all; `fingerprint` says what it belongs to."""
-    temporary = path.with_name(f'.{os.getpid()}.{path.name}')
-    try:
-      with temporary.open('wb') as file:
-        np.savez(file, fingerprint=np.array(fingerprint), **vars(self))
-      os.replace(temporary, path)
-    finally:
-      temporary.unlink(missing_ok=True)
+    with files.replacing(path) as file:
+      np.savez(file, fingerprint=np.array(fingerprint), **vars(self))
 
   @classmethod
   def load(cls, path: Path, fingerprint: str) -> Ledger:

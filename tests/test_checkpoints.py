@@ -486,7 +486,7 @@ def test_read_only_directory(tmp_path: pathlib.Path) -> None:
 
 def test_temporary_files_of_dead_writers_are_removed(tmp_path: pathlib.Path) -> None:
   for pid in (1, os.getpid(), 999_999_999):
-    (tmp_path / f'.checkpoint_{pid}.tmp').write_bytes(b'half of it')
+    (tmp_path / f'.checkpoint_{pid}.safetensors.{pid}.tmp').write_bytes(b'half of it')
   assert checkpoints.restore_latest(tmp_path, small(0), on_damage=never) is None
   (path,) = save_small(tmp_path, 1)
   assert list(tmp_path.iterdir()) == [path]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import pretrain, runtime
+from experiments import figure1, pretrain, probe, runtime
 from experiments.settings import UsageError
 from se_vae import checkpoints
 
@@ -94,22 +95,30 @@ def undisturbed(tmp_path_factory) -> Path:
   return workdir
 
 
-@pytest.mark.parametrize('kills', [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_ends_bitwise_equal(tmp_path, undisturbed, kills):
-  rng = random.Random(kills)
-  landed = 0
-  for _ in range(kills):
-    before = last_step(tmp_path)
-    process = start(tmp_path)
-    # Not only at the end of a row: some time after it, in a dispatch or in the middle of a file.
-    wait_for_step(process, tmp_path, min(before + 50, 1400))
-    time.sleep(rng.uniform(0.0, 0.15))
-    landed += process.poll() is None
-    process.kill()
-    process.communicate()
-  assert landed >= 0.8 * kills  # the run was not over before
+def test_a_killed_run_ends_bitwise_equal(tmp_path, undisturbed):
+  process = start(tmp_path)
+  wait_for_step(process, tmp_path, 450)
+  assert process.poll() is None
+  process.kill()
+  process.communicate()
   finish(start(tmp_path))
   assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('binary', 'devices'), [('pretrain', 1), ('pretrain', 4), ('probe', 2), ('figure1', 2)]
+)
+def test_a_binary_killed_at_random_moments_leaves_the_same_bytes(tmp_path, binary, devices):
+  done = subprocess.run(
+    [sys.executable, '-m', 'tests.kills', binary, str(tmp_path / 'kills'), '--kills=20'],
+    cwd=ROOT,
+    env={**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert '20 kills' in done.stdout
 
 
 def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, undisturbed):
@@ -118,12 +127,10 @@ def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, u
   while process.stderr.read(1) not in ('|', ''):  # until the bar is up: training is under way
     pass
   time.sleep(2.0)
-  asked = time.monotonic()
   process.send_signal(signal.SIGTERM)
   _, stderr = process.communicate(timeout=60)
   assert process.returncode == 128 + signal.SIGTERM
   assert 'SIGTERM: saved. Run the same command again' in stderr.splitlines()[-1]
-  assert time.monotonic() - asked < 30.0  # it includes a compilation at worst; seconds otherwise
   (step, _), *_ = checkpoints.steps(tmp_path / 'checkpoints')
   assert 0 < step < 1500
   finish(start(tmp_path, log_every=1500, checkpoint_every=1500))
@@ -144,6 +151,72 @@ def test_a_directory_is_one_process_s_at_a_time(tmp_path):
       pretrain.run(pretrain.PretrainConfig(workdir=str(tmp_path)), runtime.StopSignal())
   with runtime.lock(tmp_path):
     assert str(os.getpid()) in (tmp_path / '.lock').read_text()
+
+
+def test_probe_and_figure1_have_locks_too_and_a_run_in_training_may_be_probed(tmp_path):
+  owner = f'in use by process {os.getpid()} on '
+  stop = runtime.StopSignal()
+  with runtime.lock(tmp_path, name='.probe.lock'), pytest.raises(UsageError, match=owner):
+    probe.run(probe.ProbeConfig(workdir=str(tmp_path)), stop)
+  with runtime.lock(tmp_path):
+    with pytest.raises(UsageError, match=owner):
+      figure1.run(figure1.Figure1Config(workdir=str(tmp_path)), stop)
+    with pytest.raises(UsageError, match='holds no pretrained encoder'):
+      probe.run(probe.ProbeConfig(workdir=str(tmp_path)), stop)
+
+
+def test_a_lock_notices_when_its_directory_is_another_one(tmp_path):
+  workdir = tmp_path / 'run'
+  with runtime.lock(workdir) as check_place:
+    check_place()
+    shutil.rmtree(workdir)
+    with pytest.raises(FileNotFoundError, match='vanished'):
+      check_place()
+    with runtime.lock(workdir), pytest.raises(FileNotFoundError, match='vanished'):
+      check_place()
+
+
+def test_a_lock_removes_what_dead_writers_left_of_its_own_files(tmp_path):
+  for name in ('.result.json.7.tmp', '.probe_digit.json.7.tmp', '.mine.tmp'):
+    (tmp_path / name).touch()
+  with runtime.lock(tmp_path, 'result.json', 'config.json'):
+    names = {path.name for path in tmp_path.iterdir()}
+  assert names == {'.lock', '.probe_digit.json.7.tmp', '.mine.tmp'}
+
+
+# The main thread is in a call that no signal interrupts, as it is in a long dispatch.
+STUCK = """
+  import hashlib
+  from experiments import runtime
+
+  def main():
+    with runtime.StopSignal().listening() as stop:
+      stop.patience = {patience}
+      print('listening', flush=True)
+      hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
+
+  runtime.run(main)
+"""
+
+
+@pytest.mark.parametrize(('patience', 'signals'), [(0.5, 1), (1e6, 2)])
+def test_a_signal_ends_a_process_in_the_middle_of_a_long_dispatch(patience, signals):
+  code = textwrap.dedent(STUCK.format(patience=patience))
+  process = subprocess.Popen(
+    [sys.executable, '-c', code],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'listening\n'
+  for _ in range(signals):
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)  # two of a kind at once are one
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGTERM
+  if signals == 1:
+    assert 'Run the same command again' in stderr.splitlines()[-1]
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
@@ -223,6 +296,31 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, undi
   assert f'warning: {newest}: damaged' in stderr
   assert before < FLAGS['num_steps']
   assert_same_end(workdir, undisturbed)
+
+
+def test_damaged_results_and_rows_are_named_and_made_again(tmp_path, capsys):
+  small = {'hidden_units': 8, 'latent_dim': 2, 'pgd_steps': 1, 'num_steps': 10}
+  config = pretrain.PretrainConfig(workdir=str(tmp_path), log_every=2, checkpoint_every=10, **small)
+  pretrain.run(config, runtime.StopSignal())
+  kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+  result = tmp_path / 'result.json'
+  result.write_bytes(kept[result].replace(b'"step"', b'"stfp"'))
+  (tmp_path / 'config.json').write_bytes(b'\xff')
+  with pytest.raises(UsageError, match='--gamma'):  # the checkpoint knows too
+    pretrain.run(dataclasses.replace(config, gamma=2.0), runtime.StopSignal())
+  rows = kept[tmp_path / 'metrics.jsonl'].splitlines(keepends=True)
+  (tmp_path / 'metrics.jsonl').write_bytes(b''.join([rows[0], b'\0\n', *rows[2:]]))
+  pretrain.run(config, runtime.StopSignal())
+  assert result.read_bytes() == kept[result]
+  assert (tmp_path / 'config.json').read_bytes() == kept[tmp_path / 'config.json']
+  assert (tmp_path / 'metrics.jsonl').read_bytes() == b''.join([rows[0], *rows[2:]])
+  error = capsys.readouterr().err
+  for damage in (
+    'result.json: damaged',
+    'config.json: damaged',
+    'metrics.jsonl: line 2 is damaged',
+  ):
+    assert damage in error
 
 
 def test_no_good_checkpoint_at_all_is_an_error_and_nothing_is_overwritten(tmp_path, undisturbed):

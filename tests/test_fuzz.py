@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from experiments import pretrain, probe, settings
+from experiments import figure1, pretrain, probe, settings
 from experiments.settings import UsageError
 from se_vae import checkpoints, data
 
@@ -136,7 +136,9 @@ NUMBERS = st.sampled_from(
 TEXTS = NUMBERS | st.integers().map(str) | st.floats().map(repr) | st.text(max_size=12)
 
 
-@pytest.mark.parametrize('config_type', [pretrain.PretrainConfig, probe.ProbeConfig])
+@pytest.mark.parametrize(
+  'config_type', [pretrain.PretrainConfig, probe.ProbeConfig, figure1.Figure1Config]
+)
 @fuzz
 @given(choices=st.data())
 def test_flag_values(config_type, choices):

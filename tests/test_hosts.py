@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from experiments import pretrain, runtime
+from experiments import cluster, pretrain, runtime
 from experiments.settings import UsageError
 from se_vae import checkpoints, sharding
 
@@ -198,12 +198,12 @@ def test_an_unreachable_coordinator_is_an_error_in_a_line(tmp_path):
   ],
 )
 def test_flags_that_contradict_each_other_are_named(flags, message):
-  with pytest.raises(UsageError, match=message), runtime.joined(runtime.Cluster(**flags)):
+  with pytest.raises(UsageError, match=message), cluster.joined(cluster.Cluster(**flags)):
     pytest.fail('joined')
 
 
 def test_alone_nothing_is_joined_and_every_decision_is_one_s_own():
-  with runtime.joined(runtime.Cluster()):
+  with cluster.joined(cluster.Cluster()):
     assert sharding.is_first()
     assert sharding.largest(7) == 7 and sharding.largest(-7) == -7
     assert sharding.differing({'a': 1, 'b': 'x'}) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from experiments import figure1, pretrain, probe, runtime, settings
+from experiments import figure1, pretrain, probe, settings
 from experiments.settings import UsageError, setting
 
 BINARIES = {'pretrain': pretrain.PretrainConfig, 'probe': probe.ProbeConfig}
@@ -26,7 +26,7 @@ class Example:
 
 
 def test_defaults_are_within_their_limits():
-  for config_type in (Example, *BINARIES.values(), figure1.Figure1Config, runtime.Cluster):
+  for config_type in (Example, *BINARIES.values(), figure1.Figure1Config, cluster.Cluster):
     settings.check(config_type())
 
 
@@ -140,6 +140,6 @@ def test_wrong_commands_fail_in_one_line_and_leave_no_trace(outcomes, command):
 
 def test_readme_lists_every_flag():
   readme = (ROOT / 'README.md').read_text()
-  for config_type in (*BINARIES.values(), runtime.Cluster):
+  for config_type in (*BINARIES.values(), cluster.Cluster):
     for field in dataclasses.fields(config_type):
       assert f'`--{field.name}`' in readme, field.name
