@@ -7,6 +7,7 @@ A run that was interrupted goes on where it was when the same command is given a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,26 +16,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
-from experiments import runtime, settings
+from experiments import events, pictures, runtime, settings
 from experiments.settings import UsageError, setting
-from se_vae import attacks, checkpoints, data, diagnostics, networks, probing, training, vae
+from se_vae import checkpoints, data, diagnostics, networks, probing, training, vae
 
 CHECKPOINTS = 'checkpoints'
 BEST = 'checkpoints/best'
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 RESULT = 'result.json'
+EVENTS = 'tensorboard'
 NOT_FINITE = 'not_finite.json'
 
 PRECISIONS = ('default', 'high', 'highest')
 
 # Settings that may differ when a run is resumed, since the trained model does not depend on them.
-_FREE_SETTINGS = frozenset({'workdir', 'data_dir', 'cache_dir', 'log_every', 'checkpoint_every'})
+_FREE_SETTINGS = frozenset(
+  {'workdir', 'data_dir', 'cache_dir', 'log_every', 'checkpoint_every', 'tensorboard'}
+)
+
+# Held-out images that an event file follows, a fair sample of them all.
+_WATCHED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +95,7 @@ class PretrainConfig:
   )
   log_every: int = setting(100, 'Steps a row of metrics averages over.', at_least=1)
   checkpoint_every: int = setting(1000, 'Steps between checkpoints.', at_least=1)
+  tensorboard: bool = setting(True, 'Write TensorBoard event files.')
 
 
 def main() -> None:
@@ -227,7 +233,9 @@ def _train(
     window=window,
   )
   progress = runtime.progress_bar(config.num_steps, description, initial=done)
-  with progress, (workdir / METRICS).open('a') as metrics_file:
+  watch = events.EventWriter(workdir / EVENTS, done) if config.tensorboard else None
+  metrics_file = (workdir / METRICS).open('a')
+  with progress, metrics_file, watch or contextlib.nullcontext():
     loss = math.inf
     try:
       for state, window, row in dispatches:
@@ -238,10 +246,14 @@ def _train(
           metrics_file.write(json.dumps({'step': step, **row}) + '\n')
           metrics_file.flush()
           progress.set_postfix(loss=f'{loss:.1f}', refresh=False)
+          if watch:
+            watch.row(step, row)
         due = step // config.checkpoint_every > done // config.checkpoint_every
         done = step
         if not workdir.is_dir():  # saving would make it anew, without what was in it
           raise FileNotFoundError(f'{workdir}: the work directory has vanished')
+        if watch and (due or done == config.num_steps):
+          _show(watch, config, setup, state, dataset.test.images[:_WATCHED], mesh)
         if due or stop.signum is not None or done == config.num_steps:
           tree = _tree(state, window)
           checkpoints.save(workdir / CHECKPOINTS, done, tree, setup.metadata)
@@ -294,16 +306,43 @@ def _finish(
   mesh: Mesh,
 ) -> dict[str, Any]:
   """Looks at the trained model on held-out images, and returns the result's JSON."""
-  images, model = dataset.test.images, setup.model
-  params = jax.device_get(state.params)
-  test = diagnostics.held_out(
-    model, params, setup.eval_key, images, obs_var=config.obs_var, mesh=mesh
-  )
-  means = probing.encoder_means(model, params, images, mesh=mesh)
-  test['active_latents'] = diagnostics.active_latents(means)
-  workdir = Path(str(config.workdir))
-  _save_pictures(workdir, model, setup.train_config, params, setup.eval_key, images[:10])
+  test, pages = _look(config, setup, state, dataset.test.images, mesh)
+  for name, page in pages.items():
+    pictures.save(Path(str(config.workdir)) / f'{name}.png', page)
   return {'step': int(state.step), 'test': test, **setup.metadata}
+
+
+def _look(
+  config: PretrainConfig,
+  setup: _Setup,
+  state: training.TrainState,
+  images: np.ndarray,
+  mesh: Mesh,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+  """Figures of the model on held-out images, and `pictures.pages` of the first ten."""
+  model, key = setup.model, setup.eval_key
+  params = jax.device_get(state.params)
+  figures = diagnostics.held_out(model, params, key, images, obs_var=config.obs_var, mesh=mesh)
+  means = probing.encoder_means(model, params, images, mesh=mesh)
+  figures['active_latents'] = diagnostics.active_latents(means)
+  return figures, pictures.pages(model, setup.train_config, params, key, images[:10], means)
+
+
+def _show(
+  watch: events.EventWriter,
+  config: PretrainConfig,
+  setup: _Setup,
+  state: training.TrainState,
+  images: np.ndarray,
+  mesh: Mesh,
+) -> None:
+  """Adds a look at the model to an event file."""
+  step = int(state.step)
+  figures, pages = _look(config, setup, state, images, mesh)
+  figures['selection_linf'] = pictures.perturbation(pages['reconstructions'])
+  watch.scalars(step, 'held_out', figures)
+  watch.images(step, pages)
+  watch.sync()  # before the checkpoint, which the next process starts from
 
 
 def _indices(config: PretrainConfig, num_examples: int, step: int, num_steps: int) -> np.ndarray:
@@ -354,38 +393,6 @@ def _drop_rows_after(path: Path, step: int) -> None:
       break
     kept.append(line + '\n')
   runtime.write_atomically(path, lambda temporary: temporary.write_text(''.join(kept)))
-
-
-def _save_pictures(
-  workdir: Path,
-  model: vae.VAE,
-  config: training.TrainConfig,
-  params: vae.Params,
-  key: jax.Array,
-  images: np.ndarray,
-) -> None:
-  """Originals, selected x', and the reconstructions of both; and samples from the prior."""
-  x = training.pixels(images)
-  q = model.encode(params, x)
-  x_adv = training.select(model, config, params, key, x, q)
-  rows = [x, x_adv, model.decode(params, q.mean)]
-  rows.append(model.decode(params, model.encode(params, x_adv).mean))
-  _save_grid(workdir / 'reconstructions.png', np.stack([np.asarray(row) for row in rows]))
-  noise_keys = attacks.example_keys(key, jnp.arange(100))
-  z = jax.vmap(lambda one: jax.random.normal(one, (model.latent_dim,)))(noise_keys)
-  samples = np.asarray(model.decode(params, z))
-  _save_grid(workdir / 'samples.png', samples.reshape(10, 10, *model.image_shape))
-
-
-def _save_grid(path: Path, images: np.ndarray) -> None:
-  """Saves images `[rows, columns, H, W, C]` in [0, 1] as one picture, twice their size."""
-  rows, columns, height, width, channels = images.shape
-  grid = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
-  pixels = np.round(255.0 * np.clip(grid, 0.0, 1.0)).astype(np.uint8)
-  picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-  size = (2 * columns * width, 2 * rows * height)
-  enlarged = picture.resize(size, Image.Resampling.NEAREST)
-  runtime.write_atomically(path, enlarged.save)
 
 
 if __name__ == '__main__':
