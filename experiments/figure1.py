@@ -162,7 +162,7 @@ def run(config: Figure1Config, stop: runtime.StopSignal) -> dict[str, Any]:
       result = _finished(attack) or probe.run(attack, stop, f'{name}, attack on {attack.task}')
       results.append({**_identity(piece), 'held_out': pretraining['test'], **result})
 
-  panels = [(panel, _curves(panel, results)) for panel in PANELS]
+  panels = [(panel, curves_of(panel, results)) for panel in PANELS]
   drawn = [(panel.title, curves) for panel, curves in panels]
   runtime.write_atomically(workdir / 'figure1.png', lambda path: plots.save(path, drawn))
   runtime.write_atomically(workdir / 'figure1.csv', lambda path: _write_csv(path, results))
@@ -258,7 +258,8 @@ def _identity(piece: Piece) -> dict[str, Any]:
   }
 
 
-def _curves(panel: Panel, results: list[dict[str, Any]]) -> list[plots.Curve]:
+def curves_of(panel: Panel, results: list[dict[str, Any]]) -> list[plots.Curve]:
+  """The curves of a panel: for each latent size a VAE and an SE, over the seeds."""
   mine = [r for r in results if r['encoders'] == panel.encoders and r['task'] == panel.task]
   latent_dims = sorted({result['latent_dim'] for result in mine})
   return [

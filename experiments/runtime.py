@@ -162,11 +162,29 @@ def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 
     initial=initial,
     desc=description,
     unit=unit,
+    file=sys.stderr if terminal else _Lines(),
     dynamic_ncols=terminal,
-    ascii=not terminal,
+    bar_format=None if terminal else _LINE,
     mininterval=0.2 if terminal else 15.0,
     smoothing=0.1,
   )
+
+
+_LINE = (
+  '{desc}: {n_fmt}/{total_fmt}, {percentage:.0f} %, {elapsed}<{remaining}, {rate_fmt}{postfix}'
+)
+
+
+class _Lines:
+  """A file that puts every state of a bar into a line of its own, instead of over the last."""
+
+  def write(self, text: str) -> None:
+    line = text.strip('\r\n ')
+    if line:
+      sys.stderr.write(f'{line}\n')
+
+  def flush(self) -> None:
+    sys.stderr.flush()
 
 
 def warn(message: str) -> None:
