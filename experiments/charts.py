@@ -117,7 +117,7 @@ def thin(values: Sequence[float], most: int) -> list[float]:
 def _finite(line: Line) -> Line:
   columns = [column for column in (line.x, line.y, line.low, line.high) if column]
   rows = [row for row in zip(*columns, strict=True) if all(map(math.isfinite, row))]
-  kept = list(zip(*rows, strict=True)) or [()] * len(columns)
+  kept = list(zip(*rows, strict=True)) or [(), ()]
   return Line(line.label, line.style, *kept)
 
 

@@ -45,7 +45,7 @@ _PICTURES = {
     'Reconstructions',
     "held-out images; x' that the selection finds; reconstructions of the images; of x'",
   ),
-  'samples': ('Samples', 'decoded from the prior'),
+  'samples': ('Samples', 'a hundred images decoded from the prior'),
   'traversals': (
     'Traversals',
     'the first held-out image with one latent a row moved from -3 to 3, the most used first',
@@ -53,6 +53,10 @@ _PICTURES = {
 }
 _ACCURACY = 'adversarial accuracy, with 95 % intervals'
 _MOVES = 'squared W2: mean, and 5 to 95 % of the images'
+_FALLEN = (
+  'images that were right and fell, from the smallest radius to the largest; adversarial ones; '
+  'reconstructions of the images; of the adversarial ones'
+)
 _MOST_POINTS = 240  # of a training curve; more are averaged in groups
 _HUES = 4  # colours of each objective in the style sheet, and as many kinds of dashes
 
@@ -104,8 +108,10 @@ class Probe(NamedTuple):
 
 
 class Picture(NamedTuple):
-  """A PNG file for a page."""
+  """A PNG file, as a data URI, with what is to be seen on it."""
 
+  title: str
+  text: str
   source: str
   width: int
   height: int
@@ -122,7 +128,7 @@ class Run(NamedTuple):
   rows: list[dict[str, float]]
   test: dict[str, float] | None
   probes: list[Probe]
-  pictures: dict[str, Picture]
+  pictures: list[Picture]
 
 
 class Row(NamedTuple):
@@ -226,7 +232,7 @@ def render(directories: Sequence[Path]) -> str:
     last_rows=_metric_table([(run, run.rows[-1] if run.rows else {}) for run in runs]),
     robustness=_robustness(runs),
     training=_training(runs),
-    picture_names=_PICTURES | {'probe': ('Adversarial images', '')},
+    picture_titles=sorted({p.title for run in runs for p in run.pictures}, key=_picture_order),
     settings=_side_by_side(
       [run.config for run in runs], settings.to_dict(pretrain.PretrainConfig())
     ),
@@ -251,6 +257,11 @@ def _styles(objectives: Iterable[str]) -> list[str]:
     number = seen[family] = seen.get(family, -1) + 1
     styles.append(f'{family}{number % _HUES} dash{number // _HUES % _HUES}')
   return styles
+
+
+def _picture_order(title: str) -> tuple[int, str]:
+  titles = [known for known, _ in _PICTURES.values()]
+  return titles.index(title) if title in titles else len(titles), title
 
 
 # Reading
@@ -302,8 +313,11 @@ def _load_run(path: Path, label: str, style: str, metadata: dict[str, Any]) -> R
       state += f'; step {bad:,} was not finite'
   files = sorted(path.glob('probe_*.json'))
   probes = [_parsed(file, _parse_probe) for file in files]
-  pictures = {name: path / f'{name}.png' for name in _PICTURES}
-  pictures |= {f'probe {p.task}': path / f'probe_{p.task}_images.png' for p in probes}
+  drawn = [(path / f'{name}.png', *words) for name, words in _PICTURES.items()]
+  drawn += [
+    (file.with_name(f'{file.stem}_images.png'), f'Adversarial images, {probe.task} probe', _FALLEN)
+    for file, probe in zip(files, probes, strict=True)
+  ]
   return Run(
     label,
     style,
@@ -313,7 +327,7 @@ def _load_run(path: Path, label: str, style: str, metadata: dict[str, Any]) -> R
     rows,
     test,
     probes,
-    {name: _load_picture(file) for name, file in pictures.items() if file.exists()},
+    [_load_picture(*picture) for picture in drawn if picture[0].exists()],
   )
 
 
@@ -367,7 +381,7 @@ def _parse_curve(radii: Any, values: Any, band: Any) -> Curve:
   )
 
 
-def _load_picture(path: Path) -> Picture:
+def _load_picture(path: Path, title: str, text: str) -> Picture:
   from PIL import Image, UnidentifiedImageError
 
   content = path.read_bytes()
@@ -377,7 +391,7 @@ def _load_picture(path: Path) -> Picture:
   except UnidentifiedImageError:
     raise UsageError(f'{path}: is damaged (not a PNG picture)') from None
   encoded = base64.b64encode(content).decode()
-  return Picture(f'data:image/png;base64,{encoded}', width, height)
+  return Picture(title, text, f'data:image/png;base64,{encoded}', width, height)
 
 
 # Arranging
