@@ -222,7 +222,7 @@ def render(directories: Sequence[Path]) -> str:
   template = environment.get_template('report.html')
   page = template.render(
     generator=GENERATOR,
-    title=' and '.join(str(directory) for directory in directories),
+    title=', '.join(_labels(directories)),
     runs=runs,
     figures=[
       panel for path in directories if (path / FIGURE).exists() for panel in _panels(path / FIGURE)
