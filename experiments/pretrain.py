@@ -247,14 +247,14 @@ def _train(
           metrics_file.flush()
           progress.set_postfix(loss=f'{loss:.1f}', refresh=False)
           if watch:
-            watch.row(step, row)
+            _watch(watch, config, setup, state, row, dataset.test.images[:_WATCHED], mesh)
         due = step // config.checkpoint_every > done // config.checkpoint_every
         done = step
         if not workdir.is_dir():  # saving would make it anew, without what was in it
           raise FileNotFoundError(f'{workdir}: the work directory has vanished')
-        if watch and (due or done == config.num_steps):
-          _show(watch, config, setup, state, dataset.test.images[:_WATCHED], mesh)
         if due or stop.signum is not None or done == config.num_steps:
+          if watch:
+            watch.sync()  # what the next process will not do again
           tree = _tree(state, window)
           checkpoints.save(workdir / CHECKPOINTS, done, tree, setup.metadata)
           if loss < best_loss:
@@ -328,21 +328,28 @@ def _look(
   return figures, pictures.pages(model, setup.train_config, params, key, images[:10], means)
 
 
-def _show(
+def _watch(
   watch: events.EventWriter,
   config: PretrainConfig,
   setup: _Setup,
   state: training.TrainState,
+  row: dict[str, float],
   images: np.ndarray,
   mesh: Mesh,
 ) -> None:
-  """Adds a look at the model to an event file."""
+  """Adds a row to an event file; where a checkpoint fell due since the last, a look at the model.
+
+  At rows alone, whose steps do not depend on how a run was interrupted.
+  """
   step = int(state.step)
-  figures, pages = _look(config, setup, state, images, mesh)
-  figures['selection_linf'] = pictures.perturbation(pages['reconstructions'])
-  watch.scalars(step, 'held_out', figures)
-  watch.images(step, pages)
-  watch.sync()  # before the checkpoint, which the next process starts from
+  watch.row(step, row)
+  row_before = (step - 1) // config.log_every * config.log_every
+  due = step // config.checkpoint_every > row_before // config.checkpoint_every
+  if due or step == config.num_steps:
+    figures, pages = _look(config, setup, state, images, mesh)
+    figures['selection_linf'] = pictures.perturbation(pages['reconstructions'])
+    watch.scalars(step, 'held_out', figures)
+    watch.images(step, pages)
 
 
 def _indices(config: PretrainConfig, num_examples: int, step: int, num_steps: int) -> np.ndarray:
