@@ -282,9 +282,10 @@ def _parsed(path: Path, parse: Callable[[Any], T], content: str | None = None) -
 
 def _metadata(path: Path) -> dict[str, Any]:
   def parse(content: Any) -> dict[str, Any]:
-    settings.from_dict(pretrain.PretrainConfig, content['config'])
+    config = settings.to_dict(settings.from_dict(pretrain.PretrainConfig, content['config']))
+    texts = {name: str(config[name]) for name in ('dataset', 'objective')}
     return {
-      'config': dict(content['config']),
+      'config': config | texts | {'num_steps': int(config['num_steps'])},
       'environment': {
         **dict(content['versions']),
         'devices': content['devices'],

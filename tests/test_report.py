@@ -304,6 +304,14 @@ def test_a_figure(tmp_path):
   ]
 
 
+def test_a_setting_that_an_older_run_does_not_know_is_the_default(run):
+  other = write_run(run.parent / 'old')
+  saved = json.loads((other / 'config.json').read_text())
+  del saved['config']['tensorboard']
+  (other / 'config.json').write_text(json.dumps(saved))
+  assert render(run, other).row('tensorboard') == ['tensorboard', 'True', 'True']
+
+
 DAMAGE = ['', '[]', '{"config": 3}', '{', 'null', '\x00', '[' * 100_000]
 
 
