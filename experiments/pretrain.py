@@ -38,8 +38,8 @@ _FREE_SETTINGS = frozenset(
   {'workdir', 'data_dir', 'cache_dir', 'log_every', 'checkpoint_every', 'tensorboard'}
 )
 
-# Held-out images that an event file follows, a fair sample of them all.
-_WATCHED = 1000
+# Held-out images that an event file follows: a fair sample of them all, and quickly looked at.
+_WATCHED = 500
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,9 +170,7 @@ def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 
   )
 
 
-_LINE = (
-  '{desc}: {n_fmt}/{total_fmt}, {percentage:.0f} %, {elapsed}<{remaining}, {rate_fmt}{postfix}'
-)
+_LINE = '{desc}: {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}'
 
 
 class _Lines:

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
+import se_vae
 from experiments import events, pictures, pretrain, runtime
-from se_vae import checkpoints, training, vae
+from se_vae import checkpoints, training
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -84,7 +85,9 @@ def rows(workdir: Path) -> list[dict[str, float]]:
 def watched(tmp_path_factory) -> Path:
   """A Smooth Encoder after a short training."""
   workdir = tmp_path_factory.mktemp('watched')
-  pretrain.run(config(workdir), runtime.StopSignal())
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pretrain, '_WATCHED', 1000)  # all test images, which the result is about
+    pretrain.run(config(workdir), runtime.StopSignal())
   return workdir
 
 
@@ -116,7 +119,6 @@ def test_checkpoints_are_looked_at(watched):
   result = json.loads((watched / 'result.json').read_text())['test']
   for name in result:
     assert [step for step, _ in found[f'held_out/{name}']] == [10, 20, 30]
-    # The data set has 1,000 test images: the last look is at all that the result is about.
     assert found[f'held_out/{name}'][-1][1] == pytest.approx(result[name], rel=1e-6)
   for _, linf in found['held_out/selection_linf']:
     assert 0.0 < linf <= 0.2 + 1e-6
@@ -131,8 +133,9 @@ def test_checkpoints_are_looked_at(watched):
       np.testing.assert_array_equal(np.asarray(small), np.asarray(large)[::2, ::2])
 
 
-def test_a_resumed_run_has_every_step_once(watched, tmp_path):
+def test_a_resumed_run_has_every_step_once(watched, tmp_path, monkeypatch):
   """Stopped twice between rows; once killed long after its last checkpoint, within a record."""
+  monkeypatch.setattr(pretrain, '_WATCHED', 1000)
   for _ in range(2):
     stop = runtime.StopSignal()
     stop.signum = signal.SIGTERM
@@ -174,20 +177,24 @@ def test_event_files_can_be_declined(tmp_path):
   assert not (tmp_path / 'tensorboard').exists()
 
 
-def test_a_traversal_moves_one_latent():
-  model = vae.make_vae((8, 8, 1), hidden_units=8, latent_dim=3, num_layers=1)
-  params = model.init(jax.random.key(0))
-  x = np.arange(128, dtype=np.uint8).reshape(2, 8, 8, 1)
-  means = np.array([[0.0, 0.0, 3.0], [0.5, 0.0, -3.0]])  # latent 2 is used most, then 0, then 1
-  settings = training.TrainConfig(pgd_steps=1)
+def test_a_traversal_moves_one_latent(watched):
+  model, params = se_vae.load_model(watched)
+  x = np.random.default_rng(0).integers(0, 256, (10, 28, 28, 1), np.uint8)
+  # Latent 2 is used most, then 0, 1 and 3.
+  means = np.array([[0.1, 0.0, 3.0, 0.0], [0.5, 0.2, -3.0, 0.1]])
+  settings = training.TrainConfig(pgd_steps=2, num_steps=30)  # the run's: compiled before
   pages = pictures.pages(model, settings, params, jax.random.key(1), x, means)
   z = np.asarray(model.encode(params, training.pixels(x)).mean)[0]
-  for row, latent in enumerate((2, 0, 1)):
+  for row, latent in enumerate((2, 0, 1, 3)):
     moved = np.tile(z, (10, 1))
     moved[:, latent] = np.linspace(-3, 3, 10)
     expected = model.decode(params, moved)
-    np.testing.assert_allclose(pages['traversals'][row], expected, atol=1e-6)  # jitted or not
-  assert pictures.perturbation(pages['reconstructions']) <= 0.2 + 1e-6
+    np.testing.assert_allclose(pages['traversals'][row], expected, atol=1e-5)  # jitted or not
+  originals, selected, *_ = pages['reconstructions']
+  np.testing.assert_array_equal(originals, np.asarray(training.pixels(x)))
+  largest = [float(np.abs(a - b).max()) for a, b in zip(originals, selected, strict=True)]
+  assert pictures.perturbation(pages['reconstructions']) == pytest.approx(np.mean(largest))
+  assert max(largest) <= 0.2 + 1e-6
 
 
 def test_a_log_file_has_plain_lines(capsys):
