@@ -346,7 +346,7 @@ def _watch(
   row_before = (step - 1) // config.log_every * config.log_every
   due = step // config.checkpoint_every > row_before // config.checkpoint_every
   if due or step == config.num_steps:
-    figures, pages = _look(config, setup, state, images, mesh)
+    figures, pages = _look(config, setup, state, images, mesh.local_mesh)
     figures['selection_linf'] = pictures.perturbation(pages['reconstructions'])
     watch.scalars(step, 'held_out', figures)
     watch.images(step, pages)
