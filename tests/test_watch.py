@@ -22,7 +22,7 @@ DTYPE_PROMOTION = 'standard'  # optax takes part
 
 TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 30}
 OFTEN = {'log_every': 5, 'checkpoint_every': 10}
-PICTURES = {'reconstructions': (4, 10), 'samples': (10, 10), 'traversals': (4, 10)}
+PICTURES = {'reconstructions': (4, 10), 'samples': (5, 10), 'traversals': (4, 10)}
 
 
 def config(workdir: Path, **changes) -> pretrain.PretrainConfig:
@@ -130,7 +130,7 @@ def test_checkpoints_are_looked_at(watched):
     with Image.open(io.BytesIO(png)) as small, Image.open(watched / f'{name}.png') as large:
       rows_and_columns = PICTURES[name]
       assert small.size == tuple(28 * count for count in reversed(rows_and_columns))
-      np.testing.assert_array_equal(np.asarray(small), np.asarray(large)[::2, ::2])
+      np.testing.assert_array_equal(np.asarray(small), np.asarray(large)[::2, ::2][: small.height])
 
 
 def test_a_resumed_run_has_every_step_once(watched, tmp_path, monkeypatch):
