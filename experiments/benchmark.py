@@ -115,8 +115,7 @@ def run(config: BenchmarkConfig, stop: runtime.StopSignal) -> dict[str, Any]:
       'cores': runtime.num_cores(),
     }
     tables = '\n\n'.join(_tables(result))
-    with files.replacing(workdir / 'benchmark.md') as file:
-      file.write(f'{tables}\n'.encode())
+    files.write(workdir / 'benchmark.md', f'{tables}\n'.encode())
     runtime.write_json(workdir / 'benchmark.json', result)
   print(tables)
   return result

@@ -178,7 +178,7 @@ def _run(
       )
       results.append({**_identity(piece), 'held_out': pretraining['test'], **result})
 
-  panels = [(panel, _curves(panel, results)) for panel in PANELS]
+  panels = [(panel, curves_of(panel, results)) for panel in PANELS]
   drawn = [(panel.title, curves) for panel, curves in panels]
   with files.replacing(workdir / 'figure1.png') as file:
     plots.save(file, drawn)
@@ -278,7 +278,8 @@ def _identity(piece: Piece) -> dict[str, Any]:
   }
 
 
-def _curves(panel: Panel, results: list[dict[str, Any]]) -> list[plots.Curve]:
+def curves_of(panel: Panel, results: list[dict[str, Any]]) -> list[plots.Curve]:
+  """The curves of a panel: for each latent size a VAE and an SE, over the seeds."""
   mine = [r for r in results if r['encoders'] == panel.encoders and r['task'] == panel.task]
   latent_dims = sorted({result['latent_dim'] for result in mine})
   return [

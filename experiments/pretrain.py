@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from etils import epy
 
@@ -25,12 +25,10 @@ from se_vae import choices
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
-  import jax.numpy as jnp
   import numpy as np
-  from PIL import Image
 
+  from experiments import events, pictures
   from se_vae import (
-    attacks,
     checkpoints,
     data,
     diagnostics,
@@ -46,17 +44,22 @@ BEST = 'checkpoints/best'
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 RESULT = 'result.json'
+EVENTS = 'tensorboard'
 NOT_FINITE = 'not_finite.json'
-RECONSTRUCTIONS = 'reconstructions.png'
-SAMPLES = 'samples.png'
-_FILES = (CONFIG, METRICS, RESULT, NOT_FINITE, RECONSTRUCTIONS, SAMPLES)
+PAGES = ('reconstructions', 'samples', 'traversals')
+_FILES = (CONFIG, METRICS, RESULT, NOT_FINITE, *(f'{page}.png' for page in PAGES))
 
 # Seconds to wait for a dispatch once a signal has come; it takes about one.
 _PATIENCE = 60.0
 
 # Settings that may differ when a run is resumed, since the trained model does not depend on them.
 _PLACES = frozenset({'workdir', 'data_dir', 'cache_dir'})
-_FREE_SETTINGS = _PLACES | {'log_every', 'checkpoint_every', 'num_devices'}
+_FREE_SETTINGS = _PLACES | {'log_every', 'checkpoint_every', 'num_devices', 'tensorboard'}
+
+# What an event file follows: a fair sample of the held-out images, and the first rows of each page.
+# More would take over a hundredth of the time that a VAE trains.
+_WATCHED = 500
+_WATCHED_ROWS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,7 @@ class PretrainConfig:
   )
   log_every: int = setting(100, 'Steps a row of metrics averages over.', at_least=1)
   checkpoint_every: int = setting(1000, 'Steps between checkpoints.', at_least=1)
+  tensorboard: bool = setting(True, 'Write TensorBoard event files.')
   num_devices: int | None = setting(
     None,
     'Devices of each process to use; if not given, as many as divide the batch.',
@@ -284,7 +288,9 @@ def _train(
     window=window,
   )
   with contextlib.ExitStack() as stack:
-    recording = _recording(config, setup, int(state.step), description, check_place)
+    images = dataset.test.images[:_WATCHED]
+    look = functools.partial(_look, config, setup, images=images, mesh=mesh.local_mesh)
+    recording = _recording(config, setup, int(state.step), description, check_place, look)
     record = sharding.on_first(stack.enter_context, recording) or _elsewhere
     try:
       for progress in dispatches:
@@ -306,6 +312,7 @@ def _recording(
   done: int,
   description: str,
   check_place: Callable[[], None],
+  look: Callable[[training.TrainState], _Look],
 ) -> Iterator[Callable[[training.Progress, bool], None]]:
   """A function that writes down, after each dispatch, what the work directory is to keep of it."""
   workdir = Path(str(config.workdir))
@@ -323,19 +330,24 @@ def _recording(
       metrics_file.write(json.dumps({'step': step, **progress.row}) + '\n')
       metrics_file.flush()
       bar.set_postfix(loss=f'{loss:.1f}', refresh=False)
+      if watch:
+        _watch(watch, config, progress.state, progress.row, look)
       # Decided by the step alone, and before that step is done with: an interruption between the
       # two checkpoints changes neither.
-      begun = (step - 1) // config.log_every * config.log_every
-      if _is_due(config, begun, step) and loss < best_loss:
+      if _is_due_in_row(config, step) and loss < best_loss:
         best_loss = loss
         checkpoints.save(workdir / BEST, step, tree, {**setup.metadata, 'loss': loss}, keep=1)
     if _is_due(config, done, step) or stopping:
       os.fsync(metrics_file.fileno())  # no row may be missing before a checkpoint
+      if watch:
+        watch.sync()
       checkpoints.save(workdir / CHECKPOINTS, step, tree, setup.metadata)
     done = step
 
   progress_bar = runtime.progress_bar(config.num_steps, description, initial=done)
-  with progress_bar as bar, (workdir / METRICS).open('a') as metrics_file:
+  watch = events.EventWriter(workdir / EVENTS, done) if config.tensorboard else None
+  metrics = (workdir / METRICS).open('a')
+  with progress_bar as bar, metrics as metrics_file, watch or contextlib.nullcontext():
     yield record
 
 
@@ -347,6 +359,11 @@ def _is_due(config: PretrainConfig, done: int, step: int) -> bool:
   """Whether a checkpoint falls between two steps, the second included."""
   every = config.checkpoint_every
   return step // every > done // every or step == config.num_steps
+
+
+def _is_due_in_row(config: PretrainConfig, step: int) -> bool:
+  """Whether a checkpoint falls in the row of metrics that ends with this step."""
+  return _is_due(config, (step - 1) // config.log_every * config.log_every, step)
 
 
 def _tree(state: training.TrainState, window: training.Window) -> dict[str, Any]:
@@ -390,18 +407,53 @@ def _finish(
   mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
   """Looks at the trained model on held-out images; writes and returns the result's JSON."""
-  images, model = dataset.test.images, setup.model
-  params = jax.device_get(state.params)
-  test = diagnostics.held_out(
-    model, params, setup.eval_key, images, obs_var=config.obs_var, mesh=mesh
-  )
-  means = probing.encoder_means(model, params, images, mesh=mesh)
-  test['active_latents'] = diagnostics.active_latents(means)
   workdir = Path(str(config.workdir))
-  _save_pictures(workdir, model, setup.train_config, params, setup.eval_key, images[:10])
+  test, pages = _look(config, setup, state, dataset.test.images, mesh)
+  for name, page in pages.items():
+    pictures.save(workdir / f'{name}.png', page)
   result = {'step': int(state.step), 'test': test, **setup.metadata}
   runtime.write_json(workdir / RESULT, result)
   return result
+
+
+# Figures of a model, and pages of images.
+_Look: TypeAlias = 'tuple[dict[str, float], dict[str, np.ndarray]]'
+
+
+def _look(
+  config: PretrainConfig,
+  setup: _Setup,
+  state: training.TrainState,
+  images: np.ndarray,
+  mesh: jax.sharding.Mesh,
+) -> _Look:
+  """Figures of the model on held-out images, and `pictures.pages` of the first ten."""
+  model, key = setup.model, setup.eval_key
+  params = jax.device_get(state.params)
+  figures = diagnostics.held_out(model, params, key, images, obs_var=config.obs_var, mesh=mesh)
+  means = probing.encoder_means(model, params, images, mesh=mesh)
+  figures['active_latents'] = diagnostics.active_latents(means)
+  return figures, pictures.pages(model, setup.train_config, params, key, images[:10], means)
+
+
+def _watch(
+  watch: events.EventWriter,
+  config: PretrainConfig,
+  state: training.TrainState,
+  row: dict[str, float],
+  look: Callable[[training.TrainState], _Look],
+) -> None:
+  """Adds a row to an event file; where a checkpoint fell due since the last, a look at the model.
+
+  At rows alone, whose steps do not depend on how a run was interrupted.
+  """
+  step = int(state.step)
+  watch.row(step, row)
+  if _is_due_in_row(config, step):
+    figures, pages = look(state)
+    figures['selection_linf'] = pictures.perturbation(pages['reconstructions'])
+    watch.scalars(step, 'held_out', figures)
+    watch.images(step, {name: page[:_WATCHED_ROWS] for name, page in pages.items()})
 
 
 def _indices(config: PretrainConfig, num_examples: int, step: int, num_steps: int) -> np.ndarray:
@@ -450,41 +502,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
       continue
     if row_step <= step:
       kept.append(line + b'\n')
-  with files.replacing(path) as file:
-    file.write(b''.join(kept))
-
-
-def _save_pictures(
-  workdir: Path,
-  model: vae.VAE,
-  config: training.TrainConfig,
-  params: vae.Params,
-  key: jax.Array,
-  images: np.ndarray,
-) -> None:
-  """Originals, selected x', and the reconstructions of both; and samples from the prior."""
-  x = training.pixels(images)
-  q = model.encode(params, x)
-  x_adv = training.select(model, config, params, key, x, q)
-  rows = [x, x_adv, model.decode(params, q.mean)]
-  rows.append(model.decode(params, model.encode(params, x_adv).mean))
-  _save_grid(workdir / RECONSTRUCTIONS, np.stack([np.asarray(row) for row in rows]))
-  noise_keys = attacks.example_keys(key, jnp.arange(100))
-  z = jax.vmap(lambda one: jax.random.normal(one, (model.latent_dim,)))(noise_keys)
-  samples = np.asarray(model.decode(params, z))
-  _save_grid(workdir / SAMPLES, samples.reshape(10, 10, *model.image_shape))
-
-
-def _save_grid(path: Path, images: np.ndarray) -> None:
-  """Saves images `[rows, columns, H, W, C]` in [0, 1] as one picture, twice their size."""
-  rows, columns, height, width, channels = images.shape
-  grid = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
-  pixels = np.round(255.0 * np.clip(grid, 0.0, 1.0)).astype(np.uint8)
-  picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-  size = (2 * columns * width, 2 * rows * height)
-  enlarged = picture.resize(size, Image.Resampling.NEAREST)
-  with files.replacing(path) as file:
-    enlarged.save(file, 'PNG')
+  files.write(path, b''.join(kept))
 
 
 if __name__ == '__main__':

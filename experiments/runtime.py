@@ -283,11 +283,27 @@ def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 
     initial=initial,
     desc=description,
     unit=unit,
+    file=sys.stderr if terminal else _Lines(),
     dynamic_ncols=terminal,
-    ascii=not terminal,
+    bar_format=None if terminal else _LINE,
     mininterval=0.2 if terminal else 15.0,
     smoothing=0.1,
   )
+
+
+_LINE = '{desc}: {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}'
+
+
+class _Lines:
+  """A file that puts every state of a bar into a line of its own, instead of over the last."""
+
+  def write(self, text: str) -> None:
+    line = text.strip('\r\n ')
+    if line:
+      sys.stderr.write(f'{line}\n')
+
+  def flush(self) -> None:
+    sys.stderr.flush()
 
 
 def warn(message: str) -> None:
@@ -328,16 +344,14 @@ def read_json(path: Path, *names: str) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: Any) -> None:
   """Writes a JSON file, whole or not at all."""
-  with files.replacing(path) as file:
-    file.write(f'{json.dumps(content, indent=2)}\n'.encode())
+  files.write(path, f'{json.dumps(content, indent=2)}\n'.encode())
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
   """Writes a CSV file, whole or not at all."""
   text = io.StringIO(newline='')
   csv.writer(text).writerows(rows)
-  with files.replacing(path) as file:
-    file.write(text.getvalue().encode())
+  files.write(path, text.getvalue().encode())
 
 
 def check_workdir(workdir: str | None, lock_name: str = LOCK) -> Path:

@@ -34,6 +34,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
       temporary.unlink()
 
 
+def write(path: Path, content: bytes) -> None:
+  """`replacing` with what is known beforehand."""
+  with replacing(path) as file:
+    file.write(content)
+
+
 def make_directory(path: Path) -> None:
   """Makes a directory and its parents where they are missing, durably."""
   missing = [place for place in (path, *path.parents) if not place.exists()]

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import se_vae
-from experiments import figure1, pretrain, probe, runtime
+from experiments import figure1, pretrain, probe, report, runtime
 from experiments.settings import UsageError
 from se_vae import checkpoints, data, training
 
@@ -65,6 +65,7 @@ def test_pretrain_writes_what_it_promises(trained):
   assert saved['config']['gamma'] == 1.0 and 'jax' in saved['versions']
   assert picture_size(trained / 'reconstructions.png') == (2 * 28 * 10, 2 * 28 * 4)
   assert picture_size(trained / 'samples.png') == (2 * 28 * 10, 2 * 28 * 10)
+  assert picture_size(trained / 'traversals.png') == (2 * 28 * 10, 2 * 28 * 4)
 
 
 def test_an_encoder_loads_in_a_notebook(trained):
@@ -212,6 +213,10 @@ def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(probe, 'run', pytest.fail)
   second = figure1.run(settings, runtime.StopSignal())
   assert second['results'] == first['results']
+
+  page = report.run(report.ReportConfig(workdir=str(tmp_path))).read_text()
+  for number in ('(a)', '(b)', '(c)', '(d)', '6 runs side by side', 'finished: 20 steps'):
+    assert number in page
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):

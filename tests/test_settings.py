@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from experiments import figure1, pretrain, probe, settings
+from experiments import cluster, figure1, pretrain, probe, settings
 from experiments.settings import UsageError, setting
 
 BINARIES = {'pretrain': pretrain.PretrainConfig, 'probe': probe.ProbeConfig}
