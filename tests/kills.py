@@ -17,25 +17,27 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from experiments import figure1, pretrain, probe, runtime, settings
 from se_vae import robustness
 
-TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2}
+TINY = {'hidden_units': 16, 'pgd_steps': 2}
+TRAINING = {**TINY, 'latent_dim': 4, 'checkpoint_every': 100, 'log_every': 50}
 ATTACK = {'num_examples': 40, 'pgd_steps': 4, 'restarts': 2, 'check_examples': 0}
 BINARIES = {
   'pretrain': (
     pretrain,
-    pretrain.PretrainConfig,
-    {**TINY, 'num_steps': 1500, 'log_every': 50, 'checkpoint_every': 100},
+    (pretrain.PretrainConfig, runtime.Cluster),
+    {**TRAINING, 'num_steps': 1500},
   ),
   'probe': (
     probe,
-    probe.ProbeConfig,
+    (probe.ProbeConfig,),
     {**ATTACK, 'attack': 'worst_case', 'radii': '0,0.05,0.1,0.2', 'num_queries': 20},
   ),
-  'figure1': (figure1, figure1.Figure1Config, {'radii': '0,0.1'}),
+  'figure1': (figure1, (figure1.Figure1Config,), {'radii': '0,0.1', 'latent_dims': 4}),
 }
 
 
@@ -47,19 +49,24 @@ def start(binary: str, workdir: Path, log: Path) -> int:
   with log.open('w') as file:
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
-  module, config_type, flags = BINARIES[binary]
-  settings.define_flags(config_type)
+  module, config_types, flags = BINARIES[binary]
+  for config_type in config_types:
+    settings.define_flags(config_type)
   sys.argv = [
     binary,
     *(f'--{name}={value}' for name, value in {'workdir': workdir, **flags}.items()),
   ]
   try:
     runtime.run(module.main)
+    code: object = 0
   except SystemExit as end:
-    sys.stdout.flush()
-    os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
-  finally:
-    os._exit(1)
+    code = end.code or 0
+  except BaseException:
+    traceback.print_exc()
+    code = 1
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code if isinstance(code, int) else 1)
 
 
 def finish(process: int, log: Path, options: int = 0) -> bool:
@@ -101,7 +108,8 @@ def main() -> None:
   begin = arguments.directory / 'begin'  # what a run finds
   begin.mkdir(parents=True)
   if arguments.binary == 'probe':
-    BINARIES['trained'] = (pretrain, pretrain.PretrainConfig, {**TINY, 'num_steps': 200})
+    module, config_types, _ = BINARIES['pretrain']
+    BINARIES['trained'] = (module, config_types, {**TRAINING, 'num_steps': 200})
     finish(start('trained', workdir, log), log)
     begin.rmdir()
     workdir.rename(begin)
