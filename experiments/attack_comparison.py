@@ -66,7 +66,8 @@ def main() -> None:
   for i, radius in enumerate(config.radii):
     print(f'{radius:8.3f}' + ''.join(f'{row[i]:20.4f}' for row in result['accuracy'].values()))
   for name, seconds in result['seconds'].items():
-    print(f'{name}: {min(seconds):.1f} s, first batch {result["first_batch"].get(name, 0.0):.1f} s')
+    first = result['first_batch'].get(name)
+    print(f'{name}: {min(seconds):.1f} s' + (f', first batch {first:.1f} s' if first else ''))
 
 
 def run(config: ComparisonConfig, stop: runtime.StopSignal) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class EventWriter:
     for path in before:
       _drop_after(path, step)
     number = int(before[-1].suffix[1:]) + 1 if before else 1
-    self._file = (directory / _NAME.format(number)).open('xb')
+    self._path = directory / _NAME.format(number)
+    self._file = self._path.open('xb')
     self._step, self._time = step, time.monotonic()
     self._write(0, file_version='brain.Event:2')
     # A TensorBoard that was watching forgets what was dropped.
@@ -55,7 +56,8 @@ class EventWriter:
     self.scalars(step, 'train', metrics)
     self.scalars(step, 'speed', {'steps_per_second': (step - self._step) / (now - self._time)})
     self._step, self._time = step, now
-    self._file.flush()
+    with files.naming(self._path):
+      self._file.flush()
 
   def scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
     """Points of the curves `group/name`, rounded to float32."""
@@ -78,11 +80,14 @@ class EventWriter:
 
   def sync(self) -> None:
     """Returns when all of it is on the disk."""
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    with files.naming(self._path):
+      self._file.flush()
+      os.fsync(self._file.fileno())
 
   def _write(self, step: int, **content: Any) -> None:
-    self._file.write(_record(_event_type()(wall_time=time.time(), step=step, **content)))
+    record = _record(_event_type()(wall_time=time.time(), step=step, **content))
+    with files.naming(self._path):
+      self._file.write(record)
 
 
 def read(path: Path) -> Iterator[Any]:

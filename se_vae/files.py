@@ -21,17 +21,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
   """
   temporary = path.with_name(_temporary(path.name, os.getpid()))
   try:
-    with open(temporary, 'wb') as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-  except OSError as error:
-    raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    with naming(path):
+      with open(temporary, 'wb') as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
+      _sync(path.parent)
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+  """Puts `path` into the OSError of a write, which knows no name."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write(path: Path, content: bytes) -> None:

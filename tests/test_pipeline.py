@@ -209,7 +209,7 @@ def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
   assert '(d) MNIST, digit task, ConvNet' in capsys.readouterr().out
 
   # What is finished is not run again: a training or an attack would raise.
-  monkeypatch.setattr(pretrain.training, 'run', pytest.fail)
+  monkeypatch.setattr(training, 'run', pytest.fail)
   monkeypatch.setattr(probe, 'run', pytest.fail)
   second = figure1.run(settings, runtime.StopSignal())
   assert second['results'] == first['results']

@@ -63,12 +63,20 @@ def prepared_images(workdir):
   return probe.prepare(probe.ProbeConfig(workdir=str(workdir), num_examples=48)).images
 
 
+class DuringTheAttack(runtime.StopSignal):
+  """A SIGTERM that comes once the probe has been fitted, after which it is looked for twice."""
+
+  looks = 0
+
+  def requested(self):
+    self.looks += 1
+    return signal.SIGTERM if self.looks > 2 else None
+
+
 def test_an_interrupted_attack_goes_on(config, workdir, result):
-  stop = runtime.StopSignal()
-  stop.signum = signal.SIGTERM
   again = dataclasses.replace(config, batch_size=16)
   with pytest.raises(runtime.Interrupted):
-    probe.run(again, stop)
+    probe.run(again, DuringTheAttack())
   assert len(list(workdir.glob('*.state.npz'))) == 1
   resumed = probe.run(again, runtime.StopSignal())
   assert resumed['accuracy'] == result['accuracy'] and resumed['cost'] == result['cost']
@@ -79,11 +87,9 @@ def test_an_interrupted_attack_goes_on(config, workdir, result):
 def test_a_damaged_or_foreign_state_is_warned_about_and_started_afresh(
   config, workdir, result, capsys, monkeypatch, damage
 ):
-  stop = runtime.StopSignal()
-  stop.signum = signal.SIGTERM
   again = dataclasses.replace(config, check_examples=0)
   with pytest.raises(runtime.Interrupted):
-    probe.run(again, stop)
+    probe.run(again, DuringTheAttack())
   (state,) = workdir.glob('*.state.npz')
   if damage is None:
     monkeypatch.setattr(robustness, '_fingerprint', lambda *_: 'another')
