@@ -187,6 +187,7 @@ class Run(NamedTuple):
   model: vae.VAE
   params: vae.Params
   metadata: Metadata
+  path: Path
 
 
 def load_model(workdir: str | Path) -> tuple[vae.VAE, vae.Params]:
@@ -220,7 +221,7 @@ def load_run(workdir: str | Path) -> Run:
     raise CheckpointError(f"{path}: its metadata['model'] describes no model: {reason}") from error
   stored = {name: tensor for name, tensor in tensors.items() if name.startswith('params/')}
   params = jax.tree.map(jnp.asarray, _fill(path, template, stored)['params'])
-  return Run(model, params, metadata)
+  return Run(model, params, metadata, path)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

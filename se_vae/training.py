@@ -50,6 +50,7 @@ class TrainConfig:
     learning_rate: the optimiser's, at its peak.
     schedule: 'constant', or 'cosine' to zero at num_steps.
     num_steps: length of the schedule.
+    freeze_decoder: train the encoder alone.
   """
 
   objective: str = 'se'
@@ -65,6 +66,7 @@ class TrainConfig:
   learning_rate: float = 1e-3
   schedule: str = 'cosine'
   num_steps: int = 10_000
+  freeze_decoder: bool = False
 
   def __post_init__(self) -> None:
     for name, allowed in (
@@ -192,6 +194,8 @@ def loss(
       None. Each draws with a key of its own, whatever the parts.
   """
   index = jnp.arange(x.shape[0]) if index is None else index
+  if config.freeze_decoder:  # its gradient is zero, and so is every update
+    params = {**params, 'decoder': jax.lax.stop_gradient(params['decoder'])}
   q_a = model.encode(params, x)
   z_a = gaussians.sample_each(q_a, attacks.example_keys(key, index))
   x_mean = model.decode(params, z_a)
