@@ -247,6 +247,21 @@ def test_se_elbo_leaves_the_gradient_of_the_decoder_unchanged():
 
 
 @strictly
+def test_a_frozen_decoder_leaves_the_gradient_of_the_encoder_unchanged():
+  model, x = tiny(), batch(0)
+  gradient = jax.jit(jax.grad(training.loss, has_aux=True), static_argnums=(1, 2))
+  config = dataclasses.replace(CONFIG, objective='vae')
+  free, metrics = gradient(drawn(model), model, config, KEY, x)
+  config = dataclasses.replace(config, freeze_decoder=True)
+  frozen, frozen_metrics = gradient(drawn(model), model, config, KEY, x)
+  # The same sums in two programs: rounding alone.
+  assert_close(frozen['encoder'], free['encoder'], rtol=1e-5)
+  assert_close(frozen_metrics, metrics, rtol=1e-5)
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(free['decoder']))
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen['decoder']))
+
+
+@strictly
 def test_selection_moves_the_encoding_within_the_ball():
   model, x = tiny(), batch(0)
 
