@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from se_vae import gaussians, sharding, training, vae, wasserstein
+from se_vae import data, gaussians, sharding, training, vae, wasserstein
 
 SHAPE = (4, 4, 1)
 BATCH = 8
@@ -494,6 +494,8 @@ def test_pixels_are_bytes_over_255():
   assert x.dtype == jnp.float32
   assert x[0] == 0.0 and x[255] == 1.0
   np.testing.assert_allclose(x, levels / 255.0, rtol=1e-7)
+  with pytest.raises(TypeError, match='uint8, 0 to 255, got float32'):
+    training.pixels(x)  # they are in [0, 1] already
 
 
 @pytest.mark.parametrize('objective', training.OBJECTIVES)
@@ -535,6 +537,28 @@ def test_a_step_that_is_not_finite_is_named_with_its_batch():
   assert f'step {step} is not finite' in str(error.value)
   assert not all(map(math.isfinite, error.value.metrics.values()))
   np.testing.assert_array_equal(error.value.examples, indices_for(step, 1)[0])
+
+
+def test_fit_is_run_from_scratch():
+  config = dataclasses.replace(CONFIG, objective='vae', num_steps=12)
+  model = tiny(num_layers=1)
+  params, rows = training.fit(model, config, IMAGES, seed=3, batch_size=BATCH, steps_per_row=ROW)
+  init_key, key, _ = jax.random.split(jax.random.key(3), 3)
+  state = jax.jit(training.init_state, static_argnums=(0, 1))(model, config, init_key)
+  outputs = training.run(
+    model,
+    config,
+    state,
+    key,
+    IMAGES,
+    lambda step, count: data.batch_indices(3, step, count, BATCH, len(IMAGES)),
+    steps_per_row=ROW,
+    mesh=sharding.data_mesh(1),
+  )
+  expected = [(int(state.step), row, state.params) for state, _, row in outputs if row]
+  assert rows == [{'step': step, **row} for step, row, _ in expected]
+  assert [row['step'] for row in rows] == [10, 12]
+  assert_same(params, expected[-1][2])
 
 
 def test_finished_run_yields_nothing():
