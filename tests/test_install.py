@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import licences
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,3 +53,10 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
   line = [python, '-m', 'experiments.pretrain', '--help']
   done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
   assert '--init_from' in done.stdout + done.stderr
+
+
+def test_build_lists_the_direct_dependencies_and_their_licences():
+  """Names and ranges; a licence's wording may change from one release to the next."""
+  build = (ROOT / 'BUILD.md').read_text()
+  for line in licences.table()[2:]:
+    assert line.rsplit('|', 2)[0] + '| ' in build, line
