@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 WORKDIR ?= runs/figure1
 
-.PHONY: figure1 test check lint types soak format clean
+.PHONY: figure1 test notebook check lint types soak format clean
 
 figure1: $(READY)  ## The paper's Figure 1 on the embedded digits, into $(WORKDIR).
 	$(BIN)/python -m experiments.figure1 --workdir=$(WORKDIR)
@@ -18,6 +18,9 @@ soak: $(READY)  ## The slow tests: kills, full disks, 10,000 fuzzed inputs of ea
 	$(BIN)/python -m pytest -m slow tests
 	SE_VAE_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
+notebook: $(READY)  ## Runs the notebook from top to bottom.
+	$(BIN)/python -m pytest tests/test_notebook.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,7 +28,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-check: lint types test  ## What continuous integration runs.
+check: lint types notebook test  ## What continuous integration runs.
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -110,6 +110,12 @@ class PretrainConfig:
   momentum: float = setting(0.9, 'Momentum of sgd.', at_least=0, at_most=1)
   learning_rate: float = setting(1e-3, 'Learning rate, at its peak.', above=0)
   schedule: str = setting('cosine', 'Learning rate over time.', choices=choices.SCHEDULES)
+  init_from: str | None = setting(
+    None, 'Directory of a run of the same architecture, whose parameters to start with.'
+  )
+  freeze_decoder: bool = setting(
+    False, 'Train the encoder alone, and keep the decoder of --init_from as it is.'
+  )
   seed: int = setting(
     0, 'Seed of initialisation, batch order and noise.', at_least=0, at_most=2**31 - 1
   )
@@ -144,6 +150,8 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   settings.check(config)
   if config.warm_start and not (config.objective == 'se' and config.radius > 0.0):
     raise UsageError('--warm_start: is for --objective=se and a --radius above 0')
+  if config.freeze_decoder and config.init_from is None:
+    raise UsageError('--freeze_decoder: needs --init_from, the run whose decoder is kept')
   if sharding.is_first():
     workdir = runtime.check_workdir(config.workdir)
     begun = runtime.read_json(workdir / CONFIG, 'config')
@@ -159,6 +167,8 @@ def prepare(config: PretrainConfig) -> data.Dataset:
       f'--batch_size: must be at most the {len(dataset.train.images)} training examples of '
       f'{config.dataset}; got {config.batch_size}'
     )
+  if sharding.is_first() and not checkpoints.steps(workdir / CHECKPOINTS):
+    _load_source(config, dataset)
   runtime.mesh_for(config.batch_size, config.num_devices)
   return dataset
 
@@ -212,8 +222,8 @@ def run(
     if sharding.largest(bool(result)):
       return result
     mesh = runtime.mesh_for(config.batch_size, config.num_devices)
-    setup = _set_up(config, dataset)
-    state = _train(config, setup, dataset, mesh, stop, description, check_place)
+    setup, window = _begin(config, _set_up(config, dataset), dataset)
+    state = _train(config, setup, window, dataset, mesh, stop, description, check_place)
     return sharding.on_first(_finish, config, setup, state, dataset, mesh.local_mesh) or {}
 
 
@@ -233,7 +243,7 @@ def _result_so_far(workdir: Path, num_steps: int) -> dict[str, Any] | None:
 
 
 class _Setup(NamedTuple):
-  """What the settings make, before the first step."""
+  """What the settings make, and where the run stands."""
 
   model: vae.VAE
   train_config: training.TrainConfig
@@ -244,16 +254,15 @@ class _Setup(NamedTuple):
 
 
 def _set_up(config: PretrainConfig, dataset: data.Dataset) -> _Setup:
-  image_shape: tuple[int, int, int] = dataset.train.images.shape[1:]
-  model_config = _fields_of(config, 'arch latent_dim hidden_units conv_channels covariance')
-  model = vae.make_vae(image_shape, **model_config)
+  model_config = _model_config(config, dataset)
+  model = vae.make_vae(**model_config)
   train_config = training.TrainConfig(**_fields_of(config, *_names(training.TrainConfig)))
   init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
   # As one program, and not as dozens of small ones to compile.
   init_state = jax.jit(training.init_state, static_argnums=(0, 1, 3))
   state = init_state(model, train_config, init_key, len(dataset.train.images))
   metadata = {
-    'model': {'image_shape': list(image_shape), **model_config},
+    'model': model_config,
     'config': settings.to_dict(config),
     'data': {'source': dataset.source, 'digest': dataset.digest},
     'versions': runtime.versions(),
@@ -261,25 +270,57 @@ def _set_up(config: PretrainConfig, dataset: data.Dataset) -> _Setup:
   return _Setup(model, train_config, state, train_key, eval_key, metadata)
 
 
+def _model_config(config: PretrainConfig, dataset: data.Dataset) -> dict[str, Any]:
+  """The arguments of `vae.make_vae`."""
+  names = 'arch latent_dim hidden_units conv_channels covariance'
+  return {'image_shape': tuple(dataset.train.images.shape[1:]), **_fields_of(config, names)}
+
+
+def _load_source(config: PretrainConfig, dataset: data.Dataset) -> checkpoints.Run | None:
+  """The run that --init_from names; its model must be this one's."""
+  if config.init_from is None:
+    return None
+  try:
+    source = checkpoints.load_run(config.init_from)
+  except checkpoints.CheckpointError as error:
+    raise UsageError(f'--init_from: {error}') from None
+  here = _model_config(config, dataset)
+  if source.model != vae.make_vae(**here):
+    there = source.metadata['model']
+    there = {**there, 'image_shape': tuple(there['image_shape'])}
+    changed = [name for name in here if here[name] != there.get(name)]
+    flags = ', '.join('--dataset' if name == 'image_shape' else f'--{name}' for name in changed)
+    values = '; '.join(f'{name} {there.get(name)} there, {here[name]} here' for name in changed)
+    raise UsageError(f'{flags}: not that of the run in --init_from={config.init_from} ({values})')
+  return source
+
+
+def _begin(
+  config: PretrainConfig, setup: _Setup, dataset: data.Dataset
+) -> tuple[_Setup, training.Window]:
+  """The run at its newest good checkpoint or at step 0, and its window."""
+  fresh = setup.state, training.empty_window(setup.model, setup.train_config, setup.state)
+  state, window, source = sharding.on_first(_restore, config, dataset, *fresh) or (*fresh, None)
+  state, window = sharding.from_first((state, window))
+  return setup._replace(state=state, metadata={**setup.metadata, 'source': source}), window
+
+
 def _train(
   config: PretrainConfig,
   setup: _Setup,
+  window: training.Window,
   dataset: data.Dataset,
   mesh: jax.sharding.Mesh,
   stop: runtime.StopSignal,
   description: str,
   check_place: Callable[[], None],
 ) -> training.TrainState:
-  """The training loop around `training.run`: resumes, reports, saves and stops."""
-  workdir = Path(str(config.workdir))
-  fresh = setup.state, training.empty_window(setup.model, setup.train_config, setup.state)
-  restored = sharding.on_first(_restore, workdir / CHECKPOINTS, config, setup, dataset, fresh)
-  state, window = sharding.from_first(restored or fresh)
-  progress = training.Progress(state, window, row=None)
+  """The training loop around `training.run`: reports, saves and stops."""
+  progress = training.Progress(setup.state, window, row=None)
   dispatches = training.run(
     setup.model,
     setup.train_config,
-    state,
+    setup.state,
     setup.train_key,
     dataset.train.images,
     functools.partial(_indices, config, len(dataset.train.images)),
@@ -290,7 +331,7 @@ def _train(
   with contextlib.ExitStack() as stack:
     images = dataset.test.images[:_WATCHED]
     look = functools.partial(_look, config, setup, images=images, mesh=mesh.local_mesh)
-    recording = _recording(config, setup, int(state.step), description, check_place, look)
+    recording = _recording(config, setup, int(setup.state.step), description, check_place, look)
     record = sharding.on_first(stack.enter_context, recording) or _elsewhere
     try:
       for progress in dispatches:
@@ -300,7 +341,8 @@ def _train(
           raise runtime.Interrupted(signum)
     except training.NotFiniteError as error:
       report = {'step': error.step, 'metrics': error.metrics, 'examples': error.examples.tolist()}
-      sharding.on_first(runtime.write_json, workdir / NOT_FINITE, report)
+      path = Path(str(config.workdir)) / NOT_FINITE
+      sharding.on_first(runtime.write_json, path, report)
       raise
   return progress.state
 
@@ -372,22 +414,31 @@ def _tree(state: training.TrainState, window: training.Window) -> dict[str, Any]
 
 
 def _restore(
-  directory: Path,
   config: PretrainConfig,
-  setup: _Setup,
   dataset: data.Dataset,
-  fresh: tuple[training.TrainState, training.Window],
-) -> tuple[training.TrainState, training.Window]:
-  """State and window of the newest good checkpoint, or those of step 0."""
-  restored = checkpoints.restore_latest(directory, _tree(*fresh), on_damage=runtime.warn)
-  if restored is None:
-    return fresh
-  tree, saved = restored
-  _check_same_settings(saved['config'], config)  # should config.json be lost
-  if saved['data']['digest'] != dataset.digest:
-    raise UsageError('--data_dir: holds other data than the run was started with')
-  window = tree.pop('window')
-  return training.TrainState(**tree), window
+  state: training.TrainState,
+  window: training.Window,
+) -> tuple[training.TrainState, training.Window, dict[str, Any] | None]:
+  """State and window of the newest good checkpoint, or those of step 0; what --init_from gave."""
+  directory = Path(str(config.workdir)) / CHECKPOINTS
+  template = _tree(state, window)
+  restored = checkpoints.restore_latest(directory, template, on_damage=runtime.warn)
+  if restored is not None:
+    tree, saved = restored
+    _check_same_settings(saved['config'], config)  # should config.json be lost
+    if saved['data']['digest'] != dataset.digest:
+      raise UsageError('--data_dir: holds other data than the run was started with')
+    window = tree.pop('window')
+    return training.TrainState(**tree), window, saved.get('source')
+  run = _load_source(config, dataset)
+  if run is None:
+    return state, window, None
+  source = {
+    'workdir': str(Path(str(config.init_from)).absolute()),
+    'step': run.metadata['step'],
+    'checkpoint': run.path.name,  # its SHA-256 is in its name
+  }
+  return state._replace(params=run.params), window, source
 
 
 def _best_loss(directory: Path) -> float:

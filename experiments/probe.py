@@ -135,7 +135,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   """
   settings.check(config)
   workdir = runtime.check_workdir(config.workdir, _LOCK)
-  model, params, metadata = _load('--workdir', workdir)
+  model, params, metadata, _ = _load('--workdir', workdir)
   pretraining = settings.from_dict(pretrain.PretrainConfig, metadata['config'])
   # A run's directory may have moved since, and with it what it wrote.
   data_dir = config.data_dir or pretraining.data_dir
@@ -234,7 +234,7 @@ def _run(
   state = stem.with_name(f'{stem.name}_{digest}.state.npz')
   surrogate = None
   if prepared.surrogate is not None:
-    other, other_params, _ = prepared.surrogate
+    other, other_params, *_ = prepared.surrogate
     fitted, _ = fit(config, prepared, train_means(prepared, other, other_params))
     surrogate = probing.ProbedEncoder(other), (other_params, fitted)
   options: dict[str, Any] = {

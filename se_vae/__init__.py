@@ -20,7 +20,7 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
   from se_vae.objectives import elbo, log_normalizer, se_elbo
   from se_vae.probing import LinearProbe, ProbedEncoder, encoder_means, fit_probe
   from se_vae.robustness import adversarial_accuracy, evaluate
-  from se_vae.training import TrainConfig, TrainState, init_state, train_step
+  from se_vae.training import TrainConfig, TrainState, fit, init_state, train_step
   from se_vae.vae import VAE, make_vae
   from se_vae.wasserstein import (
     entropic_coupling,
@@ -56,6 +56,7 @@ __all__ = [
   'entropic_transport_cost_full',
   'entropy',
   'evaluate',
+  'fit',
   'fit_probe',
   'init_state',
   'joint_accuracy',

@@ -189,10 +189,22 @@ class Run(NamedTuple):
   model: vae.VAE
   params: vae.Params
   metadata: Metadata
+  path: Path
 
 
 def load_model(workdir: str | Path) -> tuple[vae.VAE, vae.Params]:
-  """The model of a run and its newest good parameters: `load_run` without the metadata."""
+  """The model of a run and its newest good parameters: the first two of `load_run`.
+
+  Example:
+    >>> import tempfile
+    >>> arguments = {'image_shape': (2, 2, 1), 'latent_dim': 3, 'num_layers': 1}
+    >>> params = vae.make_vae(**arguments).init(jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as workdir:
+    ...   path = save(f'{workdir}/checkpoints', 1, {'params': params}, {'model': arguments})
+    ...   model, params = load_model(workdir)
+    >>> model.encode(params, jnp.zeros((5, 2, 2, 1))).mean.shape
+    (5, 3)
+  """
   return load_run(workdir)[:2]
 
 
@@ -222,7 +234,7 @@ def load_run(workdir: str | Path) -> Run:
     raise CheckpointError(f"{path}: its metadata['model'] describes no model: {reason}") from error
   stored = {name: tensor for name, tensor in tensors.items() if name.startswith('params/')}
   params = jax.tree.map(jnp.asarray, _fill(path, template, stored)['params'])
-  return Run(model, params, metadata)
+  return Run(model, params, metadata, path)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -24,6 +24,11 @@ _SERIES_ORDER = 18  # 1/18! is below float64's resolution
 class DiagonalGaussian:
   """N(mean, diag(exp(log_var))), batched over the leading axes.
 
+  Example:
+    >>> q = DiagonalGaussian(jnp.zeros((4, 2)), jnp.zeros((4, 2)))
+    >>> q.dim, q.sample(jax.random.key(0)).shape, float(q.log_det()[0])
+    (2, (4, 2), 0.0)
+
   Attributes:
     mean: `[..., D]`.
     log_var: `[..., D]`, the logarithms of the variances.
@@ -140,6 +145,12 @@ def entropy(q: Gaussian) -> jax.Array:
 
 def kl_divergence(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
   """KL(q_a || q_b) >= 0 between two Gaussians of one family, in nats, `[...]` (Eq. 8).
+
+  Example:
+    >>> q_a = DiagonalGaussian(jnp.full((1, 2), 3.0), jnp.zeros((1, 2)))
+    >>> q_b = DiagonalGaussian(jnp.zeros((1, 2)), jnp.zeros((1, 2)))
+    >>> print(kl_divergence(q_a, q_b))  # half the squared distance of the means
+    [9.]
 
   Raises:
     AssertionError: if shapes differ.

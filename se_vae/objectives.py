@@ -82,6 +82,12 @@ def elbo(
 ) -> ElboTerms:
   """The VAE's evidence lower bound (Sec. 1), one term per example.
 
+  Example:
+    >>> x, zeros = jnp.full((1, 4), 0.5), jnp.zeros((1, 2))
+    >>> terms = elbo(x, x, gaussians.DiagonalGaussian(zeros, zeros), obs_var=0.1)
+    >>> print(terms.kl, terms.elbo == terms.log_likelihood)
+    [0.] [ True]
+
   Args:
     x: observations, `[B, ...]`.
     x_mean: decoder mean at one sample z ~ q(z | x), the same shape as x.
@@ -110,6 +116,12 @@ def se_elbo(
 
   The gradient in the decoder's parameters is that of `elbo`. `gamma = 0` is not the plain VAE: it
   gives `elbo(x) - KL(q_b || p)`.
+
+  Example:
+    >>> x, zeros = jnp.full((1, 4), 0.5), jnp.zeros((1, 2))
+    >>> q = gaussians.DiagonalGaussian(zeros, zeros)
+    >>> print(se_elbo(x, x, q, q, gamma=0.0, obs_var=0.1).elbo - elbo(x, x, q, obs_var=0.1).elbo)
+    [0.]
 
   Args:
     x: observations, `[B, ...]`.

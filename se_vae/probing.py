@@ -81,9 +81,13 @@ def _encode_means(model: VAE, params: Params, images: jax.Array) -> jax.Array:
 
 
 def encoder_means(
-  model: VAE, params: Params, images: np.ndarray, *, mesh: Mesh, batch_size: int = 512
+  model: VAE, params: Params, images: np.ndarray, *, mesh: Mesh | None = None, batch_size: int = 512
 ) -> np.ndarray:
-  """Means of q(z | x) for uint8 images `[N, H, W, C]`: float32 `[N, D]`."""
+  """Means of q(z | x) for uint8 images `[N, H, W, C]`: float32 `[N, D]`.
+
+  They are encoded `batch_size` at a time, on all devices unless `mesh` names some.
+  """
+  mesh = sharding.data_mesh() if mesh is None else mesh
   params = sharding.replicate(mesh, params)
   encode = functools.partial(_encode_means, model, params)
   return sharding.map_batches(mesh, encode, images, batch_size)
@@ -104,6 +108,12 @@ def fit_probe(
   those units. Standardising each latent instead lifts the latents that training has switched off,
   whose means hardly vary, to the size of the live ones: a little clean accuracy for an attacker's
   paradise.
+
+  Example:
+    >>> means = np.array([[-1.0], [-0.9], [0.9], [1.0]])
+    >>> probe = fit_probe(means, np.array([0, 0, 1, 1]), num_classes=2)
+    >>> print(probe.logits(jnp.array([[-2.0], [2.0]])).argmax(axis=1))
+    [0 1]
 
   Args:
     means: training encodings `[N, D]`.

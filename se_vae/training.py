@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from se_vae import attacks, gaussians, objectives, sharding, wasserstein
+from se_vae import attacks, data, gaussians, objectives, sharding, wasserstein
 from se_vae.choices import ATTACK_DTYPES, OBJECTIVES, OPTIMIZERS, SCHEDULES
 from se_vae.gaussians import Gaussian
 from se_vae.vae import VAE, Params
@@ -50,6 +50,7 @@ class TrainConfig:
     learning_rate: the optimiser's, at its peak.
     schedule: 'constant', or 'cosine' to zero at num_steps.
     num_steps: length of the schedule.
+    freeze_decoder: train the encoder alone.
   """
 
   objective: str = 'se'
@@ -65,6 +66,7 @@ class TrainConfig:
   learning_rate: float = 1e-3
   schedule: str = 'cosine'
   num_steps: int = 10_000
+  freeze_decoder: bool = False
 
   def __post_init__(self) -> None:
     for name, allowed in (
@@ -192,6 +194,8 @@ def loss(
       None. Each draws with a key of its own, whatever the parts.
   """
   index = jnp.arange(x.shape[0]) if index is None else index
+  if config.freeze_decoder:  # its gradient is zero, and so is every update
+    params = {**params, 'decoder': jax.lax.stop_gradient(params['decoder'])}
   q_a = model.encode(params, x)
   z_a = gaussians.sample_each(q_a, attacks.example_keys(key, index))
   x_mean = model.decode(params, z_a)
@@ -368,8 +372,15 @@ def _add_to_window(window: Window, step: jax.Array, metrics: Metrics) -> Window:
 
 
 def pixels(images: jax.typing.ArrayLike) -> jax.Array:
-  """uint8 images as float32 in [0, 1]."""
-  return jnp.asarray(images).astype(jnp.float32) / 255.0
+  """uint8 images as float32 in [0, 1].
+
+  Raises:
+    TypeError: for another dtype, which may be in [0, 1] already.
+  """
+  images = jnp.asarray(images)
+  if images.dtype != jnp.uint8:
+    raise TypeError(f'images must be uint8, 0 to 255, got {images.dtype}')
+  return images.astype(jnp.float32) / 255.0
 
 
 class NotFiniteError(FloatingPointError):
@@ -477,6 +488,56 @@ def run(
       fitting = max(1, int(count * seconds_per_dispatch / seconds))
       fitting = min(max(fitting, dispatch_steps // 2), 2 * dispatch_steps)
       dispatch_steps = sharding.largest(fitting)  # one clock for all processes
+
+
+def fit(
+  model: VAE,
+  config: TrainConfig,
+  images: np.ndarray,
+  *,
+  seed: int = 0,
+  batch_size: int = 64,
+  steps_per_row: int = 100,
+  mesh: Mesh | None = None,
+) -> tuple[Params, list[dict[str, float]]]:
+  """Trains from scratch and in memory: `run` for a notebook.
+
+  Gives the parameters that `experiments.pretrain` gives with the same settings and devices.
+
+  Args:
+    model: the model.
+    config: the settings.
+    images: the training set `[N, H, W, C]`, uint8.
+    seed: of the initialisation, the order of the batches and the noise.
+    batch_size: examples a step, at most N.
+    steps_per_row: steps that a row of metrics averages over.
+    mesh: the devices, which must divide the batch size; the first one if None.
+
+  Returns:
+    The parameters, and a row of metrics for every `steps_per_row` steps, each with its last step.
+
+  Raises:
+    NotFiniteError: where a metric is not finite.
+    TypeError: for images that are not uint8.
+  """
+  init_key, key, _ = jax.random.split(jax.random.key(seed), 3)
+  state = jax.jit(init_state, static_argnums=(0, 1, 3))(model, config, init_key, len(images))
+  rows = []
+  params = state.params
+  for progress in run(
+    model,
+    config,
+    state,
+    key,
+    images,
+    lambda step, count: data.batch_indices(seed, step, count, batch_size, len(images)),
+    steps_per_row=steps_per_row,
+    mesh=sharding.data_mesh(1) if mesh is None else mesh,
+  ):
+    params = progress.state.params
+    if progress.row is not None:
+      rows.append({'step': int(progress.state.step), **progress.row})
+  return params, rows
 
 
 def _to_floats(metrics: Metrics) -> dict[str, float]:

@@ -289,3 +289,63 @@ def test_mnist_files_load_in_canonical_order(mnist_dir):
   dataset = data.load('mnist', data_dir=str(mnist_dir))
   assert dataset.train.images.shape == (60_000, 28, 28, 1)
   assert len(jax.devices()) == 4
+
+
+@pytest.fixture(scope='module')
+def smoothed(trained, tmp_path_factory) -> Path:
+  """`trained` again, its decoder frozen, interrupted once."""
+  workdir = tmp_path_factory.mktemp('smoothed')
+  settings = config(workdir, dataset='color_mnist_5k', init_from=str(trained), freeze_decoder=True)
+  stop = runtime.StopSignal()
+  stop.signum = signal.SIGTERM
+  with pytest.raises(runtime.Interrupted):
+    pretrain.run(settings, stop)
+  with pytest.MonkeyPatch.context() as patch:  # from here on the source is not needed
+    patch.setattr(pretrain, '_load_source', pytest.fail)
+    pretrain.run(settings, runtime.StopSignal())
+  return workdir
+
+
+def test_a_run_starts_with_the_parameters_of_another_and_keeps_its_decoder(trained, smoothed):
+  (before, _), (after, _) = (
+    checkpoints.load_latest(workdir / 'checkpoints', on_damage=pytest.fail)
+    for workdir in (trained, smoothed)
+  )
+  names = [name for name in before if name.startswith('params/')]
+  for name in names:
+    same = before[name].tobytes() == after[name].tobytes()
+    assert same == name.startswith('params/decoder/'), name
+  # Its first ten steps are on from the last fifty of the other, not from the beginning.
+  assert rows(smoothed)[0]['loss'] < rows(trained)[1]['loss'] < rows(trained)[0]['loss']
+
+
+def test_a_run_records_where_its_parameters_came_from(trained, smoothed):
+  (_, newest), *_ = checkpoints.steps(trained / 'checkpoints')
+  expected = {'workdir': str(trained), 'step': 60, 'checkpoint': newest.name}
+  for name in ('config.json', 'result.json'):
+    assert json.loads((smoothed / name).read_text())['source'] == expected
+
+
+def test_what_init_from_refuses(trained, smoothed, tmp_path):
+  settings = config(tmp_path / 'w', dataset='color_mnist_5k', init_from=str(trained))
+  for changes, message in (
+    (
+      {'latent_dim': 3, 'hidden_units': 8},
+      r'--latent_dim, --hidden_units: .*latent_dim 4 there, 3',
+    ),
+    ({'arch': 'convnet'}, '--arch: not that of the run'),
+    ({'dataset': 'mnist_5k'}, '--dataset: not that of the run'),
+    ({'init_from': str(tmp_path)}, '--init_from: .*there is no checkpoint'),
+    ({'init_from': None, 'freeze_decoder': True}, '--freeze_decoder: needs --init_from'),
+    ({'workdir': str(smoothed), 'freeze_decoder': True}, None),
+    ({'workdir': str(smoothed), 'freeze_decoder': True, 'init_from': 'x'}, '--init_from: not what'),
+  ):
+    changed = dataclasses.replace(settings, **changes)
+    if message is None:
+      pretrain.prepare(changed)
+    else:
+      with pytest.raises(UsageError, match=message):
+        pretrain.prepare(changed)
+  # What an MLP does not use may differ.
+  pretrain.prepare(dataclasses.replace(settings, conv_channels=3))
+  assert not (tmp_path / 'w').exists()

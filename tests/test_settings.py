@@ -84,6 +84,8 @@ WRONG_COMMANDS = [
   ('pretrain', '--workdir={tmp}/w --objective=gan', '--objective'),
   ('pretrain', '--workdir={tmp}/w --arch=transformer', '--arch'),
   ('pretrain', '--workdir={tmp}/w --gama=1', 'gama'),
+  ('pretrain', '--workdir={tmp}/w --freeze_decoder', '--freeze_decoder'),
+  ('pretrain', '--workdir={tmp}/w --init_from={tmp}/nowhere', '--init_from'),
   ('pretrain', '--workdir={tmp}/w now', "'now'"),
   ('pretrain', '', '--workdir'),
   ('pretrain', '--workdir={tmp}/file/w', '--workdir'),

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from se_vae import gaussians, sharding, training, vae, wasserstein
+from se_vae import data, gaussians, sharding, training, vae, wasserstein
 
 SHAPE = (4, 4, 1)
 BATCH = 8
@@ -244,6 +244,21 @@ def test_se_elbo_leaves_the_gradient_of_the_decoder_unchanged():
     lambda a, b: np.abs(a - b).max() > 0.01 * np.abs(b).max(), by_se['encoder'], by_vae['encoder']
   )
   assert all(jax.tree.leaves(changed))
+
+
+@strictly
+def test_a_frozen_decoder_leaves_the_gradient_of_the_encoder_unchanged():
+  model, x = tiny(), batch(0)
+  gradient = jax.jit(jax.grad(training.loss, has_aux=True), static_argnums=(1, 2))
+  config = dataclasses.replace(CONFIG, objective='vae')
+  free, metrics = gradient(drawn(model), model, config, KEY, x)
+  config = dataclasses.replace(config, freeze_decoder=True)
+  frozen, frozen_metrics = gradient(drawn(model), model, config, KEY, x)
+  # The same sums in two programs: rounding alone.
+  assert_close(frozen['encoder'], free['encoder'], rtol=1e-5)
+  assert_close(frozen_metrics, metrics, rtol=1e-5)
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(free['decoder']))
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen['decoder']))
 
 
 @strictly
@@ -479,6 +494,8 @@ def test_pixels_are_bytes_over_255():
   assert x.dtype == jnp.float32
   assert x[0] == 0.0 and x[255] == 1.0
   np.testing.assert_allclose(x, levels / 255.0, rtol=1e-7)
+  with pytest.raises(TypeError, match='uint8, 0 to 255, got float32'):
+    training.pixels(x)  # they are in [0, 1] already
 
 
 @pytest.mark.parametrize('objective', training.OBJECTIVES)
@@ -520,6 +537,28 @@ def test_a_step_that_is_not_finite_is_named_with_its_batch():
   assert f'step {step} is not finite' in str(error.value)
   assert not all(map(math.isfinite, error.value.metrics.values()))
   np.testing.assert_array_equal(error.value.examples, indices_for(step, 1)[0])
+
+
+def test_fit_is_run_from_scratch():
+  config = dataclasses.replace(CONFIG, objective='vae', num_steps=12)
+  model = tiny(num_layers=1)
+  params, rows = training.fit(model, config, IMAGES, seed=3, batch_size=BATCH, steps_per_row=ROW)
+  init_key, key, _ = jax.random.split(jax.random.key(3), 3)
+  state = jax.jit(training.init_state, static_argnums=(0, 1))(model, config, init_key)
+  outputs = training.run(
+    model,
+    config,
+    state,
+    key,
+    IMAGES,
+    lambda step, count: data.batch_indices(3, step, count, BATCH, len(IMAGES)),
+    steps_per_row=ROW,
+    mesh=sharding.data_mesh(1),
+  )
+  expected = [(int(state.step), row, state.params) for state, _, row in outputs if row]
+  assert rows == [{'step': step, **row} for step, row, _ in expected]
+  assert [row['step'] for row in rows] == [10, 12]
+  assert_same(params, expected[-1][2])
 
 
 def test_finished_run_yields_nothing():

@@ -1,0 +1,40 @@
+"""Prints the table of the direct dependencies and their licences that BUILD.md holds.
+
+python -m tests.licences
+"""
+
+from __future__ import annotations
+
+import configparser
+import importlib.metadata
+import re
+from pathlib import Path
+
+SETUP = Path(__file__).parents[1] / 'setup.cfg'
+
+
+def licence(package: str) -> str:
+  """As the package states it: an SPDX expression, a classifier, or the licence's first line."""
+  stated = importlib.metadata.metadata(package)
+  for classifier in stated.get_all('Classifier') or ():
+    if classifier.startswith('License :: ') and 'License-Expression' not in stated:
+      return classifier.split(' :: ')[-1]
+  return stated.get('License-Expression') or stated['License'].splitlines()[0]
+
+
+def table() -> list[str]:
+  setup = configparser.ConfigParser()
+  setup.read(SETUP)
+  lines = ['| Package | Versions | Licence |', '|---|---|---|']
+  groups = {'': setup['options']['install_requires']}
+  groups[' (tests)'] = setup['options.extras_require']['test']
+  for note, group in groups.items():
+    for requirement in group.split('\n')[1:]:
+      package, versions = re.fullmatch(r'([\w.-]+(?:\[\w+\])?) ?(.*)', requirement).groups()
+      name = package.split('[')[0]
+      lines.append(f'| {name}{note} | {versions or "any"} | {licence(name)} |')
+  return lines
+
+
+if __name__ == '__main__':
+  print('\n'.join(table()))
