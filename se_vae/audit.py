@@ -246,7 +246,7 @@ def _life(
   spread = representation - representation.mean(axis=0)
   figures = {
     'clean_accuracy': clean_accuracy,
-    'active_latents': float(active_latents(representation)),
+    'active_dimensions': float(active_latents(representation)),
     'latent_scale': float(np.sqrt((spread**2).sum(axis=1).mean())),
   }
   if reconstruct_fn is not None:

@@ -274,16 +274,17 @@ def alive(figures: Mapping[str, float], largest_share: float) -> Check:
   """(12) The representation says something: a constant is robust.
 
   Args:
-    figures: `clean_accuracy`, `active_latents`, `latent_scale` (root mean square over examples of
-      the deviation from the mean representation) and, where there is a decoder,
-      `squared_error` of a reconstruction and `variance` of an image about the mean image.
+    figures: `clean_accuracy`, `active_dimensions` of the representation (`GaussianLatents` has two
+      for each latent), `latent_scale` (root mean square over examples of the deviation from the
+      mean representation) and, where there is a decoder, `squared_error` of a reconstruction and
+      `variance` of an image about the mean image.
     largest_share: of a class, the clean accuracy of a constant.
   """
   problems = []
   if not figures['clean_accuracy'] > largest_share:
     problems.append('clean accuracy is that of a constant')
-  if not figures['active_latents'] >= 1:
-    problems.append('no active latent')
+  if not figures['active_dimensions'] >= 1:
+    problems.append('no active dimension')
   if not 1e-3 <= figures['latent_scale'] <= 1e3:
     problems.append('latent scale')
   if not figures.get('squared_error', 0.0) <= figures.get('variance', np.inf):

@@ -115,7 +115,7 @@ def test_11_mean_of_minima():
   'fault',
   [
     {'clean_accuracy': 0.1},
-    {'active_latents': 0.0},
+    {'active_dimensions': 0.0},
     {'latent_scale': 1e-6},
     {'latent_scale': 1e6},
     {'squared_error': 60.0},
@@ -125,7 +125,7 @@ def test_11_mean_of_minima():
 def test_12_alive(fault):
   sound = {
     'clean_accuracy': 0.9,
-    'active_latents': 8.0,
+    'active_dimensions': 8.0,
     'latent_scale': 2.0,
     'squared_error': 10.0,
     'variance': 50.0,
