@@ -55,6 +55,18 @@ def trained(tmp_path_factory) -> Path:
   return workdir
 
 
+def test_fit_gives_the_parameters_of_the_binary(trained):
+  model, expected = se_vae.load_model(trained)
+  values = json.loads((trained / 'result.json').read_text())['config']
+  fields = [field.name for field in dataclasses.fields(se_vae.TrainConfig)]
+  train_config = se_vae.TrainConfig(**{name: values[name] for name in fields})
+  images = data.load('color_mnist_5k').train.images
+  options = {'steps_per_row': values['log_every'], 'mesh': runtime.mesh_for(values['batch_size'])}
+  params, losses = se_vae.fit(model, train_config, images, **options)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  assert [row['loss'] for row in losses] == [row['loss'] for row in rows(trained)]
+
+
 def test_pretrain_writes_what_it_promises(trained):
   result = json.loads((trained / 'result.json').read_text())
   written = rows(trained)
