@@ -20,7 +20,7 @@ import time
 import traceback
 from pathlib import Path
 
-from experiments import figure1, pretrain, probe, runtime, settings
+from experiments import cluster, figure1, pretrain, probe, runtime, settings
 from se_vae import robustness
 
 TINY = {'hidden_units': 16, 'pgd_steps': 2}
@@ -29,7 +29,7 @@ ATTACK = {'num_examples': 40, 'pgd_steps': 4, 'restarts': 2, 'check_examples': 0
 BINARIES = {
   'pretrain': (
     pretrain,
-    (pretrain.PretrainConfig, runtime.Cluster),
+    (pretrain.PretrainConfig, cluster.Cluster),
     {**TRAINING, 'num_steps': 1500},
   ),
   'probe': (

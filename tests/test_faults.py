@@ -24,6 +24,7 @@ DTYPE_PROMOTION = 'standard'  # optax takes part
 
 ROOT = Path(__file__).parents[1]
 FLAGS = {
+  'tensorboard': False,
   'hidden_units': 16,
   'latent_dim': 4,
   'pgd_steps': 2,
@@ -244,7 +245,7 @@ def assert_fails_in_a_line(process: subprocess.Popen, *words: str) -> None:
 
 def test_a_file_that_cannot_grow_is_an_error_in_a_line(tmp_path):
   """The kernel's own refusal of a write, as of a full quota: nothing half-written is left."""
-  process = start(tmp_path, ('-c', LIMITED, '50000'), tensorboard=False)
+  process = start(tmp_path, ('-c', LIMITED, '50000'))
   assert_fails_in_a_line(process, 'cannot be written', 'too large')
   assert checkpoints.steps(tmp_path / 'checkpoints') == []
   assert not [path for path in (tmp_path / 'checkpoints').rglob('*') if path.is_file()]

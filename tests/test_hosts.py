@@ -25,6 +25,7 @@ DTYPE_PROMOTION = 'standard'  # optax takes part
 
 ROOT = Path(__file__).parents[1]
 TINY = {
+  'tensorboard': False,
   'hidden_units': 16,
   'latent_dim': 4,
   'pgd_steps': 2,

@@ -27,6 +27,7 @@ DTYPE_PROMOTION = 'standard'  # optax takes part
 
 ROOT = Path(__file__).parents[1]
 TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 30, 'log_every': 10}
+TINY |= {'tensorboard': False}  # test_watch.py is about it
 
 
 def config(workdir: Path, **changes) -> pretrain.PretrainConfig:
@@ -191,7 +192,7 @@ def test_full_covariance_encoders_train_and_are_probed(tmp_path):
 
 
 def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
-  small = {'hidden_units': 16, 'conv_channels': 2, 'pgd_steps': 2}
+  small = {'hidden_units': 16, 'conv_channels': 2, 'pgd_steps': 2, 'tensorboard': False}
   preset = figure1.PRESETS['quick']
   encoders = tuple(
     dataclasses.replace(pair, num_steps=20, overrides=small) for pair in preset.encoders

@@ -19,6 +19,7 @@ DTYPE_PROMOTION = 'standard'  # optax takes part
 
 RADII = (0.0, 0.05, 0.3)
 TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 40}
+TINY |= {'tensorboard': False}
 
 
 @pytest.fixture(scope='module')
