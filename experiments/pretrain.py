@@ -120,7 +120,7 @@ class PretrainConfig:
     0, 'Seed of initialisation, batch order and noise.', at_least=0, at_most=2**31 - 1
   )
   log_every: int = setting(100, 'Steps a row of metrics averages over.', at_least=1)
-  checkpoint_every: int = setting(1000, 'Steps between checkpoints.', at_least=1)
+  checkpoint_every: int = setting(2000, 'Steps between checkpoints.', at_least=1)
   tensorboard: bool = setting(True, 'Write TensorBoard event files.')
   num_devices: int | None = setting(
     None,
