@@ -78,11 +78,11 @@ def finish(process: int, log: Path, options: int = 0) -> bool:
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
-  """Every file but the locks, which name processes."""
+  """Every file but locks and event files, which tell of processes and of the clock."""
   return {
     str(path.relative_to(workdir)): path.read_bytes()
     for path in workdir.rglob('*')
-    if path.is_file() and not path.name.endswith('lock')
+    if path.is_file() and not path.name.endswith('lock') and path.parent.name != 'tensorboard'
   }
 
 
