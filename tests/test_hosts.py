@@ -65,7 +65,7 @@ def pair(
   """Two processes that train together; `own` are further flags of each."""
   cluster = {'coordinator': f'localhost:{free_port()}', 'num_processes': 2, **PATIENCE}
   processes = [
-    start(workdir, process_id=number, **cluster, **{**flags, **own[number]}) for number in (0, 1)
+    start(workdir, process_id=number, **{**cluster, **flags, **own[number]}) for number in (0, 1)
   ]
   try:
     yield processes
@@ -256,14 +256,15 @@ LONG = {'num_steps': 100_000, 'log_every': 50}
 @pytest.mark.slow
 @pytest.mark.parametrize('killed', [0, 1])
 def test_the_death_of_one_ends_the_other_and_the_run_goes_on_from_its_checkpoint(tmp_path, killed):
-  with pair(tmp_path, **LONG) as processes:
+  with pair(tmp_path, **LONG, heartbeat_timeout=30) as processes:
     while not checkpoints.steps(tmp_path / 'checkpoints'):
       wait_for(tmp_path / 'config.json', processes)
       time.sleep(0.1)
     processes[killed].kill()
     asked = time.monotonic()
     (end,) = ends([processes[1 - killed]])
-  assert time.monotonic() - asked < 60.0  # its connections break: no heartbeat need be missed
+  # At once where connections break, and when its heartbeat has been missed where they do not.
+  assert time.monotonic() - asked < 90.0
   assert end.code in (1, -signal.SIGABRT), end.errors  # the latter if JAX's own watch is quicker
   if end.code == 1:
     assert end.last.startswith('error: lost the other processes, or a device: ')
