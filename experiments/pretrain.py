@@ -95,7 +95,7 @@ class PretrainConfig:
     None, 'Step size of the selection; 2.5 * radius / pgd_steps if not given.', above=0
   )
   warm_start: bool = setting(
-    False, "Start each example's selection where its last one ended; then 5 pgd_steps may do."
+    False, "Start each example's selection where its last one ended, and not at random."
   )
   attack_dtype: str = setting(
     'float32', 'Precision of the encoder within the selection.', choices=choices.ATTACK_DTYPES

@@ -42,7 +42,7 @@ class TrainConfig:
     pgd_steps: gradient steps L of the selection.
     pgd_step_size: their length; None for `attacks.pgd`'s rule.
     warm_start: start each example's selection where its last one ended, an epoch ago, instead of
-      at random: a few gradient steps then do the work of many. Not the paper's.
+      at random, for fewer gradient steps. Not the paper's.
     attack_dtype: 'float32', or 'bfloat16' for the encodings within the selection: faster on
       accelerators that multiply it faster. Not the paper's.
     optimizer: 'adam', or 'sgd' with momentum.
