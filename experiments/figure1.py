@@ -17,12 +17,12 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pretrain, probe, runtime, settings
-from experiments.settings import UsageError, setting
+from experiments import pipeline, pretrain, probe, runtime, settings
+from experiments.settings import setting
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments import plots
-  from se_vae import data, files
+  from se_vae import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,8 @@ def run(config: Figure1Config, stop: runtime.StopSignal) -> dict[str, Any]:
   pieces = list(_pieces(config, _with_overrides(config), workdir))
   for piece in pieces:
     dataset = pretrain.prepare(piece.pretraining)
-    _check_attack(piece, dataset)
+    for attack in piece.probes:
+      probe.check_fits(attack, dataset)
   with runtime.lock(workdir, 'figure1.*') as check_place:
     return _run(config, workdir, pieces, stop, check_place)
 
@@ -174,12 +175,8 @@ def _run(
   for number, piece in enumerate(pieces, start=1):
     name = f'[{number}/{len(pieces)}] {piece.encoders.name} {piece.objective}'
     check_place()  # a piece would make it anew
-    pretraining = pretrain.run(piece.pretraining, stop, name)
-    for attack in piece.probes:
-      result = _finished(attack, pretraining) or probe.run(
-        attack, stop, f'{name}, attack on {attack.task}'
-      )
-      results.append({**_identity(piece), 'held_out': pretraining['test'], **result})
+    encoder, attacked = pipeline.run(piece.pretraining, piece.probes, stop, name)
+    results += [{**_identity(piece), 'held_out': encoder['test'], **each} for each in attacked]
 
   panels = [(panel, curves_of(panel, results)) for panel in PANELS]
   drawn = [(panel.title, curves) for panel, curves in panels]
@@ -248,28 +245,6 @@ def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Pi
               for task in tasks
             ),
           )
-
-
-def _check_attack(piece: Piece, dataset: data.Dataset) -> None:
-  available = len(dataset.test.images)
-  for attack in piece.probes:
-    settings.check(attack)
-    if attack.num_examples is not None and attack.num_examples > available:
-      raise UsageError(
-        f'--num_examples: must be at most the {available} test examples; got {attack.num_examples}'
-      )
-
-
-def _finished(attack: probe.ProbeConfig, pretraining: dict[str, Any]) -> dict[str, Any] | None:
-  """The result of an attack that was run before with these very settings, on this very encoder."""
-  path = Path(str(attack.workdir)) / f'probe_{attack.task}.json'
-  used = ('task', 'num_examples', 'radii', 'accuracy', 'interval', 'config', 'pretraining', 'step')
-  result = runtime.read_json(path, *used)
-  if result is None:
-    return None
-  found = (result['config'], result['pretraining'], result['step'])
-  wanted = (settings.to_dict(attack), pretraining['config'], pretraining['step'])
-  return result if found == wanted else None
 
 
 def _identity(piece: Piece) -> dict[str, Any]:

@@ -65,8 +65,7 @@ def save(
   for axis, (title, curves) in zip(axes, panels, strict=False):
     variants = sorted({curve.variant for curve in curves}, key=lambda name: (len(name), name))
     for curve in curves:
-      color = _COLORS[curve.objective]
-      style = _STYLES[variants.index(curve.variant) % len(_STYLES)]
+      color, style = _look(curve.objective, variants.index(curve.variant), len(variants))
       axis.plot(
         curve.radii, curve.accuracy, style, marker='o', ms=3.5, color=color, label=curve.label
       )
@@ -81,6 +80,15 @@ def save(
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
   figure.savefig(file, dpi=150, format='png')
+
+
+def _look(objective: str, number: int, count: int) -> tuple[Any, str]:
+  """Colour and line of a variant: colours tell objectives apart, or variants where they are many."""
+  if count <= len(_STYLES):
+    return _COLORS[objective], _STYLES[number]
+  from matplotlib import colormaps
+
+  return colormaps['viridis'](number / (count - 1) * 0.9), _STYLES[objective == 'vae']
 
 
 def _draw_moves(axis: Any, moves: dict[str, Any]) -> None:

@@ -116,6 +116,15 @@ class PretrainConfig:
   freeze_decoder: bool = setting(
     False, 'Train the encoder alone, and keep the decoder of --init_from as it is.'
   )
+  kl_weight: float = setting(
+    1.0, 'Weight of the KL divergence in the loss of --objective=vae: a beta-VAE.', at_least=0
+  )
+  encoder_noise: float = setting(
+    0.0,
+    'Uniform noise, up to this, on the pixels that the encoder of --objective=vae sees.',
+    at_least=0,
+    at_most=1,
+  )
   seed: int = setting(
     0, 'Seed of initialisation, batch order and noise.', at_least=0, at_most=2**31 - 1
   )
@@ -150,6 +159,9 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   settings.check(config)
   if config.warm_start and not (config.objective == 'se' and config.radius > 0.0):
     raise UsageError('--warm_start: is for --objective=se and a --radius above 0')
+  for name in ('kl_weight', 'encoder_noise'):
+    if config.objective != 'vae' and getattr(config, name) != getattr(PretrainConfig, name):
+      raise UsageError(f'--{name}: is for --objective=vae')
   if config.freeze_decoder and config.init_from is None:
     raise UsageError('--freeze_decoder: needs --init_from, the run whose decoder is kept')
   if sharding.is_first():
@@ -522,16 +534,18 @@ def _fields_of(config: PretrainConfig, *names: str) -> dict[str, Any]:
 
 def _check_same_settings(before: dict[str, Any], config: PretrainConfig) -> None:
   """Refuses to go on with a run under other settings than it was started with."""
-  longer = config.schedule == 'constant' and config.num_steps > before.get('num_steps', math.inf)
+  # A run that was started before a flag existed did what the flag's default does.
+  before = settings.to_dict(PretrainConfig()) | before
+  longer = config.schedule == 'constant' and config.num_steps > before['num_steps']
   free = _FREE_SETTINGS | ({'num_steps'} if longer else set())
   changed = {
     name: value
     for name, value in settings.to_dict(config).items()
-    if name not in free and before.get(name) != value
+    if name not in free and before[name] != value
   }
   if changed:
     names = ', '.join(f'--{name}' for name in changed)
-    values = '; '.join(f'{name} was {before.get(name)}, now {new}' for name, new in changed.items())
+    values = '; '.join(f'{name} was {before[name]}, now {new}' for name, new in changed.items())
     raise UsageError(
       f'{names}: not what the run in {config.workdir} was started with ({values}); choose another '
       '--workdir'

@@ -145,7 +145,9 @@ def prepare(config: ProbeConfig) -> Prepared:
     dataset = pretrain.load_dataset(pretraining)
   except data.DataError as error:
     raise UsageError(str(error)) from None
-  _check_task(config, dataset, metadata)
+  check_fits(config, dataset)
+  if dataset.digest != metadata['data']['digest']:
+    raise UsageError('--data_dir: holds other data than the encoder was trained on')
   surrogate = _load_surrogate(config, workdir, dataset)
   count = config.num_examples or len(dataset.test.images)
   return Prepared(
@@ -361,7 +363,9 @@ def _moves(prepared: Prepared, options: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _check_task(config: ProbeConfig, dataset: data.Dataset, metadata: dict[str, Any]) -> None:
+def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
+  """Raises UsageError, naming the flag, unless a data set has what the settings ask of it."""
+  settings.check(config)
   if config.task not in dataset.num_classes:
     raise UsageError(
       f'--task: {dataset.name} has no {config.task} labels; its tasks are '
@@ -369,8 +373,6 @@ def _check_task(config: ProbeConfig, dataset: data.Dataset, metadata: dict[str, 
     )
   if config.joint and len(dataset.num_classes) < 2:
     raise UsageError(f'--joint: needs several tasks; {dataset.name} has {config.task} labels alone')
-  if dataset.digest != metadata['data']['digest']:
-    raise UsageError('--data_dir: holds other data than the encoder was trained on')
   available = len(dataset.test.images)
   if config.num_examples is not None and config.num_examples > available:
     raise UsageError(

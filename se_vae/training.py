@@ -51,6 +51,9 @@ class TrainConfig:
     schedule: 'constant', or 'cosine' to zero at num_steps.
     num_steps: length of the schedule.
     freeze_decoder: train the encoder alone.
+    kl_weight: beta, the weight of the KL term of 'vae': a beta-VAE. Not the paper's.
+    encoder_noise: half-width of the uniform noise on the pixels that the encoder of 'vae' sees,
+      while the decoder is to give the clean ones. Not the paper's.
   """
 
   objective: str = 'se'
@@ -67,6 +70,8 @@ class TrainConfig:
   schedule: str = 'cosine'
   num_steps: int = 10_000
   freeze_decoder: bool = False
+  kl_weight: float = 1.0
+  encoder_noise: float = 0.0
 
   def __post_init__(self) -> None:
     for name, allowed in (
@@ -79,6 +84,8 @@ class TrainConfig:
         raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {getattr(self, name)!r}')
     if self.warm_start and not (self.objective == 'se' and self.radius > 0.0):
       raise ValueError("warm_start needs objective 'se' and a radius > 0")
+    if self.objective != 'vae' and (self.kl_weight != 1.0 or self.encoder_noise > 0.0):
+      raise ValueError("kl_weight and encoder_noise need objective 'vae'")
 
 
 class TrainState(NamedTuple):
@@ -183,24 +190,28 @@ def loss(
 ) -> tuple[jax.Array, Metrics]:
   """Minus the batch mean of the bound, in nats, and the mean of every term of it.
 
+  With a KL weight beta: of the ELBO less (beta - 1) times the KL divergence.
+
   Args:
     params: the model's parameters.
     model: the model.
     config: which bound, with its settings.
     key: one key, for the latent noise.
     x: images `[B, H, W, C]` in [0, 1].
-    x_adv: the selected x' of each, for the SE-ELBO.
+    x_adv: the selected x' of each, for the SE-ELBO; for the ELBO what the encoder sees instead of
+      x, if anything.
     index: `[B]`, the place of each in the whole batch, of which x may be a part; `arange(B)` if
       None. Each draws with a key of its own, whatever the parts.
   """
   index = jnp.arange(x.shape[0]) if index is None else index
   if config.freeze_decoder:  # its gradient is zero, and so is every update
     params = {**params, 'decoder': jax.lax.stop_gradient(params['decoder'])}
-  q_a = model.encode(params, x)
+  is_vae = config.objective == 'vae'
+  q_a = model.encode(params, x if x_adv is None or not is_vae else x_adv)
   z_a = gaussians.sample_each(q_a, attacks.example_keys(key, index))
   x_mean = model.decode(params, z_a)
   terms: NamedTuple
-  if config.objective == 'vae':
+  if is_vae:
     terms = objectives.elbo(x, x_mean, q_a, obs_var=config.obs_var)
     extra = {}
   else:
@@ -211,6 +222,8 @@ def loss(
   metrics = {name: jnp.mean(values) for name, values in terms._asdict().items()} | extra
   metrics['squared_error'] = jnp.mean(objectives.squared_error(x, x_mean))
   value = -metrics['elbo']
+  if config.kl_weight != 1.0:
+    value += (config.kl_weight - 1.0) * metrics['kl']
   return value, {'loss': value} | metrics
 
 
@@ -267,6 +280,8 @@ def train_step(
       assert examples is not None
       moved = jnp.round((x_adv - x) * (_OFFSET_STEPS / config.radius)).astype(jnp.int8)
       offsets = offsets.at[parts.gather(examples)].set(parts.gather(moved.reshape(len(x), -1)))
+  elif config.encoder_noise > 0.0:
+    x_adv = attacks.noise(select_key, x, radius=config.encoder_noise, index=index)
   gradients, metrics = parts.mean(
     jax.grad(loss, has_aux=True)(state.params, model, config, sample_key, x, x_adv, index)
   )

@@ -1,0 +1,34 @@
+"""From an encoder's settings to its curves: pretrain and probe, each unless it is done already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from experiments import pretrain, probe, runtime, settings
+
+
+def run(
+  pretraining: pretrain.PretrainConfig,
+  attacks: tuple[probe.ProbeConfig, ...],
+  stop: runtime.StopSignal,
+  name: str,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """Results of an encoder and of every attack on it, each made unless it is there already."""
+  encoder = pretrain.run(pretraining, stop, name)
+  return encoder, [
+    _finished(attack, encoder) or probe.run(attack, stop, f'{name}, attack on {attack.task}')
+    for attack in attacks
+  ]
+
+
+def _finished(attack: probe.ProbeConfig, pretraining: dict[str, Any]) -> dict[str, Any] | None:
+  """The result of an attack that was run before with these very settings, on this very encoder."""
+  path = Path(str(attack.workdir)) / f'probe_{attack.task}.json'
+  used = ('task', 'num_examples', 'radii', 'accuracy', 'interval', 'config', 'pretraining', 'step')
+  result = runtime.read_json(path, *used)
+  if result is None:
+    return None
+  found = (result['config'], result['pretraining'], result['step'])
+  wanted = (settings.to_dict(attack), pretraining['config'], pretraining['step'])
+  return result if found == wanted else None

@@ -1,0 +1,246 @@
+r"""Pretrains, probes and attacks an encoder for every combination of some settings.
+
+  python -m experiments.sweep --workdir=runs/gamma --vary='gamma=0.3,1,3 seed=0,1' --num_steps=4000
+
+All flags of `experiments.pretrain` are here too, and hold for every run; --probe has those of
+`experiments.probe`. Leaves a directory for each run, and sweep.json, sweep.csv, sweep.md and
+sweep.png with all of them in --workdir. Runs that are finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shlex
+import time
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from etils import epy
+
+from experiments import pipeline, pretrain, probe, runtime, settings
+from experiments.settings import UsageError, setting
+
+with epy.lazy_imports():  # --help and wrong flags are answered without them
+  from experiments import plots
+  from se_vae import files
+
+# What a sweep says for all of its runs.
+_SHARED = ('workdir', 'data_dir', 'cache_dir')
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+  """The flags of this binary, beside those of `experiments.pretrain`."""
+
+  vary: str | None = setting(
+    None, "Settings of pretrain and their values: 'gamma=0.3,1,3 seed=0,1' makes six runs."
+  )
+  probe: str = setting('', "Flags of probe, for every run: '--attack=worst_case --restarts=3'.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One encoder.
+
+  Attributes:
+    varied: its own settings.
+    pretraining: all of them.
+    attack: what attacks it.
+  """
+
+  varied: dict[str, Any]
+  pretraining: pretrain.PretrainConfig
+  attack: probe.ProbeConfig
+
+
+def main() -> None:
+  """Entry point."""
+  config = settings.from_flags(SweepConfig)
+  base = settings.from_flags(pretrain.PretrainConfig)
+  runtime.use_all_cores(base.batch_size, base.num_devices)
+  with runtime.StopSignal().listening() as stop:
+    run(config, base, stop)
+
+
+def run(
+  config: SweepConfig, base: pretrain.PretrainConfig, stop: runtime.StopSignal
+) -> dict[str, Any]:
+  """Runs what is not finished, and writes the tables; returns the JSON.
+
+  Raises:
+    UsageError: for settings that are wrong, before anything is compiled or written.
+    Interrupted: when `stop` says so, after a checkpoint.
+  """
+  settings.check(config)
+  workdir = runtime.check_workdir(base.workdir)
+  runs = list(runs_of(config, base, workdir))
+  for each in runs:
+    probe.check_fits(each.attack, pretrain.prepare(each.pretraining))
+  with runtime.lock(workdir, 'sweep.*') as check_place:
+    return _run(config, base, workdir, runs, stop, check_place)
+
+
+def _run(
+  config: SweepConfig,
+  base: pretrain.PretrainConfig,
+  workdir: Path,
+  runs: list[Run],
+  stop: runtime.StopSignal,
+  check_place: Callable[[], None],
+) -> dict[str, Any]:
+  results = []
+  for number, each in enumerate(runs, start=1):
+    name = f'[{number}/{len(runs)}] {_label(each.varied)}'
+    check_place()  # a run would make it anew
+    started = time.monotonic()
+    encoder, (attacked,) = pipeline.run(each.pretraining, (each.attack,), stop, name)
+    results.append(
+      {
+        'varied': each.varied,
+        'objective': each.pretraining.objective,
+        'held_out': encoder['test'],
+        'seconds': time.monotonic() - started,
+        **attacked,
+      }
+    )
+  content = {
+    'config': {'sweep': settings.to_dict(config), 'pretraining': settings.to_dict(base)},
+    'results': results,
+    'versions': runtime.versions(),
+    'devices': runtime.devices(),
+  }
+  groups = list(_over_seeds(results))
+  with files.replacing(workdir / 'sweep.png') as file:
+    plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve, _ in groups])])
+  rows = list(_table(groups))
+  runtime.write_csv(workdir / 'sweep.csv', rows)
+  text = '\n'.join('| ' + ' | '.join(map(_cell, row)) + ' |' for row in _with_rule(rows))
+  files.write(workdir / 'sweep.md', f'{text}\n'.encode())
+  runtime.write_json(workdir / 'sweep.json', content)
+  print(text)
+  return content
+
+
+def runs_of(config: SweepConfig, base: pretrain.PretrainConfig, workdir: Path) -> Iterator[Run]:
+  """Every combination, the last setting varying fastest.
+
+  Raises:
+    UsageError: for flags that do not exist or cannot have such a value.
+  """
+  attack = _probe_config(config.probe)
+  varied = _parse(config.vary)
+  for values in itertools.product(*varied.values()):
+    own = dict(zip(varied, values, strict=True))
+    directory = str(workdir / '_'.join(f'{name}{value}' for name, value in own.items()))
+    yield Run(
+      own,
+      dataclasses.replace(
+        base,
+        **own,
+        workdir=directory,
+        cache_dir=base.cache_dir or str(workdir / 'data'),
+      ),
+      dataclasses.replace(attack, workdir=directory),
+    )
+
+
+def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
+  """The settings that vary, each with its values, parsed as flags of pretrain are."""
+  if not vary:
+    raise UsageError("--vary: is required: settings and their values, such as 'gamma=0.3,1,3'")
+  found = {}
+  for item in shlex.split(vary):
+    name, _, values = item.partition('=')
+    if name in _SHARED or name not in _names():
+      raise UsageError(f'--vary: {name!r} is no setting of pretrain that can vary')
+    if name in found:
+      raise UsageError(f'--vary: {name} is there twice')
+    parsed = tuple(
+      getattr(_parsed(pretrain.PretrainConfig, [f'--{name}={value}'], '--vary'), name)
+      for value in values.split(',')
+    )
+    if len(set(parsed)) < len(parsed):
+      raise UsageError(f'--vary: a value of {name} is there twice')
+    found[name] = parsed
+  return found
+
+
+def _names() -> set[str]:
+  return {field.name for field in dataclasses.fields(pretrain.PretrainConfig)}
+
+
+def _probe_config(text: str) -> probe.ProbeConfig:
+  config = _parsed(probe.ProbeConfig, shlex.split(text), '--probe')
+  for name in ('workdir', 'data_dir'):
+    if getattr(config, name) is not None:
+      raise UsageError(f"--probe: --{name} is the sweep's")
+  return config
+
+
+Config = typing.TypeVar('Config')
+
+
+def _parsed(config_type: type[Config], arguments: list[str], flag: str) -> Config:
+  """A configuration from flags within a flag."""
+  values = flags.FlagValues()
+  settings.define_flags(config_type, values)
+  try:
+    rest = values([flag, *arguments])[1:]
+    if rest:
+      raise UsageError(f'unexpected argument {rest[0]!r}')
+    return settings.from_flags(config_type, values)
+  except (flags.Error, UsageError) as error:
+    raise UsageError(f'{flag}: {" ".join(str(error).split())}') from None
+
+
+def _over_seeds(
+  results: list[dict[str, Any]],
+) -> Iterator[tuple[dict[str, Any], plots.Curve, list[dict[str, Any]]]]:
+  """Settings, curve and results of the runs that differ in nothing but the seed."""
+  groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+  for result in results:
+    key = tuple((name, value) for name, value in result['varied'].items() if name != 'seed')
+    groups.setdefault(key, []).append(result)
+  for key, members in groups.items():
+    own = dict(key)
+    variant = _label({name: value for name, value in own.items() if name != 'objective'})
+    yield own, plots.Curve(members[0]['objective'], members, variant), members
+
+
+def _table(
+  groups: list[tuple[dict[str, Any], plots.Curve, list[dict[str, Any]]]],
+) -> Iterator[tuple[Any, ...]]:
+  """A row for each group, the header first: means over the seeds."""
+  own, curve, _ = groups[0]
+  figures = ('elbo', 'squared_error', 'active_latents')
+  yield (*own, 'seeds', *figures, *(f'at {radius:g}' for radius in curve.radii))
+  for own, curve, members in groups:
+    held_out = (sum(m['held_out'][f] for m in members) / len(members) for f in figures)
+    yield (
+      *own.values(),
+      len(members),
+      *(f'{value:.1f}' for value in held_out),
+      *(f'{value:.3f}' for value in curve.accuracy),
+    )
+
+
+def _with_rule(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+  return [rows[0], ('---',) * len(rows[0]), *rows[1:]]
+
+
+def _cell(value: Any) -> str:
+  return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def _label(varied: dict[str, Any]) -> str:
+  return ', '.join(f'{name} {_cell(value)}' for name, value in varied.items())
+
+
+if __name__ == '__main__':
+  settings.define_flags(SweepConfig)
+  settings.define_flags(pretrain.PretrainConfig)
+  runtime.run(main)
