@@ -83,7 +83,7 @@ def save(
 
 
 def _look(objective: str, number: int, count: int) -> tuple[Any, str]:
-  """Colour and line of a variant: colours tell objectives apart, or variants where they are many."""
+  """Colour and line of a variant: colours tell objectives apart, or variants if they are many."""
   if count <= len(_STYLES):
     return _COLORS[objective], _STYLES[number]
   from matplotlib import colormaps
