@@ -92,27 +92,32 @@ def _run(
   stop: runtime.StopSignal,
   check_place: Callable[[], None],
 ) -> dict[str, Any]:
-  results = []
+  content: dict[str, Any] = {
+    'config': {'sweep': settings.to_dict(config), 'pretraining': settings.to_dict(base)},
+    'versions': runtime.versions(),
+    'devices': runtime.devices(),
+  }
+  path = workdir / 'sweep.json'
+  before = runtime.read_json(path, 'results') or {'results': []}
+  seconds = {str(result['varied']): result['seconds'] for result in before['results']}
+  results: list[dict[str, Any]] = []
   for number, each in enumerate(runs, start=1):
     name = f'[{number}/{len(runs)}] {_label(each.varied)}'
     check_place()  # a run would make it anew
-    started = time.monotonic()
+    started, fresh = time.monotonic(), not Path(str(each.pretraining.workdir)).exists()
     encoder, (attacked,) = pipeline.run(each.pretraining, (each.attack,), stop, name)
+    if fresh:
+      seconds[str(each.varied)] = time.monotonic() - started
     results.append(
       {
         'varied': each.varied,
         'objective': each.pretraining.objective,
         'held_out': encoder['test'],
-        'seconds': time.monotonic() - started,
+        'seconds': seconds.get(str(each.varied)),  # not known of a run that was interrupted
         **attacked,
       }
     )
-  content = {
-    'config': {'sweep': settings.to_dict(config), 'pretraining': settings.to_dict(base)},
-    'results': results,
-    'versions': runtime.versions(),
-    'devices': runtime.devices(),
-  }
+    runtime.write_json(path, {**content, 'results': results})
   groups = list(_over_seeds(results))
   with files.replacing(workdir / 'sweep.png') as file:
     plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve, _ in groups])])
@@ -120,9 +125,8 @@ def _run(
   runtime.write_csv(workdir / 'sweep.csv', rows)
   text = '\n'.join('| ' + ' | '.join(map(_cell, row)) + ' |' for row in _with_rule(rows))
   files.write(workdir / 'sweep.md', f'{text}\n'.encode())
-  runtime.write_json(workdir / 'sweep.json', content)
   print(text)
-  return content
+  return {**content, 'results': results}
 
 
 def runs_of(config: SweepConfig, base: pretrain.PretrainConfig, workdir: Path) -> Iterator[Run]:
