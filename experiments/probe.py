@@ -363,6 +363,15 @@ def _moves(prepared: Prepared, options: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def parse(text: str) -> ProbeConfig:
+  """The settings that --probe of another binary gives; the directories are that binary's."""
+  config = settings.parse(ProbeConfig, text, '--probe')
+  for name in ('workdir', 'data_dir'):
+    if getattr(config, name) is not None:
+      raise UsageError(f'--probe: --{name} is a flag of its own here')
+  return config
+
+
 def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
   """Raises UsageError, naming the flag, unless a data set has what the settings ask of it."""
   settings.check(config)

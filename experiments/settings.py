@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -70,6 +71,19 @@ def from_flags(config_type: type[Config], flag_values: flags.FlagValues = flags.
   config = config_type(**values)
   check(config)
   return config
+
+
+def parse(config_type: type[Config], text: str, flag: str) -> Config:
+  """The configuration that the flags in `text` describe, checked; errors name `flag`."""
+  values = flags.FlagValues()
+  define_flags(config_type, values)
+  try:
+    rest = values([flag, *shlex.split(text)])[1:]
+    if rest:
+      raise UsageError(f'unexpected argument {rest[0]!r}')
+    return from_flags(config_type, values)
+  except (flags.Error, UsageError, ValueError) as error:
+    raise UsageError(f'{flag}: {" ".join(str(error).split())}') from None
 
 
 def check(config: Any) -> None:

@@ -13,12 +13,10 @@ import dataclasses
 import itertools
 import shlex
 import time
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 from etils import epy
 
 from experiments import pipeline, pretrain, probe, runtime, settings
@@ -135,7 +133,7 @@ def runs_of(config: SweepConfig, base: pretrain.PretrainConfig, workdir: Path) -
   Raises:
     UsageError: for flags that do not exist or cannot have such a value.
   """
-  attack = _probe_config(config.probe)
+  attack = probe.parse(config.probe)
   varied = _parse(config.vary)
   for values in itertools.product(*varied.values()):
     own = dict(zip(varied, values, strict=True))
@@ -164,7 +162,7 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
     if name in found:
       raise UsageError(f'--vary: {name} is there twice')
     parsed = tuple(
-      getattr(_parsed(pretrain.PretrainConfig, [f'--{name}={value}'], '--vary'), name)
+      getattr(settings.parse(pretrain.PretrainConfig, f'--{name}={value}', '--vary'), name)
       for value in values.split(',')
     )
     if len(set(parsed)) < len(parsed):
@@ -175,30 +173,6 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
 
 def _names() -> set[str]:
   return {field.name for field in dataclasses.fields(pretrain.PretrainConfig)}
-
-
-def _probe_config(text: str) -> probe.ProbeConfig:
-  config = _parsed(probe.ProbeConfig, shlex.split(text), '--probe')
-  for name in ('workdir', 'data_dir'):
-    if getattr(config, name) is not None:
-      raise UsageError(f"--probe: --{name} is the sweep's")
-  return config
-
-
-Config = typing.TypeVar('Config')
-
-
-def _parsed(config_type: type[Config], arguments: list[str], flag: str) -> Config:
-  """A configuration from flags within a flag."""
-  values = flags.FlagValues()
-  settings.define_flags(config_type, values)
-  try:
-    rest = values([flag, *arguments])[1:]
-    if rest:
-      raise UsageError(f'unexpected argument {rest[0]!r}')
-    return settings.from_flags(config_type, values)
-  except (flags.Error, UsageError) as error:
-    raise UsageError(f'{flag}: {" ".join(str(error).split())}') from None
 
 
 def _over_seeds(

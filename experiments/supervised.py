@@ -1,0 +1,242 @@
+r"""Trains a classifier adversarially, with labels: how robust the same network can be.
+
+  python -m experiments.supervised --workdir=runs/supervised --dataset=mnist_5k --num_steps=4000
+
+The network is the encoder's, up to its means, with a linear layer on top: what `experiments.probe`
+attacks, trained as one on PGD's images (Madry et al., 2018). No smooth encoder, which sees no
+label, is expected to reach it. Writes result.json, and goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etils import epy
+
+from experiments import pretrain, probe, runtime, settings
+from experiments.settings import UsageError, setting
+from se_vae import choices
+
+with epy.lazy_imports():  # --help and wrong flags are answered without them
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  import optax
+
+  from se_vae import (
+    attacks,
+    checkpoints,
+    classification,
+    data,
+    probing,
+    robustness,
+    sharding,
+    training,
+    vae,
+  )
+
+_STEPS_PER_DISPATCH = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedConfig:
+  """The flags of this binary."""
+
+  workdir: str | None = setting(None, 'Directory of this run; everything it writes goes there.')
+  dataset: str = setting('mnist_5k', f'One of: {", ".join(choices.DATASETS)}, or tfds:NAME.')
+  data_dir: str | None = setting(None, 'Directory of the IDX files or the TFDS data set.')
+  arch: str = setting('mlp', 'Architecture of the network.', choices=choices.ARCHS)
+  latent_dim: int = setting(64, 'Units below the linear layer.', at_least=1)
+  hidden_units: int = setting(200, 'Units of each of the 4 layers of an MLP.', at_least=1)
+  conv_channels: int = setting(200, 'Channels of each of the 4 layers of a ConvNet.', at_least=1)
+  radius: float = setting(0.2, 'linf radius of the attack in training.', at_least=0, at_most=1)
+  pgd_steps: int = setting(20, 'Gradient steps of the attack in training.', at_least=1)
+  num_steps: int = setting(10_000, 'Training steps.', at_least=1)
+  batch_size: int = setting(64, 'Examples a step.', at_least=1)
+  learning_rate: float = setting(1e-3, "Adam's, at its peak; a cosine from there.", above=0)
+  seed: int = setting(0, 'Of everything random.', at_least=0, at_most=2**31 - 1)
+  checkpoint_every: int = setting(2000, 'Steps between checkpoints.', at_least=1)
+  probe: str = setting('', "Flags of probe, for the attack: '--attack=worst_case --restarts=3'.")
+
+
+class State(NamedTuple):
+  """Everything that a step changes."""
+
+  step: jax.Array
+  params: tuple[vae.Params, probing.LinearProbe]
+  opt_state: Any
+
+
+def main() -> None:
+  """Entry point."""
+  config = settings.from_flags(SupervisedConfig)
+  runtime.use_all_cores(config.batch_size)
+  with runtime.StopSignal().listening() as stop:
+    result = run(config, stop)
+  for radius, accuracy in zip(result['radii'], result['accuracy'], strict=True):
+    print(f'{radius:6.3f}  {accuracy:.3f}')
+
+
+def run(config: SupervisedConfig, stop: runtime.StopSignal) -> dict[str, Any]:
+  """Trains and attacks; returns the result's JSON.
+
+  Raises:
+    UsageError: for settings that are wrong, before anything is compiled or written.
+    Interrupted: when `stop` says so, after a checkpoint.
+  """
+  settings.check(config)
+  workdir = runtime.check_workdir(config.workdir)
+  attack = probe.parse(config.probe)
+  try:
+    data.check(config.dataset, config.data_dir)
+    dataset = data.load(config.dataset, data_dir=config.data_dir)
+  except data.DataError as error:
+    raise UsageError(str(error)) from None
+  probe.check_fits(attack, dataset)
+  mesh = runtime.mesh_for(config.batch_size)
+  with runtime.lock(workdir, pretrain.RESULT):
+    classifier, state = _train(config, attack.task, dataset, mesh, stop)
+    count = attack.num_examples or len(dataset.test.images)
+    outcome = robustness.evaluate(
+      classifier,
+      dataset.test.images[:count].astype(np.float32) / 255.0,
+      dataset.test.labels[attack.task][:count],
+      attack=attack.attack,
+      radii=attack.radii,
+      num_steps=attack.pgd_steps,
+      restarts=attack.restarts,
+      num_queries=attack.num_queries,
+      relative_step_size=attack.pgd_step_size,
+      latents_fn=probing.GaussianLatents(classifier.model),
+      seed=attack.seed,
+      args=state.params,
+      check_examples=attack.check_examples,
+      batch_size=attack.batch_size,
+      mesh=mesh,
+    )
+    result = {
+      'step': int(state.step),
+      'task': attack.task,
+      'num_examples': count,
+      'radii': list(attack.radii),
+      'accuracy': outcome.curve.accuracy.tolist(),
+      'interval': outcome.curve.interval().tolist(),
+      'checks': [check._asdict() for check in outcome.checks],
+      'config': settings.to_dict(config),
+      'evaluation': outcome.config,
+      'versions': runtime.versions(),
+      'devices': runtime.devices(),
+    }
+    runtime.write_json(workdir / pretrain.RESULT, result)
+  return result
+
+
+def _train(
+  config: SupervisedConfig,
+  task: str,
+  dataset: data.Dataset,
+  mesh: jax.sharding.Mesh,
+  stop: runtime.StopSignal,
+) -> tuple[probing.ProbedEncoder, State]:
+  """The classifier at its last step, from the newest checkpoint if there is one."""
+  images, labels = dataset.train.images, dataset.train.labels[task]
+  model = vae.make_vae(
+    tuple(images.shape[1:]),
+    **{
+      name: getattr(config, name)
+      for name in ('arch', 'latent_dim', 'hidden_units', 'conv_channels')
+    },
+  )
+  classifier = probing.ProbedEncoder(model)
+  init_key, key = jax.random.split(jax.random.key(config.seed))
+  state = _init(config, classifier, init_key, dataset.num_classes[task])
+  saved = {**settings.to_dict(config), 'workdir': None, 'data_dir': None, 'probe': None}
+  directory = Path(str(config.workdir)) / pretrain.CHECKPOINTS
+  restored = checkpoints.restore_latest(directory, state._asdict(), on_damage=runtime.warn)
+  if restored is not None:
+    tree, metadata = restored
+    if metadata['config'] != saved or metadata['digest'] != dataset.digest:
+      raise UsageError(f'--workdir: the run in {config.workdir} was started with other settings')
+    state = State(**tree)
+  state = sharding.replicate_copy(mesh, state)
+  key, device_images, device_labels = sharding.replicate(mesh, (key, images, labels))
+  step = int(state.step)
+  with runtime.progress_bar(config.num_steps, 'supervised', initial=step) as bar:
+    while step < config.num_steps:
+      count = min(_STEPS_PER_DISPATCH - step % _STEPS_PER_DISPATCH, config.num_steps - step)
+      indices = data.batch_indices(config.seed, step, count, config.batch_size, len(images))
+      indices = sharding.split(mesh, indices, axis=1)
+      state = _steps(classifier, config, mesh, state, key, device_images, device_labels, indices)
+      before, step = step, int(state.step)
+      bar.update(step - before)
+      due = step // config.checkpoint_every > before // config.checkpoint_every
+      if due or step == config.num_steps or stop.requested():
+        metadata = {'config': saved, 'digest': dataset.digest}
+        checkpoints.save(directory, step, state._asdict(), metadata)
+      stop.check()
+  return classifier, state
+
+
+def _optimizer(config: SupervisedConfig) -> optax.GradientTransformation:
+  return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps))
+
+
+def _init(
+  config: SupervisedConfig, classifier: probing.ProbedEncoder, key: jax.Array, num_classes: int
+) -> State:
+  """Step 0; the linear layer starts at zero."""
+  layer = probing.LinearProbe(jnp.zeros((config.latent_dim, num_classes)), jnp.zeros(num_classes))
+  params = {'encoder': classifier.model.init(key)['encoder']}, layer
+  return State(jnp.zeros((), jnp.int32), params, _optimizer(config).init(params))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _steps(
+  classifier: probing.ProbedEncoder,
+  config: SupervisedConfig,
+  mesh: jax.sharding.Mesh,
+  state: State,
+  key: jax.Array,
+  images: jax.Array,
+  labels: jax.Array,
+  indices: jax.Array,
+) -> State:
+  """One training step for each row of `indices` `[K, B]`."""
+  objective = classification.CrossEntropy(classifier)
+
+  def loss(params: Any, x_adv: jax.Array, aim: classification.Aim) -> jax.Array:
+    return jnp.mean(objective(x_adv, aim, *params))
+
+  def step(
+    state: State, examples: jax.Array, key: jax.Array, images: jax.Array, labels: jax.Array
+  ) -> State:
+    x, aim = training.pixels(images[examples]), classification.Aim(labels[examples])
+    x_adv = attacks.pgd(
+      objective,
+      jax.random.fold_in(key, state.step),
+      x,
+      radius=config.radius,
+      num_steps=config.pgd_steps,
+      args=(aim, *state.params),
+      index=sharding.share_of_batch(len(examples)),
+    )
+    gradients = sharding.mean_over_devices(jax.grad(loss)(state.params, x_adv, aim))
+    updates, opt_state = _optimizer(config).update(gradients, state.opt_state, state.params)
+    return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+
+  def on_device(state: State, indices: jax.Array, *rest: jax.Array) -> State:
+    return jax.lax.fori_loop(
+      0, len(indices), lambda i, state: step(state, indices[i], *rest), state
+    )
+
+  parallel = sharding.per_device(mesh, on_device, (None, 1, None, None, None))
+  after: State = parallel(state, indices, key, images, labels)
+  return after
+
+
+if __name__ == '__main__':
+  settings.define_flags(SupervisedConfig)
+  runtime.run(main)
