@@ -152,11 +152,14 @@ def _train(
   )
   classifier = probing.ProbedEncoder(model)
   init_key, key = jax.random.split(jax.random.key(config.seed))
-  state = _init(config, classifier, init_key, dataset.num_classes[task])
+  init = functools.partial(_init, config, classifier, num_classes=dataset.num_classes[task])
+  template = jax.eval_shape(init, init_key)._asdict()
   saved = {**settings.to_dict(config), 'workdir': None, 'data_dir': None, 'probe': None}
   directory = Path(str(config.workdir)) / pretrain.CHECKPOINTS
-  restored = checkpoints.restore_latest(directory, state._asdict(), on_damage=runtime.warn)
-  if restored is not None:
+  restored = checkpoints.restore_latest(directory, template, on_damage=runtime.warn)
+  if restored is None:
+    state = jax.jit(init)(init_key)
+  else:
     tree, metadata = restored
     if metadata['config'] != saved or metadata['digest'] != dataset.digest:
       raise UsageError(f'--workdir: the run in {config.workdir} was started with other settings')

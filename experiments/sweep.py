@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,7 +154,7 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
   if not vary:
     raise UsageError("--vary: is required: settings and their values, such as 'gamma=0.3,1,3'")
   found = {}
-  for item in shlex.split(vary):
+  for item in vary.split():
     name, _, values = item.partition('=')
     if name in _SHARED or name not in _names():
       raise UsageError(f'--vary: {name!r} is no setting of pretrain that can vary')

@@ -461,6 +461,64 @@ def test_unknown_choices_raise(change):
     training.TrainConfig(**change)
 
 
+@strictly
+def test_the_kl_weight_takes_beta_minus_one_times_the_kl_divergence_off_the_elbo():
+  model, x = tiny(), jnp.asarray(IMAGES[:BATCH] / np.float32(255))
+  params = drawn(model)
+  plain, terms = training.loss(params, model, dataclasses.replace(CONFIG, objective='vae'), KEY, x)
+  for beta in (0.0, 4.0):
+    weighted, same = training.loss(
+      params, model, dataclasses.replace(CONFIG, objective='vae', kl_weight=beta), KEY, x
+    )
+    by_hand = -(float(terms['log_likelihood']) - beta * float(terms['kl']))
+    assert float(weighted) == pytest.approx(by_hand, rel=1e-6)
+    assert float(same['elbo']) == float(terms['elbo']) == -float(plain)
+
+
+def test_encoder_noise_is_uniform_in_the_box_and_clipped(monkeypatch):
+  model, config = tiny(), dataclasses.replace(CONFIG, objective='vae', encoder_noise=0.3)
+  seen = []
+
+  def loss(params, model, config, key, x, x_adv, index):
+    seen.append(x_adv)
+    return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)), {}
+
+  monkeypatch.setattr(training, 'loss', loss)
+  x = jnp.asarray(IMAGES[:BATCH] / np.float32(255))
+  for step in (0, 1):
+    state = start(model, config)._replace(step=jnp.int32(step))
+    training.train_step(model, config, state, KEY, x)
+  offset = np.asarray(seen[0] - x)
+  assert np.abs(offset).max() <= 0.3 + 1e-6 and 0.0 <= seen[0].min() <= seen[0].max() <= 1.0
+  # 64 pixels are below 0.3: there the noise is never cut off above, and a half of it is positive.
+  above = offset[np.asarray(x) < 0.3]
+  assert 0.3 < (above > 0.0).mean() < 0.7 and above.max() > 0.25
+  assert (np.asarray(seen[1]) != np.asarray(seen[0])).mean() > 0.5
+
+
+@strictly
+def test_noise_is_seen_by_the_encoder_and_not_by_the_likelihood():
+  model, config = tiny(), dataclasses.replace(CONFIG, objective='vae', encoder_noise=0.3)
+  params, x = drawn(model), jnp.asarray(IMAGES[:BATCH] / np.float32(255))
+  noisy = jnp.clip(x + jnp.asarray(np.random.default_rng(2).uniform(-0.3, 0.3, x.shape), x.dtype))
+  _, metrics = training.loss(params, model, config, KEY, x, noisy)
+  q = model.encode(params, noisy)
+  x_mean = model.decode(
+    params,
+    gaussians.sample_each(q, jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(BATCH))),
+  )
+  error = np.sum(np.square(np.asarray(x - x_mean, np.float64)), axis=(1, 2, 3))
+  assert float(metrics['squared_error']) == pytest.approx(error.mean(), rel=1e-5)
+  expected = gaussians.kl_to_standard_normal(q).mean()
+  assert float(metrics['kl']) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize('change', [{'kl_weight': 2.0}, {'encoder_noise': 0.1}])
+def test_what_is_for_a_vae_alone_raises_elsewhere(change):
+  with pytest.raises(ValueError, match="need objective 'vae'"):
+    training.TrainConfig(objective='se', **change)
+
+
 @pytest.mark.parametrize('change', [{'objective': 'vae'}, {'radius': 0.0}])
 def test_a_warm_start_without_a_selection_raises(change):
   with pytest.raises(ValueError, match='warm_start needs'):
