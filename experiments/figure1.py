@@ -56,6 +56,8 @@ class Encoders:
     arch: architecture.
     num_steps: training steps.
     overrides: further settings of `PretrainConfig`.
+    seeds: independent repetitions.
+    latent_dims: latent sizes.
   """
 
   name: str
@@ -63,6 +65,8 @@ class Encoders:
   arch: str
   num_steps: int
   overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+  seeds: int = 1
+  latent_dims: tuple[int, ...] = (64,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +74,6 @@ class Preset:
   """Everything that a preset decides."""
 
   dataset: str
-  seeds: int
-  latent_dims: tuple[int, ...]
   encoders: tuple[Encoders, ...]
   attack: dict[str, Any]
 
@@ -92,14 +94,14 @@ PANELS = (
   Panel('(d) MNIST, digit task, ConvNet', 'mnist_convnet', 'digit'),
 )
 
+_LATENTS = (32, 64, 128)
+
 # Short runs are over before anybody looks into their event files.
 _UNWATCHED = {'tensorboard': False}
 
 PRESETS = {
   'quick': Preset(
     dataset='mnist_5k',
-    seeds=1,
-    latent_dims=(64,),
     encoders=(
       Encoders('mnist_mlp', False, 'mlp', 4000, _UNWATCHED),
       # Three channels make the likelihood three times as heavy against the coupling; chosen, from
@@ -113,12 +115,10 @@ PRESETS = {
   # optimiser and its rate, which it does not give, are the binaries' defaults.
   'paper': Preset(
     dataset='mnist',
-    seeds=3,
-    latent_dims=(32, 64, 128),
     encoders=(
-      Encoders('mnist_mlp', False, 'mlp', 300_000),
-      Encoders('color_mlp', True, 'mlp', 300_000, {'obs_var': 0.2}),
-      Encoders('mnist_convnet', False, 'convnet', 300_000, {'conv_channels': 200}),
+      Encoders('mnist_mlp', False, 'mlp', 300_000, {}, 3, _LATENTS),
+      Encoders('color_mlp', True, 'mlp', 300_000, {'obs_var': 0.2}, 3, _LATENTS),
+      Encoders('mnist_convnet', False, 'convnet', 300_000, {'conv_channels': 200}, 3, _LATENTS),
     ),
     attack={'num_examples': 10_000, 'pgd_steps': 40, 'restarts': 5},
   ),
@@ -200,27 +200,27 @@ def _run(
 def _with_overrides(config: Figure1Config) -> Preset:
   """The preset, with what the flags say in the place of its own values."""
   preset = PRESETS[config.preset]
-  given = {
-    name: getattr(config, name)
-    for name in ('dataset', 'seeds', 'latent_dims')
-    if getattr(config, name) is not None
-  }
-  attack = {
-    name: getattr(config, name)
-    for name in ('num_examples', 'radii')
-    if getattr(config, name) is not None
-  }
-  encoders = preset.encoders
-  if config.num_steps is not None:
-    encoders = tuple(dataclasses.replace(e, num_steps=config.num_steps) for e in encoders)
-  return dataclasses.replace(preset, **given, encoders=encoders, attack={**preset.attack, **attack})
+  encoders = [
+    dataclasses.replace(pair, **_given(config, 'seeds', 'latent_dims', 'num_steps'))
+    for pair in preset.encoders
+  ]
+  attack = {**preset.attack, **_given(config, 'num_examples', 'radii')}
+  given = _given(config, 'dataset')
+  return dataclasses.replace(preset, encoders=tuple(encoders), attack=attack, **given)
+
+
+def _given(config: Figure1Config, *names: str) -> dict[str, Any]:
+  """The flags of these that were given."""
+  values = {name: getattr(config, name) for name in names}
+  return {name: value for name, value in values.items() if value is not None}
 
 
 def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Piece]:
-  for seed in range(preset.seeds):
+  """All seeds 0 first: a figure of one seed is there early, and a longer one goes on from it."""
+  for seed in range(max(encoders.seeds for encoders in preset.encoders)):
     for encoders in preset.encoders:
       tasks = [panel.task for panel in PANELS if panel.encoders == encoders.name]
-      for latent_dim in preset.latent_dims:
+      for latent_dim in encoders.latent_dims if seed < encoders.seeds else ():
         for objective in ('vae', 'se'):
           directory = workdir / f'{encoders.name}_{objective}_latent{latent_dim}_seed{seed}'
           yield Piece(

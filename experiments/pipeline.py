@@ -24,7 +24,7 @@ def run(
 
 def _finished(attack: probe.ProbeConfig, pretraining: dict[str, Any]) -> dict[str, Any] | None:
   """The result of an attack that was run before with these very settings, on this very encoder."""
-  path = Path(str(attack.workdir)) / f'probe_{attack.task}.json'
+  path = Path(str(attack.workdir)) / f'{probe.file_stem(attack)}.json'
   used = ('task', 'num_examples', 'radii', 'accuracy', 'interval', 'config', 'pretraining', 'step')
   result = runtime.read_json(path, *used)
   if result is None:

@@ -5,9 +5,10 @@ r"""Fits a linear probe on a pretrained encoder's means, attacks it, and checks 
 Reads the newest checkpoint of the run in --workdir and writes beside it `probe_TASK.json`
 (accuracies, checks, settings, versions), `.csv` and `.png` (the curve), `_images.png` (adversarial
 images beside originals and reconstructions) and `.npz` (every example's ledger and adversarial
-image); `robustness.json` holds the results of all tasks. --joint adds the curve of one attack on
-all tasks together, and --moves how far the encoding itself can be moved, with `_moves.csv`. With
---strict the exit code is 1 when a check fails. Interrupted, the same command goes on where it was.
+image), with `probe_TASK_worst_case` for the name of a worst case; `robustness.json` holds all
+results. --joint adds the curve of one attack on all tasks together, and --moves how far the
+encoding itself can be moved, with `_moves.csv`. With --strict the exit code is 1 when a check
+fails. Interrupted, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -231,7 +232,7 @@ def _run(
   stop.check()
   probe, train_accuracy = fit(config, prepared, means)
   stop.check()
-  stem = prepared.workdir / f'probe_{config.task}'
+  stem = prepared.workdir / file_stem(config)
   digest = hashlib.sha256(json.dumps(settings.to_dict(config)).encode()).hexdigest()[:8]
   state = stem.with_name(f'{stem.name}_{digest}.state.npz')
   surrogate = None
@@ -372,6 +373,12 @@ def parse(text: str) -> ProbeConfig:
   return config
 
 
+def file_stem(config: ProbeConfig) -> str:
+  """What the files of a result are called; a worst case does not take the place of the curve."""
+  attack = '' if config.attack == 'standard' else f'_{config.attack}'
+  return f'probe_{config.task}{attack}'
+
+
 def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
   """Raises UsageError, naming the flag, unless a data set has what the settings ask of it."""
   settings.check(config)
@@ -422,7 +429,8 @@ def _write(
     with files.replacing(stem.with_name(f'{stem.name}_images.png')) as file:
       plots.save_images(file, page)
   path = stem.with_name('robustness.json')
-  runtime.write_json(path, {**(runtime.read_json(path) or {}), result['task']: result})
+  name = stem.name.removeprefix('probe_')
+  runtime.write_json(path, {**(runtime.read_json(path) or {}), name: result})
   runtime.write_json(stem.with_suffix('.json'), result)  # last: its presence says all is there
 
 

@@ -317,7 +317,11 @@ def _load_run(path: Path, label: str, style: str, metadata: dict[str, Any]) -> R
   probes = [_parsed(file, _parse_probe) for file in files]
   drawn = [(path / f'{name}.png', *words) for name, words in _PICTURES.items()]
   drawn += [
-    (file.with_name(f'{file.stem}_images.png'), f'Adversarial images, {probe.task} probe', _FALLEN)
+    (
+      file.with_name(f'{file.stem}_images.png'),
+      f'Adversarial images, {probe.task} probe, {probe.attack}',
+      _FALLEN,
+    )
     for file, probe in zip(files, probes, strict=True)
   ]
   return Run(
@@ -433,7 +437,7 @@ def _robustness(runs: Sequence[Run]) -> list[Table]:
         run.style,
         f'{probe.attack}, n = {probe.num_examples:,}, step {probe.step:,}',
       )
-      title = f'{dataset}, {probe.task} probe'
+      title = f'{dataset}, {probe.task} probe, {probe.attack}'
       accuracies.setdefault(title, []).append((*row, probe.accuracy))
       if probe.joint:
         title = f'{dataset}, {probe.joint[0]} probes together'
