@@ -261,7 +261,7 @@ def test_a_kept_program_changes_no_bit(tmp_path):
   assert metrics[0] == metrics[1] == metrics[2]
 
 
-@pytest.mark.parametrize('binary', ['pretrain', 'probe', 'figure1', 'benchmark'])
+@pytest.mark.parametrize('binary', ['pretrain', 'probe', 'figure1', 'sweep', 'benchmark'])
 def test_help_waits_for_nothing_heavy(binary):
   code = (
     f'import sys; from experiments import {binary}, runtime, settings; '

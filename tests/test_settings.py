@@ -87,6 +87,7 @@ WRONG_COMMANDS = [
   ('pretrain', '--workdir={tmp}/w --freeze_decoder', '--freeze_decoder'),
   ('pretrain', '--workdir={tmp}/w --init_from={tmp}/nowhere', '--init_from'),
   ('pretrain', '--workdir={tmp}/w now', "'now'"),
+  ('pretrain', '--workdir={tmp}/w --kl_weight=2', '--kl_weight'),
   ('pretrain', '', '--workdir'),
   ('pretrain', '--workdir={tmp}/file/w', '--workdir'),
   ('probe', '--workdir={tmp}/w', '--workdir'),
@@ -99,6 +100,10 @@ WRONG_COMMANDS = [
   ('figure1', '--workdir={tmp}/w --preset=paper', '--data_dir'),
   ('figure1', '--workdir={tmp}/w --num_examples=1001', '--num_examples'),
   ('figure1', '--workdir={tmp}/w --seeds=0', '--seeds'),
+  ('sweep', '--workdir={tmp}/w', '--vary'),
+  ('sweep', '--workdir={tmp}/w --vary=gamma=x', '--vary'),
+  ('supervised', '--workdir={tmp}/w --probe=--radi=1', '--probe'),
+  ('supervised', '--workdir={tmp}/w --num_steps=0', '--num_steps'),
 ]
 
 
