@@ -60,7 +60,7 @@ def main() -> None:
   """Entry point."""
   config = settings.from_flags(ComparisonConfig)
   runtime.use_all_cores(config.batch_size)
-  with runtime.StopSignal().listening() as stop:
+  with runtime.StopSignal(saves=False).listening() as stop:
     result = run(config, stop)
   print(f'{"radius":>8}' + ''.join(f'{name:>20}' for name in result['accuracy']))
   for i, radius in enumerate(config.radii):

@@ -84,7 +84,7 @@ def main() -> None:
   """Entry point."""
   config = settings.from_flags(BenchmarkConfig)
   runtime.use_all_cores(max(*config.batch_sizes, *config.conv_batch_sizes))
-  with runtime.StopSignal().listening() as stop:
+  with runtime.StopSignal(saves=False).listening() as stop:
     run(config, stop)
 
 

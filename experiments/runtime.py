@@ -55,11 +55,17 @@ class RuntimeConfig:
 
 
 class Interrupted(Exception):
-  """The user or the scheduler asked the process to stop; finished work has been saved."""
+  """The user or the scheduler asked the process to stop.
 
-  def __init__(self, signum: int) -> None:
+  Attributes:
+    signum: how.
+    saved: whether finished work has been saved.
+  """
+
+  def __init__(self, signum: int, saved: bool = True) -> None:
     super().__init__(signal.Signals(signum).name)
     self.signum = signum
+    self.saved = saved
 
 
 def run(main: Callable[[], None]) -> None:
@@ -83,7 +89,8 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     sys.exit(1)
   except Interrupted as interrupted:
-    print(f'{interrupted}: saved. Run the same command again to go on.', file=sys.stderr)
+    kept = 'saved. Run the same command again to go on.' if interrupted.saved else 'nothing is kept'
+    print(f'{interrupted}: {kept}', file=sys.stderr)
     sys.exit(128 + interrupted.signum)
 
 
@@ -207,15 +214,19 @@ def _lock_or_refuse(file: TextIO, workdir: Path, mode: int) -> None:
 class StopSignal:
   """Remembers a request to stop (Ctrl-C, SIGTERM), to be honoured at a point of one's choice.
 
+  Args:
+    saves: whether what is finished by then is saved.
+
   Attributes:
     signum: of the request; None if there is none.
     patience: seconds to wait for that point. The process ends without it afterwards, with what was
       saved before: a device at work cannot be interrupted.
   """
 
-  def __init__(self) -> None:
+  def __init__(self, saves: bool = True) -> None:
     self.signum: int | None = None
     self.patience = 10.0
+    self._saves = saves
     self._honoured = threading.Event()
 
   def requested(self) -> int | None:
@@ -228,7 +239,7 @@ class StopSignal:
     """Raises Interrupted if a request has come in."""
     signum = self.requested()
     if signum is not None:
-      raise Interrupted(signum)
+      raise Interrupted(signum, self._saves)
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[StopSignal]:

@@ -116,6 +116,7 @@ def run(config: SupervisedConfig, stop: runtime.StopSignal) -> dict[str, Any]:
       check_examples=attack.check_examples,
       batch_size=attack.batch_size,
       mesh=mesh,
+      progress=lambda *_: stop.check(),
     )
     result = {
       'step': int(state.step),

@@ -12,11 +12,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from experiments import figure1, pretrain, probe, runtime
+from experiments import figure1, pretrain, probe, runtime, settings
 from experiments.settings import UsageError
 from se_vae import checkpoints
 
@@ -120,6 +121,21 @@ def test_a_binary_killed_at_random_moments_leaves_the_same_bytes(tmp_path, binar
   )
   assert done.returncode == 0, done.stderr
   assert '20 kills' in done.stdout
+
+
+@pytest.mark.parametrize(('saves', 'says'), [(True, 'SIGINT: saved.'), (False, 'nothing is kept')])
+def test_who_keeps_nothing_does_not_say_saved(monkeypatch, capsys, saves, says):
+  monkeypatch.setattr(runtime, 'flags', mock.MagicMock())
+  monkeypatch.setattr(settings, 'from_flags', lambda _: runtime.RuntimeConfig())
+
+  def main():
+    stop = runtime.StopSignal(saves)
+    stop.signum = signal.SIGINT
+    stop.check()
+
+  with pytest.raises(SystemExit) as error:
+    runtime._guarded(main, ['binary'])
+  assert error.value.code == 130 and says in capsys.readouterr().err
 
 
 def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, undisturbed):
