@@ -117,8 +117,8 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`[B, H, W, I]` to `[B, h, w, channels]`."""
-    ends = (x.shape[-1], self.channels)
+    """`[H, W, B, I]` to `[h, w, B, channels]`."""
+    ends = (x.shape[3], self.channels)
     if self.transpose_to is not None:
       ends = ends[::-1]
     window = (KERNEL_SIZE, KERNEL_SIZE)
@@ -142,9 +142,12 @@ class ConvEncoder(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> Gaussian:
     """Images `[B, H, W, C]` to a Gaussian with means `[B, D]`."""
+    batch_size = x.shape[0]
+    x = x.transpose(1, 2, 0, 3)
     for channels in self.channels:
       x = nn.relu(Conv(channels)(x))
-    return GaussianHead(self.latent_dim, self.covariance)(x.reshape(x.shape[0], -1))
+    features = x.transpose(2, 0, 1, 3).reshape(batch_size, -1)
+    return GaussianHead(self.latent_dim, self.covariance)(features)
 
 
 class ConvDecoder(nn.Module):
@@ -163,7 +166,9 @@ class ConvDecoder(nn.Module):
       sizes.append((height, width))
     features = nn.Dense(height * width * self.channels[-1])(z)
     x = nn.relu(features).reshape(z.shape[0], height, width, self.channels[-1])
+    x = x.transpose(1, 2, 0, 3)
     outputs = (image_channels, *self.channels[:-1])
     for size, channels in reversed(list(zip(sizes[:-1], outputs, strict=True))[1:]):
       x = nn.relu(Conv(channels, transpose_to=size)(x))
-    return nn.sigmoid(Conv(image_channels, transpose_to=sizes[0])(x))
+    x = nn.sigmoid(Conv(image_channels, transpose_to=sizes[0])(x))
+    return x.transpose(2, 0, 1, 3)

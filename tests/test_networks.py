@@ -100,8 +100,10 @@ def test_conv_decoder_mirrors_the_encoder(shape, sizes):
     return [found[f'Conv_{i}']['__call__'][0] for i in range(len(channels))]
 
   z, x = jnp.zeros((1, 3)), jnp.zeros((1, *shape))
-  decoded = [layer.shape[1:] for layer in jax.eval_shape(lambda: layers(decoder, z))]
-  encoded = [layer.shape[1:] for layer in jax.eval_shape(lambda: layers(encoder, x))]
+  shapes = lambda *args: [layer.shape for layer in jax.eval_shape(lambda: layers(*args))]  # noqa: E731
+  decoded, encoded = (
+    [(h, w, c) for h, w, _, c in shapes(*args)] for args in ((decoder, z), (encoder, x))
+  )
   assert [layer[:2] for layer in decoded] == sizes
   assert [layer[2] for layer in decoded] == [7, 6, 5, shape[2]]
   assert [shape, *encoded[:-1]] == decoded[::-1]
@@ -267,7 +269,7 @@ def test_kernels_start_with_the_variance_of_their_fan_in():
   """Fan-in of 9 input channels times 60: the features are of the size of the inputs."""
   for target in (None, (3, 3)):
     conv = networks.Conv(50, transpose_to=target)
-    kernel = jax.jit(conv.init)(jax.random.key(0), jnp.zeros((1, 2, 2, 60)))['params']['kernel']
+    kernel = jax.jit(conv.init)(jax.random.key(0), jnp.zeros((2, 2, 1, 60)))['params']['kernel']
     # 27,000 draws from a normal law cut at two deviations: the standard error of the mean square
     # is below sqrt(2 / 27,000), 1 %.
     np.testing.assert_allclose(np.mean(np.square(kernel)), 1.0 / (9 * 60), rtol=0.04)
