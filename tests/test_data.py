@@ -755,6 +755,11 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
   return calls
 
 
+def cache_entry(cache: pathlib.Path) -> pathlib.Path:
+  (path,) = cache.glob('*/sha256')
+  return path.parent
+
+
 def test_cache_spares_the_decoding(prepared, tmp_path, decodings):
   cache = tmp_path / 'cache' / 'new'
 
@@ -763,29 +768,28 @@ def test_cache_spares_the_decoding(prepared, tmp_path, decodings):
 
   first = load()
   assert decodings == ['train', 'test']
-  assert [path.suffix for path in cache.iterdir()] == ['.npz']
+  assert [path.name for path in cache.glob('[!.]*')] == [cache_entry(cache).name]
   second = load()
   assert decodings == ['train', 'test']
   assert (first.digest, first.source) == (second.digest, second.source)
+  for dataset in (first, second):  # from the file, and in memory no more than is used
+    assert isinstance(dataset.train.images.base, np.memmap)
+    assert not dataset.train.images.flags.writeable
 
 
-@pytest.mark.parametrize('damage', ['empty', 'cut', 'flipped', 'pickle', 'other content'])
+@pytest.mark.parametrize('damage', ['empty', 'cut', 'flipped', 'pickle', 'no digest'])
 def test_damaged_cache_is_rebuilt(prepared, tmp_path, decodings, damage):
   def load():
     return data.load('fashion_mnist', data_dir=str(prepared), cache_dir=str(tmp_path))
 
   expected = load().digest
-  (path,) = tmp_path.glob('*.npz')
+  path = cache_entry(tmp_path) / 'train_images.npy'
   content = bytearray(path.read_bytes())
-  if damage == 'flipped':
-    content[len(content) // 2] ^= 1
-  if damage == 'other content':
-    with np.load(path) as file:
-      arrays = dict(file)
-    arrays['train_labels'][0] ^= 1
-    np.savez(path, **arrays)
+  content[len(content) // 2] ^= 1
+  if damage == 'no digest':
+    (path.parent / 'sha256').unlink()  # the process was killed
   elif damage == 'pickle':
-    np.savez(path, digest=np.array([{}], object))
+    np.save(path, np.array([{}], object))
   else:
     path.write_bytes({'empty': b'', 'cut': content[:-100], 'flipped': content}[damage])
   assert load().digest == expected
