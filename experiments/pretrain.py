@@ -54,7 +54,13 @@ _PATIENCE = 60.0
 
 # Settings that may differ when a run is resumed, since the trained model does not depend on them.
 _PLACES = frozenset({'workdir', 'data_dir', 'cache_dir'})
-_FREE_SETTINGS = _PLACES | {'log_every', 'checkpoint_every', 'num_devices', 'tensorboard'}
+_FREE_SETTINGS = _PLACES | {
+  'log_every',
+  'checkpoint_every',
+  'num_devices',
+  'tensorboard',
+  'device_data_limit',
+}
 
 # What an event file follows: a fair sample of the held-out images, and the first rows of each page.
 # More would take over a hundredth of the time that a VAE trains.
@@ -71,6 +77,9 @@ class PretrainConfig:
   data_dir: str | None = setting(None, 'Directory of the IDX files or the TFDS data set.')
   cache_dir: str | None = setting(
     None, "Where decoded TFDS sets are kept; 'data' in the work directory if not given."
+  )
+  device_data_limit: int = setting(
+    1024, 'MiB of training images up to which the devices keep them all.', at_least=0
   )
   data_seed: int = setting(0, 'Seed of the colours of color_* data sets.', at_least=0)
   validation: bool = setting(
@@ -178,6 +187,12 @@ def prepare(config: PretrainConfig) -> data.Dataset:
     raise UsageError(
       f'--batch_size: must be at most the {len(dataset.train.images)} training examples of '
       f'{config.dataset}; got {config.batch_size}'
+    )
+  if config.warm_start and _is_streamed(config, dataset):
+    raise UsageError(
+      f'--warm_start, --device_data_limit: a warm start keeps the {dataset.train.images.nbytes} '
+      f'bytes of training images on every device, and as many more; the limit is '
+      f'{config.device_data_limit} MiB'
     )
   if sharding.is_first() and not checkpoints.steps(workdir / CHECKPOINTS):
     _load_source(config, dataset)
@@ -339,6 +354,7 @@ def _train(
     steps_per_row=config.log_every,
     mesh=mesh,
     window=window,
+    streamed=_is_streamed(config, dataset),
   )
   with contextlib.ExitStack() as stack:
     images = dataset.test.images[:_WATCHED]
@@ -521,6 +537,11 @@ def _watch(
 
 def _indices(config: PretrainConfig, num_examples: int, step: int, num_steps: int) -> np.ndarray:
   return data.batch_indices(config.seed, step, num_steps, config.batch_size, num_examples)
+
+
+def _is_streamed(config: PretrainConfig, dataset: data.Dataset) -> bool:
+  """Whether the training set is too large for the devices to keep."""
+  return dataset.train.images.nbytes > config.device_data_limit * 2**20
 
 
 def _names(config_type: type[Any]) -> list[str]:

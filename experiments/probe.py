@@ -387,6 +387,13 @@ def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
       f'--task: {dataset.name} has no {config.task} labels; its tasks are '
       f'{", ".join(dataset.num_classes)}'
     )
+  for task in dataset.num_classes if config.joint else (config.task,):
+    missing = set(range(dataset.num_classes[task])) - set(dataset.train.labels[task].tolist())
+    if missing:
+      raise UsageError(
+        f'--task: {dataset.name} has no training example of {task} '
+        f'{", ".join(map(str, sorted(missing)))}, and names {dataset.num_classes[task]}'
+      )
   if config.joint and len(dataset.num_classes) < 2:
     raise UsageError(f'--joint: needs several tasks; {dataset.name} has {config.task} labels alone')
   available = len(dataset.test.images)

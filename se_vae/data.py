@@ -13,9 +13,9 @@ Canonical order. The same data arrives in different orders (IDX files and TFDS d
 examples of each split are sorted by (SHA-256 of the image bytes, label). Results therefore do not
 depend on where the data came from, and any prefix of a split is a fair random sample of it.
 
-Size. Where there is a cache, a TFDS set is decoded once, into files that are then mapped into memory:
-arrays like any others, of which the system keeps in memory what is used and has room. A set may be
-larger than the host's memory; the disk must hold it decoded.
+Size. Where there is a cache, a TFDS set is decoded once, into files that are then mapped into
+memory: arrays like any others, of which the system keeps in memory what is used and has room. A set
+may be larger than the host's memory; the disk must hold it decoded.
 
 Importing this module opens no file, imports nothing heavy and leaves JAX's backends alone.
 """
@@ -677,7 +677,8 @@ def _decode_split(
 ) -> _Arrays:
   """One split, in canonical order, in an array from `new`: no second one is in memory."""
   count = tfds_set.builder.info.splits[split].num_examples
-  images, labels = None, []
+  images: np.ndarray | None = None
+  labels: list[int] = []
   for example in _tfds_examples(tfds_set, split):
     image = example[tfds_set.image]
     if images is None:

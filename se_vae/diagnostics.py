@@ -58,7 +58,8 @@ def held_out(
     images: uint8 `[N, H, W, C]`.
     obs_var: observation noise variance.
     mesh: devices.
-    batch_size: images at a time; the result does not depend on it, beyond rounding.
+    batch_size: images at a time, or fewer that are large; the result does not depend on it, beyond
+      rounding.
 
   Returns:
     `elbo`, `log_likelihood`, `kl` in nats an image, and `squared_error` (of the decoder's mean at
@@ -70,7 +71,7 @@ def held_out(
     return _bound_terms(model, params, key, *batch, jnp.float32(obs_var))
 
   index = np.arange(len(images), dtype=np.int32)
-  batch_size = min(batch_size, len(images))
+  batch_size = min(sharding.fitting(batch_size, images), len(images))
   terms, squared_error = sharding.map_batches(mesh, measure, (images, index), batch_size)
   columns = terms._asdict() | {'squared_error': squared_error}
   return {name: float(values.mean()) for name, values in columns.items()}

@@ -85,12 +85,13 @@ def encoder_means(
 ) -> np.ndarray:
   """Means of q(z | x) for uint8 images `[N, H, W, C]`: float32 `[N, D]`.
 
-  They are encoded `batch_size` at a time, on all devices unless `mesh` names some.
+  They are encoded `batch_size` at a time, or fewer that are large, on all devices unless `mesh`
+  names some.
   """
   mesh = sharding.data_mesh() if mesh is None else mesh
   params = sharding.replicate(mesh, params)
   encode = functools.partial(_encode_means, model, params)
-  return sharding.map_batches(mesh, encode, images, batch_size)
+  return sharding.map_batches(mesh, encode, images, sharding.fitting(batch_size, images))
 
 
 def fit_probe(

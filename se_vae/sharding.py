@@ -27,6 +27,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = 'data'
 
+# Pixel values of a batch of images, beyond which `fitting` makes it smaller.
+_BATCH_VALUES = 2**21
+
 Tree = TypeVar('Tree')
 Value = TypeVar('Value')
 
@@ -114,6 +117,22 @@ def split(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:
   return _place(tree, NamedSharding(mesh, _spec(axis)))
 
 
+def split_rows(mesh: Mesh, array: np.ndarray, indices: np.ndarray) -> jax.Array:
+  """`array[indices]` `[K, B, ...]`, split along B; a process reads its own devices' share alone.
+
+  Args:
+    mesh: the devices, whose number divides B.
+    array: `[N, ...]`, on the host.
+    indices: `[K, B]`, in [0, N).
+  """
+
+  def read(share: Any) -> np.ndarray:
+    return array[indices[share[:2]]]
+
+  shape = (*indices.shape, *array.shape[1:])
+  return jax.make_array_from_callback(shape, NamedSharding(mesh, _spec(1)), read)
+
+
 def _place(tree: Tree, sharding: NamedSharding) -> Tree:
   """The leaves, whole in every process, as arrays that are spread out as `sharding` says."""
   if sharding.is_fully_addressable:
@@ -128,6 +147,18 @@ def _place(tree: Tree, sharding: NamedSharding) -> Tree:
 def _spec(axis: int | None) -> PartitionSpec:
   """Split along `axis`, or replicated."""
   return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, DATA_AXIS)
+
+
+def fitting(batch_size: int, rows: np.ndarray) -> int:
+  """`batch_size`, or fewer where each row is large: as much as any device has memory for.
+
+  Example:
+    >>> fitting(512, np.zeros((1000, 28, 28, 3), np.uint8))
+    512
+    >>> fitting(512, np.zeros((1000, 128, 128, 3), np.uint8))
+    42
+  """
+  return min(batch_size, max(1, _BATCH_VALUES // rows[0].size))
 
 
 def map_batches(mesh: Mesh, function: Callable[[Any], Any], arrays: Any, batch_size: int) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from se_vae import attacks, data, gaussians, objectives, sharding, wasserstein
+from se_vae import attacks, data, feeding, gaussians, objectives, sharding, wasserstein
 from se_vae.choices import ATTACK_DTYPES, OBJECTIVES, OPTIMIZERS, SCHEDULES
 from se_vae.gaussians import Gaussian
 from se_vae.vae import VAE, Params
@@ -339,8 +339,9 @@ def train_steps(
     mesh: the devices.
     carry: state and window, replicated; donated.
     key: the run's key, replicated.
-    images: the whole training set `[N, H, W, C]`, uint8, replicated.
-    indices: `[K, B]`, the examples of each step, split along the batch.
+    images: uint8, the pool that each device takes its examples from: the whole training set
+      `[N, H, W, C]`, replicated, or `[K, B, H, W, C]`, split along the batch.
+    indices: `[K, B]`, where each step's examples are in their pool, split along the batch.
     first: the row of `indices` to begin with, traced.
     count: how many steps, traced: dispatches of any length share one compilation.
 
@@ -351,24 +352,26 @@ def train_steps(
   def on_device(
     carry: tuple[TrainState, Window],
     key: jax.Array,
-    rows: jax.Array,
+    pool: jax.Array,
     indices: jax.Array,
     first: jax.Array,
     count: jax.Array,
   ) -> tuple[TrainState, Window]:
     index = sharding.share_of_batch(indices.shape[1])
+    shape = pool.shape[-3:]
+    rows = pool.reshape(-1, math.prod(shape))  # a gather is vectorised along the last axis
 
     def step(i: jax.Array, carry: tuple[TrainState, Window]) -> tuple[TrainState, Window]:
       state, window = carry
-      x = pixels(rows[indices[i]]).reshape(len(index), *images.shape[1:])
+      x = pixels(rows[indices[i]]).reshape(len(index), *shape)
       after, metrics = train_step(model, config, state, key, x, indices[i], index, _DEVICES)
       return after, _add_to_window(window, state.step, metrics)
 
     return jax.lax.fori_loop(first, first + count, step, carry)
 
-  rows = images.reshape(images.shape[0], -1)  # a gather is vectorised along the last axis
-  parallel = sharding.per_device(mesh, on_device, (None, None, None, 1, None, None))
-  return parallel(carry, key, rows, indices, first, count)
+  pool_axis = None if images.ndim == 4 else 1
+  parallel = sharding.per_device(mesh, on_device, (None, None, pool_axis, 1, None, None))
+  return parallel(carry, key, images, indices, first, count)
 
 
 def _add_to_window(window: Window, step: jax.Array, metrics: Metrics) -> Window:
@@ -435,12 +438,13 @@ def run(
   state: TrainState,
   key: jax.Array,
   images: np.ndarray,
-  indices_for: Callable[[int, int], np.ndarray],
+  indices_for: feeding.IndicesFor,
   *,
   steps_per_row: int,
   mesh: Mesh,
   window: Window | None = None,
   seconds_per_dispatch: float = 1.0,
+  streamed: bool = False,
 ) -> Iterator[Progress]:
   """Trains from `state` to `config.num_steps`, and comes back about once a second.
 
@@ -460,21 +464,28 @@ def run(
     mesh: the devices, which must divide the batch size.
     window: the window that `state` was saved with, where that was within one; donated.
     seconds_per_dispatch: how long a dispatch should take, at most.
+    streamed: leave the training set on the host, and read ahead what the next steps take. Changes
+      neither the state nor the rows. Not for a warm start.
 
   Raises:
     NotFiniteError: after a dispatch in which a metric was not finite.
+    ValueError: for a warm start whose training set is streamed.
   """
+  if streamed and config.warm_start:
+    raise ValueError('a warm start needs the training set on the devices')
   step, dispatch_steps = int(state.step), 1
   empty = jax.device_get(empty_window(model, config, state))
   carry = sharding.replicate_copy(mesh, (state, empty if window is None else window))
-  key, device_images = sharding.replicate(mesh, (key, images))
-  while step < config.num_steps:
-    start = step // steps_per_row * steps_per_row
-    end = min(start + steps_per_row, config.num_steps)
-    indices = indices_for(start, steps_per_row)
-    device_indices = sharding.split(mesh, indices, axis=1)
-    while step < end:
-      count = min(dispatch_steps, end - step)
+  key = sharding.replicate(mesh, key)
+  feed_steps, feeds = steps_per_row, feeding.resident
+  if streamed:
+    batch_size = indices_for(step, 1).shape[1]
+    feed_steps, feeds = feeding.steps_a_pool(images, batch_size, steps_per_row), feeding.streamed
+  starts = range(step // feed_steps * feed_steps, config.num_steps, feed_steps)
+  for feed in feeds(mesh, images, indices_for, starts):
+    while step < min(feed.step + feed_steps, config.num_steps):
+      end = min((step // steps_per_row + 1) * steps_per_row, config.num_steps)
+      count = min(dispatch_steps, end - step, feed.step + feed_steps - step)
       began = time.monotonic()
       carry = train_steps(
         model,
@@ -482,9 +493,9 @@ def run(
         mesh,
         carry,
         key,
-        device_images,
-        device_indices,
-        np.int32(step - start),
+        feed.images,
+        feed.places,
+        np.int32(step - feed.step),
         np.int32(count),
       )
       bad_step = int(carry[1].bad_step)  # waits for the dispatch
@@ -492,7 +503,7 @@ def run(
       step += count
       if bad_step >= 0:
         metrics = _to_floats(carry[1].bad_metrics)
-        raise NotFiniteError(bad_step, metrics, indices[bad_step - start])
+        raise NotFiniteError(bad_step, metrics, feed.indices[bad_step - feed.step])
       row = None
       if step == end:
         steps = int(carry[1].num_steps)

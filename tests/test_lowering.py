@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from se_vae import probing, sharding, suite, training, vae
+from se_vae import feeding, probing, sharding, suite, training, vae
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -36,14 +36,15 @@ def zeros(shapes):
   return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def train_arguments(model: vae.VAE, mesh: jax.sharding.Mesh) -> tuple:
+def train_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, streamed: bool = False) -> tuple:
   """Of `training.train_steps`, as `training.run` places them."""
   state = zeros(jax.eval_shape(lambda: training.init_state(model, CONFIG, KEY)))
   carry = state, zeros(training.empty_window(model, CONFIG, state))
-  images = np.zeros((20, *SHAPE), np.uint8)
-  replicated = sharding.replicate(mesh, (carry, KEY, images))
-  indices = sharding.split(mesh, np.zeros((5, BATCH), np.int32), axis=1)
-  return model, CONFIG, mesh, *replicated, indices, np.int32(0), np.int32(5)
+  feeds = feeding.streamed if streamed else feeding.resident
+  images, indices = np.zeros((20, *SHAPE), np.uint8), np.zeros((5, BATCH), np.int32)
+  (feed,) = feeds(mesh, images, lambda *_: indices, range(0, 5, 5))
+  replicated = sharding.replicate(mesh, (carry, KEY))
+  return model, CONFIG, mesh, *replicated, feed.images, feed.places, np.int32(0), np.int32(5)
 
 
 def attack_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, method: str) -> tuple:
@@ -68,9 +69,10 @@ def attack_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, method: str) -> tu
   return attack, KEY, x, aim, index, jnp.float32(0.1), args
 
 
-def test_a_step_averages_once_and_its_selection_not_at_all():
+@pytest.mark.parametrize('streamed', [False, True])
+def test_a_step_averages_once_and_its_selection_not_at_all(streamed):
   """One all-reduce a step, of gradients and metrics together; everything else is a device's own."""
-  arguments = train_arguments(tiny('mlp'), sharding.data_mesh(4))
+  arguments = train_arguments(tiny('mlp'), sharding.data_mesh(4), streamed)
   assert collectives(training.train_steps.lower(*arguments)) == {'all-reduce': 1}
 
 
