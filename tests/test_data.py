@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import gzip
 import hashlib
 import itertools
@@ -17,6 +19,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -605,11 +608,21 @@ def test_tfds_without_test_split_is_refused(tmp_path):
   assert_raises(lambda: data.check('tfds:objects', str(tmp_path)), 'validation')
 
 
-def test_tfds_images_must_have_one_size(tmp_path):
-  images = [np.zeros((h, 4, 1), np.uint8) for h in (5, 5, 6)]
-  xy = images, range(3)
-  write_tfds(tmp_path, {'train': xy, 'test': xy}, name='objects', image_shape=(None, None, 1))
-  assert_raises(lambda: data.load('tfds:objects', data_dir=str(tmp_path)), '(5, 4, 1)', '(6, 4, 1)')
+def test_tfds_images_must_have_one_size(tmp_path, monkeypatch):
+  images = [np.zeros((h, 4, 1), np.uint8) for h in (5, 5, 6, 5)]
+  xy = images, range(4)
+  root = tmp_path / 'set'
+  root.mkdir()
+  write_tfds(root, {'train': xy, 'test': xy}, name='objects', image_shape=(None, None, 1))
+  sizes = '(5, 4, 1)', '(6, 4, 1)'
+  assert_raises(lambda: data.check('tfds:objects', str(root)), *sizes)
+  # Where the few that are looked at happen to agree, decoding finds it, and leaves nothing behind.
+  monkeypatch.setattr(data, '_LOOKED_AT', 1)
+  data.check('tfds:objects', str(root))
+  for cache in (None, str(tmp_path / 'cache')):
+    call = functools.partial(data.load, 'tfds:objects', data_dir=str(root), cache_dir=cache)
+    assert_raises(call, *sizes)
+  assert not list((tmp_path / 'cache').glob('[!.]*'))
 
 
 def test_only_gray_images_are_coloured(tmp_path):
@@ -750,6 +763,50 @@ def test_cache_of_other_files_is_not_used(own_copy, tmp_path, decodings):
   write_tfds(own_copy, {'train': examples('t10k'), 'test': examples('t10k')})
   dataset = data.load('fashion_mnist', data_dir=str(own_copy), cache_dir=cache)
   assert len(dataset.train.images) == 12
+
+
+def test_several_processes_decode_once(prepared, tmp_path):
+  """Threads, whose locks are their own as those of processes are."""
+  cache = str(tmp_path)
+  load = functools.partial(data.load, 'fashion_mnist', data_dir=str(prepared), cache_dir=cache)
+  entered, leave = threading.Event(), threading.Event()
+  decode, calls = data._decode_tfds, []
+
+  def slow(*args: Any) -> Arrays:
+    calls.append(args)
+    entered.set()
+    assert leave.wait(30)
+    return decode(*args)
+
+  with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+    patch.setattr(data, '_decode_tfds', slow)
+    first = pool.submit(load)
+    assert entered.wait(30)
+    second = pool.submit(load)
+    with pytest.raises(TimeoutError):
+      second.result(0.2)
+    leave.set()
+    digests = {first.result(30).digest, second.result(30).digest}
+  assert len(calls) == 1 and digests == {load().digest}
+
+
+def test_a_full_disk_is_an_error_in_a_line(prepared, tmp_path, monkeypatch):
+  def fallocate(*_: int) -> None:
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(os, 'posix_fallocate', fallocate)
+  call = functools.partial(data.load, 'fashion_mnist', data_dir=str(prepared))
+  assert_raises(lambda: call(cache_dir=str(tmp_path)), '--cache_dir', 'No space left')
+  assert not list(tmp_path.glob('[!.]*'))
+
+
+def test_reordering_in_place_is_indexing():
+  rng = np.random.default_rng(0)
+  for size in (1, 2, 7, 50):
+    array, order = rng.integers(0, 256, (size, 3, 1)), rng.permutation(size)
+    expected = array[order]
+    data._reorder(array, order)
+    np.testing.assert_array_equal(array, expected)
 
 
 def test_unusable_cache_directory_is_named(prepared, tmp_path, decodings):

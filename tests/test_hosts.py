@@ -153,7 +153,8 @@ def test_two_processes_train_as_one_and_write_everything_once(tmp_path, alone):
 
 
 def test_sigterm_to_one_stops_both_and_one_process_goes_on(tmp_path, alone):
-  with pair(tmp_path) as processes:
+  """The two read their shares of the batches, the one has all images on its device."""
+  with pair(tmp_path, device_data_limit=0) as processes:
     wait_for(tmp_path / 'config.json', processes)  # training begins: it compiles
     processes[1].send_signal(signal.SIGTERM)
     found = ends(processes)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from se_vae import data, feeding, gaussians, sharding, training, vae, wasserstein
+from se_vae import data, gaussians, sharding, training, vae, wasserstein
 
 SHAPE = (4, 4, 1)
 BATCH = 8
@@ -88,7 +88,7 @@ def batch(step: int) -> jax.Array:
 
 
 def progress(
-  model, config, state, num_devices: int = 1, window=None, seconds: float = 1e3, streamed=False
+  model, config, state, num_devices: int = 1, window=None, seconds: float = 1e3, **options
 ):
   """What `training.run` yields, copied before it is donated."""
   outputs = training.run(
@@ -102,7 +102,7 @@ def progress(
     mesh=sharding.data_mesh(num_devices),
     window=window,
     seconds_per_dispatch=seconds,
-    streamed=streamed,
+    **options,
   )
   for state, window, row in outputs:
     yield jax.tree.map(np.array, state), jax.tree.map(np.array, window), row
@@ -581,22 +581,6 @@ def test_a_run_resumed_after_any_dispatch_is_the_uninterrupted_run():
     expected = [(s, row) for s, row in whole if s.step > state.step]
     assert len(resumed) == len(expected) > 0
     assert_same(resumed, expected)
-
-
-@pytest.mark.parametrize('num_devices', [1, 4])
-def test_a_streamed_run_is_the_resident_run(monkeypatch, num_devices):
-  """Bitwise, also when it is resumed within a row and a pool."""
-  resident = list(progress(tiny(), CONFIG, start(tiny(), CONFIG), num_devices))
-  monkeypatch.setattr(feeding, '_POOL_BYTES', 3 * BATCH * IMAGES[0].nbytes + 1)  # three steps
-  streamed = functools.partial(progress, tiny(), CONFIG, streamed=True, num_devices=num_devices)
-  seen = list(streamed(start(tiny(), CONFIG)))
-  assert [int(state.step) for state, _, _ in seen][:8] == [1, 3, 6, 9, 10, 12, 15, 18]
-  resumed = itertools.islice(streamed(start(tiny(), CONFIG), seconds=0.0), 41)
-  *_, (state, window, _) = resumed
-  resumed = list(streamed(state, window=window))
-  expected = [(state, row) for state, _, row in resident if row]
-  assert_same([(state, row) for state, _, row in seen if row], expected)
-  assert_same(resumed[-1], resident[-1])
 
 
 def test_dispatches_take_about_as_long_as_asked():

@@ -27,6 +27,7 @@ def write_tfds(
   name: str = 'fashion_mnist',
   version: str = '3.0.1',
   image_shape: tuple[int | None, ...] = (5, 4, 1),
+  num_classes: int = 10,
   features: Callable[[Any], dict[str, Any]] | None = None,
 ) -> pathlib.Path:
   """Prepares an array_record set, without TensorFlow; returns the directory of the version."""
@@ -39,7 +40,7 @@ def write_tfds(
     if features
     else {
       'image': image,
-      'label': tfds.features.ClassLabel(num_classes=10),
+      'label': tfds.features.ClassLabel(num_classes=num_classes),
     }
   )
 
