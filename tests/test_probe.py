@@ -208,7 +208,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_fitted(
 def test_an_undefended_encoder_falls(tmp_path, attack):
   pretrain.run(
     pretrain.PretrainConfig(
-      workdir=str(tmp_path), objective='vae', hidden_units=100, latent_dim=16, num_steps=2000
+      workdir=str(tmp_path),
+      objective='vae',
+      hidden_units=100,
+      latent_dim=16,
+      num_steps=800,
+      tensorboard=False,
     ),
     runtime.StopSignal(),
   )
