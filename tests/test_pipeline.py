@@ -236,6 +236,16 @@ def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     assert number in page
 
 
+@pytest.mark.parametrize(('flags', 'count'), [({}, 14), ({'latent_dims': (64,), 'seeds': 2}, 12)])
+def test_a_preset_names_every_encoder_once(tmp_path, flags, count):
+  settings = figure1.Figure1Config(workdir=str(tmp_path), preset='cpu', **flags)
+  pieces = list(figure1._pieces(settings, figure1._with_overrides(settings), tmp_path))
+  assert len({piece.pretraining.workdir for piece in pieces}) == len(pieces) == count
+  for piece in pieces:
+    assert piece.pretraining.workdir.endswith(f'latent{piece.latent_dim}_seed{piece.seed}')
+    assert piece.pretraining.dataset == ('color_mnist' if piece.encoders.color else 'mnist')
+
+
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   """The binary itself, interrupted as from a terminal."""
   line = command('pretrain', workdir=tmp_path, **{**TINY, 'num_steps': 100_000})
