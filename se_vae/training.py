@@ -198,20 +198,21 @@ def loss(
     config: which bound, with its settings.
     key: one key, for the latent noise.
     x: images `[B, H, W, C]` in [0, 1].
-    x_adv: the selected x' of each, for the SE-ELBO; for the ELBO what the encoder sees instead of
-      x, if anything.
+    x_adv: the selected x' of each, for the SE-ELBO; with `encoder_noise` what the encoder sees
+      instead of x.
     index: `[B]`, the place of each in the whole batch, of which x may be a part; `arange(B)` if
       None. Each draws with a key of its own, whatever the parts.
   """
   index = jnp.arange(x.shape[0]) if index is None else index
   if config.freeze_decoder:  # its gradient is zero, and so is every update
     params = {**params, 'decoder': jax.lax.stop_gradient(params['decoder'])}
-  is_vae = config.objective == 'vae'
-  q_a = model.encode(params, x if x_adv is None or not is_vae else x_adv)
+  seen = x if config.encoder_noise == 0.0 else x_adv
+  assert seen is not None
+  q_a = model.encode(params, seen)
   z_a = gaussians.sample_each(q_a, attacks.example_keys(key, index))
   x_mean = model.decode(params, z_a)
   terms: NamedTuple
-  if is_vae:
+  if config.objective == 'vae':
     terms = objectives.elbo(x, x_mean, q_a, obs_var=config.obs_var)
     extra = {}
   else:
