@@ -111,7 +111,7 @@ PRESETS = {
     ),
     attack={'num_examples': 1000, 'pgd_steps': 40, 'restarts': 1, 'check_examples': 0},
   ),
-  # What RESULTS.md shows: full MNIST, in an hour or two on 2 CPU cores.
+  # What RESULTS.md shows: full MNIST on 2 CPU cores.
   'cpu': Preset(
     dataset='mnist',
     encoders=(
