@@ -40,6 +40,9 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 _STEPS_PER_DISPATCH = 50
 
+# The radius grows over this share of the steps: from the start, a large one teaches nothing at all.
+_GROWTH = 0.3
+
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedConfig:
@@ -218,11 +221,12 @@ def _steps(
     state: State, examples: jax.Array, key: jax.Array, images: jax.Array, labels: jax.Array
   ) -> State:
     x, aim = training.pixels(images[examples]), classification.Aim(labels[examples])
+    growth = jnp.minimum(1.0, (state.step + 1) / (_GROWTH * config.num_steps))
     x_adv = attacks.pgd(
       objective,
       jax.random.fold_in(key, state.step),
       x,
-      radius=config.radius,
+      radius=config.radius * growth,
       num_steps=config.pgd_steps,
       args=(aim, *state.params),
       index=sharding.share_of_batch(len(examples)),
