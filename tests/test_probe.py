@@ -204,7 +204,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_fitted(
     probe.run(dataclasses.replace(config, **change), runtime.StopSignal())
 
 
-@pytest.mark.parametrize('attack', ['standard', pytest.param('worst_case', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('attack', ['standard', 'worst_case'])
 def test_an_undefended_encoder_falls(tmp_path, attack):
   pretrain.run(
     pretrain.PretrainConfig(
