@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,7 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
   steps = {row['case']: row for row in rows if row['kind'] == 'step'}
   if steps:
     header = ('training step', 'ms', 'GFLOP', 'GFLOP/s', 'of the roofline', 'temporary MiB')
-    yield _table(header, map(_step, steps.values()))
+    yield runtime.markdown_table(header, map(_step, steps.values()))
   for kind, name, ratio in (
     ('piece', 'piece of the step', 'of the step'),
     ('torch', 'eager PyTorch', 'times ours'),
@@ -258,14 +258,14 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
     some = [row for row in rows if row['kind'] == kind]
     if some:
       cells = (_compared(row, steps[row['case']]) for row in some)
-      yield _table((name, 'ms', ratio, 'of the roofline'), cells)
+      yield runtime.markdown_table((name, 'ms', ratio, 'of the roofline'), cells)
   evaluated = [row for row in rows if row['kind'] == 'evaluation']
   if evaluated:
     thousands = result['config']['num_examples'] * _EVALUATION_STEPS / 1e3
     rates_of = ([row['name'], _range(thousands / np.array(row['seconds']))] for row in evaluated)
-    yield _table(('attack', 'thousand images x steps a second'), rates_of)
+    yield runtime.markdown_table(('attack', 'thousand images x steps a second'), rates_of)
   if result['startup']:
-    yield _table(
+    yield runtime.markdown_table(
       ('start', 's'), ([name, _range(taken)] for name, taken in result['startup'].items())
     )
 
@@ -300,11 +300,6 @@ def _percent(values: Any) -> str:
 
 def _summary(values: Any) -> tuple[float, float, float]:
   return float(np.median(values)), float(np.min(values)), float(np.max(values))
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  lines = [header, ['---'] * len(header), *rows]
-  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 if __name__ == '__main__':

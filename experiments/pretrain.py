@@ -178,16 +178,8 @@ def prepare(config: PretrainConfig) -> data.Dataset:
     begun = runtime.read_json(workdir / CONFIG, 'config')
     if begun is not None:
       _check_same_settings(begun['config'], config)
-  try:
-    data.check(config.dataset, config.data_dir)
-    dataset = load_dataset(config)
-  except data.DataError as error:
-    raise UsageError(str(error)) from None
-  if config.batch_size > len(dataset.train.images):
-    raise UsageError(
-      f'--batch_size: must be at most the {len(dataset.train.images)} training examples of '
-      f'{config.dataset}; got {config.batch_size}'
-    )
+  dataset = load_dataset(config)
+  check_batch_size(config.batch_size, dataset)
   if config.warm_start and _is_streamed(config, dataset):
     raise UsageError(
       f'--warm_start, --device_data_limit: a warm start keeps the {dataset.train.images.nbytes} '
@@ -204,12 +196,25 @@ def load_dataset(config: PretrainConfig) -> data.Dataset:
   """The data of a run.
 
   Raises:
-    DataError: if they cannot be found or read.
+    UsageError: if they cannot be found or read.
   """
   cache_dir = config.cache_dir or str(Path(str(config.workdir)) / 'data')
-  return _load_dataset(
-    config.dataset, config.data_dir, config.data_seed, config.validation, cache_dir
-  )
+  try:
+    data.check(config.dataset, config.data_dir)
+    return _load_dataset(
+      config.dataset, config.data_dir, config.data_seed, config.validation, cache_dir
+    )
+  except data.DataError as error:
+    raise UsageError(str(error)) from None
+
+
+def check_batch_size(batch_size: int, dataset: data.Dataset) -> None:
+  """Raises UsageError unless a batch finds enough training examples."""
+  if batch_size > len(dataset.train.images):
+    raise UsageError(
+      f'--batch_size: must be at most the {len(dataset.train.images)} training examples of '
+      f'{dataset.name}; got {batch_size}'
+    )
 
 
 # Several runs of one process (a figure's) share one copy of the data.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -141,11 +142,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   # A run's directory may have moved since, and with it what it wrote.
   data_dir = config.data_dir or pretraining.data_dir
   pretraining = dataclasses.replace(pretraining, workdir=str(workdir), data_dir=data_dir)
-  try:
-    data.check(pretraining.dataset, data_dir)
-    dataset = pretrain.load_dataset(pretraining)
-  except data.DataError as error:
-    raise UsageError(str(error)) from None
+  dataset = pretrain.load_dataset(pretraining)
   check_fits(config, dataset)
   if dataset.digest != metadata['data']['digest']:
     raise UsageError('--data_dir: holds other data than the encoder was trained on')
@@ -240,33 +237,19 @@ def _run(
     other, other_params, *_ = prepared.surrogate
     fitted, _ = fit(config, prepared, train_means(prepared, other, other_params))
     surrogate = probing.ProbedEncoder(other), (other_params, fitted)
-  options: dict[str, Any] = {
-    'radii': config.radii,
-    'num_steps': config.pgd_steps,
-    'restarts': config.restarts,
-    'seed': config.seed,
-    'batch_size': config.batch_size,
-    'mesh': prepared.mesh,
-  }
-
-  def evaluate(progress: Progress) -> robustness.Evaluation:
-    return robustness.evaluate(
-      probing.ProbedEncoder(prepared.model),
-      prepared.images,
-      prepared.labels,
-      attack=config.attack,
-      num_queries=config.num_queries,
-      relative_step_size=config.pgd_step_size,
-      args=(prepared.params, probe),
-      latents_fn=probing.GaussianLatents(prepared.model),
-      reconstruct_fn=probing.Reconstruction(prepared.model),
-      surrogate=surrogate,
-      check_examples=config.check_examples,
-      state_path=state,
-      progress=progress,
-      **options,
-    )
-
+  options = _options(config, prepared.mesh)
+  attack = functools.partial(
+    evaluate,
+    config,
+    prepared.mesh,
+    probing.ProbedEncoder(prepared.model),
+    prepared.images,
+    prepared.labels,
+    args=(prepared.params, probe),
+    reconstruct_fn=probing.Reconstruction(prepared.model),
+    surrogate=surrogate,
+    state_path=state,
+  )
   extra: dict[str, Any] = {}
   if config.joint:
     with _progress(f'{description}, joint', stop) as progress:
@@ -276,18 +259,13 @@ def _run(
       extra['moves'] = _moves(prepared, options | {'progress': progress})
   with _progress(description, stop) as progress:
     try:
-      outcome = evaluate(progress)
+      outcome = attack(progress=progress)
     except ledger.LedgerError as error:
       runtime.warn(f'{error}; starting afresh')
       state.unlink()
-      outcome = evaluate(progress)
+      outcome = attack(progress=progress)
   result = {
-    'task': config.task,
-    'num_examples': len(prepared.images),
-    'radii': list(config.radii),
-    'accuracy': outcome.curve.accuracy.tolist(),
-    'interval': outcome.curve.interval().tolist(),
-    'checks': [check._asdict() for check in outcome.checks],
+    **claim(config, outcome),
     'train_accuracy': train_accuracy,
     'config': settings.to_dict(config),
     'evaluation': outcome.config,
@@ -306,6 +284,53 @@ def _run(
   _write(stem, result, outcome, prepared)
   state.unlink()
   return result
+
+
+def _options(config: ProbeConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """What every attack is told."""
+  return {
+    'radii': config.radii,
+    'num_steps': config.pgd_steps,
+    'restarts': config.restarts,
+    'seed': config.seed,
+    'batch_size': config.batch_size,
+    'mesh': mesh,
+  }
+
+
+def evaluate(
+  config: ProbeConfig,
+  mesh: jax.sharding.Mesh,
+  classifier: probing.ProbedEncoder,
+  images: np.ndarray,
+  labels: np.ndarray,
+  **more: Any,
+) -> robustness.Evaluation:
+  """`robustness.evaluate` of an encoder with a linear layer, as the settings say."""
+  return robustness.evaluate(
+    classifier,
+    images,
+    labels,
+    attack=config.attack,
+    num_queries=config.num_queries,
+    relative_step_size=config.pgd_step_size,
+    latents_fn=probing.GaussianLatents(classifier.model),
+    check_examples=config.check_examples,
+    **_options(config, mesh),
+    **more,
+  )
+
+
+def claim(config: ProbeConfig, outcome: robustness.Evaluation) -> dict[str, Any]:
+  """What an evaluation found, as JSON."""
+  return {
+    'task': config.task,
+    'num_examples': outcome.curve.correct.shape[1],
+    'radii': list(config.radii),
+    'accuracy': outcome.curve.accuracy.tolist(),
+    'interval': outcome.curve.interval().tolist(),
+    'checks': [check._asdict() for check in outcome.checks],
+  }
 
 
 @contextlib.contextmanager

@@ -365,6 +365,13 @@ def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
   files.write(path, text.getvalue().encode())
 
 
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+  """The lines of a Markdown table."""
+  header = list(header)
+  lines = [header, ['---'] * len(header), *rows]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
 def check_workdir(workdir: str | None, lock_name: str = LOCK) -> Path:
   """The work directory as a path, if it is or can become a writable directory that is free."""
   if not workdir:

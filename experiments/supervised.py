@@ -32,7 +32,6 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
     classification,
     data,
     probing,
-    robustness,
     sharding,
     training,
     vae,
@@ -93,42 +92,26 @@ def run(config: SupervisedConfig, stop: runtime.StopSignal) -> dict[str, Any]:
   settings.check(config)
   workdir = runtime.check_workdir(config.workdir)
   attack = probe.parse(config.probe)
-  try:
-    data.check(config.dataset, config.data_dir)
-    dataset = data.load(config.dataset, data_dir=config.data_dir)
-  except data.DataError as error:
-    raise UsageError(str(error)) from None
+  dataset = pretrain.load_dataset(
+    pretrain.PretrainConfig(config.workdir, config.dataset, config.data_dir)
+  )
+  pretrain.check_batch_size(config.batch_size, dataset)
   probe.check_fits(attack, dataset)
-  mesh = runtime.mesh_for(config.batch_size)
+  mesh, attack_mesh = runtime.mesh_for(config.batch_size), runtime.mesh_for(attack.batch_size)
   with runtime.lock(workdir, pretrain.RESULT):
     classifier, state = _train(config, attack.task, dataset, mesh, stop)
-    count = attack.num_examples or len(dataset.test.images)
-    outcome = robustness.evaluate(
+    outcome = probe.evaluate(
+      attack,
+      attack_mesh,
       classifier,
-      dataset.test.images[:count].astype(np.float32) / 255.0,
-      dataset.test.labels[attack.task][:count],
-      attack=attack.attack,
-      radii=attack.radii,
-      num_steps=attack.pgd_steps,
-      restarts=attack.restarts,
-      num_queries=attack.num_queries,
-      relative_step_size=attack.pgd_step_size,
-      latents_fn=probing.GaussianLatents(classifier.model),
-      seed=attack.seed,
+      dataset.test.images[: attack.num_examples].astype(np.float32) / 255.0,
+      dataset.test.labels[attack.task][: attack.num_examples],
       args=state.params,
-      check_examples=attack.check_examples,
-      batch_size=attack.batch_size,
-      mesh=mesh,
       progress=lambda *_: stop.check(),
     )
     result = {
       'step': int(state.step),
-      'task': attack.task,
-      'num_examples': count,
-      'radii': list(attack.radii),
-      'accuracy': outcome.curve.accuracy.tolist(),
-      'interval': outcome.curve.interval().tolist(),
-      'checks': [check._asdict() for check in outcome.checks],
+      **probe.claim(attack, outcome),
       'config': settings.to_dict(config),
       'evaluation': outcome.config,
       'versions': runtime.versions(),

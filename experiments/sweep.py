@@ -120,7 +120,8 @@ def _run(
     plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve, _ in groups])])
   rows = list(_table(groups))
   runtime.write_csv(workdir / 'sweep.csv', rows)
-  text = '\n'.join('| ' + ' | '.join(map(_cell, row)) + ' |' for row in _with_rule(rows))
+  header, *cells = (map(_cell, row) for row in rows)
+  text = runtime.markdown_table(header, cells)
   files.write(workdir / 'sweep.md', f'{text}\n'.encode())
   print(text)
   return {**content, 'results': results}
@@ -203,10 +204,6 @@ def _table(
       *(f'{value:.1f}' for value in held_out),
       *(f'{value:.3f}' for value in curve.accuracy),
     )
-
-
-def _with_rule(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-  return [rows[0], ('---',) * len(rows[0]), *rows[1:]]
 
 
 def _cell(value: Any) -> str:

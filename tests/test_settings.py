@@ -104,6 +104,8 @@ WRONG_COMMANDS = [
   ('sweep', '--workdir={tmp}/w --vary=gamma=x', '--vary'),
   ('supervised', '--workdir={tmp}/w --probe=--radi=1', '--probe'),
   ('supervised', '--workdir={tmp}/w --num_steps=0', '--num_steps'),
+  ('supervised', '--workdir={tmp}/w --batch_size=4001', '--batch_size'),
+  ('supervised', '--workdir={tmp}/w --dataset=mnist', '--data_dir'),
 ]
 
 
