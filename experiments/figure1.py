@@ -115,9 +115,8 @@ PRESETS = {
   'cpu': Preset(
     dataset='mnist',
     encoders=(
-      Encoders('mnist_mlp', False, 'mlp', 10_000, _UNWATCHED, seeds=3),
-      Encoders('mnist_mlp', False, 'mlp', 10_000, _UNWATCHED, latent_dims=(32, 128)),
-      Encoders('color_mlp', True, 'mlp', 10_000, {'obs_var': 0.2, **_UNWATCHED}),
+      Encoders('mnist_mlp', False, 'mlp', 10_000, _UNWATCHED, 3, _LATENTS),
+      Encoders('color_mlp', True, 'mlp', 10_000, {'obs_var': 0.2, **_UNWATCHED}, 3),
       Encoders('mnist_convnet', False, 'convnet', 5000, {'conv_channels': 32, **_UNWATCHED}),
     ),
     attack={'num_examples': 10_000, 'pgd_steps': 40, 'restarts': 1, 'check_examples': 0},
@@ -228,16 +227,12 @@ def _given(config: Figure1Config, *names: str) -> dict[str, Any]:
 
 def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Piece]:
   """All seeds 0 first: a figure of one seed is there early, and a longer one goes on from it."""
-  seen = set()
   for seed in range(max(encoders.seeds for encoders in preset.encoders)):
     for encoders in preset.encoders:
       tasks = [panel.task for panel in PANELS if panel.encoders == encoders.name]
-      for latent_dim in encoders.latent_dims if seed < encoders.seeds else ():
+      for latent_dim in dict.fromkeys(encoders.latent_dims) if seed < encoders.seeds else ():
         for objective in ('vae', 'se'):
           directory = workdir / f'{encoders.name}_{objective}_latent{latent_dim}_seed{seed}'
-          if directory in seen:  # flags may make two of a preset's encoders one
-            continue
-          seen.add(directory)
           yield Piece(
             encoders,
             objective,

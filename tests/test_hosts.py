@@ -91,13 +91,8 @@ def ends(processes: list[subprocess.Popen]) -> list[End]:
   found = []
   for process in processes:
     stdout, stderr = process.communicate(timeout=SECONDS)
-    found.append(End(process.returncode, without_gloo(stdout), without_gloo(stderr).splitlines()))
+    found.append(End(process.returncode, stdout, stderr.splitlines()))
   return found
-
-
-def without_gloo(text: str) -> str:
-  """Gloo tells of its connections, sometimes two in a line."""
-  return ''.join(line for line in text.splitlines(keepends=True) if '[Gloo]' not in line)
 
 
 def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
@@ -143,8 +138,10 @@ def test_two_processes_train_as_one_and_write_everything_once(tmp_path, alone):
   with pair(tmp_path) as processes:
     first, second = ends(processes)
   assert first.code == 0, first.errors
-  assert first.printed.startswith(f'{tmp_path}: step 40: ')
-  assert (second.code, second.printed) == (0, ''), second.errors
+  assert second.code == 0, second.errors
+  # Not compared whole: Gloo prints of its connections into the same stream, from threads.
+  assert first.printed.count(f'{tmp_path}: step 40: ') == 1
+  assert str(tmp_path) not in second.printed
   assert_same_but_for_rounding(tmp_path, alone)
   assert [step for step, _ in checkpoints.steps(tmp_path / 'checkpoints')] == [40, 20]
   assert len(json.loads((tmp_path / 'config.json').read_text())['devices']) == 4

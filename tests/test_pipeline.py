@@ -236,7 +236,10 @@ def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     assert number in page
 
 
-@pytest.mark.parametrize(('flags', 'count'), [({}, 14), ({'latent_dims': (64,), 'seeds': 2}, 12)])
+@pytest.mark.parametrize(
+  ('flags', 'count'),
+  [({}, 26), ({'latent_dims': (64,), 'seeds': 2}, 12), ({'latent_dims': (9, 9), 'seeds': 1}, 6)],
+)
 def test_a_preset_names_every_encoder_once(tmp_path, flags, count):
   settings = figure1.Figure1Config(workdir=str(tmp_path), preset='cpu', **flags)
   pieces = list(figure1._pieces(settings, figure1._with_overrides(settings), tmp_path))
