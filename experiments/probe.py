@@ -389,12 +389,19 @@ def _moves(prepared: Prepared, options: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def parse(text: str) -> ProbeConfig:
-  """The settings that --probe of another binary gives; the directories are that binary's."""
+def parse(text: str, *, unused: tuple[str, ...] = ()) -> ProbeConfig:
+  """The settings that --probe of another binary gives; the directories are that binary's.
+
+  Raises:
+    UsageError: for a flag that is wrong, a directory, or one of the flags that are `unused` there.
+  """
   config = settings.parse(ProbeConfig, text, '--probe')
   for name in ('workdir', 'data_dir'):
     if getattr(config, name) is not None:
       raise UsageError(f'--probe: --{name} is a flag of its own here')
+  for name in unused:
+    if getattr(config, name) != getattr(ProbeConfig, name):
+      raise UsageError(f'--probe: --{name} changes nothing here')
   return config
 
 

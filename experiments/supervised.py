@@ -39,8 +39,8 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 _STEPS_PER_DISPATCH = 50
 
-# The radius grows over this share of the steps: from the start, a large one teaches nothing at all.
-_GROWTH = 0.3
+# Flags of probe that are about a frozen encoder, or about printing.
+_UNUSED = ('surrogate', 'joint', 'moves', 'strict', 'standardize', 'l2')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,9 @@ class SupervisedConfig:
   hidden_units: int = setting(200, 'Units of each of the 4 layers of an MLP.', at_least=1)
   conv_channels: int = setting(200, 'Channels of each of the 4 layers of a ConvNet.', at_least=1)
   radius: float = setting(0.2, 'linf radius of the attack in training.', at_least=0, at_most=1)
+  growth: float = setting(
+    0.3, 'Share of the steps in which the radius grows to its size.', at_least=0, at_most=1
+  )  # not 0 by default: a large radius from the start teaches nothing at all
   pgd_steps: int = setting(20, 'Gradient steps of the attack in training.', at_least=1)
   num_steps: int = setting(10_000, 'Training steps.', at_least=1)
   batch_size: int = setting(64, 'Examples a step.', at_least=1)
@@ -91,14 +94,18 @@ def run(config: SupervisedConfig, stop: runtime.StopSignal) -> dict[str, Any]:
   """
   settings.check(config)
   workdir = runtime.check_workdir(config.workdir)
-  attack = probe.parse(config.probe)
+  attack = probe.parse(config.probe, unused=_UNUSED)
   dataset = pretrain.load_dataset(
     pretrain.PretrainConfig(config.workdir, config.dataset, config.data_dir)
   )
   pretrain.check_batch_size(config.batch_size, dataset)
   probe.check_fits(attack, dataset)
   mesh, attack_mesh = runtime.mesh_for(config.batch_size), runtime.mesh_for(attack.batch_size)
+  source = {'source': dataset.source, 'digest': dataset.digest}
   with runtime.lock(workdir, pretrain.RESULT):
+    finished = _finished(config, workdir, source)
+    if finished is not None:
+      return finished
     classifier, state = _train(config, attack.task, dataset, mesh, stop)
     outcome = probe.evaluate(
       attack,
@@ -114,11 +121,24 @@ def run(config: SupervisedConfig, stop: runtime.StopSignal) -> dict[str, Any]:
       **probe.claim(attack, outcome),
       'config': settings.to_dict(config),
       'evaluation': outcome.config,
+      'data': source,
       'versions': runtime.versions(),
       'devices': runtime.devices(),
     }
     runtime.write_json(workdir / pretrain.RESULT, result)
   return result
+
+
+def _finished(
+  config: SupervisedConfig, workdir: Path, source: dict[str, Any]
+) -> dict[str, Any] | None:
+  """The result of these very settings on this very data, if it is there already."""
+  result = runtime.read_json(workdir / pretrain.RESULT, 'radii', 'accuracy', 'config')
+  same = result is not None and (result['config'], result.get('data')) == (
+    settings.to_dict(config),
+    source,
+  )
+  return result if same else None
 
 
 def _train(
@@ -204,7 +224,7 @@ def _steps(
     state: State, examples: jax.Array, key: jax.Array, images: jax.Array, labels: jax.Array
   ) -> State:
     x, aim = training.pixels(images[examples]), classification.Aim(labels[examples])
-    growth = jnp.minimum(1.0, (state.step + 1) / (_GROWTH * config.num_steps))
+    growth = jnp.minimum(1.0, (state.step + 1) / max(1.0, config.growth * config.num_steps))
     x_adv = attacks.pgd(
       objective,
       jax.random.fold_in(key, state.step),

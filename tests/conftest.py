@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,24 @@ def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line('filterwarnings', 'error')
   # Third-party modules that warn about themselves at import.
   config.addinivalue_line('filterwarnings', 'ignore::DeprecationWarning:tensorflow_datasets.*')
+  _keep_what_is_compiled(config)
+
+
+def _keep_what_is_compiled(config: pytest.Config) -> None:
+  """Tests and the binaries that they start share programs: a third of the time goes into compiling.
+
+  Each worker has a cache of its own, since JAX does not write entries atomically; for the same
+  reason a test that kills a binary may leave a broken one.
+  """
+  directory = tempfile.mkdtemp(prefix='se_vae_tests_')
+  config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+  for name, value in (
+    ('jax_compilation_cache_dir', directory),
+    ('jax_persistent_cache_min_compile_time_secs', 0.2),
+  ):
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+  config.addinivalue_line('filterwarnings', 'ignore:Error reading persistent compilation cache')
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -126,7 +126,7 @@ def supervised_config(workdir: Path, **changes) -> supervised.SupervisedConfig:
   return supervised.SupervisedConfig(workdir=str(workdir), **options)
 
 
-def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(tmp_path):
+def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(tmp_path, monkeypatch):
   straight = supervised.run(supervised_config(tmp_path / 'a'), runtime.StopSignal())
   clean, attacked = straight['accuracy']
   assert clean > 0.4 and 0.2 < attacked <= clean  # chance is a tenth
@@ -138,3 +138,7 @@ def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(tmp_pat
   assert resumed['accuracy'] == straight['accuracy']
   one, other = (checkpoints.steps(tmp_path / name / 'checkpoints')[0] for name in 'ab')
   assert one[0] == 120 and one[1].name == other[1].name  # which holds the SHA-256
+
+  with monkeypatch.context() as patch:  # what is finished is not attacked again
+    patch.setattr(probe, 'evaluate', pytest.fail)
+    assert supervised.run(supervised_config(tmp_path / 'b'), runtime.StopSignal()) == resumed
