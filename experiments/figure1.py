@@ -226,7 +226,10 @@ def _given(config: Figure1Config, *names: str) -> dict[str, Any]:
 
 
 def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Piece]:
-  """All seeds 0 first: a figure of one seed is there early, and a longer one goes on from it."""
+  """All seeds 0 first: a figure of one seed is there early, and a longer one goes on from it.
+
+  A latent size that is given twice is one piece.
+  """
   for seed in range(max(encoders.seeds for encoders in preset.encoders)):
     for encoders in preset.encoders:
       tasks = [panel.task for panel in PANELS if panel.encoders == encoders.name]

@@ -296,7 +296,7 @@ def _set_up(config: PretrainConfig, dataset: data.Dataset) -> _Setup:
   metadata = {
     'model': model_config,
     'config': settings.to_dict(config),
-    'data': {'source': dataset.source, 'digest': dataset.digest},
+    'data': dataset.provenance(),
     'versions': runtime.versions(),
   }
   return _Setup(model, train_config, state, train_key, eval_key, metadata)

@@ -277,7 +277,7 @@ def _run(
     'pretraining': prepared.metadata['config'],
     'step': prepared.metadata['step'],
     'surrogate': None if prepared.surrogate is None else prepared.surrogate.metadata['config'],
-    'data': {'source': prepared.dataset.source, 'digest': prepared.dataset.digest},
+    'data': prepared.dataset.provenance(),
     'versions': runtime.versions(),
     'devices': runtime.devices(),
   }

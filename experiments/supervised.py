@@ -101,9 +101,8 @@ def run(config: SupervisedConfig, stop: runtime.StopSignal) -> dict[str, Any]:
   pretrain.check_batch_size(config.batch_size, dataset)
   probe.check_fits(attack, dataset)
   mesh, attack_mesh = runtime.mesh_for(config.batch_size), runtime.mesh_for(attack.batch_size)
-  source = {'source': dataset.source, 'digest': dataset.digest}
   with runtime.lock(workdir, pretrain.RESULT):
-    finished = _finished(config, workdir, source)
+    finished = _finished(config, dataset)
     if finished is not None:
       return finished
     classifier, state = _train(config, attack.task, dataset, mesh, stop)
@@ -121,7 +120,7 @@ def run(config: SupervisedConfig, stop: runtime.StopSignal) -> dict[str, Any]:
       **probe.claim(attack, outcome),
       'config': settings.to_dict(config),
       'evaluation': outcome.config,
-      'data': source,
+      'data': dataset.provenance(),
       'versions': runtime.versions(),
       'devices': runtime.devices(),
     }
@@ -129,16 +128,15 @@ def run(config: SupervisedConfig, stop: runtime.StopSignal) -> dict[str, Any]:
   return result
 
 
-def _finished(
-  config: SupervisedConfig, workdir: Path, source: dict[str, Any]
-) -> dict[str, Any] | None:
+def _finished(config: SupervisedConfig, dataset: data.Dataset) -> dict[str, Any] | None:
   """The result of these very settings on this very data, if it is there already."""
-  result = runtime.read_json(workdir / pretrain.RESULT, 'radii', 'accuracy', 'config')
-  same = result is not None and (result['config'], result.get('data')) == (
-    settings.to_dict(config),
-    source,
-  )
-  return result if same else None
+  path = Path(str(config.workdir)) / pretrain.RESULT
+  result = runtime.read_json(path, 'radii', 'accuracy', 'config')
+  if result is None:
+    return None
+  found = (result['config'], result.get('data'))
+  wanted = (settings.to_dict(config), dataset.provenance())
+  return result if found == wanted else None
 
 
 def _train(

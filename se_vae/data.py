@@ -135,6 +135,10 @@ class Dataset:
   source: str
   digest: str
 
+  def provenance(self) -> dict[str, str]:
+    """Where the data came from and what they are, as every result records it."""
+    return {'source': self.source, 'digest': self.digest}
+
 
 class _Raw(NamedTuple):
   """What a source yields: uncoloured examples, in canonical order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -95,6 +96,12 @@ def ends(processes: list[subprocess.Popen]) -> list[End]:
   return found
 
 
+def without_gloo(text: str) -> str:
+  """Without the words in which Gloo tells who joined: its threads break each other's lines."""
+  words = r'\[Gloo\]|Rank|is|connected|to|peer|ranks|Expected|number|of|[\d\s.:]'
+  return re.sub(words, '', text)
+
+
 def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
   deadline = time.monotonic() + SECONDS
   while not path.exists():
@@ -138,10 +145,9 @@ def test_two_processes_train_as_one_and_write_everything_once(tmp_path, alone):
   with pair(tmp_path) as processes:
     first, second = ends(processes)
   assert first.code == 0, first.errors
-  assert second.code == 0, second.errors
-  # Not compared whole: Gloo prints of its connections into the same stream, from threads.
-  assert first.printed.count(f'{tmp_path}: step 40: ') == 1
-  assert str(tmp_path) not in second.printed
+  before, result, _ = first.printed.partition(f'{tmp_path}: step 40: ')
+  assert result and without_gloo(before) == ''
+  assert (second.code, without_gloo(second.printed)) == (0, ''), second.errors
   assert_same_but_for_rounding(tmp_path, alone)
   assert [step for step, _ in checkpoints.steps(tmp_path / 'checkpoints')] == [40, 20]
   assert len(json.loads((tmp_path / 'config.json').read_text())['devices']) == 4
