@@ -72,19 +72,20 @@ def apgd(
   """
   balls.check(x, radius, num_steps, norm, bounds)
   radius = jnp.asarray(radius, x.dtype)
-  shape, (objective, x) = x.shape, attacks.on_rows(objective, x)
+  shape, (objective, x) = x.shape, attacks.on_columns(objective, x)
   project = functools.partial(balls.project, x=x, radius=radius, norm=norm, bounds=bounds)
   if start is None:
-    index = jnp.arange(x.shape[0]) if index is None else index
+    index = jnp.arange(x.shape[1]) if index is None else index
     start = x + balls.random_offsets(attacks.example_keys(key, index), x, radius, norm)
-  start = project(start.reshape(x.shape))
+  else:
+    start = balls.columns(start)
+  start = project(start)
   value, gradient = attacks.values_and_gradients(objective, start, args)
-  batch = x.shape[:1]
+  batch = x.shape[1:]
   intervals = jnp.asarray(_intervals(num_steps))
 
   def step(i: jax.Array, state: _State) -> _State:
-    length = state.step_size[:, None]
-    ahead = project(state.x_adv + length * balls.direction(state.gradient, norm))
+    ahead = project(state.x_adv + state.step_size * balls.direction(state.gradient, norm))
     share = jnp.where(i == 0, 1.0, _MOMENTUM).astype(x.dtype)
     inertia = (1.0 - share) * (state.x_adv - state.previous)
     x_adv = project(state.x_adv + share * (ahead - state.x_adv) + inertia)
@@ -95,9 +96,9 @@ def apgd(
       previous=state.x_adv,
       value=value,
       gradient=gradient,
-      best=balls.where(improved, x_adv, state.best),
+      best=jnp.where(improved, x_adv, state.best),
       best_value=jnp.where(improved, value, state.best_value),
-      best_gradient=balls.where(improved, gradient, state.best_gradient),
+      best_gradient=jnp.where(improved, gradient, state.best_gradient),
       step_size=state.step_size,
       rises=state.rises + (value > state.value).astype(jnp.int32),
       halved=state.halved,
@@ -110,9 +111,9 @@ def apgd(
     stuck = ~state.halved & ~(state.best_value > state.checkpoint_value)
     halve = stagnates | stuck
     return state._replace(
-      x_adv=balls.where(halve, state.best, state.x_adv),
+      x_adv=jnp.where(halve, state.best, state.x_adv),
       value=jnp.where(halve, state.best_value, state.value),
-      gradient=balls.where(halve, state.best_gradient, state.gradient),
+      gradient=jnp.where(halve, state.best_gradient, state.gradient),
       step_size=jnp.where(halve, 0.5 * state.step_size, state.step_size),
       rises=jnp.zeros_like(state.rises),
       halved=halve,
@@ -134,7 +135,7 @@ def apgd(
     halved=jnp.ones(batch, bool),  # the first checkpoint has none before it to be stuck since
     checkpoint_value=value,
   )
-  return jax.lax.fori_loop(0, num_steps, step, first).best.reshape(shape)
+  return balls.images(jax.lax.fori_loop(0, num_steps, step, first).best, shape)
 
 
 def _intervals(num_steps: int) -> np.ndarray:

@@ -7,7 +7,6 @@ nothing of encoders, labels or losses.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +81,7 @@ def pgd(
   radius = jnp.asarray(radius, x.dtype)
   step_size = _RELATIVE_STEP * radius / num_steps if step_size is None else step_size
   step_size = jnp.asarray(step_size, x.dtype)
-  shape, (objective, x) = x.shape, on_rows(objective, x)
+  shape, (objective, x) = x.shape, on_columns(objective, x)
   project = functools.partial(balls.project, x=x, radius=radius, norm=norm, bounds=bounds)
 
   def value_and_gradient(x_adv: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -92,15 +91,17 @@ def pgd(
     return project(x_adv + step_size * balls.direction(gradient, norm))
 
   if start is None:
-    index = jnp.arange(x.shape[0]) if index is None else index
+    index = jnp.arange(x.shape[1]) if index is None else index
     start = x + balls.random_offsets(example_keys(key, index), x, radius, norm)
-  start = project(start.reshape(x.shape))
+  else:
+    start = balls.columns(start)
+  start = project(start)
 
   if not keep_best:
     last = jax.lax.fori_loop(
       0, num_steps, lambda _, x_adv: step(x_adv, value_and_gradient(x_adv)[1]), start
     )
-    return last.reshape(shape)
+    return balls.images(last, shape)
 
   def step_and_compare(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     x_adv, best, best_value = carry
@@ -108,23 +109,16 @@ def pgd(
     best, best_value = balls.better(x_adv, values, best, best_value)
     return step(x_adv, gradient), best, best_value
 
-  lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
+  lowest = jnp.full(x.shape[1:], -jnp.inf, x.dtype)
   last, best, best_value = jax.lax.fori_loop(0, num_steps, step_and_compare, (start, start, lowest))
-  return balls.better(last, objective(last, *args), best, best_value)[0].reshape(shape)
+  best = balls.better(last, objective(last, *args), best, best_value)[0]
+  return balls.images(best, shape)
 
 
-def on_rows(objective: Objective, x: jax.Array) -> tuple[Objective, jax.Array]:
-  """The same objective of flattened images `[B, P]`, and x as such.
-
-  What an attack does to pixels is done one by one, and vectorised along the last axis: of grey
-  images that has length 1.
-  """
+def on_columns(objective: Objective, x: jax.Array) -> tuple[Objective, jax.Array]:
+  """The same objective of images as columns `[P, B]`, and x as such."""
   shape = x.shape
-  return lambda rows, *args: objective(rows.reshape(shape), *args), _rows(x)
-
-
-def _rows(x: jax.Array) -> jax.Array:
-  return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+  return lambda columns, *args: objective(balls.images(columns, shape), *args), balls.columns(x)
 
 
 def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
@@ -135,9 +129,9 @@ def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
 def values_and_gradients(
   objective: Objective, x_adv: jax.Array, args: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
-  """The objective `[B]`, and the gradient `[B, ...]` of each example's value in its own image."""
-  values, vjp = jax.vjp(lambda images: objective(images, *args), x_adv)
-  if values.shape != x_adv.shape[:1]:
+  """The objective `[B]`, and the gradient of each example's value in its own image, as columns."""
+  values, vjp = jax.vjp(lambda x_adv: objective(x_adv, *args), x_adv)
+  if values.shape != x_adv.shape[1:]:
     raise AssertionError(f'objective must return one value per example, got {values.shape}')
   return values, vjp(jnp.ones_like(values))[0]
 
@@ -199,6 +193,7 @@ def noise(
   radius = jnp.asarray(radius, x.dtype)
   keys = example_keys(key, jnp.arange(x.shape[0]) if index is None else index)
   draw = balls.extreme_offsets if extreme else balls.random_offsets
-  rows = _rows(x)
-  x_adv = rows + draw(keys, rows, radius, norm)
-  return balls.project(x_adv, x=rows, radius=radius, norm=norm, bounds=bounds).reshape(x.shape)
+  columns = balls.columns(x)
+  x_adv = columns + draw(keys, columns, radius, norm)
+  x_adv = balls.project(x_adv, x=columns, radius=radius, norm=norm, bounds=bounds)
+  return balls.images(x_adv, x.shape)

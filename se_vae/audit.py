@@ -223,10 +223,11 @@ def _gradient_flags(
 ) -> dict[str, jax.Array]:
   """Whether each example's gradient is all zero, and whether any of it is NaN or infinite."""
   x, aim = batch
-  gradient = attacks.values_and_gradients(objective, x, (aim, *args))[1].reshape(x.shape[0], -1)
+  objective, columns = attacks.on_columns(objective, x)
+  gradient = attacks.values_and_gradients(objective, columns, (aim, *args))[1]
   return {
-    'zero': (gradient == 0.0).all(axis=1),
-    'NaN or Inf': ~jnp.isfinite(gradient).all(axis=1),
+    'zero': (gradient == 0.0).all(axis=0),
+    'NaN or Inf': ~jnp.isfinite(gradient).all(axis=0),
   }
 
 

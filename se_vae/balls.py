@@ -1,4 +1,9 @@
-"""Balls of images: draws, corners, steps of steepest ascent and projections, per example."""
+"""Balls of images: draws, corners, steps of steepest ascent and projections, per example.
+
+Attacks hold images as columns `[P, B]`, one of P numbers for each example: what they do to them is
+done number by number, which a CPU does to many at once along the last axis, and that of grey images
+`[B, H, W, C]` has length 1. The networks' products want them so as well.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +17,36 @@ Norm = Literal['linf', 'l2']
 NORMS: tuple[str, ...] = ('linf', 'l2')
 
 
+def columns(x: jax.Array) -> jax.Array:
+  """Images `[B, ...]` as columns."""
+  return x.reshape(x.shape[0], math.prod(x.shape[1:])).T
+
+
+def images(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Columns as images of this shape, `[B, ...]`."""
+  return x.T.reshape(shape)
+
+
 def random_offsets(keys: jax.Array, x: jax.Array, radius: jax.Array, norm: Norm) -> jax.Array:
-  """Uniform draws from the ball, `[B, ...]`, one for each of the keys `[B]`."""
+  """Uniform draws from the ball, as columns, one for each of the keys `[B]`."""
 
   def draw(key: jax.Array) -> jax.Array:
     if norm == 'linf':
-      return jax.random.uniform(key, x.shape[1:], x.dtype, -1.0, 1.0)
-    return jax.random.ball(key, math.prod(x.shape[1:]), dtype=x.dtype).reshape(x.shape[1:])
+      return jax.random.uniform(key, x.shape[:1], x.dtype, -1.0, 1.0)
+    return jax.random.ball(key, len(x), dtype=x.dtype)
 
-  return radius * jax.vmap(draw)(keys)
+  return radius * jax.vmap(draw, out_axes=1)(keys)
 
 
 def extreme_offsets(keys: jax.Array, x: jax.Array, radius: jax.Array, norm: Norm) -> jax.Array:
-  """Uniform draws from the corners of the box, or from the sphere, `[B, ...]`."""
+  """Uniform draws from the corners of the box, or from the sphere, as columns."""
 
   def draw(key: jax.Array) -> jax.Array:
     if norm == 'linf':
-      return jax.random.rademacher(key, x.shape[1:], x.dtype)
-    return jax.random.normal(key, x.shape[1:], x.dtype)
+      return jax.random.rademacher(key, x.shape[:1], x.dtype)
+    return jax.random.normal(key, x.shape[:1], x.dtype)
 
-  return radius * direction(jax.vmap(draw)(keys), norm)
+  return radius * direction(jax.vmap(draw, out_axes=1)(keys), norm)
 
 
 def direction(gradient: jax.Array, norm: Norm) -> jax.Array:
@@ -40,7 +55,7 @@ def direction(gradient: jax.Array, norm: Norm) -> jax.Array:
   if norm == 'linf':
     return jnp.sign(gradient)
   # Scaled by the largest entry first: a tiny gradient must not underflow when it is squared.
-  scale = jnp.max(jnp.abs(gradient), axis=pixel_axes(gradient), keepdims=True)
+  scale = jnp.max(jnp.abs(gradient), axis=0)
   scaled = gradient / jnp.where(scale > 0.0, scale, 1.0)
   return scaled / jnp.maximum(l2_norm(scaled), 1.0)
 
@@ -65,22 +80,12 @@ def better(
 ) -> tuple[jax.Array, jax.Array]:
   """Of two images the one of the larger value, and that value; the old one where they tie."""
   improved = values > best_value
-  return where(improved, x_adv, best), jnp.where(improved, values, best_value)
-
-
-def where(chosen: jax.Array, x_a: jax.Array, x_b: jax.Array) -> jax.Array:
-  """x_a for the chosen examples `[B]`, x_b for the others."""
-  return jnp.where(chosen.reshape(chosen.shape + (1,) * (x_a.ndim - 1)), x_a, x_b)
-
-
-def pixel_axes(x: jax.Array) -> tuple[int, ...]:
-  """All axes but the first."""
-  return tuple(range(1, x.ndim))
+  return jnp.where(improved, x_adv, best), jnp.where(improved, values, best_value)
 
 
 def l2_norm(x: jax.Array) -> jax.Array:
-  """Euclidean length of each example, `[B, 1, ...]`."""
-  return jnp.sqrt(jnp.sum(x**2, axis=pixel_axes(x), keepdims=True))
+  """Euclidean length of each example, `[B]`."""
+  return jnp.sqrt(jnp.sum(x**2, axis=0))
 
 
 def check(

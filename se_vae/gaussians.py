@@ -234,10 +234,15 @@ def exp_remainder(t: jax.Array) -> jax.Array:
   near_zero = jnp.abs(t) < 1.0
   # Each branch is evaluated only where it is safe: a gradient must not meet 0 * inf in the other.
   small = jnp.where(near_zero, t, 0.0)
-  series = jnp.zeros_like(small)
+  return jnp.where(near_zero, exp_remainder_near_zero(small), jnp.expm1(t) - t)
+
+
+def exp_remainder_near_zero(t: jax.Array) -> jax.Array:
+  """`exp_remainder` for |t| < 1 alone, without an exponential."""
+  series = jnp.zeros_like(t)
   for k in range(_SERIES_ORDER, 1, -1):  # Horner: t^2/2! (1 + t/3 (1 + t/4 (...)))
-    series = (1.0 + series) * small / k
-  return jnp.where(near_zero, series * small, jnp.expm1(t) - t)
+    series = (1.0 + series) * t / k
+  return series * t
 
 
 def _solve_tril(tril: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -21,29 +21,21 @@ STRIDE = 2
 
 
 class Dense(nn.Module):
-  """A linear layer between features-major activations; from rows where it is the first.
-
-  Attributes:
-    units: N.
-    first: whether the input is `[B, K]` and not `[K, B]`.
-  """
+  """A linear layer between features-major activations."""
 
   units: int
-  first: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """`[B, K]` or `[K, B]` to `[units, B]`."""
-    inputs = x.shape[1] if self.first else x.shape[0]
+  def __call__(self, features: jax.Array) -> jax.Array:
+    """`[K, B]` to `[units, B]`."""
     init = nn.initializers.lecun_normal()
-    kernel = self.param('kernel', init, (inputs, self.units), x.dtype)
-    bias = self.param('bias', nn.initializers.zeros_init(), (self.units,), x.dtype)
-    outputs = (products.enter if self.first else products.through)(x, kernel)
-    return outputs + bias[:, None]
+    kernel = self.param('kernel', init, (features.shape[0], self.units), features.dtype)
+    bias = self.param('bias', nn.initializers.zeros_init(), (self.units,), features.dtype)
+    return products.product(kernel, features) + bias[:, None]
 
 
 class GaussianHead(nn.Module):
-  """Features `[B, F]` to a Gaussian over D latents, through one linear layer.
+  """Features-major `[F, B]` to a Gaussian over D latents, through one linear layer.
 
   Attributes:
     latent_dim: D.
@@ -56,18 +48,18 @@ class GaussianHead(nn.Module):
 
   @nn.compact
   def __call__(self, features: jax.Array) -> Gaussian:
-    """`[B, F]` to a Gaussian with means `[B, D]`."""
+    """`[F, B]` to a Gaussian with means `[B, D]`."""
     dim = self.latent_dim
-    if self.covariance == 'diagonal':
-      # Not two slices: their gradients would meet in a sum of padded arrays, which is slow.
-      mean, log_var = jnp.split(Dense(2 * dim)(features.T), 2)
-      return DiagonalGaussian(mean.T, log_var.T)
-    if self.covariance != 'full':
+    if self.covariance not in COVARIANCES:
       raise ValueError(f'covariance must be one of {COVARIANCES}, got {self.covariance!r}')
-    outputs = Dense(dim + dim * (dim + 1) // 2)(features.T).T
+    if self.covariance == 'diagonal':
+      outputs = products.transposed(Dense(2 * dim)(features))
+      # Not two slices: their gradients would meet in a sum of padded arrays, which is slow.
+      return DiagonalGaussian(*jnp.split(outputs, 2, axis=-1))
+    outputs = products.transposed(Dense(dim + dim * (dim + 1) // 2)(features))
     mean, half_log_var, below = jnp.split(outputs, (dim, 2 * dim), axis=-1)
     rows, columns = jnp.tril_indices(dim, -1)
-    scale_tril = jnp.zeros((features.shape[0], dim, dim), outputs.dtype)
+    scale_tril = jnp.zeros((len(outputs), dim, dim), outputs.dtype)
     scale_tril = scale_tril.at[:, rows, columns].set(below)
     diagonal = jnp.arange(dim)
     scale_tril = scale_tril.at[:, diagonal, diagonal].set(jnp.exp(0.5 * half_log_var))
@@ -84,15 +76,10 @@ class MLPEncoder(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> Gaussian:
     """Images `[B, H, W, C]` to a Gaussian with means `[B, D]`."""
-    features = _hidden(self.hidden, x.reshape(x.shape[0], -1))
-    return GaussianHead(self.latent_dim, self.covariance)(features.T)
-
-
-def _hidden(sizes: tuple[int, ...], x: jax.Array) -> jax.Array:
-  """Rows `[B, K]` through ReLU layers of these sizes, to features-major `[F, B]`."""
-  for number, units in enumerate(sizes):
-    x = nn.relu(Dense(units, first=number == 0)(x))
-  return x
+    features = products.transposed(x.reshape(x.shape[0], -1))
+    for units in self.hidden:
+      features = nn.relu(Dense(units)(features))
+    return GaussianHead(self.latent_dim, self.covariance)(features)
 
 
 class MLPDecoder(nn.Module):
@@ -104,8 +91,9 @@ class MLPDecoder(nn.Module):
   @nn.compact
   def __call__(self, z: jax.Array) -> jax.Array:
     """Latents `[B, D]` to image means `[B, H, W, C]`."""
-    features = _hidden(self.hidden, z)
-    pixels = nn.Dense(math.prod(self.image_shape))(features.T)
+    for units in self.hidden:
+      z = nn.relu(nn.Dense(units)(z))
+    pixels = nn.Dense(math.prod(self.image_shape))(z)
     return nn.sigmoid(pixels).reshape(z.shape[0], *self.image_shape)
 
 
@@ -147,7 +135,7 @@ class ConvEncoder(nn.Module):
     for channels in self.channels:
       x = nn.relu(Conv(channels)(x))
     features = x.transpose(2, 0, 1, 3).reshape(batch_size, -1)
-    return GaussianHead(self.latent_dim, self.covariance)(features)
+    return GaussianHead(self.latent_dim, self.covariance)(products.transposed(features))
 
 
 class ConvDecoder(nn.Module):

@@ -56,11 +56,11 @@ def square(
   balls.check(x, radius, num_queries, 'linf', bounds)
   radius = jnp.asarray(radius, x.dtype)
   height, width, channels = _as_image(x.shape[1:])
-  shape, (objective, x) = x.shape, attacks.on_rows(objective, x)
+  shape, (objective, x) = x.shape, attacks.on_columns(objective, x)
   project = functools.partial(balls.project, x=x, radius=radius, norm='linf', bounds=bounds)
-  keys = attacks.example_keys(key, jnp.arange(x.shape[0]) if index is None else index)
+  keys = attacks.example_keys(key, jnp.arange(x.shape[1]) if index is None else index)
   sides = jnp.asarray(_sides(num_queries, height, width))
-  # Of each number in a row.
+  # Of each number in a column.
   row_of, column_of, _ = np.indices((height, width, channels)).reshape(3, -1)
 
   def stripes(example_key: jax.Array) -> jax.Array:
@@ -77,13 +77,14 @@ def square(
 
   def query(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
-    x_adv = project(jax.vmap(move, in_axes=(0, 0, 0, None))(step_keys, carry[0], x, sides[i]))
+    moved = jax.vmap(move, in_axes=(0, 1, 1, None), out_axes=1)(step_keys, carry[0], x, sides[i])
+    x_adv = project(moved)
     return balls.better(x_adv, objective(x_adv, *args), *carry)
 
-  start = project(x + radius * jax.vmap(stripes)(keys))
-  lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
+  start = project(x + radius * jax.vmap(stripes, out_axes=1)(keys))
+  lowest = jnp.full(x.shape[1:], -jnp.inf, x.dtype)
   first = balls.better(start, objective(start, *args), start, lowest)
-  return jax.lax.fori_loop(1, num_queries, query, first)[0].reshape(shape)
+  return balls.images(jax.lax.fori_loop(1, num_queries, query, first)[0], shape)
 
 
 def _as_image(shape: tuple[int, ...]) -> tuple[int, int, int]:

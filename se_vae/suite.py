@@ -173,7 +173,8 @@ def run(
     return attacks.noise(key, x, extreme=extreme, norm=norm, index=index, **options)
   if attack.method == 'image':
     assert aim.image is not None
-    return balls.project(aim.image, x=x, norm=norm, **options)
+    image = balls.project(balls.columns(aim.image), x=balls.columns(x), norm=norm, **options)
+    return balls.images(image, x.shape)
   assert attack.objective is not None
   options['args'] = (aim, *args)
   if attack.method == 'square':

@@ -282,15 +282,37 @@ def check_gamma(gamma: jax.typing.ArrayLike) -> None:
 
 def _spread(q_a: DiagonalGaussian, q_b: DiagonalGaussian) -> tuple[jax.Array, jax.Array]:
   """g = sd_a sd_b and (sd_a - sd_b)^2, both `[..., D]`."""
-  # sd_a - sd_b, as the larger of the two times 1 - exp(-half), or, where it cancels, as sd_b times
-  # exp(half) - 1 by its series, which holds more digits than XLA's expm1.
-  half = 0.5 * (q_a.log_var - q_b.log_var)
-  near = jnp.abs(half) < 0.5
-  small = jnp.where(near, half, 0.0)
-  near_value = q_b.var * (small + gaussians.exp_remainder(small)) ** 2
-  large = jnp.where(near, 1.0, jnp.abs(half))
-  far_value = jnp.exp(jnp.maximum(q_a.log_var, q_b.log_var)) * (1.0 - jnp.exp(-large)) ** 2
-  return q_a.stddev * q_b.stddev, jnp.where(near, near_value, far_value)
+  return q_a.stddev * q_b.stddev, _squared_difference(q_a.log_var, q_b.log_var)
+
+
+@jax.custom_jvp
+def _squared_difference(log_var_a: jax.Array, log_var_b: jax.Array) -> jax.Array:
+  """(sd_a - sd_b)^2."""
+  near, ratio_less_1, log_ratio = _ratio_less_1(log_var_a, log_var_b)
+  far_value = jnp.exp(jnp.maximum(log_var_a, log_var_b)) * (1.0 - jnp.exp(-jnp.abs(log_ratio))) ** 2
+  return jnp.where(near, jnp.exp(log_var_b) * ratio_less_1**2, far_value)
+
+
+@_squared_difference.defjvp
+def _squared_difference_jvp(
+  primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  # Written, as an attack takes no value, and what it takes of it needs two exponentials alone.
+  sd_a, sd_b = (jnp.exp(0.5 * log_var) for log_var in primals)
+  near, ratio_less_1, _ = _ratio_less_1(*primals)
+  difference = jnp.where(near, sd_b * ratio_less_1, sd_a - sd_b)
+  return _squared_difference(*primals), difference * (sd_a * tangents[0] - sd_b * tangents[1])
+
+
+def _ratio_less_1(
+  log_var_a: jax.Array, log_var_b: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Where sd_a - sd_b cancels; sd_a / sd_b - 1 there, and 0 elsewhere; log(sd_a / sd_b)."""
+  log_ratio = 0.5 * (log_var_a - log_var_b)
+  near = jnp.abs(log_ratio) < 0.5
+  small = jnp.where(near, log_ratio, 0.0)
+  # The series holds more digits than XLA's expm1.
+  return near, small + gaussians.exp_remainder_near_zero(small), log_ratio
 
 
 def _roots(q_a: Gaussian, q_b: Gaussian) -> tuple[jax.Array, jax.Array]:

@@ -89,14 +89,14 @@ def test_the_twin_takes_the_same_step(arch, objective, memory_format):
     return
   x, key, index = training.pixels(images), jax.random.key(3), jnp.arange(16)
   q_a = model.encode(params, x)
-  rows = x.reshape(16, -1)
-  offsets = balls.random_offsets(attacks.example_keys(key, index), rows, config.radius, 'linf')
+  keys = attacks.example_keys(key, index)
+  offsets = balls.random_offsets(keys, balls.columns(x), config.radius, 'linf')
   ours = np.asarray(training.select(model, config, params, key, x, q_a, index))
 
   def place(images):
     return twin.place(np.asarray(images).reshape(x.shape))
 
-  theirs = twin.select(place(x), place(offsets))
+  theirs = twin.select(place(x), place(offsets.T))
   same = np.isclose(place(ours).numpy(), theirs.detach().numpy(), atol=1e-5)
   assert same.mean() > 0.99  # a gradient of rounding's size may have either sign
 

@@ -84,10 +84,11 @@ def test_the_best_iterate_is_a_broken_one_if_any_is():
   """Cross-entropy is larger where two classes tie above the label than where one just beats it."""
   plain = classification.CrossEntropy(identity)
   until = classification.UntilBroken(plain, identity)
-  values, gradients = attacks.values_and_gradients(until, jnp.asarray(LOGITS), (Aim(LABELS),))
+  objective, columns = attacks.on_columns(until, jnp.asarray(LOGITS))
+  values, gradients = attacks.values_and_gradients(objective, columns, (Aim(LABELS),))
   wrong = reference_margin() > 0.0
   np.testing.assert_array_equal(np.isinf(values), wrong)
-  np.testing.assert_array_equal((np.asarray(gradients) == 0.0).all(axis=1), wrong)
+  np.testing.assert_array_equal((np.asarray(gradients) == 0.0).all(axis=0), wrong)
   expected = plain(LOGITS, Aim(LABELS))
   np.testing.assert_array_equal(np.asarray(values)[~wrong], np.asarray(expected)[~wrong])
 
