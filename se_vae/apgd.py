@@ -85,7 +85,8 @@ def apgd(
   intervals = jnp.asarray(_intervals(num_steps))
 
   def step(i: jax.Array, state: _State) -> _State:
-    ahead = project(state.x_adv + state.step_size * balls.direction(state.gradient, norm))
+    length = state.step_size[None]
+    ahead = project(state.x_adv + length * balls.direction(state.gradient, norm))
     share = jnp.where(i == 0, 1.0, _MOMENTUM).astype(x.dtype)
     inertia = (1.0 - share) * (state.x_adv - state.previous)
     x_adv = project(state.x_adv + share * (ahead - state.x_adv) + inertia)
@@ -96,9 +97,9 @@ def apgd(
       previous=state.x_adv,
       value=value,
       gradient=gradient,
-      best=jnp.where(improved, x_adv, state.best),
+      best=balls.where(improved, x_adv, state.best),
       best_value=jnp.where(improved, value, state.best_value),
-      best_gradient=jnp.where(improved, gradient, state.best_gradient),
+      best_gradient=balls.where(improved, gradient, state.best_gradient),
       step_size=state.step_size,
       rises=state.rises + (value > state.value).astype(jnp.int32),
       halved=state.halved,
@@ -111,9 +112,9 @@ def apgd(
     stuck = ~state.halved & ~(state.best_value > state.checkpoint_value)
     halve = stagnates | stuck
     return state._replace(
-      x_adv=jnp.where(halve, state.best, state.x_adv),
+      x_adv=balls.where(halve, state.best, state.x_adv),
       value=jnp.where(halve, state.best_value, state.value),
-      gradient=jnp.where(halve, state.best_gradient, state.gradient),
+      gradient=balls.where(halve, state.best_gradient, state.gradient),
       step_size=jnp.where(halve, 0.5 * state.step_size, state.step_size),
       rises=jnp.zeros_like(state.rises),
       halved=halve,

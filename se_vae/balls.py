@@ -55,7 +55,7 @@ def direction(gradient: jax.Array, norm: Norm) -> jax.Array:
   if norm == 'linf':
     return jnp.sign(gradient)
   # Scaled by the largest entry first: a tiny gradient must not underflow when it is squared.
-  scale = jnp.max(jnp.abs(gradient), axis=0)
+  scale = jnp.max(jnp.abs(gradient), axis=0, keepdims=True)
   scaled = gradient / jnp.where(scale > 0.0, scale, 1.0)
   return scaled / jnp.maximum(l2_norm(scaled), 1.0)
 
@@ -80,12 +80,17 @@ def better(
 ) -> tuple[jax.Array, jax.Array]:
   """Of two images the one of the larger value, and that value; the old one where they tie."""
   improved = values > best_value
-  return jnp.where(improved, x_adv, best), jnp.where(improved, values, best_value)
+  return where(improved, x_adv, best), jnp.where(improved, values, best_value)
+
+
+def where(chosen: jax.Array, x_a: jax.Array, x_b: jax.Array) -> jax.Array:
+  """x_a for the chosen examples `[B]`, x_b for the others."""
+  return jnp.where(chosen[None], x_a, x_b)
 
 
 def l2_norm(x: jax.Array) -> jax.Array:
-  """Euclidean length of each example, `[B]`."""
-  return jnp.sqrt(jnp.sum(x**2, axis=0))
+  """Euclidean length of each example, `[1, B]`."""
+  return jnp.sqrt(jnp.sum(x**2, axis=0, keepdims=True))
 
 
 def check(

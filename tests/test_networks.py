@@ -219,7 +219,7 @@ def head_outputs(outputs: np.ndarray, latent_dim: int, covariance: str):
   """The head's Gaussian for given outputs of its linear layer, which is made the identity."""
   head = networks.GaussianHead(latent_dim, covariance)
   identity = {'kernel': jnp.eye(outputs.shape[1]), 'bias': jnp.zeros(outputs.shape[1])}
-  return jax.jit(head.apply)({'params': {'Dense_0': identity}}, jnp.asarray(outputs, jnp.float32))
+  return jax.jit(head.apply)({'params': {'Dense_0': identity}}, jnp.asarray(outputs.T, jnp.float32))
 
 
 def test_diagonal_head_gives_means_then_log_variances():
