@@ -104,6 +104,8 @@ def _join(cluster: Cluster) -> None:
     )
   except ValueError as error:
     raise UsageError(f'--distributed: {error}') from None
+  except RuntimeError as error:  # a port in use, or a scheduler that does not answer
+    _leave(1, f'error: cannot join the other processes: {" ".join(str(error).split())}')
   finally:
     late.cancel()
 

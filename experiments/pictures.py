@@ -82,6 +82,16 @@ def perturbation(reconstructions: np.ndarray) -> float:
   return float(np.abs(x_adv - x).reshape(len(x), -1).max(axis=1).mean())
 
 
+def squared_w2(model: vae.VAE, params: vae.Params, reconstructions: np.ndarray) -> float:
+  """Squared W2 between the encodings of a page's originals and selected x', averaged likewise."""
+  return float(_mean_move(model, params, reconstructions[0], reconstructions[1]))
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _mean_move(model: vae.VAE, params: vae.Params, x: jax.Array, x_adv: jax.Array) -> jax.Array:
+  return jnp.mean(training.LatentMove(model)(x_adv, params, model.encode(params, x)))
+
+
 def encode_png(page: np.ndarray, scale: int = 1) -> bytes:
   """A page `[rows, columns, H, W, C]` in [0, 1] as one PNG picture, each pixel `scale` wide."""
   rows, columns, height, width, channels = page.shape

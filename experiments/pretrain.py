@@ -254,6 +254,8 @@ def run(
     if sharding.largest(bool(result)):
       return result
     mesh = runtime.mesh_for(config.batch_size, config.num_devices)
+    if config.num_devices is None and sharding.is_first():
+      runtime.warn_of_idle_devices(mesh, config.batch_size)
     setup, window = _begin(config, _set_up(config, dataset), dataset)
     state = _train(config, setup, window, dataset, mesh, stop, description, check_place)
     return sharding.on_first(_finish, config, setup, state, dataset, mesh.local_mesh) or {}
@@ -364,7 +366,8 @@ def _train(
   with contextlib.ExitStack() as stack:
     images = dataset.test.images[:_WATCHED]
     look = functools.partial(_look, config, setup, images=images, mesh=mesh.local_mesh)
-    recording = _recording(config, setup, int(setup.state.step), description, check_place, look)
+    devices = runtime.devices(mesh)
+    recording = _recording(config, setup, devices, description, check_place, look)
     record = sharding.on_first(stack.enter_context, recording) or _elsewhere
     try:
       for progress in dispatches:
@@ -384,14 +387,14 @@ def _train(
 def _recording(
   config: PretrainConfig,
   setup: _Setup,
-  done: int,
+  devices: list[str],
   description: str,
   check_place: Callable[[], None],
   look: Callable[[training.TrainState], _Look],
 ) -> Iterator[Callable[[training.Progress, bool], None]]:
   """A function that writes down, after each dispatch, what the work directory is to keep of it."""
-  workdir = Path(str(config.workdir))
-  runtime.write_json(workdir / CONFIG, setup.metadata | {'devices': runtime.devices()})
+  workdir, done = Path(str(config.workdir)), int(setup.state.step)
+  runtime.write_json(workdir / CONFIG, setup.metadata | {'devices': devices})
   _drop_rows_after(workdir / METRICS, done)
   best_loss = _best_loss(workdir / BEST)
 
@@ -406,7 +409,7 @@ def _recording(
       metrics_file.flush()
       bar.set_postfix(loss=f'{loss:.1f}', refresh=False)
       if watch:
-        _watch(watch, config, progress.state, progress.row, look)
+        _watch(watch, config, setup.model, progress.state, progress.row, look)
       # Decided by the step alone, and before that step is done with: an interruption between the
       # two checkpoints changes neither.
       if _is_due_in_row(config, step) and loss < best_loss:
@@ -523,6 +526,7 @@ def _look(
 def _watch(
   watch: events.EventWriter,
   config: PretrainConfig,
+  model: vae.VAE,
   state: training.TrainState,
   row: dict[str, float],
   look: Callable[[training.TrainState], _Look],
@@ -535,7 +539,10 @@ def _watch(
   watch.row(step, row)
   if _is_due_in_row(config, step):
     figures, pages = look(state)
-    figures['selection_linf'] = pictures.perturbation(pages['reconstructions'])
+    shown = pages['reconstructions']
+    figures['selection_linf'] = pictures.perturbation(shown)
+    params = jax.device_get(state.params)  # of this process alone
+    figures['selection_squared_w2'] = pictures.squared_w2(model, params, shown)
     watch.scalars(step, 'held_out', figures)
     watch.images(step, {name: page[:_WATCHED_ROWS] for name, page in pages.items()})
 

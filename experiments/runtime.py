@@ -37,7 +37,7 @@ LOCK = '.lock'
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scikit-learn', 'se_vae')
 
-# Below this many examples a device's share of a batch is too small to be worth a device.
+# Below this many examples a CPU core's share of a batch is too small to be worth a device.
 _SMALLEST_SHARE = 16
 
 
@@ -130,7 +130,7 @@ def use_all_cores(batch_size: int, num_devices: int | None = None) -> None:
   chosen: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
   if chosen > 0 or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
     return
-  jax.config.update('jax_num_cpu_devices', num_devices or _even_split(batch_size, num_cores()))
+  jax.config.update('jax_num_cpu_devices', num_devices or _cores_worth(batch_size, num_cores()))
 
 
 def num_cores() -> int:
@@ -142,6 +142,8 @@ def num_cores() -> int:
 def mesh_for(batch_size: int, num_devices: int | None = None) -> Any:
   """The data mesh over `num_devices` devices of each process, or as many as divide the batch.
 
+  Of CPU devices as many as have some examples each.
+
   Raises:
     UsageError: if they do not divide it, or are not there. Compiles nothing.
   """
@@ -152,7 +154,8 @@ def mesh_for(batch_size: int, num_devices: int | None = None) -> Any:
     )
   share = batch_size // num_processes
   if num_devices is None:
-    num_devices = _even_split(share, most)
+    split = _cores_worth if jax.default_backend() == 'cpu' else _even_split
+    num_devices = split(share, most)
   elif num_devices > most:
     raise UsageError(f'--num_devices: must be <= {most}, the devices here; got {num_devices}')
   elif share % num_devices:
@@ -163,9 +166,21 @@ def mesh_for(batch_size: int, num_devices: int | None = None) -> Any:
   return sharding.data_mesh(num_devices)
 
 
+def warn_of_idle_devices(mesh: Any, batch_size: int) -> None:
+  """Tells the user where a batch leaves accelerators without work."""
+  if mesh.size < jax.device_count() and jax.default_backend() != 'cpu':
+    warn(
+      f'--batch_size: {batch_size} examples are shared by {mesh.size} of {jax.device_count()} '
+      'devices, as many as divide them'
+    )
+
+
 def _even_split(batch_size: int, most: int) -> int:
-  most = max(1, min(most, batch_size // _SMALLEST_SHARE))
   return next(count for count in range(most, 0, -1) if batch_size % count == 0)
+
+
+def _cores_worth(batch_size: int, most: int) -> int:
+  return _even_split(batch_size, max(1, min(most, batch_size // _SMALLEST_SHARE)))
 
 
 @contextlib.contextmanager
@@ -331,9 +346,10 @@ def versions() -> dict[str, str]:
   return found
 
 
-def devices() -> list[str]:
-  """The kinds of the devices, of all processes."""
-  return [device.device_kind for device in jax.devices()]
+def devices(mesh: Any = None) -> list[str]:
+  """The kinds of a mesh's devices, or of all, of all processes."""
+  found = jax.devices() if mesh is None else mesh.devices.flat
+  return [device.device_kind for device in found]
 
 
 def read_json(path: Path, *names: str) -> dict[str, Any] | None:

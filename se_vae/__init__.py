@@ -8,7 +8,7 @@ from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is first used
   from se_vae.attacks import pgd
-  from se_vae.checkpoints import load_model
+  from se_vae.checkpoints import load_model, save_model
   from se_vae.gaussians import (
     DiagonalGaussian,
     FullGaussian,
@@ -71,6 +71,7 @@ __all__ = [
   'optimal_map_full',
   'pgd',
   'representation_moves',
+  'save_model',
   'se_elbo',
   'squared_w2',
   'squared_w2_full',

@@ -192,7 +192,29 @@ class Run(NamedTuple):
   path: Path
 
 
-def load_model(workdir: str | Path) -> tuple[vae.VAE, vae.Params]:
+def save_model(workdir: str | Path, params: vae.Params, **arguments: Any) -> Path:
+  """Saves parameters for `load_model`, in place of what an earlier call saved there.
+
+  Args:
+    workdir: made if need be.
+    params: the parameters.
+    **arguments: those of `vae.make_vae` that made the model; none for networks of your own.
+
+  Returns:
+    The checkpoint.
+
+  Raises:
+    ValueError: if `vae.make_vae` does not take the arguments, or its model other parameters.
+  """
+  if arguments:
+    _, expected = _model_of(arguments)
+    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
+      raise ValueError(f'the parameters are not those of make_vae with {arguments}')
+  metadata = {'model': arguments or None}
+  return save(Path(workdir) / 'checkpoints', 0, {'params': params}, metadata, keep=1)
+
+
+def load_model(workdir: str | Path, model: vae.VAE | None = None) -> tuple[vae.VAE, vae.Params]:
   """The model of a run and its newest good parameters: the first two of `load_run`.
 
   Example:
@@ -200,22 +222,24 @@ def load_model(workdir: str | Path) -> tuple[vae.VAE, vae.Params]:
     >>> arguments = {'image_shape': (2, 2, 1), 'latent_dim': 3, 'num_layers': 1}
     >>> params = vae.make_vae(**arguments).init(jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as workdir:
-    ...   path = save(f'{workdir}/checkpoints', 1, {'params': params}, {'model': arguments})
+    ...   path = save_model(workdir, params, **arguments)
     ...   model, params = load_model(workdir)
     >>> model.encode(params, jnp.zeros((5, 2, 2, 1))).mean.shape
     (5, 3)
   """
-  return load_run(workdir)[:2]
+  return load_run(workdir, model)[:2]
 
 
-def load_run(workdir: str | Path) -> Run:
+def load_run(workdir: str | Path, model: vae.VAE | None = None) -> Run:
   """The model of a run, its newest good parameters, and the metadata they were saved with.
 
   Damaged checkpoints are passed over with a warning.
 
   Args:
-    workdir: of the run, with its checkpoints in `checkpoints/`; their metadata['model'] holds the
-      arguments of `vae.make_vae`, and the parameters are the tensors `params/...`.
+    workdir: of the run, with its checkpoints in `checkpoints/`, whose tensors `params/...` are the
+      parameters.
+    model: with networks of your own; if None, the checkpoint's metadata['model'] holds the
+      arguments of `vae.make_vae`.
 
   Raises:
     CheckpointError: if there is no good checkpoint, or it does not hold such a model.
@@ -225,16 +249,32 @@ def load_run(workdir: str | Path) -> Run:
   if found is None:
     raise CheckpointError(f'{directory}: there is no checkpoint')
   path, tensors, metadata = found
-  try:
-    arguments = dict(metadata['model'])
-    model = vae.make_vae(tuple(arguments.pop('image_shape')), **arguments)
-    template = {'params': jax.eval_shape(model.init, jax.random.key(0))}
-  except (KeyError, TypeError, ValueError) as error:
-    reason = f'{type(error).__name__} {_one_line(error)}'
-    raise CheckpointError(f"{path}: its metadata['model'] describes no model: {reason}") from error
+  if model is not None:
+    template = _shapes_of(model)
+  elif metadata.get('model', {}) is None:
+    raise CheckpointError(
+      f'{path}: is of networks of your own, which it does not hold: hand them over'
+    )
+  else:
+    try:
+      model, template = _model_of(metadata['model'])
+    except (KeyError, TypeError, ValueError) as error:
+      reason = f'{type(error).__name__} {_one_line(error)}'
+      message = f"{path}: its metadata['model'] describes no model: {reason}"
+      raise CheckpointError(message) from error
   stored = {name: tensor for name, tensor in tensors.items() if name.startswith('params/')}
-  params = jax.tree.map(jnp.asarray, _fill(path, template, stored)['params'])
+  params = jax.tree.map(jnp.asarray, _fill(path, {'params': template}, stored)['params'])
   return Run(model, params, metadata, path)
+
+
+def _model_of(arguments: Mapping[str, Any]) -> tuple[vae.VAE, vae.Params]:
+  """The model that `vae.make_vae` makes of these, and its parameters' shapes."""
+  model = vae.make_vae(**{**arguments, 'image_shape': tuple(arguments['image_shape'])})
+  return model, _shapes_of(model)
+
+
+def _shapes_of(model: vae.VAE) -> vae.Params:
+  return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

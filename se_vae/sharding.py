@@ -13,6 +13,7 @@ Where there is one process they do nothing.
 from __future__ import annotations
 
 import collections
+import functools
 import operator
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -63,12 +64,17 @@ def replicate_copy(mesh: Mesh, tree: Tree) -> Tree:
   `replicate` may leave a host array's memory where it is, shared by all devices, or hand back the
   very buffer it was given; a donated buffer is overwritten.
   """
-  copy = jax.jit(
+  copied: Tree = _copier(mesh)(tree)
+  return copied
+
+
+@functools.lru_cache
+def _copier(mesh: Mesh) -> Callable[[Any], Any]:
+  """One function object for a mesh: a fresh one would be compiled at every call."""
+  return jax.jit(
     lambda leaves: jax.tree.map(jnp.copy, leaves),
     out_shardings=NamedSharding(mesh, PartitionSpec()),
   )
-  copied: Tree = copy(tree)
-  return copied
 
 
 def per_device(mesh: Mesh, function: Callable[..., Tree], axes: Sequence[int | None]) -> Any:

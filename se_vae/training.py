@@ -522,19 +522,30 @@ def fit(
   config: TrainConfig,
   images: np.ndarray,
   *,
+  params: Params | None = None,
   seed: int = 0,
   batch_size: int = 64,
   steps_per_row: int = 100,
   mesh: Mesh | None = None,
 ) -> tuple[Params, list[dict[str, float]]]:
-  """Trains from scratch and in memory: `run` for a notebook.
+  """Trains in memory: `run` for a notebook.
 
   Gives the parameters that `experiments.pretrain` gives with the same settings and devices.
+
+  Example:
+    >>> from se_vae import make_vae
+    >>> images = np.zeros((8, 2, 2, 1), np.uint8)
+    >>> model = make_vae((2, 2, 1), latent_dim=3, hidden_units=4, num_layers=1)
+    >>> params, rows = fit(model, TrainConfig(num_steps=5), images, batch_size=4, steps_per_row=2)
+    >>> [row['step'] for row in rows]
+    [2, 4, 5]
 
   Args:
     model: the model.
     config: the settings.
     images: the training set `[N, H, W, C]`, uint8.
+    params: parameters to start with, as of a VAE whose encoder is to become smoother; fresh ones if
+      None.
     seed: of the initialisation, the order of the batches and the noise.
     batch_size: examples a step, at most N.
     steps_per_row: steps that a row of metrics averages over.
@@ -546,9 +557,13 @@ def fit(
   Raises:
     NotFiniteError: where a metric is not finite.
     TypeError: for images that are not uint8.
+    ValueError: for a frozen decoder without `params`: it would stay as it was drawn.
   """
+  if config.freeze_decoder and params is None:
+    raise ValueError('freeze_decoder needs params, whose decoder is kept')
   init_key, key, _ = jax.random.split(jax.random.key(seed), 3)
   state = jax.jit(init_state, static_argnums=(0, 1, 3))(model, config, init_key, len(images))
+  state = state if params is None else state._replace(params=params)
   rows = []
   params = state.params
   for progress in run(

@@ -674,3 +674,37 @@ def test_load_model_of_something_else(tmp_path: pathlib.Path, model: Any, words:
   with pytest.raises(CheckpointError) as error:
     checkpoints.load_model(tmp_path)
   assert_one_line(error, path, words)
+
+
+def test_save_model(tmp_path: pathlib.Path) -> None:
+  params, arguments = make_model().init(jax.random.key(3)), dict(MODEL)
+  for _ in range(2):
+    path = checkpoints.save_model(tmp_path, params, **arguments)
+    assert list((tmp_path / 'checkpoints').iterdir()) == [path]
+  model, loaded = checkpoints.load_model(tmp_path)
+  assert model == make_model()
+  assert_same(jax.device_get(loaded), jax.device_get(params))
+
+
+def test_save_model_of_other_parameters(tmp_path: pathlib.Path) -> None:
+  params = make_model().init(jax.random.key(3))
+  with pytest.raises(ValueError, match='are not those of make_vae'):
+    checkpoints.save_model(tmp_path, params, **MODEL | {'latent_dim': 9})
+  with pytest.raises(ValueError, match='arch must be one of'):
+    checkpoints.save_model(tmp_path, params, **MODEL | {'arch': 'transformer'})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_networks_of_one_s_own_are_saved_and_handed_over(tmp_path: pathlib.Path) -> None:
+  made = make_model()
+  own = vae.VAE(made.encoder, made.decoder.clone(hidden=(7,)), made.image_shape, made.latent_dim)
+  params = own.init(jax.random.key(4))
+  path = checkpoints.save_model(tmp_path, params)
+  model, loaded = checkpoints.load_model(tmp_path, own)
+  assert model is own
+  assert_same(jax.device_get(loaded), jax.device_get(params))
+  with pytest.raises(CheckpointError) as error:
+    checkpoints.load_model(tmp_path)
+  assert_one_line(error, path, 'networks of your own')
+  with pytest.raises(CheckpointError, match='does not fit'):
+    checkpoints.load_model(tmp_path, made)

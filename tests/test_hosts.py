@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
@@ -66,7 +67,8 @@ def pair(
   """Two processes that train together; `own` are further flags of each."""
   cluster = {'coordinator': f'localhost:{free_port()}', 'num_processes': 2, **PATIENCE}
   processes = [
-    start(workdir, process_id=number, **{**cluster, **flags, **own[number]}) for number in (0, 1)
+    start(**{'workdir': workdir, 'process_id': number, **cluster, **flags, **own[number]})
+    for number in (0, 1)
   ]
   try:
     yield processes
@@ -142,13 +144,16 @@ def assert_same_but_for_rounding(workdir: Path, expected: Path) -> None:
 
 
 def test_two_processes_train_as_one_and_write_everything_once(tmp_path, alone):
-  with pair(tmp_path) as processes:
+  elsewhere = tmp_path / 'of process 1'
+  own = {}, {'workdir': elsewhere}
+  with pair(tmp_path, own=own, tensorboard=True) as processes:
     first, second = ends(processes)
   assert first.code == 0, first.errors
   before, result, _ = first.printed.partition(f'{tmp_path}: step 40: ')
   assert result and without_gloo(before) == ''
   assert (second.code, without_gloo(second.printed)) == (0, ''), second.errors
   assert_same_but_for_rounding(tmp_path, alone)
+  assert not elsewhere.exists() and len(list((tmp_path / 'tensorboard').iterdir())) == 1
   assert [step for step, _ in checkpoints.steps(tmp_path / 'checkpoints')] == [40, 20]
   assert len(json.loads((tmp_path / 'config.json').read_text())['devices']) == 4
   results = [json.loads((path / 'result.json').read_text()) for path in (tmp_path, alone)]
@@ -182,6 +187,18 @@ def test_an_unreachable_coordinator_is_an_error_in_a_line(tmp_path):
   assert (end.code, end.printed) == (1, '')
   (line,) = end.errors
   assert line.startswith('error: localhost:') and 'within 1 s (--join_timeout)' in line
+  assert not (tmp_path / 'w').exists()
+
+
+def test_a_port_in_use_is_an_error_in_a_line(tmp_path):
+  with socket.socket() as taken:
+    taken.bind(('localhost', 0))
+    taken.listen()
+    address = f'localhost:{taken.getsockname()[1]}'
+    process = start(tmp_path / 'w', coordinator=address, num_processes=2, process_id=0)
+    (end,) = ends([process])
+  assert (end.code, end.printed) == (1, '')
+  assert end.last.startswith('error: cannot join the other processes: ')
   assert not (tmp_path / 'w').exists()
 
 
@@ -229,6 +246,27 @@ def test_as_many_devices_as_divide_the_batch_or_as_many_as_asked_for(
   batch_size, num_devices, expected
 ):
   assert runtime.mesh_for(batch_size, num_devices).size == expected
+
+
+def test_accelerators_share_every_batch_and_idle_ones_are_told_of(monkeypatch, capsys):
+  """The smallest share is a CPU's alone."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  mesh = runtime.mesh_for(48)
+  assert mesh.size == 4 and len(runtime.devices(mesh)) == 4
+  runtime.warn_of_idle_devices(mesh, 48)
+  assert capsys.readouterr().err == ''
+  mesh = runtime.mesh_for(66)
+  assert mesh.size == 3 and len(runtime.devices(mesh)) == 3
+  runtime.warn_of_idle_devices(mesh, 66)
+  assert capsys.readouterr().err == (
+    'warning: --batch_size: 66 examples are shared by 3 of 4 devices, as many as divide them\n'
+  )
+
+
+def test_a_batch_is_a_multiple_of_the_processes(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 3)
+  with pytest.raises(UsageError, match='--batch_size: must be a multiple of the 3 processes'):
+    runtime.mesh_for(64)
 
 
 @pytest.mark.parametrize(

@@ -56,16 +56,21 @@ def trained(tmp_path_factory) -> Path:
   return workdir
 
 
-def test_fit_gives_the_parameters_of_the_binary(trained):
-  model, expected = se_vae.load_model(trained)
-  values = json.loads((trained / 'result.json').read_text())['config']
+def check_fit_gives_the_same(workdir: Path, params=None) -> None:
+  """As the binary that left this directory, from these parameters or fresh ones."""
+  model, expected = se_vae.load_model(workdir)
+  values = json.loads((workdir / 'result.json').read_text())['config']
   fields = [field.name for field in dataclasses.fields(se_vae.TrainConfig)]
   train_config = se_vae.TrainConfig(**{name: values[name] for name in fields})
   images = data.load('color_mnist_5k').train.images
   options = {'steps_per_row': values['log_every'], 'mesh': runtime.mesh_for(values['batch_size'])}
-  params, losses = se_vae.fit(model, train_config, images, **options)
-  jax.tree.map(np.testing.assert_array_equal, params, expected)
-  assert [row['loss'] for row in losses] == [row['loss'] for row in rows(trained)]
+  fitted, losses = se_vae.fit(model, train_config, images, params=params, **options)
+  jax.tree.map(np.testing.assert_array_equal, fitted, expected)
+  assert [row['loss'] for row in losses] == [row['loss'] for row in rows(workdir)]
+
+
+def test_fit_gives_the_parameters_of_the_binary(trained):
+  check_fit_gives_the_same(trained)
 
 
 def test_pretrain_writes_what_it_promises(trained):
@@ -347,6 +352,16 @@ def test_a_run_starts_with_the_parameters_of_another_and_keeps_its_decoder(train
     assert same == name.startswith('params/decoder/'), name
   # Its first ten steps are on from the last fifty of the other, not from the beginning.
   assert rows(smoothed)[0]['loss'] < rows(trained)[1]['loss'] < rows(trained)[0]['loss']
+
+
+def test_fit_smooths_as_the_binary_does(trained, smoothed):
+  model, params = se_vae.load_model(trained)
+  before = jax.tree.map(np.array, params)
+  check_fit_gives_the_same(smoothed, params)
+  jax.tree.map(np.testing.assert_array_equal, params, before)  # they are the caller's
+  frozen = se_vae.TrainConfig(freeze_decoder=True, num_steps=1)
+  with pytest.raises(ValueError, match='freeze_decoder needs params'):
+    se_vae.fit(model, frozen, np.zeros((64, 28, 28, 3), np.uint8))
 
 
 def test_a_run_records_where_its_parameters_came_from(trained, smoothed):

@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import struct
+import sys
 from pathlib import Path
 
 import jax
@@ -122,6 +123,8 @@ def test_checkpoints_are_looked_at(watched):
     assert found[f'held_out/{name}'][-1][1] == pytest.approx(result[name], rel=1e-6)
   for _, linf in found['held_out/selection_linf']:
     assert 0.0 < linf <= 0.2 + 1e-6
+  moves = found['held_out/selection_squared_w2']
+  assert [step for step, _ in moves] == [10, 20, 30] and min(value for _, value in moves) > 0.0
   shown = images(watched)
   assert [(step, name) for step, name, _ in shown] == [
     (step, name) for step in (10, 20, 30) for name in PICTURES
@@ -195,6 +198,20 @@ def test_a_traversal_moves_one_latent(watched):
   largest = [float(np.abs(a - b).max()) for a, b in zip(originals, selected, strict=True)]
   assert pictures.perturbation(pages['reconstructions']) == pytest.approx(np.mean(largest))
   assert max(largest) <= 0.2 + 1e-6
+  q_a, q_b = model.encode(params, originals), model.encode(params, selected)
+  moved = pictures.squared_w2(model, params, pages['reconstructions'])
+  assert moved == pytest.approx(float(se_vae.squared_w2(q_a, q_b).mean()), rel=1e-5)
+
+
+def test_a_terminal_has_one_line_that_is_written_over(capsys, monkeypatch):
+  monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+  with runtime.progress_bar(3, 'pretrain') as bar:
+    bar.mininterval = 0.0
+    for loss in ('3.0', '2.0', '1.0'):
+      bar.set_postfix(loss=loss, refresh=False)
+      bar.update()
+  *_, last = (text := capsys.readouterr().err).split('\r')
+  assert text.count('\n') <= 1 and '3/3' in last and 'step/s' in last and 'loss=1.0' in last
 
 
 def test_a_log_file_has_plain_lines(capsys):
