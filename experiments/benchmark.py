@@ -9,7 +9,8 @@ measurement in `benchmark.json`. The sections:
   steps       a training step as a run takes it: many to a dispatch, on the devices of a run
   growth      the same for other L, batch and latent sizes
   profile     what an SE step consists of, each piece timed alone
-  torch       the same steps in eager PyTorch, if that is installed, with as many threads
+  torch       the same steps in eager PyTorch, if that is installed, with as many threads as cores,
+              in a process of its own
   evaluation  the paper's PGD on a probe
   startup     --help of each binary, and the time to the first training step
 
@@ -22,11 +23,13 @@ give medians with the lowest and the highest.
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +107,9 @@ def run(config: BenchmarkConfig, stop: runtime.StopSignal) -> dict[str, Any]:
   torch = torch_twin.load(num_threads=runtime.num_cores()) if 'torch' in config.sections else None
   with runtime.lock(workdir):
     startup = _startup(workdir, config.repeats, stop) if 'startup' in config.sections else {}
-    rates, rows = _measure(config, dataset, torch, stop)
+    # A fresh process: a fork of this one would have JAX's locks, and none of its threads.
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as processes:
+      rates, rows = _measure(config, dataset, processes, stop)
     result = {
       'roofline': rates,
       'rows': rows,
@@ -151,7 +156,7 @@ def _case(config: BenchmarkConfig, **changes: Any) -> workloads.Case:
 
 
 def _workloads(
-  config: BenchmarkConfig, dataset: data.Dataset, torch: Any
+  config: BenchmarkConfig, dataset: data.Dataset, processes: Executor
 ) -> Iterator[tuple[str, str, workloads.Workload]]:
   """Everything to be timed: its kind, the case it belongs to, and itself."""
   for case, sections in _cases(config).items():
@@ -161,7 +166,7 @@ def _workloads(
       yield 'piece', case.name, piece
     for memory_format in torch_twin.FORMATS if 'torch' in sections else ():
       if case.arch == 'convnet' or memory_format == torch_twin.FORMATS[0]:
-        yield 'torch', case.name, benched.twin(torch, memory_format)
+        yield 'torch', case.name, workloads.twin_steps(processes, case, memory_format)
   if 'evaluation' in config.sections:
     for arch in config.archs:
       case = _case(config, arch=arch, objective='se', batch_size=1)
@@ -170,12 +175,12 @@ def _workloads(
 
 
 def _measure(
-  config: BenchmarkConfig, dataset: data.Dataset, torch: Any, stop: runtime.StopSignal
+  config: BenchmarkConfig, dataset: data.Dataset, processes: Executor, stop: runtime.StopSignal
 ) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
   """Rates of products, and a row for everything else, both repeat by repeat."""
   timed: list[tuple[workloads.Workload, int]] = []
   rows: list[dict[str, Any]] = []
-  for kind, case, workload in _workloads(config, dataset, torch):
+  for kind, case, workload in _workloads(config, dataset, processes):
     workload.run(1)
     timed.append((workload, workloads.steps_that_take(workload, config.seconds)))
     described = {name: getattr(workload, name) for name in ('name', 'operations', 'temp_bytes')}

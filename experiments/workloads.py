@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import flops, runtime
+from experiments import flops, runtime, torch_twin
 from experiments.torch_twin import Twin
 from se_vae import (
   attacks,
@@ -178,7 +179,7 @@ class Benched:
       for piece, run, count in zip(PIECES, loops, operations, strict=True)
     ]
 
-  def twin(self, torch: Any, memory_format: str) -> Workload:
+  def twin(self, torch: Any, memory_format: str) -> Twin:
     """The same steps in eager PyTorch.
 
     Raises:
@@ -190,9 +191,7 @@ class Benched:
     error = twin_error(twin, self.model, params, self.config, images[:16])
     if not error < 1e-3:
       raise AssertionError(f'loss or gradient in PyTorch differ from ours by {error:.1e}')
-    operations = flops.train_step(self.model, self.config, self.case.batch_size)
-    layout = f' {memory_format}' if self.case.arch == 'convnet' else ''
-    return Workload(self.case.name + layout, twin.run, operations)
+    return twin
 
   def _loop(self, step: Callable[[Any, Any], Any], carry: Any) -> Callable[[int], Any]:
     """Many steps on all devices in one dispatch; runs them."""
@@ -225,6 +224,31 @@ class _Batch:
   x: jax.Array
   other: jax.Array  # in the place of x'
   index: jax.Array
+
+
+def twin_steps(processes: Executor, case: Case, memory_format: str) -> Workload:
+  """The steps of `Benched.twin` in another process.
+
+  In one process PyTorch's threads and JAX's get in each other's way.
+  """
+  model = case.model(data.load('mnist_5k').train.images.shape[1:])
+  layout = f' {memory_format}' if case.arch == 'convnet' else ''
+  operations = flops.train_step(model, case.train_config(), case.batch_size)
+
+  def run(steps: int) -> None:
+    processes.submit(_run_twin, case, memory_format, runtime.num_cores(), steps).result()
+
+  return Workload(case.name + layout, run, operations)
+
+
+def _run_twin(case: Case, memory_format: str, num_threads: int, steps: int) -> None:
+  _twin(case, memory_format, num_threads).run(steps)
+
+
+@functools.lru_cache
+def _twin(case: Case, memory_format: str, num_threads: int) -> Twin:
+  torch = torch_twin.load(num_threads)
+  return Benched(case, data.load('mnist_5k').train.images).twin(torch, memory_format)
 
 
 def twin_error(

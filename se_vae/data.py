@@ -357,13 +357,16 @@ def _color_split(split: Split, data_seed: int, split_id: int) -> Split:
 
 
 def _hold_out(split: Split) -> tuple[Split, Split]:
-  num_held_out = len(split.images) // 6
-  if num_held_out == 0:
-    raise DataError(
-      f'--data_dir: {len(split.images)} training examples are too few to hold out 1/6'
-    )
-  kept, held_out = slice(None, -num_held_out), slice(-num_held_out, None)
+  kept, held_out = _all_but_a_sixth(len(split.images))
   return _take(split, kept), _take(split, held_out)
+
+
+def _all_but_a_sixth(count: int) -> tuple[slice, slice]:
+  """Of so many examples in canonical order those to train on, and the others."""
+  num_held_out = count // 6
+  if num_held_out == 0:
+    raise DataError(f'--data_dir: {count} training examples are too few to hold out 1/6')
+  return slice(None, -num_held_out), slice(-num_held_out, None)
 
 
 def _take(split: Split, rows: slice) -> Split:
@@ -603,7 +606,7 @@ class _TfdsSet(NamedTuple):
   directory: str
   image: str  # the names of the two features we use
   label: str
-  test: str  # the split that serves as the test split
+  test: str | None  # the split that serves as the test split; None for a part of train
   array_record: bool
 
 
@@ -616,8 +619,8 @@ def _open_tfds(directory: str) -> _TfdsSet:
     label = _pick_feature(info.features, tfds.features.ClassLabel, 'label', directory)
     if info.features[image].np_dtype != np.uint8:
       raise DataError(f'--data_dir: the images in {directory!r} are not 8-bit')
-    test = 'test' if 'test' in info.splits else 'validation'
-    for split in ('train', test):
+    test = next((split for split in ('test', 'validation') if split in info.splits), None)
+    for split in filter(None, ('train', test)):
       if split not in info.splits:
         raise DataError(f'--data_dir: {directory!r} has no split {split!r}')
       for path in info.splits[split].filepaths:
@@ -659,18 +662,28 @@ def _read_tfds(tfds_set: _TfdsSet, cache_dir: str | None) -> _Raw:
     decode = functools.partial(_decode_tfds, tfds_set)
     arrays = _cached(decode, cache_dir, info.full_name, directory)
   num_classes = info.features[tfds_set.label].num_classes
-  train, held_out = (
-    _checked(arrays[f'{name}_images'], arrays[f'{name}_labels'], num_classes, repr(directory))
+  parts = {
+    name: _checked(arrays[f'{name}_images'], arrays[f'{name}_labels'], num_classes, repr(directory))
     for name in ('train', 'test')
-  )
+    if f'{name}_images' in arrays
+  }
+  train = parts['train']
   name, _, version = info.full_name.rpartition('/')
-  source = f'TFDS {name}:{version}' + ('' if test == 'test' else f' (its {test} split as test)')
+  source = f'TFDS {name}:{version}'
+  if test is None:
+    kept, rest = _all_but_a_sixth(len(train[0]))
+    train, held_out = ((train[0][rows], train[1][rows]) for rows in (kept, rest))
+    source += ' (a sixth of its train split as test)'
+  else:
+    held_out = parts['test']
+    source += '' if test == 'test' else f' (its {test} split as test)'
   return _Raw(source, num_classes, train, held_out)
 
 
 def _decode_tfds(tfds_set: _TfdsSet, allocate: _Allocate) -> dict[str, np.ndarray]:
   arrays = {}
-  for name, split in (('train', 'train'), ('test', tfds_set.test)):
+  splits = {'train': 'train'} | ({'test': tfds_set.test} if tfds_set.test else {})
+  for name, split in splits.items():
     new = functools.partial(allocate, f'{name}_images')
     arrays[f'{name}_images'], arrays[f'{name}_labels'] = _decode_split(tfds_set, split, new)
   return arrays
@@ -834,6 +847,7 @@ def _map_cache(entry: Path) -> dict[str, np.ndarray]:
   return {
     name: np.asarray(np.load(path, mmap_mode='r', allow_pickle=False))
     for name, path in paths.items()
+    if path.exists()  # a set without a test split has no such arrays
   }
 
 

@@ -22,14 +22,19 @@ def licence(package: str) -> str:
   return stated.get('License-Expression') or stated['License'].splitlines()[0]
 
 
-def table() -> list[str]:
+def requirements(extra: str = '') -> list[str]:
+  """What setup.cfg requires, or one of its extras."""
   setup = configparser.ConfigParser()
   setup.read(SETUP)
+  group = setup['options.extras_require'][extra] if extra else setup['options']['install_requires']
+  return [line for line in group.split('\n') if line]
+
+
+def table() -> list[str]:
+  """The lines of the Markdown table."""
   lines = ['| Package | Versions | Licence |', '|---|---|---|']
-  groups = {'': setup['options']['install_requires']}
-  groups[' (tests)'] = setup['options.extras_require']['test']
-  for note, group in groups.items():
-    for requirement in group.split('\n')[1:]:
+  for note, extra in {'': '', ' (tests)': 'test'}.items():
+    for requirement in requirements(extra):
       package, versions = re.fullmatch(r'([\w.-]+(?:\[\w+\])?) ?(.*)', requirement).groups()
       name = package.split('[')[0]
       lines.append(f'| {name}{note} | {versions or "any"} | {licence(name)} |')

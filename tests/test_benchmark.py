@@ -137,6 +137,25 @@ def test_the_binary_measures_what_it_is_asked_for(tmp_path, capsys):
   assert '| MLP 8 SE, batch 16, latent 3, L 1 |' in tables and 'all-reduce' in tables
 
 
+def test_pytorch_is_timed_in_a_process_of_its_own(tmp_path):
+  pytest.importorskip('torch')
+  config = benchmark.BenchmarkConfig(
+    workdir=str(tmp_path),
+    sections=('torch',),
+    archs=('convnet',),
+    objectives=('se',),
+    conv_batch_sizes=(16,),
+    latent_dim=3,
+    conv_channels=4,
+    roofline_sizes=(16,),
+    repeats=1,
+    seconds=0.01,
+  )
+  result = benchmark.run(config, runtime.StopSignal())
+  assert [row['kind'] for row in result['rows']] == ['step', 'torch', 'torch']
+  assert all(row['seconds'][0] > 0.0 for row in result['rows'])
+
+
 def test_pytorch_is_asked_for_in_one_line(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'torch', None)
   config = benchmark.BenchmarkConfig(workdir=str(tmp_path / 'w'), sections=('torch',))

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -139,7 +138,7 @@ def test_metadata_survives(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize('dtype', sorted(checkpoints.DTYPES))
 @pytest.mark.parametrize('shape', [(), (0, 3), (2, 3)])
 def test_every_dtype_and_shape(tmp_path: pathlib.Path, dtype: str, shape: tuple[int, ...]) -> None:
-  tree = {'x': np.arange(np.prod(shape)).reshape(shape).astype(getattr(ml_dtypes, dtype, dtype))}
+  tree = {'x': np.arange(np.prod(shape)).reshape(shape).astype(jnp.dtype(dtype))}
   path = checkpoints.save(tmp_path, 0, tree, {})
   assert_same(checkpoints.restore(path, tree)[0], tree)
 
@@ -528,7 +527,7 @@ def test_durable_before_visible_before_pruned(
   'tree, words',
   [
     ({'key': jax.eval_shape(lambda: jax.random.key(0))}, 'key'),
-    ({'x': np.zeros(2, ml_dtypes.float8_e4m3fn)}, 'float8_e4m3fn'),
+    ({'x': np.zeros(2, jnp.float8_e4m3fn)}, 'float8_e4m3fn'),
     ({'x': np.zeros(2, np.complex128)}, 'complex128'),
     ({'x': 'text'}, 'str|<U'),
     ({'x': object()}, 'object'),

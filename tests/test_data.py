@@ -603,9 +603,28 @@ def test_tfds_unusable_features_are_refused(tmp_path):
     assert_raises(lambda root=root: data.check('tfds:objects', str(root)), 'features of type')
 
 
-def test_tfds_without_test_split_is_refused(tmp_path):
-  write_tfds(tmp_path, {'train': examples()}, name='objects')
-  assert_raises(lambda: data.check('tfds:objects', str(tmp_path)), 'validation')
+def test_tfds_without_a_test_split_holds_out_a_sixth(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (12, 5, 4, 1), dtype=np.uint8)
+  write_tfds(tmp_path, {'train': (images, np.arange(12) % 10)}, name='objects')
+  for options in (
+    {},
+    {'cache_dir': str(tmp_path / 'cache')},
+    {'cache_dir': str(tmp_path / 'cache')},
+  ):
+    dataset = data.load('tfds:objects', data_dir=str(tmp_path), **options)
+    assert dataset.source.endswith('(a sixth of its train split as test)')
+    assert len(dataset.train.images) == 10 and len(dataset.test.images) == 2
+    found = np.concatenate([dataset.train.images, dataset.test.images])
+    assert {image.tobytes() for image in found} == {image.tobytes() for image in images}
+    labels = np.concatenate([dataset.train.labels['label'], dataset.test.labels['label']])
+    where = [np.flatnonzero((images == image).all(axis=(1, 2, 3)))[0] for image in found]
+    np.testing.assert_array_equal(labels, np.array(where) % 10)
+
+
+def test_tfds_without_a_test_split_needs_enough_examples(tmp_path):
+  images = np.zeros((5, 5, 4, 1), np.uint8)
+  write_tfds(tmp_path, {'train': (images, range(5))}, name='objects')
+  assert_raises(lambda: data.load('tfds:objects', data_dir=str(tmp_path)), 'too few')
 
 
 def test_tfds_images_must_have_one_size(tmp_path, monkeypatch):

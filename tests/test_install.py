@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -23,7 +26,6 @@ def run(*line: str | Path, cwd: Path) -> str:
   return done.stdout
 
 
-@pytest.mark.slow
 def test_the_wheel_works_outside_the_repository(tmp_path):
   source = tmp_path / 'source'
   source.mkdir()
@@ -34,7 +36,7 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
   run(*pip, 'wheel', *wheel_options, source, cwd=tmp_path)
   (wheel,) = tmp_path.glob('*.whl')
   with zipfile.ZipFile(wheel) as archive:
-    assert 'se_vae/py.typed' in archive.namelist()
+    assert {'se_vae/py.typed', 'experiments/report.html'} <= {*archive.namelist()}
 
   # An environment with the dependencies of this one, but without the repository's own entry.
   run(sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'venv', cwd=tmp_path)
@@ -50,9 +52,43 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
   library, binaries, count = run(python, '-c', code, cwd=tmp_path).split()
   assert Path(library).parent == site / 'se_vae' and Path(binaries).parent == site / 'experiments'
   assert (site / 'se_vae' / 'py.typed').exists() and count == '4000'
-  line = [python, '-m', 'experiments.pretrain', '--help']
-  done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-  assert '--init_from' in done.stdout + done.stderr
+  small = ('--num_steps=2', '--pgd_steps=1', '--hidden_units=4', '--latent_dim=2')
+  run(python, '-m', 'experiments.pretrain', '--workdir=run', *small, cwd=tmp_path)
+  run(python, '-m', 'experiments.report', '--workdir=run', cwd=tmp_path)
+  assert '<html' in (tmp_path / 'run' / 'report.html').read_text()
+
+
+def imported(path: Path) -> set[str]:
+  """The top-level packages that a module imports, wherever in it."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names.add(str(node.module))
+  return {name.split('.')[0] for name in names} - {'se_vae', 'experiments', 'tests'}
+
+
+@pytest.mark.parametrize('group', ['', 'test'])
+def test_what_is_imported_is_required(group):
+  """Without what the environment happens to have. Foolbox and AutoAttack are optional, by name."""
+  required = {re.match(r'[\w-]+', line).group() for line in licences.requirements('')}
+  folders = [ROOT / 'se_vae', ROOT / 'experiments']
+  if group:
+    required |= {re.match(r'[\w-]+', line).group() for line in licences.requirements(group)}
+    folders = [ROOT / 'tests']
+  found = set().union(*(imported(path) for folder in folders for path in folder.glob('*.py')))
+  provided = importlib.metadata.packages_distributions()
+  missing = {
+    name
+    for name in found - sys.stdlib_module_names - {'torch', 'torchattacks', 'foolbox', 'cosmic_ray'}
+    if not {canonical(package) for package in provided.get(name, ())} & {*map(canonical, required)}
+  }
+  assert not missing
+
+
+def canonical(package: str) -> str:
+  return re.sub(r'[-_.]+', '-', package).lower()
 
 
 def test_build_lists_the_direct_dependencies_and_their_licences():
