@@ -20,7 +20,16 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
   from se_vae.objectives import elbo, log_normalizer, se_elbo
   from se_vae.probing import LinearProbe, ProbedEncoder, encoder_means, fit_probe
   from se_vae.robustness import adversarial_accuracy, evaluate
-  from se_vae.training import TrainConfig, TrainState, fit, init_state, train_step
+  from se_vae.training import (
+    LatentMove,
+    TrainConfig,
+    TrainState,
+    fit,
+    init_state,
+    pixels,
+    select,
+    train_step,
+  )
   from se_vae.vae import VAE, make_vae
   from se_vae.wasserstein import (
     entropic_coupling,
@@ -41,6 +50,7 @@ __all__ = [
   'VAE',
   'DiagonalGaussian',
   'FullGaussian',
+  'LatentMove',
   'LinearProbe',
   'ProbedEncoder',
   'TrainConfig',
@@ -70,9 +80,11 @@ __all__ = [
   'optimal_map',
   'optimal_map_full',
   'pgd',
+  'pixels',
   'representation_moves',
   'save_model',
   'se_elbo',
+  'select',
   'squared_w2',
   'squared_w2_full',
   'train_step',

@@ -138,7 +138,12 @@ def sample_each(q: Gaussian, keys: jax.Array) -> jax.Array:
 
 
 def entropy(q: Gaussian) -> jax.Array:
-  """Differential entropy H[q], in nats, `[...]` (the Gaussian case of Eq. 15)."""
+  """Differential entropy H[q], in nats, `[...]` (the Gaussian case of Eq. 15).
+
+  Example:
+    >>> print(entropy(DiagonalGaussian(jnp.zeros((1, 2)), jnp.full((1, 2), -LOG_2PI - 1.0))))
+    [0.]
+  """
   check_gaussian(q)
   return 0.5 * (q.log_det() + q.dim * (LOG_2PI + 1.0))
 
@@ -173,7 +178,12 @@ def kl_divergence(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
 
 
 def kl_to_standard_normal(q: Gaussian) -> jax.Array:
-  """KL(q || N(0, I)) >= 0, in nats, `[...]`: the regulariser of the VAE's ELBO (Eq. 8)."""
+  """KL(q || N(0, I)) >= 0, in nats, `[...]`: the regulariser of the VAE's ELBO (Eq. 8).
+
+  Example:
+    >>> print(kl_to_standard_normal(DiagonalGaussian(jnp.full((1, 2), 3.0), jnp.zeros((1, 2)))))
+    [9.]
+  """
   check_gaussian(q)
   if isinstance(q, DiagonalGaussian):
     return 0.5 * jnp.sum(exp_remainder(q.log_var) + q.mean**2, axis=-1)

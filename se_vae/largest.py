@@ -102,6 +102,14 @@ def joint_accuracy(
 ) -> AdversarialAccuracy:
   """Share of examples for which no one image within the radius breaks all classifiers at once.
 
+  Example:
+    >>> def above(x, threshold):  # one pixel, two classes
+    ...   return jnp.stack([threshold - x[:, 0], x[:, 0] - threshold], axis=1)
+    >>> x, labels = np.array([[0.2]], np.float32), np.array([[0, 0]])
+    >>> args = ((0.3,), (0.5,))  # 0.15 moves the pixel over the first threshold alone
+    >>> print(joint_accuracy((above, above), x, labels, radii=(0.15, 0.4), args=args).accuracy)
+    [1. 0.]
+
   Args:
     logits_fns: T classifiers of the same images.
     x: images `[N, ...]`.
@@ -137,6 +145,11 @@ def representation_moves(
 
   With `GaussianLatents` it is the largest squared W2 of encodings, the quantity that SE training
   keeps small.
+
+  Example:
+    >>> x = np.full((1, 2), 0.5, np.float32)
+    >>> print(representation_moves(lambda x: 10.0 * x, x, radii=(0.1,)).round(3))
+    [[2.]]
 
   Args:
     latents_fn: images (and `args`) to representations `[B, E]`.

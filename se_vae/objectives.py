@@ -155,6 +155,10 @@ def log_normalizer(gamma: jax.typing.ArrayLike, dim: int) -> jax.Array:
 
   `-dim / 2 log(1 + 2 gamma)` nats, a scalar <= 0. The paper drops this constant; subtracting it
   from the SE-ELBO makes that a bound on a normalised log-density.
+
+  Example:
+    >>> print(log_normalizer(gamma=0.0, dim=64) == 0.0)
+    True
   """
   wasserstein.check_gamma(gamma)
   return -0.5 * dim * jnp.log1p(2.0 * gamma)

@@ -23,6 +23,11 @@ from se_vae.vae import VAE, Params
 class LinearProbe:
   """logits = mean @ weights + bias.
 
+  Example:
+    >>> probe = LinearProbe(jnp.eye(2), jnp.zeros(2))
+    >>> print(probe.logits(jnp.array([[3.0, 1.0]])))
+    [[3. 1.]]
+
   Attributes:
     weights: `[D, K]`.
     bias: `[K]`.
@@ -32,13 +37,27 @@ class LinearProbe:
   bias: jax.Array
 
   def logits(self, mean: jax.Array) -> jax.Array:
-    """Encoder means `[B, D]` to unnormalised log-probabilities `[B, K]`."""
+    """Encoder means `[B, D]` to unnormalised log-probabilities `[B, K]`.
+
+    Raises:
+      AssertionError: if `mean` has other dimensions than the probe was made for.
+    """
+    if mean.ndim != 2 or mean.shape[1] != len(self.weights):
+      raise AssertionError(f'mean must be [B, {len(self.weights)}], got {mean.shape}')
     return mean @ self.weights + self.bias[None]
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbedEncoder:
-  """The classifier under attack: images, through the encoder's mean, to a probe's logits."""
+  """The classifier under attack: images, through the encoder's mean, to a probe's logits.
+
+  Example:
+    >>> from se_vae import make_vae
+    >>> model = make_vae((2, 2, 1), latent_dim=3, num_layers=1)
+    >>> params, probe = model.init(jax.random.key(0)), LinearProbe(jnp.eye(3), jnp.zeros(3))
+    >>> ProbedEncoder(model)(jnp.zeros((5, 2, 2, 1)), params, probe).shape
+    (5, 3)
+  """
 
   model: VAE
 
@@ -87,6 +106,13 @@ def encoder_means(
 
   They are encoded `batch_size` at a time, or fewer that are large, on all devices unless `mesh`
   names some.
+
+  Example:
+    >>> from se_vae import make_vae
+    >>> model = make_vae((2, 2, 1), latent_dim=3, num_layers=1)
+    >>> params = model.init(jax.random.key(0))
+    >>> encoder_means(model, params, np.zeros((5, 2, 2, 1), np.uint8)).shape
+    (5, 3)
   """
   mesh = sharding.data_mesh() if mesh is None else mesh
   params = sharding.replicate(mesh, params)

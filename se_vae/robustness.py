@@ -52,6 +52,14 @@ def adversarial_accuracy(
 ) -> AdversarialAccuracy:
   """The paper's PGD at every radius apart, whatever it breaks at another.
 
+  Example:
+    >>> def above_half(x):  # one pixel, two classes
+    ...   return jnp.stack([0.5 - x[:, 0], x[:, 0] - 0.5], axis=1)
+    >>> x, labels = np.array([[0.2], [0.45]], np.float32), np.array([0, 0])
+    >>> radii = (0.0, 0.1, 0.4)
+    >>> adversarial_accuracy(above_half, jax.random.key(0), x, labels, radii=radii).accuracy
+    array([1. , 0.5, 0. ])
+
   An example survives a radius if it survives all restarts there. Radius 0 is the clean accuracy.
   The result does not depend on the batch size or on the number of devices, beyond rounding.
 

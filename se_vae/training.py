@@ -32,7 +32,12 @@ _OFFSET_STEPS = 127
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """What a training step does. Static under jit.
+  """What a training step does. Static under jit: another value compiles another program.
+
+  Example:
+    >>> TrainConfig(objective='beta')
+    Traceback (most recent call last):
+    ValueError: objective must be one of vae, se, got 'beta'
 
   Attributes:
     objective: 'vae' (the ELBO) or 'se' (the SE-ELBO with PGD selection).
@@ -160,6 +165,14 @@ def select(
 ) -> jax.Array:
   """The selection mechanism: x' `[B, H, W, C]` near x whose encoding is furthest from q_a.
 
+  Example:
+    >>> from se_vae import make_vae
+    >>> model, x = make_vae((2, 2, 1), latent_dim=3, num_layers=1), jnp.full((5, 2, 2, 1), 0.5)
+    >>> params, config = model.init(jax.random.key(0)), TrainConfig(radius=0.1)
+    >>> x_adv = select(model, config, params, jax.random.key(1), x, model.encode(params, x))
+    >>> print(jnp.abs(x_adv - x).max().round(3))
+    0.1
+
   No gradient flows through it: x' is data (Sec. 2). `index` and `start` as for `attacks.pgd`.
   """
   params, q_a = jax.lax.stop_gradient((params, q_a))
@@ -254,6 +267,16 @@ def train_step(
   parts: Parts = WHOLE,
 ) -> tuple[TrainState, Metrics]:
   """One step of gradient ascent on the bound.
+
+  Example:
+    >>> from se_vae import make_vae
+    >>> model, x = make_vae((2, 2, 1), latent_dim=3, num_layers=1), jnp.full((5, 2, 2, 1), 0.5)
+    >>> config = TrainConfig(pgd_steps=2)
+    >>> state = init_state(model, config, jax.random.key(0))
+    >>> step = jax.jit(train_step, static_argnums=(0, 1))
+    >>> state, metrics = step(model, config, state, jax.random.key(1), x)
+    >>> print(state.step, sorted(metrics)[:2])
+    1 ['elbo', 'gradient_norm']
 
   Args:
     model: the model.

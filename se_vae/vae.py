@@ -73,6 +73,14 @@ def make_vae(
 ) -> VAE:
   """One of the paper's models (Sec. 7).
 
+  Example:
+    >>> model = make_vae((28, 28, 1), latent_dim=32)
+    >>> params = model.init(jax.random.key(0))
+    >>> x = jnp.zeros((5, 28, 28, 1))
+    >>> z = model.encode(params, x).mean
+    >>> z.shape, model.decode(params, z).shape
+    ((5, 32), (5, 28, 28, 1))
+
   Args:
     image_shape: (H, W, C).
     arch: 'mlp' or 'convnet'.

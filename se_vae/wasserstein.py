@@ -75,6 +75,11 @@ def entropic_squared_w2(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.ArrayLik
   Non-increasing in gamma: from ||m_a - m_b||^2 + Tr S_a + Tr S_b (independent z_a and z_b) at
   gamma = 0 to `squared_w2` as gamma grows. Unlike the cost it holds no entropy. float32 holds it to
   3e-6 of itself when factorised, and to 1.5e-6 of its value at gamma = 0 in general.
+
+  Example:
+    >>> q = DiagonalGaussian(jnp.zeros((1, 2)), jnp.zeros((1, 2)))
+    >>> print(entropic_squared_w2(q, q, gamma=0.0))  # of independent z_a and z_b
+    [4.]
   """
   gaussians.check_pair(q_a, q_b)
   check_gamma(gamma)
@@ -135,7 +140,12 @@ def entropic_transport_cost(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.Arra
 
 
 def optimal_coupling(var_a: jax.Array, var_b: jax.Array) -> jax.Array:
-  """Cross-covariance psi = sd_a sd_b of the optimal plan, elementwise (Eq. 11, scalar case)."""
+  """Cross-covariance psi = sd_a sd_b of the optimal plan, elementwise (Eq. 11, scalar case).
+
+  Example:
+    >>> print(optimal_coupling(jnp.array([4.0]), jnp.array([9.0])))
+    [6.]
+  """
   _check_same_shape('var_a', var_a, 'var_b', var_b)
   return jnp.sqrt(var_a) * jnp.sqrt(var_b)
 
@@ -151,6 +161,10 @@ def entropic_coupling(var_a: jax.Array, var_b: jax.Array, gamma: jax.typing.Arra
   Returns:
     psi `[...]` in [0, sd_a sd_b): the feasible root of psi^2 + psi / gamma - var_a var_b = 0;
     0 at gamma = 0, where z_a and z_b are independent.
+
+  Example:
+    >>> print(entropic_coupling(jnp.array([1.5]), jnp.array([1.0]), gamma=2.0).round(3))
+    [1.]
   """
   _check_same_shape('var_a', var_a, 'var_b', var_b)
   check_gamma(gamma)
@@ -187,6 +201,12 @@ def optimal_map(q_a: Gaussian, q_b: Gaussian, z_b: jax.Array) -> jax.Array:
 
   m_a + (sd_a / sd_b) (z_b - m_b) for factorised Gaussians; in general m_a + A O^T B^-1 (z_b - m_b)
   with the O of the module's docstring.
+
+  Example:
+    >>> q_a = DiagonalGaussian(jnp.full((1, 2), 3.0), jnp.zeros((1, 2)))
+    >>> q_b = DiagonalGaussian(jnp.zeros((1, 2)), jnp.zeros((1, 2)))
+    >>> print(optimal_map(q_a, q_b, jnp.ones((1, 2))))
+    [[4. 4.]]
   """
   gaussians.check_pair(q_a, q_b)
   _check_same_shape('z_b', z_b, 'mean_b', q_b.mean)
@@ -230,6 +250,11 @@ def squared_w2_full(
   At a singular covariance the value is right (an eigenvalue that is zero up to rounding has a root
   that is zero up to the root of rounding, so float32 holds three digits there) and the gradient
   finite, but the true gradient is unbounded along the null space; zero is returned for that part.
+
+  Example:
+    >>> mean, cov = jnp.zeros((1, 2)), jnp.eye(2)[None]
+    >>> print(squared_w2_full(mean, 4.0 * cov, mean, cov).round(3))  # 2 (sd_a - sd_b)^2
+    [2.]
   """
   _check_moments(mean_a, cov_a, mean_b, cov_b)
   shift = jnp.sum((mean_a - mean_b) ** 2, axis=-1)
