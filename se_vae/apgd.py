@@ -74,12 +74,7 @@ def apgd(
   radius = jnp.asarray(radius, x.dtype)
   shape, (objective, x) = x.shape, attacks.on_columns(objective, x)
   project = functools.partial(balls.project, x=x, radius=radius, norm=norm, bounds=bounds)
-  if start is None:
-    index = jnp.arange(x.shape[1]) if index is None else index
-    start = x + balls.random_offsets(attacks.example_keys(key, index), x, radius, norm)
-  else:
-    start = balls.columns(start)
-  start = project(start)
+  start = project(attacks.first_columns(key, x, shape, start, index, radius, norm))
   value, gradient = attacks.values_and_gradients(objective, start, args)
   batch = x.shape[1:]
   intervals = jnp.asarray(_intervals(num_steps))

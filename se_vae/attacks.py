@@ -90,12 +90,7 @@ def pgd(
   def step(x_adv: jax.Array, gradient: jax.Array) -> jax.Array:
     return project(x_adv + step_size * balls.direction(gradient, norm))
 
-  if start is None:
-    index = jnp.arange(x.shape[1]) if index is None else index
-    start = x + balls.random_offsets(example_keys(key, index), x, radius, norm)
-  else:
-    start = balls.columns(start)
-  start = project(start)
+  start = project(first_columns(key, x, shape, start, index, radius, norm))
 
   if not keep_best:
     last = jax.lax.fori_loop(
@@ -119,6 +114,30 @@ def on_columns(objective: Objective, x: jax.Array) -> tuple[Objective, jax.Array
   """The same objective of images as columns `[P, B]`, and x as such."""
   shape = x.shape
   return lambda columns, *args: objective(balls.images(columns, shape), *args), balls.columns(x)
+
+
+def first_columns(
+  key: jax.Array,
+  x: jax.Array,
+  shape: tuple[int, ...],
+  start: jax.Array | None,
+  index: jax.Array | None,
+  radius: jax.Array,
+  norm: Norm,
+) -> jax.Array:
+  """Where `pgd` starts from columns x of images of this shape, before it is projected."""
+  if start is None:
+    return x + balls.random_offsets(example_keys(key, _index(index, shape)), x, radius, norm)
+  if start.shape != shape:
+    raise AssertionError(f'start must have the shape {shape} of x, got {start.shape}')
+  return balls.columns(start)
+
+
+def _index(index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+  index = jnp.arange(shape[0]) if index is None else index
+  if index.shape != shape[:1]:
+    raise AssertionError(f'index must have the shape {shape[:1]}, got {index.shape}')
+  return index
 
 
 def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
@@ -191,7 +210,7 @@ def noise(
   """
   balls.check(x, radius, 1, norm, bounds)
   radius = jnp.asarray(radius, x.dtype)
-  keys = example_keys(key, jnp.arange(x.shape[0]) if index is None else index)
+  keys = example_keys(key, _index(index, x.shape))
   draw = balls.extreme_offsets if extreme else balls.random_offsets
   columns = balls.columns(x)
   x_adv = columns + draw(keys, columns, radius, norm)

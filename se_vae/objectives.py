@@ -97,7 +97,7 @@ def elbo(
   Returns:
     `ElboTerms`, each `[B]`, in nats.
   """
-  _check_batch(x, q)
+  _check_batch(x, 'q', q)
   log_likelihood = gaussian_log_likelihood(x, x_mean, obs_var)
   kl = gaussians.kl_to_standard_normal(q)
   return ElboTerms(log_likelihood - kl, log_likelihood, kl)
@@ -134,7 +134,7 @@ def se_elbo(
   Returns:
     `SEElboTerms`, each `[B]`, in nats.
   """
-  _check_batch(x, q_a)
+  _check_batch(x, 'q_a', q_a)
   log_likelihood = gaussian_log_likelihood(x, x_mean, obs_var)
   log_prior_a = gaussians.expected_log_standard_normal(q_a)
   log_prior_b = gaussians.expected_log_standard_normal(q_b)
@@ -164,10 +164,10 @@ def log_normalizer(gamma: jax.typing.ArrayLike, dim: int) -> jax.Array:
   return -0.5 * dim * jnp.log1p(2.0 * gamma)
 
 
-def _check_batch(x: jax.Array, q: Gaussian) -> None:
+def _check_batch(x: jax.Array, name: str, q: Gaussian) -> None:
   gaussians.check_gaussian(q)
   if q.mean.ndim != 2 or q.mean.shape[0] != x.shape[0]:
-    raise AssertionError(f'the encoding of x {x.shape} needs means [B, D], got {q.mean.shape}')
+    raise AssertionError(f'{name} needs means [{len(x)}, D], as x has, got {q.mean.shape}')
 
 
 def _check_obs_var(obs_var: jax.typing.ArrayLike) -> None:

@@ -351,6 +351,17 @@ def test_apgd_keeps_the_best_of_its_start_and_its_steps(images, weights):
   assert_legal(outside, images, 0.05, 'linf')
 
 
+@pytest.mark.parametrize('attack', [attacks.pgd, apgd.apgd])
+@pytest.mark.parametrize('jit', [False, True])
+def test_starts_and_indices_of_other_shapes_are_refused(images, attack, jit):
+  wrap = jax.jit if jit else (lambda function: function)
+  options = {'radius': 0.1, 'num_steps': 1}
+  with pytest.raises(AssertionError, match='start must have the shape'):
+    wrap(lambda x: attack(flat, jax.random.key(0), x, start=x.swapaxes(0, 1), **options))(images)
+  with pytest.raises(AssertionError, match='index must have the shape'):
+    wrap(lambda x: attack(flat, jax.random.key(0), x, index=jnp.arange(1), **options))(images)
+
+
 def test_apgd_looks_ever_more_often():
   """The checkpoints of the paper for 100 steps: 22, 41, 57, 70, 80, 87, 93, 99."""
   intervals = apgd._intervals(100)

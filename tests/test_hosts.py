@@ -175,6 +175,52 @@ def test_sigterm_to_one_stops_both_and_one_process_goes_on(tmp_path, alone):
   assert_same_but_for_rounding(tmp_path, alone)
 
 
+SHARES = """
+import json, pathlib, sys
+import numpy as np
+from se_vae import sharding
+
+address, number, path = sys.argv[1:]
+sharding.join(address, 2, int(number))
+images, read = np.arange(16, dtype=np.uint8)[:, None], set()
+
+class Spied:
+  shape, dtype = images.shape, images.dtype
+
+  def __getitem__(self, rows):
+    read.update(rows.ravel().tolist())
+    return images[rows]
+
+indices = np.arange(16).reshape(2, 8)
+array = sharding.split_rows(sharding.data_mesh(), Spied(), indices)
+shares = [np.asarray(shard.data).ravel().tolist() for shard in array.addressable_shards]
+pathlib.Path(path).write_text(json.dumps([sorted(read), shares]))
+"""
+
+
+def test_each_process_reads_and_holds_its_share_of_a_batch_alone(tmp_path):
+  address = f'localhost:{free_port()}'
+  environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  paths = [tmp_path / str(number) for number in range(2)]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', SHARES, address, str(number), path],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number, path in enumerate(paths)
+  ]
+  for end in ends(processes):
+    assert end.code == 0, end.errors
+  # Two steps of eight examples, on four devices.
+  halves = [[[0, 1, 8, 9], [2, 3, 10, 11]], [[4, 5, 12, 13], [6, 7, 14, 15]]]
+  for path, shares in zip(paths, halves, strict=True):
+    assert json.loads(path.read_text()) == [sorted(shares[0] + shares[1]), shares]
+
+
 def test_an_unreachable_coordinator_is_an_error_in_a_line(tmp_path):
   process = start(
     tmp_path / 'w',
