@@ -81,6 +81,11 @@ class PretrainConfig:
   device_data_limit: int = setting(
     1024, 'MiB of training images up to which the devices keep them all.', at_least=0
   )
+  image_size: int | None = setting(
+    None,
+    'Pixels a side to which the central square of every image of a tfds: set is resized.',
+    at_least=1,
+  )
   data_seed: int = setting(0, 'Seed of the colours of color_* data sets.', at_least=0)
   validation: bool = setting(
     False, 'Hold out a sixth of the training set and use it in place of the test set.'
@@ -200,9 +205,14 @@ def load_dataset(config: PretrainConfig) -> data.Dataset:
   """
   cache_dir = config.cache_dir or str(Path(str(config.workdir)) / 'data')
   try:
-    data.check(config.dataset, config.data_dir)
+    data.check(config.dataset, config.data_dir, config.image_size)
     return _load_dataset(
-      config.dataset, config.data_dir, config.data_seed, config.validation, cache_dir
+      config.dataset,
+      data_dir=config.data_dir,
+      data_seed=config.data_seed,
+      validation=config.validation,
+      cache_dir=cache_dir,
+      image_size=config.image_size,
     )
   except data.DataError as error:
     raise UsageError(str(error)) from None
@@ -219,12 +229,8 @@ def check_batch_size(batch_size: int, dataset: data.Dataset) -> None:
 
 # Several runs of one process (a figure's) share one copy of the data.
 @functools.lru_cache(maxsize=2)
-def _load_dataset(
-  name: str, data_dir: str | None, data_seed: int, validation: bool, cache_dir: str
-) -> data.Dataset:
-  return data.load(
-    name, data_dir=data_dir, data_seed=data_seed, validation=validation, cache_dir=cache_dir
-  )
+def _load_dataset(name: str, **options: Any) -> data.Dataset:
+  return data.load(name, **options)
 
 
 def run(

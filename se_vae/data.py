@@ -156,6 +156,7 @@ def load(
   data_seed: int = 0,
   cache_dir: str | None = None,
   validation: bool = False,
+  image_size: int | None = None,
 ) -> Dataset:
   """Loads a data set, into host memory or mapped from the cache.
 
@@ -169,6 +170,8 @@ def load(
       small for them; None decodes into memory.
     validation: hold the test split back. `test` is then the last sixth of the training split
       and `train` the rest; each example keeps the colour it has in the full training split.
+    image_size: S, for `tfds:` sets: the central square of every image, as S x S pixels. None takes
+      them as they are, which must be of one size.
 
   Returns:
     The data set; each split is in canonical order (see the module's docstring).
@@ -178,7 +181,7 @@ def load(
   """
   if not 0 <= data_seed < 2**31:
     raise DataError(f'--data_seed: must be in [0, 2**31), got {data_seed}')
-  raw = _resolve(name, data_dir, cache_dir)()
+  raw = _resolve(name, data_dir, cache_dir, image_size)()
   if raw.train[0].shape[1:] != raw.test[0].shape[1:]:
     raise DataError(f'--data_dir: training and test images of {name!r} differ in size')
   task = 'digit' if _is_digits(name) else 'label'
@@ -194,18 +197,19 @@ def load(
   return Dataset(name, train, test, num_classes, raw.source, _dataset_digest(train, test))
 
 
-def check(name: str, data_dir: str | None = None) -> None:
+def check(name: str, data_dir: str | None = None, image_size: int | None = None) -> None:
   """Checks quickly, and without decoding an image, that `load` can find the data.
 
   Args:
     name: as in `load`.
     data_dir: as in `load`.
+    image_size: as in `load`.
 
   Raises:
     DataError: if the name is unknown, or `data_dir` or the files in it are missing or malformed
       in a way that shows without reading them whole.
   """
-  _resolve(name, data_dir)
+  _resolve(name, data_dir, image_size=image_size)
 
 
 def colorize(gray_images: np.ndarray, color_ids: np.ndarray) -> np.ndarray:
@@ -286,6 +290,27 @@ def canonical_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     (hashlib.sha256(x.tobytes()).digest(), int(y)) for x, y in zip(images, labels, strict=True)
   ]
   return np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+
+
+def central_square(image: np.ndarray, size: int) -> np.ndarray:
+  """The largest square in the middle of an image, averaged or interpolated to `size` pixels.
+
+  Args:
+    image: uint8 `[H, W, C]`, C of 1, 3 or 4.
+    size: S.
+
+  Returns:
+    uint8 `[S, S, C]`.
+  """
+  from PIL import Image  # slow to import
+
+  height, width, channels = image.shape
+  side = min(height, width)
+  top, left = (height - side) // 2, (width - side) // 2
+  square = image[top : top + side, left : left + side]
+  picture = Image.fromarray(square[..., 0] if channels == 1 else square)
+  resized = picture.resize((size, size), Image.Resampling.BILINEAR)
+  return np.asarray(resized).reshape(size, size, channels)
 
 
 def read_idx(path: str, expected_ndim: int) -> np.ndarray:
@@ -396,7 +421,9 @@ def _is_digits(name: str) -> bool:
   return name.removeprefix('color_') in ('mnist', 'mnist_5k')
 
 
-def _resolve(name: str, data_dir: str | None, cache_dir: str | None = None) -> Callable[[], _Raw]:
+def _resolve(
+  name: str, data_dir: str | None, cache_dir: str | None = None, image_size: int | None = None
+) -> Callable[[], _Raw]:
   """Finds the source of a data set and returns its reader; does only cheap checks itself."""
   is_tfds = _TFDS_NAME.fullmatch(name) is not None
   if name not in DATASETS and not is_tfds:
@@ -404,6 +431,8 @@ def _resolve(name: str, data_dir: str | None, cache_dir: str | None = None) -> C
     raise DataError(
       f'--dataset: unknown data set {name!r}; choose one of {choices}, tfds:NAME[/CONFIG][:VERSION]'
     )
+  if image_size is not None and (image_size < 1 or not is_tfds):
+    raise DataError(f'--image_size: must be >= 1, and is for tfds: sets; got {image_size}')
   request = name.removeprefix('tfds:') if is_tfds else name.removeprefix('color_')
   if name in DATASETS and request == 'mnist_5k':
     return _resolve_embedded(name, data_dir)
@@ -418,9 +447,9 @@ def _resolve(name: str, data_dir: str | None, cache_dir: str | None = None) -> C
       return functools.partial(_read_idx_files, request, data_dir, paths)
   directory = _find_prepared(_tfds_default_dir() if data_dir is None else data_dir, request)
   if directory is not None:
-    return functools.partial(_read_tfds, _open_tfds(directory), cache_dir)
+    return functools.partial(_read_tfds, _open_tfds(directory, image_size), cache_dir)
   if data_dir is not None and not paths and _has_tensorflow() and _online():
-    return functools.partial(_download, request, data_dir, cache_dir)
+    return functools.partial(_download, request, data_dir, cache_dir, image_size)
   raise _no_source(name, request, data_dir, paths)
 
 
@@ -608,9 +637,10 @@ class _TfdsSet(NamedTuple):
   label: str
   test: str | None  # the split that serves as the test split; None for a part of train
   array_record: bool
+  image_size: int | None
 
 
-def _open_tfds(directory: str) -> _TfdsSet:
+def _open_tfds(directory: str, image_size: int | None) -> _TfdsSet:
   with _tfds_errors(directory):
     import tensorflow_datasets as tfds
 
@@ -632,8 +662,9 @@ def _open_tfds(directory: str) -> _TfdsSet:
         f'--data_dir: reading {directory!r} ({", ".join(formats)}) needs TensorFlow; install it,'
         " or prepare the set with file_format='array_record'"
       )
-    tfds_set = _TfdsSet(builder, directory, image, label, test, 'array_record' in formats)
-    if tfds_set.array_record and None in info.features[image].shape:
+    is_array_record = 'array_record' in formats
+    tfds_set = _TfdsSet(builder, directory, image, label, test, is_array_record, image_size)
+    if is_array_record and image_size is None and None in info.features[image].shape:
       _look_at_sizes(tfds_set)
   return tfds_set
 
@@ -651,8 +682,8 @@ def _look_at_sizes(tfds_set: _TfdsSet) -> None:
 def _check_size(tfds_set: _TfdsSet, shape: tuple[int, ...], first: tuple[int, ...] | None) -> None:
   if shape != first:
     raise DataError(
-      f'--data_dir: images in {tfds_set.directory!r} differ in size, {first} and {shape}; need all'
-      ' of one size'
+      f'--data_dir: images in {tfds_set.directory!r} differ in size, {first} and {shape}; name one'
+      ' for all with --image_size'
     )
 
 
@@ -660,7 +691,8 @@ def _read_tfds(tfds_set: _TfdsSet, cache_dir: str | None) -> _Raw:
   info, directory, test = tfds_set.builder.info, tfds_set.directory, tfds_set.test
   with _tfds_errors(directory):
     decode = functools.partial(_decode_tfds, tfds_set)
-    arrays = _cached(decode, cache_dir, info.full_name, directory)
+    size = '' if tfds_set.image_size is None else f'-{tfds_set.image_size}px'
+    arrays = _cached(decode, cache_dir, f'{info.full_name}{size}', directory)
   num_classes = info.features[tfds_set.label].num_classes
   parts = {
     name: _checked(arrays[f'{name}_images'], arrays[f'{name}_labels'], num_classes, repr(directory))
@@ -669,7 +701,7 @@ def _read_tfds(tfds_set: _TfdsSet, cache_dir: str | None) -> _Raw:
   }
   train = parts['train']
   name, _, version = info.full_name.rpartition('/')
-  source = f'TFDS {name}:{version}'
+  source = f'TFDS {name}:{version}{size}'
   if test is None:
     kept, rest = _all_but_a_sixth(len(train[0]))
     train, held_out = ((train[0][rows], train[1][rows]) for rows in (kept, rest))
@@ -698,6 +730,8 @@ def _decode_split(
   labels: list[int] = []
   for example in _tfds_examples(tfds_set, split):
     image = example[tfds_set.image]
+    if tfds_set.image_size is not None:
+      image = central_square(image, tfds_set.image_size)
     if images is None:
       images = new((count, *image.shape))
     _check_size(tfds_set, image.shape, images.shape[1:])
@@ -750,7 +784,7 @@ def _tfds_errors(directory: str) -> Iterator[None]:
     ) from error
 
 
-def _download(request: str, data_dir: str, cache_dir: str | None) -> _Raw:
+def _download(request: str, data_dir: str, cache_dir: str | None, image_size: int | None) -> _Raw:
   try:
     import tensorflow_datasets as tfds
 
@@ -761,7 +795,7 @@ def _download(request: str, data_dir: str, cache_dir: str | None) -> _Raw:
       f'--data_dir: TFDS could not prepare {request!r} in {data_dir!r}: {_one_line(error)}'
     ) from error
   # TFDS chose config and version, so its own directory is read, not one searched for.
-  return _read_tfds(_open_tfds(os.fspath(builder.data_path)), cache_dir)
+  return _read_tfds(_open_tfds(os.fspath(builder.data_path), image_size), cache_dir)
 
 
 def _has_tensorflow() -> bool:

@@ -627,6 +627,41 @@ def test_tfds_without_a_test_split_needs_enough_examples(tmp_path):
   assert_raises(lambda: data.load('tfds:objects', data_dir=str(tmp_path)), 'too few')
 
 
+def test_the_central_square_of_an_image():
+  image = np.zeros((6, 10, 3), np.uint8)
+  image[1, 2] = (10, 20, 30)  # the square's columns are 2 to 7
+  image[:, :2] = image[:, 8:] = 255
+  np.testing.assert_array_equal(data.central_square(image, 6), image[:, 2:8])
+  constant = np.full((9, 4, 1), 77, np.uint8)
+  for size in (1, 3, 8):
+    square = data.central_square(constant, size)
+    assert square.shape == (size, size, 1) and (square == 77).all()
+  # Averaged and not sampled: a chessboard becomes grey.
+  chessboard = np.indices((32, 32)).sum(axis=0) % 2 * np.uint8(255)
+  small = data.central_square(chessboard[..., None].astype(np.uint8), 4)
+  assert np.abs(small.astype(int) - 127).max() < 10
+
+
+def test_tfds_images_of_any_size_are_made_one(tmp_path):
+  rng = np.random.default_rng(0)
+  images = [rng.integers(0, 256, (h, w, 1), np.uint8) for h, w in ((5, 4), (9, 7), (4, 4), (6, 8))]
+  xy = images, range(4)
+  write_tfds(tmp_path, {'train': xy, 'test': xy}, name='objects', image_shape=(None, None, 1))
+  where = {'data_dir': str(tmp_path)}
+  assert_raises(lambda: data.check('tfds:objects', **where), '--image_size')
+  data.check('tfds:objects', **where, image_size=4)
+  cache = str(tmp_path / 'cache')
+  for size, cache_dir in ((4, None), (4, cache), (3, cache), (4, cache)):
+    dataset = data.load('tfds:objects', **where, cache_dir=cache_dir, image_size=size)
+    assert dataset.source == f'TFDS objects:3.0.1-{size}px'
+    assert dataset.train.images.shape == (4, size, size, 1)
+    for image, label in zip(dataset.train.images, dataset.train.labels['label'], strict=True):
+      np.testing.assert_array_equal(image, data.central_square(images[label], size))
+  for name in ('mnist', 'mnist_5k'):
+    assert_raises(lambda name=name: data.check(name, image_size=28), '--image_size')
+  assert_raises(lambda: data.check('tfds:objects', **where, image_size=0), '--image_size')
+
+
 def test_tfds_images_must_have_one_size(tmp_path, monkeypatch):
   images = [np.zeros((h, 4, 1), np.uint8) for h in (5, 5, 6, 5)]
   xy = images, range(4)
