@@ -364,6 +364,30 @@ def test_fit_smooths_as_the_binary_does(trained, smoothed):
     se_vae.fit(model, frozen, np.zeros((64, 28, 28, 3), np.uint8))
 
 
+def test_smoothing_a_trained_encoder_makes_it_more_robust():
+  """With a third of the steps, beyond the intervals of 500 examples, and the decoder as it was."""
+  dataset = data.load('mnist_5k')
+  x, labels = dataset.test.images[:500] / np.float32(255), dataset.test.labels['digit'][:500]
+  model = se_vae.make_vae((28, 28, 1), latent_dim=8, hidden_units=64, num_layers=2)
+  settings = se_vae.TrainConfig(objective='vae', num_steps=600)
+  before, _ = se_vae.fit(model, settings, dataset.train.images)
+  settings = se_vae.TrainConfig(gamma=10.0, pgd_steps=2, num_steps=200, freeze_decoder=True)
+  after, _ = se_vae.fit(model, settings, dataset.train.images, params=before)
+  jax.tree.map(np.testing.assert_array_equal, after['decoder'], before['decoder'])
+  found = []
+  for params in (before, after):
+    means = se_vae.encoder_means(model, params, dataset.train.images)
+    probe = se_vae.fit_probe(means, dataset.train.labels['digit'], num_classes=10)
+    classifier, args = se_vae.ProbedEncoder(model), (params, probe)
+    found.append(
+      se_vae.adversarial_accuracy(
+        classifier, jax.random.key(0), x, labels, radii=(0.0, 0.1), num_steps=10, args=args
+      )
+    )
+  ((_, before_interval), (_, after_interval)) = (curve.interval() for curve in found)
+  assert after_interval[0] > before_interval[1]
+
+
 def test_a_run_records_where_its_parameters_came_from(trained, smoothed):
   (_, newest), *_ = checkpoints.steps(trained / 'checkpoints')
   expected = {'workdir': str(trained), 'step': 60, 'checkpoint': newest.name}
