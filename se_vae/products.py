@@ -1,11 +1,11 @@
 """Products of weights and activations, in the form that each platform runs fastest.
 
-Between the layers of an MLP activations are features-major, `[F, B]`: a CPU multiplies a row-major
-matrix of weights by them faster than the other way round, and faster still where neither factor is
-transposed. A forward pass wants the transposed weights, a backward pass the weights themselves; a
-transposed copy behind a barrier is made once, outside the loop of an attack. GPU and TPU transpose
-within a product at no cost, and make no copy. The choice is made here, when a program is lowered,
-and nowhere else.
+Between the layers of an MLP encoder activations are features-major, `[F, B]`: a CPU multiplies a
+row-major matrix of weights by them faster than the other way round, and faster still where neither
+factor is transposed. A forward pass wants the transposed weights, a backward pass the weights
+themselves; a transposed copy behind a barrier is made once, outside the loop of an attack. GPU and
+TPU transpose within a product at no cost, and make no copy. The choice is made here, when a program
+is lowered, and nowhere else.
 """
 
 from __future__ import annotations
