@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import socket
 import sys
 import threading
 import traceback
@@ -62,12 +63,14 @@ def joined(cluster: Cluster) -> Iterator[None]:
   they for it.
 
   Raises:
-    UsageError: for flags that contradict each other, or where the scheduler has said nothing.
+    UsageError: for flags that contradict each other, a port in use, or where the scheduler has said
+      nothing.
   """
   check_cluster(cluster)
   if not cluster.distributed and cluster.coordinator is None:
     yield
     return
+  _check_port(cluster)
   _join(cluster)
   shared: tuple[type[Exception], ...] = (UsageError, runtime.Interrupted, *runtime.failures())
   try:
@@ -80,6 +83,18 @@ def joined(cluster: Cluster) -> Iterator[None]:
     _leave(error.code if isinstance(error.code, int) else 1)
   except BaseException:
     _leave(1, traceback.format_exc())
+
+
+def _check_port(cluster: Cluster) -> None:
+  """Raises UsageError where process 0 cannot listen: JAX would end with a segmentation fault."""
+  if cluster.coordinator is None or cluster.process_id != 0:
+    return
+  with socket.socket() as listener:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as JAX's own does
+    try:
+      listener.bind(('', int(cluster.coordinator.rpartition(':')[2])))
+    except (OSError, OverflowError) as error:
+      raise UsageError(f'--coordinator: cannot listen at {cluster.coordinator}: {error}') from None
 
 
 def _join(cluster: Cluster) -> None:
@@ -104,7 +119,7 @@ def _join(cluster: Cluster) -> None:
     )
   except ValueError as error:
     raise UsageError(f'--distributed: {error}') from None
-  except RuntimeError as error:  # a port in use, or a scheduler that does not answer
+  except RuntimeError as error:  # as of a scheduler that does not answer
     _leave(1, f'error: cannot join the other processes: {" ".join(str(error).split())}')
   finally:
     late.cancel()

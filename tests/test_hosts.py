@@ -243,8 +243,9 @@ def test_a_port_in_use_is_an_error_in_a_line(tmp_path):
     address = f'localhost:{taken.getsockname()[1]}'
     process = start(tmp_path / 'w', coordinator=address, num_processes=2, process_id=0)
     (end,) = ends([process])
-  assert (end.code, end.printed) == (1, '')
-  assert end.last.startswith('error: cannot join the other processes: ')
+  assert (end.code, end.printed) == (2, '')
+  (line,) = end.errors
+  assert line.startswith(f'error: --coordinator: cannot listen at {address}: ')
   assert not (tmp_path / 'w').exists()
 
 
