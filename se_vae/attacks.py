@@ -127,13 +127,14 @@ def first_columns(
 ) -> jax.Array:
   """Where `pgd` starts from columns x of images of this shape, before it is projected."""
   if start is None:
-    return x + balls.random_offsets(example_keys(key, _index(index, shape)), x, radius, norm)
+    return x + balls.random_offsets(example_keys(key, identities(index, shape)), x, radius, norm)
   if start.shape != shape:
     raise AssertionError(f'start must have the shape {shape} of x, got {start.shape}')
   return balls.columns(start)
 
 
-def _index(index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+def identities(index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+  """`pgd`'s index `[B]` for images of this shape, checked, or its default."""
   index = jnp.arange(shape[0]) if index is None else index
   if index.shape != shape[:1]:
     raise AssertionError(f'index must have the shape {shape[:1]}, got {index.shape}')
@@ -210,7 +211,7 @@ def noise(
   """
   balls.check(x, radius, 1, norm, bounds)
   radius = jnp.asarray(radius, x.dtype)
-  keys = example_keys(key, _index(index, x.shape))
+  keys = example_keys(key, identities(index, x.shape))
   draw = balls.extreme_offsets if extreme else balls.random_offsets
   columns = balls.columns(x)
   x_adv = columns + draw(keys, columns, radius, norm)

@@ -58,7 +58,7 @@ def square(
   height, width, channels = _as_image(x.shape[1:])
   shape, (objective, x) = x.shape, attacks.on_columns(objective, x)
   project = functools.partial(balls.project, x=x, radius=radius, norm='linf', bounds=bounds)
-  keys = attacks.example_keys(key, jnp.arange(x.shape[1]) if index is None else index)
+  keys = attacks.example_keys(key, attacks.identities(index, shape))
   sides = jnp.asarray(_sides(num_queries, height, width))
   # Of each number in a column.
   row_of, column_of, _ = np.indices((height, width, channels)).reshape(3, -1)
