@@ -1,12 +1,23 @@
-# Everything runs in a virtual environment of its own; needs Python 3.11 with pip, make and git.
+# Everything runs in a virtual environment of its own; needs a supported Python with pip, make and git.
 
-PYTHON ?= python3
+SUPPORTED := 3.11, 3.12, 3.13 and 3.14
+IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+# The newest supported Python on the path; make PYTHON=... takes another.
+ifndef PYTHON
+PYTHON := $(shell for python in python3.14 python3.13 python3.12 python3.11; do \
+  $$python -c '$(IS_SUPPORTED)' 2>/dev/null && echo $$python && exit; done; echo python3)
+endif
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/ready
+READY := $(VENV)/ready-$(VERSION)
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+LOCK := $(BIN)/uv pip compile setup.cfg --extra=test --universal --python-version=3.11 \
+  --generate-hashes --no-emit-index-url --custom-compile-command='make lock' --output-file=requirements.txt
 WORKDIR ?= runs/figure1
 
-.PHONY: figure1 test notebook check lint types soak format clean
+.PHONY: figure1 test notebook check lint types soak lowest lock upgrade format python clean
 
 figure1: $(READY)  ## The paper's Figure 1 on the embedded digits, into $(WORKDIR).
 	$(BIN)/python -m experiments.figure1 --workdir=$(WORKDIR)
@@ -34,14 +45,29 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Installed once for each requirements.txt and setup.cfg; a broken installation leaves no mark.
+lowest: $(READY)  ## The tests with the lowest versions that setup.cfg allows: make lowest PYTHON=python3.11.
+	$(BIN)/uv venv --quiet --clear --python=$(BIN)/python .venv-lowest
+	$(BIN)/uv pip install --quiet --python=.venv-lowest --resolution=lowest-direct --editable '.[test]'
+	.venv-lowest/bin/python -m pytest -m "not slow" --numprocesses=auto --dist=loadfile tests se_vae
+
+lock: $(READY)  ## Writes requirements.txt from setup.cfg, and keeps the versions that still fit.
+	$(LOCK)
+
+upgrade: $(READY)  ## The same with the versions that setup.cfg allows.
+	$(LOCK) --upgrade
+
+python:  ## Says which Python make would take.
+	@echo $(PYTHON)
+
+# Installed once for each Python, requirements.txt and setup.cfg; a broken installation leaves no mark.
 $(READY): requirements.txt setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	  { echo 'error: $(PYTHON) is not Python 3.11; say which one is with make PYTHON=...' >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(PYTHON) -c '$(IS_SUPPORTED)' 2>/dev/null || { echo "error: $(PYTHON) is" \
+	  "$(if $(VERSION),Python $(VERSION),not a Python that runs); se_vae supports Python $(SUPPORTED):" \
+	  "name one with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --require-hashes --requirement requirements.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .venv .venv-lowest build dist *.egg-info

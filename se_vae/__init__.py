@@ -6,6 +6,8 @@ Ghaisas, Dvijotham and Kohli, 2019).
 
 from etils import epy as _epy
 
+__version__ = '0.2.0.dev0'
+
 with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is first used
   from se_vae.attacks import pgd
   from se_vae.checkpoints import load_model, save_model
