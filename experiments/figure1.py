@@ -17,12 +17,13 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pipeline, pretrain, probe, runtime, settings
-from experiments.settings import setting
+from experiments import pipeline, pretrain, probe
+from experiments.cli import runtime, settings
+from experiments.cli.settings import setting
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
-  from experiments import plots
-  from se_vae import files
+  from experiments.visual import plots
+  from se_vae.storage import atomic_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _run(
 
   panels = [(panel, curves_of(panel, results)) for panel in PANELS]
   drawn = [(panel.title, curves) for panel, curves in panels]
-  with files.replacing(workdir / 'figure1.png') as file:
+  with atomic_files.replacing(workdir / 'figure1.png') as file:
     plots.save(file, drawn)
   runtime.write_csv(workdir / 'figure1.csv', _table(results))
   content = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments import pretrain, probe, runtime, settings
+from experiments import pretrain, probe
+from experiments.cli import runtime, settings
 
 
 def run(

@@ -19,25 +19,20 @@ from typing import Any, NamedTuple, TypeAlias
 
 from etils import epy
 
-from experiments import cluster, runtime, settings
-from experiments.settings import UsageError, setting
+from experiments.cli import distributed, runtime, settings
+from experiments.cli.settings import UsageError, setting
 from se_vae import choices
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
   import numpy as np
 
-  from experiments import events, pictures
-  from se_vae import (
-    checkpoints,
-    data,
-    diagnostics,
-    files,
-    probing,
-    sharding,
-    training,
-    vae,
-  )
+  from experiments.visual import image_grids, tensorboard
+  from se_vae import data, training
+  from se_vae.evaluation import diagnostics, linear_probe
+  from se_vae.models import vae
+  from se_vae.parallel import sharding
+  from se_vae.storage import atomic_files, checkpoints
 
 CHECKPOINTS = 'checkpoints'
 BEST = 'checkpoints/best'
@@ -155,9 +150,9 @@ class PretrainConfig:
 def main() -> None:
   """Entry point."""
   config = settings.from_flags(PretrainConfig)
-  processes = settings.from_flags(cluster.Cluster)
+  processes = settings.from_flags(distributed.Cluster)
   runtime.use_all_cores(config.batch_size // (processes.num_processes or 1), config.num_devices)
-  with cluster.joined(processes), runtime.StopSignal().listening() as stop:
+  with distributed.joined(processes), runtime.StopSignal().listening() as stop:
     result = run(config, stop)
   if result:
     summary = ', '.join(f'{name} {value:.4g}' for name, value in result['test'].items())
@@ -429,7 +424,7 @@ def _recording(
     done = step
 
   progress_bar = runtime.progress_bar(config.num_steps, description, initial=done)
-  watch = events.EventWriter(workdir / EVENTS, done) if config.tensorboard else None
+  watch = tensorboard.EventWriter(workdir / EVENTS, done) if config.tensorboard else None
   metrics = (workdir / METRICS).open('a')
   with progress_bar as bar, metrics as metrics_file, watch or contextlib.nullcontext():
     yield record
@@ -503,7 +498,7 @@ def _finish(
   workdir = Path(str(config.workdir))
   test, pages = _look(config, setup, state, dataset.test.images, mesh)
   for name, page in pages.items():
-    pictures.save(workdir / f'{name}.png', page)
+    image_grids.save(workdir / f'{name}.png', page)
   result = {'step': int(state.step), 'test': test, **setup.metadata}
   runtime.write_json(workdir / RESULT, result)
   return result
@@ -520,17 +515,17 @@ def _look(
   images: np.ndarray,
   mesh: jax.sharding.Mesh,
 ) -> _Look:
-  """Figures of the model on held-out images, and `pictures.pages` of the first ten."""
+  """Figures of the model on held-out images, and `image_grids.pages` of the first ten."""
   model, key = setup.model, setup.eval_key
   params = jax.device_get(state.params)
   figures = diagnostics.held_out(model, params, key, images, obs_var=config.obs_var, mesh=mesh)
-  means = probing.encoder_means(model, params, images, mesh=mesh)
+  means = linear_probe.encoder_means(model, params, images, mesh=mesh)
   figures['active_latents'] = diagnostics.active_latents(means)
-  return figures, pictures.pages(model, setup.train_config, params, key, images[:10], means)
+  return figures, image_grids.pages(model, setup.train_config, params, key, images[:10], means)
 
 
 def _watch(
-  watch: events.EventWriter,
+  watch: tensorboard.EventWriter,
   config: PretrainConfig,
   model: vae.VAE,
   state: training.TrainState,
@@ -546,9 +541,9 @@ def _watch(
   if _is_due_in_row(config, step):
     figures, pages = look(state)
     shown = pages['reconstructions']
-    figures['selection_linf'] = pictures.perturbation(shown)
+    figures['selection_linf'] = image_grids.perturbation(shown)
     params = jax.device_get(state.params)  # of this process alone
-    figures['selection_squared_w2'] = pictures.squared_w2(model, params, shown)
+    figures['selection_squared_w2'] = image_grids.squared_w2(model, params, shown)
     watch.scalars(step, 'held_out', figures)
     watch.images(step, {name: page[:_WATCHED_ROWS] for name, page in pages.items()})
 
@@ -606,10 +601,10 @@ def _drop_rows_after(path: Path, step: int) -> None:
       continue
     if row_step <= step:
       kept.append(line + b'\n')
-  files.write(path, b''.join(kept))
+  atomic_files.write(path, b''.join(kept))
 
 
 if __name__ == '__main__':
   settings.define_flags(PretrainConfig)
-  settings.define_flags(cluster.Cluster)
+  settings.define_flags(distributed.Cluster)
   runtime.run(main)

@@ -25,16 +25,20 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pretrain, runtime, settings
-from experiments.settings import UsageError, setting
+from experiments import pretrain
+from experiments.cli import runtime, settings
+from experiments.cli.settings import UsageError, setting
 from se_vae import choices
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
   import numpy as np
 
-  from experiments import plots
-  from se_vae import checkpoints, data, files, largest, ledger, probing, robustness, vae
+  from experiments.visual import plots
+  from se_vae import data
+  from se_vae.evaluation import attack_log, linear_probe, maxima, robustness
+  from se_vae.models import vae
+  from se_vae.storage import atomic_files, checkpoints
 
 TASKS = ('digit', 'color', 'label')
 RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -188,23 +192,25 @@ def _load_surrogate(
 
 def train_means(prepared: Prepared, model: vae.VAE, params: vae.Params) -> np.ndarray:
   """What an encoder makes of the training set, `[N, D]`."""
-  return probing.encoder_means(model, params, prepared.dataset.train.images, mesh=prepared.mesh)
+  return linear_probe.encoder_means(
+    model, params, prepared.dataset.train.images, mesh=prepared.mesh
+  )
 
 
 def fit(
   config: ProbeConfig, prepared: Prepared, means: np.ndarray, task: str | None = None
-) -> tuple[probing.LinearProbe, float]:
+) -> tuple[linear_probe.LinearProbe, float]:
   """The probe for a task (--task if None) on `train_means`, and its accuracy on them."""
   task = config.task if task is None else task
   labels = prepared.dataset.train.labels[task]
-  probe = probing.fit_probe(
+  probe = linear_probe.fit_probe(
     means,
     labels,
     prepared.dataset.num_classes[task],
     l2=config.l2,
     standardize=config.standardize,
   )
-  return probe, probing.accuracy(probe, means, labels)
+  return probe, linear_probe.accuracy(probe, means, labels)
 
 
 def run(
@@ -236,17 +242,17 @@ def _run(
   if prepared.surrogate is not None:
     other, other_params, *_ = prepared.surrogate
     fitted, _ = fit(config, prepared, train_means(prepared, other, other_params))
-    surrogate = probing.ProbedEncoder(other), (other_params, fitted)
+    surrogate = linear_probe.ProbedEncoder(other), (other_params, fitted)
   options = _options(config, prepared.mesh)
   attack = functools.partial(
     evaluate,
     config,
     prepared.mesh,
-    probing.ProbedEncoder(prepared.model),
+    linear_probe.ProbedEncoder(prepared.model),
     prepared.images,
     prepared.labels,
     args=(prepared.params, probe),
-    reconstruct_fn=probing.Reconstruction(prepared.model),
+    reconstruct_fn=linear_probe.Reconstruction(prepared.model),
     surrogate=surrogate,
     state_path=state,
   )
@@ -260,7 +266,7 @@ def _run(
   with _progress(description, stop) as progress:
     try:
       outcome = attack(progress=progress)
-    except ledger.LedgerError as error:
+    except attack_log.LedgerError as error:
       runtime.warn(f'{error}; starting afresh')
       state.unlink()
       outcome = attack(progress=progress)
@@ -301,7 +307,7 @@ def _options(config: ProbeConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 def evaluate(
   config: ProbeConfig,
   mesh: jax.sharding.Mesh,
-  classifier: probing.ProbedEncoder,
+  classifier: linear_probe.ProbedEncoder,
   images: np.ndarray,
   labels: np.ndarray,
   **more: Any,
@@ -314,7 +320,7 @@ def evaluate(
     attack=config.attack,
     num_queries=config.num_queries,
     relative_step_size=config.pgd_step_size,
-    latents_fn=probing.GaussianLatents(classifier.model),
+    latents_fn=linear_probe.GaussianLatents(classifier.model),
     check_examples=config.check_examples,
     **_options(config, mesh),
     **more,
@@ -350,15 +356,15 @@ def _joint(
   config: ProbeConfig,
   prepared: Prepared,
   means: np.ndarray,
-  probe: probing.LinearProbe,
+  probe: linear_probe.LinearProbe,
   options: dict[str, Any],
 ) -> dict[str, Any]:
   """The curve of examples whose probes no single image breaks together."""
   tasks, count = tuple(prepared.dataset.num_classes), len(prepared.images)
   probes = [probe if t == config.task else fit(config, prepared, means, t)[0] for t in tasks]
   labels = [prepared.dataset.test.labels[task][:count] for task in tasks]
-  curve = largest.joint_accuracy(
-    (probing.ProbedEncoder(prepared.model),) * len(tasks),
+  curve = maxima.joint_accuracy(
+    (linear_probe.ProbedEncoder(prepared.model),) * len(tasks),
     prepared.images,
     np.stack(labels, axis=1),
     args=tuple((prepared.params, fitted) for fitted in probes),
@@ -377,8 +383,8 @@ def _moves(prepared: Prepared, options: dict[str, Any]) -> dict[str, Any]:
 
   Full covariances: of the distance of their means, a lower bound.
   """
-  latents_fn = probing.GaussianLatents(prepared.model)
-  moves = largest.representation_moves(
+  latents_fn = linear_probe.GaussianLatents(prepared.model)
+  moves = maxima.representation_moves(
     latents_fn, prepared.images, args=(prepared.params,), **options
   )
   quantiles = np.quantile(moves, _QUANTILES, axis=1)
@@ -454,18 +460,18 @@ def _write(
 
   curve, ledger = outcome.curve, vars(outcome.ledger)
   arrays = {('broken_' if name == 'radius' else '') + name: ledger[name] for name in ledger}
-  with files.replacing(stem.with_suffix('.npz')) as file:
+  with atomic_files.replacing(stem.with_suffix('.npz')) as file:
     np.savez_compressed(
       file, radii=curve.radii, correct=curve.correct, labels=prepared.labels, **arrays
     )
   objective = result['pretraining']['objective']
   drawn = [plots.Curve(objective, [found], name.strip('_')) for name, found in curves.items()]
   panels = [(f'{result["task"]} probe', drawn)]
-  with files.replacing(stem.with_suffix('.png')) as file:
+  with atomic_files.replacing(stem.with_suffix('.png')) as file:
     plots.save(file, panels, moves=moves)
   page = _page(outcome, prepared)
   if page:
-    with files.replacing(stem.with_name(f'{stem.name}_images.png')) as file:
+    with atomic_files.replacing(stem.with_name(f'{stem.name}_images.png')) as file:
       plots.save_images(file, page)
   path = stem.with_name('robustness.json')
   name = stem.name.removeprefix('probe_')
@@ -488,7 +494,7 @@ def _page(outcome: robustness.Evaluation, prepared: Prepared) -> list[np.ndarray
     return []
   order = fallen[np.argsort(radius[fallen], kind='stable')]
   chosen = order[np.unique(np.linspace(0, len(order) - 1, 12).astype(int))]
-  reconstruct = jax.jit(probing.Reconstruction(prepared.model))
+  reconstruct = jax.jit(linear_probe.Reconstruction(prepared.model))
   rows = [prepared.images[chosen], outcome.ledger.images[chosen]]
   return [*rows, *(np.asarray(reconstruct(row, prepared.params)) for row in rows)]
 

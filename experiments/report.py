@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from experiments import charts, figure1, plots, pretrain, runtime, settings
-from experiments.settings import UsageError, setting
-from se_vae import files
+from experiments import figure1, pretrain
+from experiments.cli import runtime, settings
+from experiments.cli.settings import UsageError, setting
+from experiments.visual import charts, plots
+from se_vae.storage import atomic_files
 
 FIGURE = 'figure1.json'
 GENERATOR = 'se_vae experiments.report'  # by which a page is known to be one of ours
@@ -167,7 +169,7 @@ def run(config: ReportConfig) -> Path:
   directories += [_directory('--compare', name) for name in config.compare or ()]
   output = _check_output(Path(config.output) if config.output else directories[0] / 'report.html')
   page = render(directories)
-  files.write(output, page.encode())
+  atomic_files.write(output, page.encode())
   return output
 
 
@@ -214,7 +216,7 @@ def render(directories: Sequence[Path]) -> str:
     for (path, metadata), label, style in zip(found, _labels(paths), styles, strict=True)
   ]
   environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / 'visual'),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,

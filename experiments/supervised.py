@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from experiments import pretrain, probe, runtime, settings
-from experiments.settings import UsageError, setting
+from experiments import pretrain, probe
+from experiments.cli import runtime, settings
+from experiments.cli.settings import UsageError, setting
 from se_vae import choices
+from se_vae.data.transforms import pixels
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -26,16 +28,12 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
   import optax
 
-  from se_vae import (
-    attacks,
-    checkpoints,
-    classification,
-    data,
-    probing,
-    sharding,
-    training,
-    vae,
-  )
+  from se_vae import attacks, data
+  from se_vae.attacks import losses
+  from se_vae.evaluation import linear_probe
+  from se_vae.models import vae
+  from se_vae.parallel import sharding
+  from se_vae.storage import checkpoints
 
 _STEPS_PER_DISPATCH = 50
 
@@ -71,7 +69,7 @@ class State(NamedTuple):
   """Everything that a step changes."""
 
   step: jax.Array
-  params: tuple[vae.Params, probing.LinearProbe]
+  params: tuple[vae.Params, linear_probe.LinearProbe]
   opt_state: Any
 
 
@@ -145,7 +143,7 @@ def _train(
   dataset: data.Dataset,
   mesh: jax.sharding.Mesh,
   stop: runtime.StopSignal,
-) -> tuple[probing.ProbedEncoder, State]:
+) -> tuple[linear_probe.ProbedEncoder, State]:
   """The classifier at its last step, from the newest checkpoint if there is one."""
   images, labels = dataset.train.images, dataset.train.labels[task]
   model = vae.make_vae(
@@ -155,7 +153,7 @@ def _train(
       for name in ('arch', 'latent_dim', 'hidden_units', 'conv_channels')
     },
   )
-  classifier = probing.ProbedEncoder(model)
+  classifier = linear_probe.ProbedEncoder(model)
   init_key, key = jax.random.split(jax.random.key(config.seed))
   init = functools.partial(_init, config, classifier, num_classes=dataset.num_classes[task])
   template = jax.eval_shape(init, init_key)._asdict()
@@ -193,17 +191,19 @@ def _optimizer(config: SupervisedConfig) -> optax.GradientTransformation:
 
 
 def _init(
-  config: SupervisedConfig, classifier: probing.ProbedEncoder, key: jax.Array, num_classes: int
+  config: SupervisedConfig, classifier: linear_probe.ProbedEncoder, key: jax.Array, num_classes: int
 ) -> State:
   """Step 0; the linear layer starts at zero."""
-  layer = probing.LinearProbe(jnp.zeros((config.latent_dim, num_classes)), jnp.zeros(num_classes))
+  layer = linear_probe.LinearProbe(
+    jnp.zeros((config.latent_dim, num_classes)), jnp.zeros(num_classes)
+  )
   params = {'encoder': classifier.model.init(key)['encoder']}, layer
   return State(jnp.zeros((), jnp.int32), params, _optimizer(config).init(params))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def _steps(
-  classifier: probing.ProbedEncoder,
+  classifier: linear_probe.ProbedEncoder,
   config: SupervisedConfig,
   mesh: jax.sharding.Mesh,
   state: State,
@@ -213,15 +213,15 @@ def _steps(
   indices: jax.Array,
 ) -> State:
   """One training step for each row of `indices` `[K, B]`."""
-  objective = classification.CrossEntropy(classifier)
+  objective = losses.CrossEntropy(classifier)
 
-  def loss(params: Any, x_adv: jax.Array, aim: classification.Aim) -> jax.Array:
+  def loss(params: Any, x_adv: jax.Array, aim: losses.Aim) -> jax.Array:
     return jnp.mean(objective(x_adv, aim, *params))
 
   def step(
     state: State, examples: jax.Array, key: jax.Array, images: jax.Array, labels: jax.Array
   ) -> State:
-    x, aim = training.pixels(images[examples]), classification.Aim(labels[examples])
+    x, aim = pixels(images[examples]), losses.Aim(labels[examples])
     growth = jnp.minimum(1.0, (state.step + 1) / max(1.0, config.growth * config.num_steps))
     x_adv = attacks.pgd(
       objective,

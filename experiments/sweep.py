@@ -18,12 +18,13 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pipeline, pretrain, probe, runtime, settings
-from experiments.settings import UsageError, setting
+from experiments import pipeline, pretrain, probe
+from experiments.cli import runtime, settings
+from experiments.cli.settings import UsageError, setting
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
-  from experiments import plots
-  from se_vae import files
+  from experiments.visual import plots
+  from se_vae.storage import atomic_files
 
 # What a sweep says for all of its runs.
 _SHARED = ('workdir', 'data_dir', 'cache_dir')
@@ -116,13 +117,13 @@ def _run(
     )
     runtime.write_json(path, {**content, 'results': results})
   groups = list(_over_seeds(results))
-  with files.replacing(workdir / 'sweep.png') as file:
+  with atomic_files.replacing(workdir / 'sweep.png') as file:
     plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve, _ in groups])])
   rows = list(_table(groups))
   runtime.write_csv(workdir / 'sweep.csv', rows)
   header, *cells = (map(_cell, row) for row in rows)
   text = runtime.markdown_table(header, cells)
-  files.write(workdir / 'sweep.md', f'{text}\n'.encode())
+  atomic_files.write(workdir / 'sweep.md', f'{text}\n'.encode())
   print(text)
   return {**content, 'results': results}
 

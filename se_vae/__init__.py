@@ -9,8 +9,11 @@ from etils import epy as _epy
 __version__ = '0.2.0.dev0'
 
 with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is first used
-  from se_vae.attacks import pgd
-  from se_vae.checkpoints import load_model, save_model
+  from se_vae.attacks.projected_gradient import pgd
+  from se_vae.data.transforms import pixels
+  from se_vae.evaluation.linear_probe import LinearProbe, ProbedEncoder, encoder_means, fit_probe
+  from se_vae.evaluation.maxima import joint_accuracy, representation_moves
+  from se_vae.evaluation.robustness import adversarial_accuracy, evaluate
   from se_vae.gaussians import (
     DiagonalGaussian,
     FullGaussian,
@@ -18,21 +21,18 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
     kl_divergence,
     kl_to_standard_normal,
   )
-  from se_vae.largest import joint_accuracy, representation_moves
+  from se_vae.models.vae import VAE, make_vae
   from se_vae.objectives import elbo, log_normalizer, se_elbo
-  from se_vae.probing import LinearProbe, ProbedEncoder, encoder_means, fit_probe
-  from se_vae.robustness import adversarial_accuracy, evaluate
+  from se_vae.storage.checkpoints import load_model, save_model
   from se_vae.training import (
     LatentMove,
     TrainConfig,
     TrainState,
     fit,
     init_state,
-    pixels,
     select,
     train_step,
   )
-  from se_vae.vae import VAE, make_vae
   from se_vae.wasserstein import (
     entropic_coupling,
     entropic_coupling_full,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import licences
+from tests.tools import licences
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
   run(*pip, 'wheel', *wheel_options, source, cwd=tmp_path)
   (wheel,) = tmp_path.glob('*.whl')
   with zipfile.ZipFile(wheel) as archive:
-    assert {'se_vae/py.typed', 'experiments/report.html'} <= {*archive.namelist()}
+    assert {'se_vae/py.typed', 'experiments/visual/report.html'} <= {*archive.namelist()}
 
   # An environment with the dependencies of this one, but without the repository's own entry.
   run(sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'venv', cwd=tmp_path)
@@ -77,7 +77,7 @@ def test_what_is_imported_is_required(group):
   if group:
     required |= {re.match(r'[\w-]+', line).group() for line in licences.requirements(group)}
     folders = [ROOT / 'tests']
-  found = set().union(*(imported(path) for folder in folders for path in folder.glob('*.py')))
+  found = set().union(*(imported(path) for folder in folders for path in folder.rglob('*.py')))
   provided = importlib.metadata.packages_distributions()
   missing = {
     name

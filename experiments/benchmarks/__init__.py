@@ -1,0 +1,1 @@
+"""How fast the project is, and how its attacks compare with those of other libraries."""

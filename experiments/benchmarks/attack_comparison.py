@@ -1,0 +1,301 @@
+r"""Our attacks beside Foolbox's and AutoAttack, on one MLP encoder and its probe.
+
+  python -m experiments.benchmarks.attack_comparison --workdir=runs/se --num_examples=1000
+  python -m experiments.benchmarks.attack_comparison --workdir=runs/se --num_examples=10000 \
+    --noworst_case --repeats=3   # how fast the two PGDs are
+
+Needs `pip install torch foolbox` and `pip install --no-deps torchattacks`, which nothing else here
+does. Writes `attacks_TASK.json` into the work directory, and prints one line for each radius:
+accuracy under Foolbox's PGD, an ensemble of its attacks, AutoAttack (torchattacks' `standard`, with
+all its own settings), our PGD (each radius apart, as Foolbox does), and our `standard` and
+`worst_case`. An example counts as broken by an image that is inside the ball and the pixel range.
+
+The two PGDs, and `standard`, which does not attack an example again that it has broken, run on one
+batch first: those seconds, compilation included, are stated apart. Then they take turns, and the
+fastest turn of each is stated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import probe
+from experiments.cli import runtime, settings
+from experiments.cli.settings import UsageError, setting
+from se_vae import choices
+from se_vae.evaluation import linear_probe, robustness
+from se_vae.models import vae
+
+# Images and labels in, `[R, N]` out: who is classified correctly under attack at each radius.
+Contender = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+_PACKAGES = ('torch', 'foolbox', 'torchattacks')
+_TIMED = ('foolbox PGD', 'our PGD', 'our standard')
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonConfig:
+  """The flags of this binary."""
+
+  workdir: str | None = setting(None, 'Directory of a pretraining run of an MLP.')
+  data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
+  task: str = setting('digit', 'What the probe predicts.', choices=probe.TASKS)
+  radii: tuple[float, ...] = setting(probe.RADII, 'linf radii.', at_least=0, at_most=1)
+  pgd_steps: int = setting(40, "Gradient steps of ours and of Foolbox's.", at_least=1)
+  restarts: int = setting(1, 'Random starts of our untargeted attacks.', at_least=1)
+  num_examples: int = setting(1000, 'Test images, in canonical order.', at_least=1)
+  batch_size: int = setting(250, 'Images at a time, on both sides.', at_least=1)
+  worst_case: bool = setting(True, 'Run the ensembles too, and not the PGDs alone.')
+  repeats: int = setting(1, 'Runs of every attack, for its time.', at_least=1)
+  seed: int = setting(0, 'Seed of all random starts.', at_least=0, at_most=2**31 - 1)
+
+
+def main() -> None:
+  """Entry point."""
+  config = settings.from_flags(ComparisonConfig)
+  runtime.use_all_cores(config.batch_size)
+  with runtime.StopSignal(saves=False).listening() as stop:
+    result = run(config, stop)
+  print(f'{"radius":>8}' + ''.join(f'{name:>20}' for name in result['accuracy']))
+  for i, radius in enumerate(config.radii):
+    print(f'{radius:8.3f}' + ''.join(f'{row[i]:20.4f}' for row in result['accuracy'].values()))
+  for name, seconds in result['seconds'].items():
+    first = result['first_batch'].get(name)
+    print(f'{name}: {min(seconds):.1f} s' + (f', first batch {first:.1f} s' if first else ''))
+
+
+def run(config: ComparisonConfig, stop: runtime.StopSignal) -> dict[str, Any]:
+  """Compares; returns the result's JSON.
+
+  Raises:
+    UsageError: for settings that are wrong, a model that is no MLP, or where a package is missing.
+    Interrupted: when `stop` says so; nothing is kept.
+  """
+  settings.check(config)
+  try:
+    torch, foolbox, torchattacks = (importlib.import_module(name) for name in _PACKAGES)
+  except ImportError as error:
+    raise UsageError(f'this comparison needs pip install {" ".join(_PACKAGES)}: {error}') from None
+  names = {field.name for field in dataclasses.fields(probe.ProbeConfig)}
+  shared = {name: value for name, value in vars(config).items() if name in names}
+  probing_config = probe.ProbeConfig(**shared)
+  prepared = probe.prepare(probing_config)
+  means = probe.train_means(prepared, prepared.model, prepared.params)
+  fitted, _ = probe.fit(probing_config, prepared, means)
+  network = _torch_network(torch, prepared.model, prepared.params, fitted)
+  _check_same(torch, network, prepared, fitted)
+
+  theirs = _theirs(config, torch, foolbox, torchattacks, network, stop)
+  ours = _ours(config, prepared, fitted, stop)
+  x, labels, some = prepared.images, prepared.labels, slice(config.batch_size)
+  timed = {name: (theirs | ours)[name] for name in _TIMED}
+  first_batch = {name: _run(attack, x[some], labels[some])[1] for name, attack in timed.items()}
+  correct: dict[str, np.ndarray] = {}
+  turns: dict[str, list[float]] = {name: [] for name in timed}
+  with runtime.progress_bar(config.repeats * len(timed), 'timed attacks', unit='run') as progress:
+    for _ in range(config.repeats):
+      for name, attack in timed.items():
+        correct[name], seconds = _run(attack, x, labels)
+        turns[name].append(seconds)
+        progress.update()
+  if config.worst_case:
+    others = {name: attack for name, attack in (theirs | ours).items() if name not in timed}
+    with runtime.progress_bar(len(others), 'ensembles', unit='run') as progress:
+      for name, attack in others.items():
+        correct[name], seconds = _run(attack, x, labels)
+        turns[name] = [seconds]
+        progress.update()
+  versions = {module.__name__: module.__version__ for module in (torch, foolbox, torchattacks)}
+  result = {
+    'radii': list(config.radii),
+    'num_examples': len(x),
+    'accuracy': {name: rows.mean(axis=1).tolist() for name, rows in correct.items()},
+    'missed': _missed(correct) if config.worst_case else {},
+    'first_batch': first_batch,
+    'seconds': turns,
+    'config': settings.to_dict(config),
+    'versions': runtime.versions() | versions,
+    'devices': runtime.devices(),
+    'torch_threads': torch.get_num_threads(),
+  }
+  runtime.write_json(prepared.workdir / f'attacks_{config.task}.json', result)
+  return result
+
+
+def _run(attack: Contender, x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+  """Who survives, `[R, N]`, and the seconds that it took."""
+  started = time.monotonic()
+  return attack(x, labels), time.monotonic() - started
+
+
+def _missed(correct: dict[str, np.ndarray]) -> dict[str, list[list[int]]]:
+  """For each attack and radius the examples that it breaks and our worst case does not."""
+  ours = correct['our worst_case']
+  return {
+    name: [np.flatnonzero(mine & ~theirs).tolist() for mine, theirs in zip(ours, rows, strict=True)]
+    for name, rows in correct.items()
+    if not name.startswith('our')
+  }
+
+
+def _ours(
+  config: ComparisonConfig,
+  prepared: probe.Prepared,
+  fitted: linear_probe.LinearProbe,
+  stop: runtime.StopSignal,
+) -> dict[str, Contender]:
+  classifier = linear_probe.ProbedEncoder(prepared.model)
+  options: dict[str, Any] = {
+    'radii': config.radii,
+    'num_steps': config.pgd_steps,
+    'restarts': config.restarts,
+    'batch_size': config.batch_size,
+    'args': (prepared.params, fitted),
+    'mesh': prepared.mesh,
+    'progress': lambda *_: stop.check(),
+  }
+
+  def pgd(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    key = jax.random.key(config.seed)
+    return robustness.adversarial_accuracy(classifier, key, x, labels, **options).correct
+
+  def evaluate(attack: str, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return robustness.evaluate(
+      classifier,
+      x,
+      labels,
+      attack=attack,
+      seed=config.seed,
+      latents_fn=linear_probe.GaussianLatents(prepared.model),
+      check_examples=0,
+      **options,
+    ).curve.correct
+
+  suites = {f'our {name}': functools.partial(evaluate, name) for name in choices.SUITES}
+  return {'our PGD': pgd, **suites}
+
+
+def _theirs(
+  config: ComparisonConfig,
+  torch: Any,
+  foolbox: Any,
+  torchattacks: Any,
+  network: Any,
+  stop: runtime.StopSignal,
+) -> dict[str, Contender]:
+  """Each attacks every radius apart."""
+  model = foolbox.PyTorchModel(network, bounds=(0, 1))
+  steps = {'rel_stepsize': 2.5 / config.pgd_steps, 'steps': config.pgd_steps}
+  pgd = foolbox.attacks.LinfPGD(**steps)
+  ensemble = [
+    pgd,
+    foolbox.attacks.LinfBasicIterativeAttack(**steps),
+    foolbox.attacks.LinfFastGradientAttack(random_start=True),
+    foolbox.attacks.LinfDeepFoolAttack(steps=config.pgd_steps),
+    foolbox.attacks.LinfAdditiveUniformNoiseAttack(),
+  ]
+
+  def by_foolbox(attack: Any, x: Any, target: Any) -> Sequence[Any]:
+    images: Sequence[Any] = attack(model, x, target, epsilons=list(config.radii))[1]
+    return images
+
+  def by_autoattack(x: Any, target: Any) -> Sequence[Any]:
+    classes = network(x[:1]).shape[1]
+    return [
+      torchattacks.AutoAttack(network, eps=radius, n_classes=classes, seed=config.seed)(x, target)
+      if radius
+      else x
+      for radius in config.radii
+    ]
+
+  def contender(attacks: Sequence[Callable[[Any, Any], Sequence[Any]]]) -> Contender:
+    def attack_all(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+      torch.manual_seed(config.seed)
+      correct = np.ones((len(config.radii), len(x)), bool)
+      for start in range(0, len(x), config.batch_size):
+        some = slice(start, start + config.batch_size)
+        batch = torch.from_numpy(np.moveaxis(x[some], -1, 1).copy())
+        target = torch.from_numpy(labels[some].astype(np.int64))
+        for attack in attacks:
+          for i, images in enumerate(attack(batch, target)):
+            correct[i, some] &= ~_breaks(torch, network, config.radii[i], batch, target, images)
+          stop.check()
+      return correct
+
+    return attack_all
+
+  return {
+    'foolbox PGD': contender([functools.partial(by_foolbox, pgd)]),
+    'foolbox ensemble': contender([functools.partial(by_foolbox, attack) for attack in ensemble]),
+    'AutoAttack': contender([by_autoattack]),
+  }
+
+
+def _breaks(
+  torch: Any, network: Any, radius: float, x: Any, target: Any, images: Any
+) -> np.ndarray:
+  """Bool `[B]`: a legal image that the network gets wrong."""
+  with torch.no_grad():
+    near = (images - x).abs().flatten(1).amax(dim=1) <= radius + 1e-6
+    inside = ((images >= 0.0) & (images <= 1.0)).flatten(1).all(dim=1)
+    wrong = network(images).argmax(dim=1) != target
+  broken: np.ndarray = (near & inside & wrong).numpy()
+  return broken
+
+
+def _torch_network(
+  torch: Any, model: vae.VAE, params: vae.Params, fitted: linear_probe.LinearProbe
+) -> Any:
+  """The encoder's mean and the probe in PyTorch, from NHWC weights."""
+  dense = params['encoder']['params']
+  names = [name for name in dense if name.startswith('Dense')]
+  if len(names) + 1 != len(dense):
+    raise UsageError('--workdir: this comparison rebuilds MLP encoders only')
+  head = next(dense[name] for name in dense if name not in names)['Dense_0']
+  weights = [
+    (dense[f'Dense_{i}']['kernel'], dense[f'Dense_{i}']['bias']) for i in range(len(names))
+  ]
+  mean = slice(0, model.latent_dim)
+  weights += [(head['kernel'][:, mean], head['bias'][mean]), (fitted.weights, fitted.bias)]
+  layers: list[Any] = [_channels_last(torch), torch.nn.Flatten()]
+  for number, (kernel, bias) in enumerate(weights):
+    layer = torch.nn.Linear(*kernel.shape)
+    layer.weight.data = torch.from_numpy(np.array(kernel).T.copy())
+    layer.bias.data = torch.from_numpy(np.array(bias))
+    layers += [layer, torch.nn.ReLU()] if number < len(names) else [layer]
+  return torch.nn.Sequential(*layers).eval()
+
+
+def _channels_last(torch: Any) -> Any:
+  class ChannelsLast(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+      return x.permute(0, 2, 3, 1)
+
+  return ChannelsLast()
+
+
+def _check_same(
+  torch: Any, network: Any, prepared: probe.Prepared, fitted: linear_probe.LinearProbe
+) -> None:
+  """Both sides must attack one function."""
+  x = prepared.images[:100]
+  with torch.no_grad():
+    theirs = network(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).numpy()
+  ours = np.asarray(
+    linear_probe.ProbedEncoder(prepared.model)(jnp.asarray(x), prepared.params, fitted)
+  )
+  np.testing.assert_allclose(theirs, ours, atol=1e-3)
+
+
+if __name__ == '__main__':
+  settings.define_flags(ComparisonConfig)
+  runtime.run(main)

@@ -1,0 +1,84 @@
+"""Useful floating-point operations of a training step, counted from the architecture.
+
+Counted are the linear layers alone, a multiplication and an addition each: what any implementation
+of the paper must do. Activations, losses and the optimiser come to a few per cent more, and what an
+implementation repeats or pads is not useful. A layer's forward pass, the gradient in its input and
+the gradient in its weights cost the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from se_vae.models import convolutions, networks
+from se_vae.models.networks import KERNEL_SIZE, STRIDE
+from se_vae.models.vae import VAE
+from se_vae.training import TrainConfig
+
+
+def train_step(model: VAE, config: TrainConfig, batch_size: int) -> int:
+  """Operations of one training step.
+
+  The encodings of x, and of x' for 'se', go forward and backward, but for the gradient in the image
+  itself; so does the decoder, wholly, for its gradient goes on to the encoder. The selection is L
+  passes forward and back to the image, which need no gradient in a weight.
+  """
+  encoder, decoder = sum(encoder_layers(model)), sum(decoder_layers(model))
+  encoding = 3 * encoder - encoder_layers(model)[0]
+  operations = encoding + 3 * decoder
+  if config.objective == 'se':
+    operations += encoding + config.pgd_steps * selection_step(model)
+  return batch_size * operations
+
+
+def selection_step(model: VAE) -> int:
+  """Operations on one example in one of the L iterations: forward, and back to the image."""
+  return 2 * sum(encoder_layers(model))
+
+
+def encoder_layers(model: VAE) -> list[int]:
+  """Operations of a forward pass on one example, layer by layer."""
+  encoder, head = model.encoder, 2 * model.latent_dim
+  if isinstance(encoder, networks.MLPEncoder) and encoder.covariance == 'diagonal':
+    return _dense(math.prod(model.image_shape), *encoder.hidden, head)
+  if isinstance(encoder, networks.ConvEncoder) and encoder.covariance == 'diagonal':
+    features = math.prod(_sizes(model, encoder.channels)[-1]) * encoder.channels[-1]
+    return [*_convolutions(model, encoder.channels), *_dense(features, head)]
+  raise TypeError(f'cannot count the layers of {encoder}')
+
+
+def decoder_layers(model: VAE) -> list[int]:
+  """Likewise."""
+  decoder = model.decoder
+  if isinstance(decoder, networks.MLPDecoder):
+    return _dense(model.latent_dim, *decoder.hidden, math.prod(model.image_shape))
+  if isinstance(decoder, networks.ConvDecoder):
+    features = math.prod(_sizes(model, decoder.channels)[-1]) * decoder.channels[-1]
+    # A transposed convolution costs what the convolution does.
+    return [*_dense(model.latent_dim, features), *_convolutions(model, decoder.channels)[::-1]]
+  raise TypeError(f'cannot count the layers of {decoder}')
+
+
+def _dense(*widths: int) -> list[int]:
+  return [2 * inputs * outputs for inputs, outputs in itertools.pairwise(widths)]
+
+
+def _convolutions(model: VAE, channels: Sequence[int]) -> list[int]:
+  """Each from `channels[i - 1]` to `channels[i]`; windows over the edge count in full."""
+  ends = itertools.pairwise((model.image_shape[2], *channels))
+  sizes = _sizes(model, channels)
+  return [
+    2 * KERNEL_SIZE**2 * inputs * outputs * height * width
+    for (inputs, outputs), (height, width) in zip(ends, sizes, strict=True)
+  ]
+
+
+def _sizes(model: VAE, channels: Sequence[int]) -> list[tuple[int, int]]:
+  """Height and width after each convolution."""
+  sizes = [model.image_shape[:2]]
+  for _ in channels:
+    height, width = (convolutions.output_size(size, STRIDE) for size in sizes[-1])
+    sizes.append((height, width))
+  return sizes[1:]

@@ -1,0 +1,313 @@
+r"""How fast training, the attacks and the binaries' start are, beside what this machine can do.
+
+  python -m experiments.benchmarks.speed --workdir=runs/benchmark
+  python -m experiments.benchmarks.speed --workdir=runs/benchmark --sections=steps,torch --objectives=se
+
+Prints Markdown tables, and writes them into the work directory as `benchmark.md`, with every
+measurement in `benchmark.json`. The sections:
+
+  steps       a training step as a run takes it: many to a dispatch, on the devices of a run
+  growth      the same for other L, batch and latent sizes
+  profile     what an SE step consists of, each piece timed alone
+  torch       the same steps in eager PyTorch, if that is installed, with as many threads as cores,
+              in a process of its own
+  evaluation  the paper's PGD on a probe
+  startup     --help of each binary, and the time to the first training step
+
+Operations are those of `flops`, and the roofline is the best rate of a float32 matrix product, over
+some sizes, on one device and on all side by side. On a shared machine everything varies: in every
+repeat everything is measured once, in turn, shares and ratios are taken within it, and the tables
+give medians with the lowest and the highest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from etils import epy
+
+from experiments.cli import runtime, settings
+from experiments.cli.settings import UsageError, setting
+from se_vae import choices
+
+with epy.lazy_imports():  # --help and wrong flags are answered without them
+  import numpy as np
+
+  from experiments.benchmarks import torch_twin, workloads
+  from se_vae import data
+  from se_vae.storage import atomic_files
+
+SECTIONS = ('steps', 'growth', 'profile', 'torch', 'evaluation', 'startup')
+_BINARIES = ('pretrain', 'probe', 'figure1', 'benchmark')
+_EVALUATION_STEPS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+  """The flags of this binary."""
+
+  workdir: str | None = setting(None, 'Directory of everything that this binary writes.')
+  sections: tuple[str, ...] = setting(
+    ('steps', 'profile', 'evaluation', 'startup'), 'What to measure.', choices=SECTIONS
+  )
+  archs: tuple[str, ...] = setting(choices.ARCHS, 'Architectures.', choices=choices.ARCHS)
+  objectives: tuple[str, ...] = setting(
+    choices.OBJECTIVES, 'Training objectives.', choices=choices.OBJECTIVES
+  )
+  batch_sizes: tuple[int, ...] = setting((64, 256), 'Batch sizes of the MLP.', at_least=1)
+  conv_batch_sizes: tuple[int, ...] = setting((64,), 'Batch sizes of the ConvNet.', at_least=1)
+  latent_dim: int = setting(64, 'Latent dimensions.', at_least=1)
+  hidden_units: int = setting(200, 'Units of each of the 4 layers of an MLP.', at_least=1)
+  conv_channels: int = setting(32, 'Channels of each of the 4 layers of a ConvNet.', at_least=1)
+  pgd_steps: int = setting(20, 'Gradient steps L of the selection.', at_least=1)
+  growth_pgd_steps: tuple[int, ...] = setting((1, 5, 20), 'L, for growth.', at_least=1)
+  growth_batch_sizes: tuple[int, ...] = setting(
+    (64, 128, 256), 'Batch sizes, for growth.', at_least=1
+  )
+  growth_latent_dims: tuple[int, ...] = setting(
+    (32, 64, 128), 'Latent dimensions, for growth.', at_least=1
+  )
+  roofline_sizes: tuple[int, ...] = setting(
+    (512, 1024, 2048), 'Sizes of square matrix products.', at_least=1
+  )
+  num_examples: int = setting(1000, 'Test images of the evaluation.', at_least=1, at_most=1000)
+  repeats: int = setting(5, 'Turns of every measurement.', at_least=1)
+  seconds: float = setting(0.5, 'How long a measurement takes, or one step of it.', above=0)
+
+
+def main() -> None:
+  """Entry point."""
+  config = settings.from_flags(BenchmarkConfig)
+  runtime.use_all_cores(max(*config.batch_sizes, *config.conv_batch_sizes))
+  with runtime.StopSignal(saves=False).listening() as stop:
+    run(config, stop)
+
+
+def run(config: BenchmarkConfig, stop: runtime.StopSignal) -> dict[str, Any]:
+  """Measures, prints and writes; returns the result's JSON.
+
+  Raises:
+    UsageError: for settings that are wrong, or where PyTorch is asked for and missing.
+    Interrupted: when `stop` says so; nothing is kept.
+  """
+  settings.check(config)
+  workdir = runtime.check_workdir(config.workdir)
+  dataset = data.load('mnist_5k')
+  largest = max(*config.batch_sizes, *config.conv_batch_sizes, *config.growth_batch_sizes)
+  if largest > len(dataset.train.images):
+    raise UsageError(f'--batch_sizes: at most {len(dataset.train.images)} images; got {largest}')
+  torch = torch_twin.load(num_threads=runtime.num_cores()) if 'torch' in config.sections else None
+  with runtime.lock(workdir):
+    startup = _startup(workdir, config.repeats, stop) if 'startup' in config.sections else {}
+    # A fresh process: a fork of this one would have JAX's locks, and none of its threads.
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as processes:
+      rates, rows = _measure(config, dataset, processes, stop)
+    result = {
+      'roofline': rates,
+      'rows': rows,
+      'startup': startup,
+      'config': settings.to_dict(config),
+      'versions': runtime.versions() | ({'torch': torch.__version__} if torch else {}),
+      'devices': runtime.devices(),
+      'cores': runtime.num_cores(),
+    }
+    tables = '\n\n'.join(_tables(result))
+    atomic_files.write(workdir / 'benchmark.md', f'{tables}\n'.encode())
+    runtime.write_json(workdir / 'benchmark.json', result)
+  print(tables)
+  return result
+
+
+def _cases(config: BenchmarkConfig) -> dict[workloads.Case, set[str]]:
+  """Every kind of step to be timed, once, with the sections that want it."""
+  cases: dict[workloads.Case, set[str]] = {}
+
+  def add(section: str, **changes: Any) -> None:
+    if section in config.sections:
+      cases.setdefault(_case(config, **changes), set()).add(section)
+
+  for arch in config.archs:
+    for batch_size in config.batch_sizes if arch == 'mlp' else config.conv_batch_sizes:
+      for objective in config.objectives:
+        for section in ('steps', 'torch', 'profile')[: 3 if objective == 'se' else 2]:
+          add(section, arch=arch, objective=objective, batch_size=batch_size)
+  base = {'arch': 'mlp', 'objective': 'se', 'batch_size': config.growth_batch_sizes[0]}
+  for name, values in (
+    ('pgd_steps', config.growth_pgd_steps),
+    ('batch_size', config.growth_batch_sizes),
+    ('latent_dim', config.growth_latent_dims),
+  ):
+    for value in values:
+      add('growth', **base | {name: value})
+  return cases
+
+
+def _case(config: BenchmarkConfig, **changes: Any) -> workloads.Case:
+  fields = {field.name for field in dataclasses.fields(workloads.Case)}
+  return workloads.Case(**{k: v for k, v in vars(config).items() if k in fields} | changes)
+
+
+def _workloads(
+  config: BenchmarkConfig, dataset: data.Dataset, processes: Executor
+) -> Iterator[tuple[str, str, workloads.Workload]]:
+  """Everything to be timed: its kind, the case it belongs to, and itself."""
+  for case, sections in _cases(config).items():
+    benched = workloads.Benched(case, dataset.train.images)
+    yield 'step', case.name, benched.train_steps()
+    for piece in benched.pieces() if 'profile' in sections else ():
+      yield 'piece', case.name, piece
+    for memory_format in torch_twin.FORMATS if 'torch' in sections else ():
+      if case.arch == 'convnet' or memory_format == torch_twin.FORMATS[0]:
+        yield 'torch', case.name, workloads.twin_steps(processes, case, memory_format)
+  if 'evaluation' in config.sections:
+    for arch in config.archs:
+      case = _case(config, arch=arch, objective='se', batch_size=1)
+      workload = workloads.evaluation(case, dataset, config.num_examples, _EVALUATION_STEPS)
+      yield 'evaluation', case.name, workload
+
+
+def _measure(
+  config: BenchmarkConfig, dataset: data.Dataset, processes: Executor, stop: runtime.StopSignal
+) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
+  """Rates of products, and a row for everything else, both repeat by repeat."""
+  timed: list[tuple[workloads.Workload, int]] = []
+  rows: list[dict[str, Any]] = []
+  for kind, case, workload in _workloads(config, dataset, processes):
+    workload.run(1)
+    timed.append((workload, workloads.steps_that_take(workload, config.seconds)))
+    described = {name: getattr(workload, name) for name in ('name', 'operations', 'temp_bytes')}
+    rows.append({'kind': kind, 'case': case, **described, 'seconds': []})
+    stop.check()
+  roofline = workloads.Roofline(config.roofline_sizes)
+  rates: dict[str, list[float]] = {product.name: [] for product in roofline.products}
+  total = config.repeats * (len(timed) + 1)
+  with runtime.progress_bar(total, 'benchmark', unit='measurement') as progress:
+    for _ in range(config.repeats):
+      for name, rate in roofline.measure().items():
+        rates[name].append(rate)
+      progress.update()
+      for (workload, steps), row in zip(timed, rows, strict=True):
+        row['seconds'].append(workloads.time_steps(workload, steps))
+        progress.update()
+        stop.check()
+  best = np.max(list(rates.values()), axis=0)
+  for row in rows:
+    if row['operations'] is not None:
+      row['share'] = (row['operations'] / np.array(row['seconds']) / best).tolist()
+  return rates, rows
+
+
+def _startup(workdir: Path, repeats: int, stop: runtime.StopSignal) -> dict[str, list[float]]:
+  """Seconds until a binary answers --help, and until a run has taken its first step."""
+  seconds: dict[str, list[float]] = {}
+  names = ('no cache', 'empty cache', 'warm cache')
+  progress = runtime.progress_bar(repeats * (len(_BINARIES) + len(names)), 'start', unit='start')
+  with progress, tempfile.TemporaryDirectory(dir=workdir) as directory:
+    for repeat in range(repeats):
+      for binary in _BINARIES:
+        began = time.perf_counter()
+        subprocess.run([*_command(binary), '--help'], stdout=subprocess.DEVNULL, check=False)
+        seconds.setdefault(f'{binary} --help', []).append(time.perf_counter() - began)
+        progress.update()
+      cache = f'--compilation_cache_dir={directory}/cache{repeat}'
+      for name, flag in zip(names, ([], [cache], [cache]), strict=True):
+        run = Path(directory) / f'{name}{repeat}'
+        taken = _first_step(run, flag)
+        seconds.setdefault(f'first step, {name}', []).append(taken)
+        progress.update()
+        stop.check()
+  return seconds
+
+
+def _command(binary: str) -> list[str]:
+  return [sys.executable, '-m', f'experiments.{binary}']
+
+
+def _first_step(workdir: Path, extra: Sequence[str]) -> float:
+  """Seconds until the metrics of the first training step are on disk."""
+  flags = [f'--workdir={workdir}', '--num_steps=1', '--log_every=1', *extra]
+  metrics, began = workdir / 'metrics.jsonl', time.perf_counter()
+  with subprocess.Popen([*_command('pretrain'), *flags], stderr=subprocess.PIPE) as process:
+    while not (metrics.exists() and metrics.stat().st_size):
+      if process.poll() is not None:
+        raise OSError(f'experiments.pretrain ended with exit code {process.returncode}')
+      time.sleep(0.005)
+    seconds = time.perf_counter() - began
+    process.communicate()
+  return seconds
+
+
+def _tables(result: dict[str, Any]) -> Iterator[str]:
+  """Markdown, from the result's JSON."""
+  rates, rows = result['roofline'], result['rows']
+  best = np.max(list(rates.values()), axis=0) / 1e9
+  yield f'Roofline: {_range(best)} GFLOP/s, on {result["cores"]} cores; ' + ', '.join(
+    f'{name} {np.median(values) / 1e9:.0f}' for name, values in rates.items()
+  )
+  steps = {row['case']: row for row in rows if row['kind'] == 'step'}
+  if steps:
+    header = ('training step', 'ms', 'GFLOP', 'GFLOP/s', 'of the roofline', 'temporary MiB')
+    yield runtime.markdown_table(header, map(_step, steps.values()))
+  for kind, name, ratio in (
+    ('piece', 'piece of the step', 'of the step'),
+    ('torch', 'eager PyTorch', 'times ours'),
+  ):
+    some = [row for row in rows if row['kind'] == kind]
+    if some:
+      cells = (_compared(row, steps[row['case']]) for row in some)
+      yield runtime.markdown_table((name, 'ms', ratio, 'of the roofline'), cells)
+  evaluated = [row for row in rows if row['kind'] == 'evaluation']
+  if evaluated:
+    thousands = result['config']['num_examples'] * _EVALUATION_STEPS / 1e3
+    rates_of = ([row['name'], _range(thousands / np.array(row['seconds']))] for row in evaluated)
+    yield runtime.markdown_table(('attack', 'thousand images x steps a second'), rates_of)
+  if result['startup']:
+    yield runtime.markdown_table(
+      ('start', 's'), ([name, _range(taken)] for name, taken in result['startup'].items())
+    )
+
+
+def _step(row: dict[str, Any]) -> list[str]:
+  seconds, operations = np.array(row['seconds']), row['operations']
+  memory = '' if row['temp_bytes'] is None else f'{row["temp_bytes"] / 2**20:.1f}'
+  rate = _range(operations / seconds / 1e9)
+  cells = [row['name'], _range(1e3 * seconds), f'{operations / 1e9:.3g}', rate]
+  return [*cells, _percent(row['share']), memory]
+
+
+def _compared(row: dict[str, Any], step: dict[str, Any]) -> list[str]:
+  """A piece or a twin beside the step that it belongs to."""
+  seconds = np.array(row['seconds'])
+  ratio = seconds / np.array(step['seconds'])
+  share = _percent(row['share']) if 'share' in row else ''
+  shown = _percent(ratio) if row['kind'] == 'piece' else _range(ratio)
+  return [row['name'], _range(1e3 * seconds), shown, share]
+
+
+def _range(values: Any) -> str:
+  """Median, and the lowest to the highest."""
+  median, low, high = (f'{value:#.3g}'.rstrip('.') for value in _summary(values))
+  return f'{median} ({low} to {high})'
+
+
+def _percent(values: Any) -> str:
+  median, low, high = (f'{100.0 * value:.0f}' for value in _summary(values))
+  return f'{median} % ({low} to {high})'
+
+
+def _summary(values: Any) -> tuple[float, float, float]:
+  return float(np.median(values)), float(np.min(values)), float(np.max(values))
+
+
+if __name__ == '__main__':
+  settings.define_flags(BenchmarkConfig)
+  runtime.run(main)

@@ -1,0 +1,324 @@
+"""What the benchmark times: training steps as a run takes them, their pieces, attacks, products."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.benchmarks import flops, torch_twin
+from experiments.benchmarks.torch_twin import Twin
+from experiments.cli import runtime
+from se_vae import attacks, data, gaussians, training
+from se_vae.data.transforms import pixels
+from se_vae.evaluation import linear_probe, robustness
+from se_vae.gaussians import DiagonalGaussian
+from se_vae.models import vae
+from se_vae.models.vae import VAE, Params
+from se_vae.parallel import sharding
+from se_vae.training import TrainConfig
+
+# Batches that a workload goes round.
+_ROWS = 1000
+_ROOFLINE_SECONDS = 0.1
+
+PIECES = ('attack', 'gradient', 'optimiser', 'all-reduce')
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One kind of training step."""
+
+  arch: str
+  objective: str
+  batch_size: int
+  latent_dim: int
+  pgd_steps: int
+  hidden_units: int
+  conv_channels: int
+
+  @property
+  def name(self) -> str:
+    """For the tables."""
+    size = f'ConvNet {self.conv_channels}' if self.arch == 'convnet' else f'MLP {self.hidden_units}'
+    attack = f', L {self.pgd_steps}' if self.objective == 'se' else ''
+    kind = f'{size} {self.objective.upper()}'
+    return f'{kind}, batch {self.batch_size}, latent {self.latent_dim}{attack}'
+
+  def model(self, image_shape: tuple[int, int, int]) -> VAE:
+    """The networks."""
+    return vae.make_vae(
+      image_shape,
+      arch=self.arch,
+      latent_dim=self.latent_dim,
+      hidden_units=self.hidden_units,
+      conv_channels=self.conv_channels,
+    )
+
+  def train_config(self) -> TrainConfig:
+    """The settings of the step; the paper's and the defaults, but for the objective and L."""
+    return TrainConfig(objective=self.objective, pgd_steps=self.pgd_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """Something to be timed.
+
+  Attributes:
+    name: for the tables.
+    run: does so many steps, and waits for the last one.
+    operations: useful floating-point operations of a step; None where they are not counted.
+    temp_bytes: memory that the compiled program takes for intermediate values; None if unknown.
+  """
+
+  name: str
+  run: Callable[[int], Any]
+  operations: int | None = None
+  temp_bytes: int | None = None
+
+
+def time_steps(workload: Workload, steps: int) -> float:
+  """Seconds a step, of so many."""
+  began = time.perf_counter()
+  workload.run(steps)
+  return (time.perf_counter() - began) / steps
+
+
+def steps_that_take(workload: Workload, seconds: float) -> int:
+  """How many steps to time, of a workload that has run before."""
+  steps = 1
+  while (took := time_steps(workload, steps) * steps) < seconds / 4.0 and steps < _ROWS:
+    steps *= 2
+  return int(np.clip(steps * seconds / took, 1, _ROWS))
+
+
+class Benched:
+  """A case with its arrays in place on the devices that a run would use."""
+
+  def __init__(self, case: Case, images: np.ndarray) -> None:
+    """Args: the case, and a training set, uint8 `[N, H, W, C]`."""
+    self.case = case
+    self.model = case.model(images.shape[1:])
+    self.config = case.train_config()
+    self.mesh = runtime.mesh_for(case.batch_size)
+    init_key, key = jax.random.split(jax.random.key(0))
+    self.state = jax.jit(training.init_state, static_argnums=(0, 1))(
+      self.model, self.config, init_key
+    )
+    self.host_indices = data.batch_indices(0, 0, _ROWS, case.batch_size, len(images))
+    self.key, self.images = sharding.replicate(self.mesh, (key, images))
+    self.indices = sharding.split(self.mesh, self.host_indices, axis=1)
+
+  def train_steps(self) -> Workload:
+    """Whole steps, many to a dispatch, as `training.run` takes them."""
+    window = training.empty_window(self.model, self.config, self.state)
+    carry = sharding.replicate_copy(self.mesh, (self.state, window))
+    arrays = (self.key, self.images, self.indices, np.int32(0))
+    lowered = training.train_steps.lower(
+      self.model, self.config, self.mesh, carry, *arrays, np.int32(1)
+    )
+    compiled = lowered.compile()
+
+    def run(steps: int) -> None:
+      nonlocal carry
+      carry = jax.block_until_ready(compiled(carry, *arrays, np.int32(steps)))
+
+    operations = flops.train_step(self.model, self.config, self.case.batch_size)
+    memory = compiled.memory_analysis()
+    temp_bytes = None if memory is None else memory.temp_size_in_bytes
+    return Workload(self.case.name, run, operations, temp_bytes)
+
+  def pieces(self) -> list[Workload]:
+    """The attack, the gradient with x' given, the update and the all-reduce, each alone."""
+    model, config, batch_size = self.model, self.config, self.case.batch_size
+    optimizer = training.make_optimizer(config)
+    params = self.state.params
+    attack_operations = batch_size * config.pgd_steps * flops.selection_step(model)
+    step_operations = flops.train_step(model, config, batch_size)
+
+    def attack(batch: _Batch, total: jax.Array) -> jax.Array:
+      zeros = jnp.zeros((len(batch.index), model.latent_dim))
+      q_a = DiagonalGaussian(zeros, zeros)
+      x_adv = training.select(model, config, params, batch.key, batch.x, q_a, batch.index)
+      return total + jnp.sum(x_adv)
+
+    def gradient(batch: _Batch, _: Params) -> Params:
+      arguments = (model, config, batch.key, batch.x, batch.other, batch.index)
+      gradients, _ = jax.grad(training.loss, has_aux=True)(params, *arguments)
+      return gradients
+
+    def update(_: _Batch, carry: tuple[Params, Params, Any]) -> tuple[Params, Params, Any]:
+      gradients, params, opt_state = carry
+      updates, opt_state = optimizer.update(gradients, opt_state, params)
+      return gradients, optax.apply_updates(params, updates), opt_state
+
+    def all_reduce(_: _Batch, gradients: Params) -> Params:
+      return sharding.mean_over_devices(gradients)
+
+    loops = (
+      self._loop(attack, jnp.zeros(())),
+      self._loop(gradient, params),
+      self._loop(update, (params, params, self.state.opt_state)),
+      self._loop(all_reduce, params),
+    )
+    operations = (attack_operations, step_operations - attack_operations, None, None)
+    return [
+      Workload(f'{self.case.name}: {piece}', run, count)
+      for piece, run, count in zip(PIECES, loops, operations, strict=True)
+    ]
+
+  def twin(self, torch: Any, memory_format: str) -> Twin:
+    """The same steps in eager PyTorch.
+
+    Raises:
+      AssertionError: if those are not the same steps.
+    """
+    params = jax.device_get(self.state.params)
+    images = np.asarray(self.images)
+    twin = Twin(torch, self.model, params, self.config, images, self.host_indices, memory_format)
+    error = twin_error(twin, self.model, params, self.config, images[:16])
+    if not error < 1e-3:
+      raise AssertionError(f'loss or gradient in PyTorch differ from ours by {error:.1e}')
+    return twin
+
+  def _loop(self, step: Callable[[Any, Any], Any], carry: Any) -> Callable[[int], Any]:
+    """Many steps on all devices in one dispatch; runs them."""
+    shape = self.images.shape[1:]
+
+    def on_device(
+      carry: Any, key: jax.Array, rows: jax.Array, indices: jax.Array, count: jax.Array
+    ) -> Any:
+      index = sharding.share_of_batch(indices.shape[1])
+
+      def body(i: jax.Array, carry: Any) -> Any:
+        x, other = (
+          pixels(rows[indices[j]]).reshape(len(index), *shape) for j in (i, _ROWS - 1 - i)
+        )
+        return step(_Batch(jax.random.fold_in(key, i), x, other, index), carry)
+
+      return jax.lax.fori_loop(0, count, body, carry)
+
+    rows = self.images.reshape(len(self.images), -1)
+    arrays = (sharding.replicate(self.mesh, carry), self.key, rows, self.indices)
+    loop = jax.jit(sharding.per_device(self.mesh, on_device, (None, None, None, 1, None)))
+    return lambda steps: jax.block_until_ready(loop(*arrays, np.int32(steps)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+  """What one step of a piece gets; only what it uses is computed."""
+
+  key: jax.Array
+  x: jax.Array
+  other: jax.Array  # in the place of x'
+  index: jax.Array
+
+
+def twin_steps(processes: Executor, case: Case, memory_format: str) -> Workload:
+  """The steps of `Benched.twin` in another process.
+
+  In one process PyTorch's threads and JAX's get in each other's way.
+  """
+  model = case.model(data.load('mnist_5k').train.images.shape[1:])
+  layout = f' {memory_format}' if case.arch == 'convnet' else ''
+  operations = flops.train_step(model, case.train_config(), case.batch_size)
+
+  def run(steps: int) -> None:
+    processes.submit(_run_twin, case, memory_format, runtime.num_cores(), steps).result()
+
+  return Workload(case.name + layout, run, operations)
+
+
+def _run_twin(case: Case, memory_format: str, num_threads: int, steps: int) -> None:
+  _twin(case, memory_format, num_threads).run(steps)
+
+
+@functools.lru_cache
+def _twin(case: Case, memory_format: str, num_threads: int) -> Twin:
+  torch = torch_twin.load(num_threads)
+  return Benched(case, data.load('mnist_5k').train.images).twin(torch, memory_format)
+
+
+def twin_error(
+  twin: Twin, model: VAE, params: Params, config: TrainConfig, images: np.ndarray
+) -> float:
+  """How far the twin's loss and gradient are from ours on some images, relative to the largest."""
+  key, index = jax.random.key(4), jnp.arange(len(images))
+  x, other = pixels(images), pixels(images[::-1])
+  zeros = jnp.zeros((len(images), model.latent_dim))
+  sample_keys = attacks.example_keys(key, index)
+  noise = gaussians.sample_each(DiagonalGaussian(zeros, zeros), sample_keys)
+  gradient_of = jax.jit(jax.value_and_grad(training.loss, has_aux=True), static_argnums=(1, 2))
+  (loss, _), gradients = gradient_of(params, model, config, key, x, other, index)
+  arrays = twin.place(np.asarray(x)), twin.place(np.asarray(other))
+  their_loss, norms = twin.loss_and_norms(*arrays, np.asarray(noise))
+  ours = np.array([float(loss), *(float(optax.tree.norm(gradients[part])) for part in gradients)])
+  theirs = np.array([their_loss, *(norms[part] for part in gradients)])
+  return float(np.max(np.abs(theirs - ours) / np.abs(ours)))
+
+
+def evaluation(case: Case, dataset: data.Dataset, num_examples: int, num_steps: int) -> Workload:
+  """The paper's PGD on a digit probe of an untrained encoder; one step attacks all images once."""
+  x = dataset.test.images[:num_examples].astype(np.float32) / 255.0
+  labels = dataset.test.labels['digit'][:num_examples]
+  model = case.model(x.shape[1:])
+  weights = jax.random.normal(jax.random.key(1), (case.latent_dim, 10))
+  args = (jax.jit(model.init)(jax.random.key(0)), linear_probe.LinearProbe(weights, jnp.zeros(10)))
+  attack = functools.partial(
+    robustness.adversarial_accuracy,
+    linear_probe.ProbedEncoder(model),
+    jax.random.key(2),
+    x,
+    labels,
+    radii=(0.1,),
+    num_steps=num_steps,
+    batch_size=min(256, num_examples),
+    args=args,
+    mesh=runtime.mesh_for(min(256, num_examples)),
+  )
+  name = f'{case.name.split(",")[0].rsplit(" ", 1)[0]}, {len(x)} images, {num_steps} steps'
+  return Workload(name, lambda steps: [attack() for _ in range(steps)])
+
+
+def products(sizes: Sequence[int]) -> list[Workload]:
+  """Square float32 products, on one device, and one a device side by side."""
+  workloads = []
+  for count in sorted({1, jax.device_count()}):
+    mesh = sharding.data_mesh(count)
+    for size in sizes:
+      a, b = sharding.split(mesh, np.ones((2, count, size, size), np.float32) / size, axis=1)
+      product = jax.jit(jnp.matmul)
+
+      def run(steps: int, product: Any = product, a: jax.Array = a, b: jax.Array = b) -> None:
+        for _ in range(steps):
+          result = product(a, b)
+        jax.block_until_ready(result)
+
+      workloads.append(Workload(f'{count} x {size}^3', run, 2 * count * size**3))
+  return workloads
+
+
+class Roofline:
+  """The best rate of a matrix product that this machine shows at the moment."""
+
+  def __init__(self, sizes: Sequence[int]) -> None:
+    """Compiles products of these sizes."""
+    self.products = products(sizes)
+    for product in self.products:
+      product.run(1)
+    self.steps = [steps_that_take(product, _ROOFLINE_SECONDS) for product in self.products]
+
+  def measure(self) -> dict[str, float]:
+    """Operations a second of each product, by name."""
+    return {
+      product.name: (product.operations or 0) / time_steps(product, steps)
+      for product, steps in zip(self.products, self.steps, strict=True)
+    }

@@ -1,0 +1,132 @@
+"""A binary that several processes run together: their flags, how they meet, and how they part."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+
+from etils import epy
+
+from experiments.cli import runtime, settings
+from experiments.cli.settings import UsageError, setting
+
+with epy.lazy_imports():  # --help and wrong flags are answered without them
+  import jax
+
+  from se_vae.parallel import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+  """The flags of a binary that several processes may run together, each on its own devices."""
+
+  distributed: bool = setting(
+    False, 'Train together with the other processes of a SLURM job, Kubernetes job or TPU pod.'
+  )
+  coordinator: str | None = setting(None, 'host:port of process 0, where there is no scheduler.')
+  num_processes: int | None = setting(None, 'How many processes there are.', at_least=1)
+  process_id: int | None = setting(None, 'The number of this one, from 0.', at_least=0)
+  join_timeout: int = setting(60, 'Seconds to wait for the others at the start.', at_least=1)
+  heartbeat_timeout: int = setting(
+    100, 'Seconds of silence after which a process is taken for dead.', at_least=10
+  )
+
+
+def check_cluster(cluster: Cluster) -> None:
+  """Raises UsageError for flags that contradict each other."""
+  settings.check(cluster)
+  named = {name: getattr(cluster, name) for name in ('coordinator', 'num_processes', 'process_id')}
+  missing = [f'--{name}' for name, value in named.items() if value is None]
+  if cluster.coordinator is None or cluster.num_processes is None or cluster.process_id is None:
+    if len(missing) < len(named):
+      raise UsageError(f'{", ".join(missing)}: must be given too')
+    return
+  if not re.fullmatch(r'.+:[0-9]{1,5}', cluster.coordinator):
+    raise UsageError(f'--coordinator: must be host:port; got {cluster.coordinator!r}')
+  if cluster.process_id >= cluster.num_processes:
+    raise UsageError(f'--process_id: must be below --num_processes; got {cluster.process_id}')
+
+
+@contextlib.contextmanager
+def joined(cluster: Cluster) -> Iterator[None]:
+  """One process alone, or one of several while the context is open. Precedes any use of JAX.
+
+  An error that not all of them raise together (a bug, an accelerator out of memory, the death of
+  another process) ends this process at once: at an ordinary exit it would wait for the others, and
+  they for it.
+
+  Raises:
+    UsageError: for flags that contradict each other, a port in use, or where the scheduler has said
+      nothing.
+  """
+  check_cluster(cluster)
+  if not cluster.distributed and cluster.coordinator is None:
+    yield
+    return
+  _check_port(cluster)
+  _join(cluster)
+  shared: tuple[type[Exception], ...] = (UsageError, runtime.Interrupted, *runtime.failures())
+  try:
+    yield
+  except shared:
+    raise
+  except jax.errors.JaxRuntimeError as error:
+    _leave(1, f'error: lost the other processes, or a device: {" ".join(str(error).split())}')
+  except SystemExit as error:
+    _leave(error.code if isinstance(error.code, int) else 1)
+  except BaseException:
+    _leave(1, traceback.format_exc())
+
+
+def _check_port(cluster: Cluster) -> None:
+  """Raises UsageError where process 0 cannot listen: JAX would end with a segmentation fault."""
+  if cluster.coordinator is None or cluster.process_id != 0:
+    return
+  with socket.socket() as listener:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as JAX's own does
+    try:
+      listener.bind(('', int(cluster.coordinator.rpartition(':')[2])))
+    except (OSError, OverflowError) as error:
+      raise UsageError(f'--coordinator: cannot listen at {cluster.coordinator}: {error}') from None
+
+
+def _join(cluster: Cluster) -> None:
+  late = threading.Timer(
+    cluster.join_timeout,
+    _leave,
+    (
+      1,
+      f'error: {cluster.coordinator or "the coordinator"} did not bring all processes together '
+      f'within {cluster.join_timeout} s (--join_timeout); is each running, and can it be reached?',
+    ),
+  )
+  late.daemon = True
+  late.start()
+  try:
+    sharding.join(
+      cluster.coordinator,
+      cluster.num_processes,
+      cluster.process_id,
+      timeout=cluster.join_timeout + 60,  # JAX would abort with a stack trace
+      heartbeat_timeout=cluster.heartbeat_timeout,
+    )
+  except ValueError as error:
+    raise UsageError(f'--distributed: {error}') from None
+  except RuntimeError as error:  # as of a scheduler that does not answer
+    _leave(1, f'error: cannot join the other processes: {" ".join(str(error).split())}')
+  finally:
+    late.cancel()
+
+
+def _leave(code: int, message: str = '') -> None:
+  """Ends the process without taking leave of the others."""
+  print(message, end='\n' if message else '', file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(code)

@@ -1,0 +1,1 @@
+"""Encoders and decoders as Flax modules, and the VAE that joins a pair of them."""

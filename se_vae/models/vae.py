@@ -1,0 +1,115 @@
+"""The model as pure functions: a pair of Flax modules, and parameters that are passed in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from se_vae.choices import ARCHS, COVARIANCES
+from se_vae.gaussians import Gaussian
+from se_vae.models import networks
+
+Params = Any  # {'encoder': pytree, 'decoder': pytree}
+
+
+@dataclasses.dataclass(frozen=True)
+class VAE:
+  """A variational autoencoder with encoder q(z | x) and decoder mean g(z).
+
+  Hashable, so that it can be a static argument of a jitted function. Any Flax modules with the
+  signatures of `networks` will do.
+
+  Attributes:
+    encoder: module from images `[B, H, W, C]` to a `Gaussian` with means `[B, D]`.
+    decoder: module from latents `[B, D]` to image means `[B, H, W, C]`.
+    image_shape: (H, W, C).
+    latent_dim: D.
+  """
+
+  encoder: nn.Module
+  decoder: nn.Module
+  image_shape: tuple[int, int, int]
+  latent_dim: int
+
+  def init(self, key: jax.Array) -> Params:
+    """Fresh parameters."""
+    encoder_key, decoder_key = jax.random.split(key)
+    x = jnp.zeros((1, *self.image_shape))
+    z = jnp.zeros((1, self.latent_dim))
+    return {
+      'encoder': self.encoder.init(encoder_key, x),
+      'decoder': self.decoder.init(decoder_key, z),
+    }
+
+  def encode(self, params: Params, x: jax.Array) -> Gaussian:
+    """q(z | x) for images `[B, H, W, C]` in [0, 1]."""
+    if x.shape[1:] != self.image_shape:
+      raise AssertionError(f'x must be [B, {", ".join(map(str, self.image_shape))}], got {x.shape}')
+    q: Gaussian = self.encoder.apply(params['encoder'], x)
+    return q
+
+  def decode(self, params: Params, z: jax.Array) -> jax.Array:
+    """The decoder mean g(z) `[B, H, W, C]` in [0, 1], for latents `[B, D]`."""
+    if z.ndim != 2 or z.shape[1] != self.latent_dim:
+      raise AssertionError(f'z must be [B, {self.latent_dim}], got {z.shape}')
+    x_mean: jax.Array = self.decoder.apply(params['decoder'], z)
+    return x_mean
+
+
+def make_vae(
+  image_shape: tuple[int, int, int],
+  *,
+  arch: str = 'mlp',
+  latent_dim: int = 64,
+  hidden_units: int = 200,
+  conv_channels: int = 200,
+  num_layers: int = 4,
+  covariance: str = 'diagonal',
+) -> VAE:
+  """One of the paper's models (Sec. 7).
+
+  Example:
+    >>> model = make_vae((28, 28, 1), latent_dim=32)
+    >>> params = model.init(jax.random.key(0))
+    >>> x = jnp.zeros((5, 28, 28, 1))
+    >>> z = model.encode(params, x).mean
+    >>> z.shape, model.decode(params, z).shape
+    ((5, 32), (5, 28, 28, 1))
+
+  Args:
+    image_shape: (H, W, C).
+    arch: 'mlp' or 'convnet'.
+    latent_dim: D; the paper uses 32, 64 and 128.
+    hidden_units: units of each layer of an MLP.
+    conv_channels: channels of each layer of a ConvNet.
+    num_layers: layers of the encoder before its head, and of the decoder.
+    covariance: the encoder's, 'diagonal' (the paper's) or 'full'.
+
+  Raises:
+    ValueError: for an unknown arch or covariance, or a size < 1.
+  """
+  if arch not in ARCHS:
+    raise ValueError(f'arch must be one of {", ".join(ARCHS)}, got {arch!r}')
+  if covariance not in COVARIANCES:
+    raise ValueError(f'covariance must be one of {COVARIANCES}, got {covariance!r}')
+  if min(latent_dim, hidden_units, conv_channels, num_layers, *image_shape) < 1:
+    raise ValueError('image_shape, latent_dim and layer sizes must be >= 1')
+  if arch == 'mlp':
+    widths = (hidden_units,) * num_layers
+    encoder: nn.Module = networks.MLPEncoder(latent_dim, widths, covariance)
+    decoder: nn.Module = networks.MLPDecoder(image_shape, widths)
+  else:
+    channels = (conv_channels,) * num_layers
+    encoder = networks.ConvEncoder(latent_dim, channels, covariance)
+    decoder = networks.ConvDecoder(image_shape, channels)
+  return VAE(encoder, decoder, image_shape, latent_dim)
+
+
+def num_parameters(params: Params) -> int:
+  """The number of scalars in a parameter tree."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,1 @@
+"""Devices and processes: how arrays are placed on them, and what several hosts agree on."""

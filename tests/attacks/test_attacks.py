@@ -1,0 +1,381 @@
+"""Every attack test asserts the constraint: inside the ball, inside the bounds, per example."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from se_vae import attacks
+from se_vae.attacks import auto_pgd, square_attack
+
+SHAPE = (6, 5, 4, 2)
+RADII = (0.0, 1e-6, 0.03, 0.2, 1.0)
+
+
+def linear(x_adv, weights):
+  return jnp.sum(x_adv * weights, axis=(1, 2, 3))
+
+
+def squared_move(x_adv, x):
+  return jnp.sum((x_adv - x) ** 2, axis=(1, 2, 3))
+
+
+def flat(x_adv):
+  return jnp.zeros(x_adv.shape[0])
+
+
+def wavy(x_adv, weights):
+  return jnp.sum(jnp.sin(9.0 * x_adv * weights), axis=(1, 2, 3))
+
+
+@pytest.fixture
+def images():
+  x = np.array(jax.random.uniform(jax.random.key(7), SHAPE))
+  x[0, 0, 0] = 0.0  # on the bounds
+  x[1, 0, 0] = 1.0
+  return jnp.asarray(x)
+
+
+@pytest.fixture
+def weights():
+  return jax.random.normal(jax.random.key(8), SHAPE)
+
+
+def assert_legal(x_adv, x, radius, norm):
+  """In float64, with one unit in the last place of a pixel allowed in linf."""
+  assert x_adv.shape == x.shape and x_adv.dtype == x.dtype
+  assert float(x_adv.min()) >= 0.0 and float(x_adv.max()) <= 1.0
+  offset = np.asarray(x_adv, np.float64) - np.asarray(x, np.float64)
+  radius = float(np.float32(radius))
+  if norm == 'linf':
+    assert np.abs(offset).max() <= radius + np.spacing(np.float32(1.0))
+  else:
+    lengths = np.sqrt((offset**2).sum(axis=(1, 2, 3)))
+    # Each of the n pixels is rounded by at most half a unit in the last place of 1.
+    rounding = 0.5 * np.sqrt(offset[0].size) * np.spacing(np.float32(1.0))
+    assert lengths.max() <= radius * (1.0 + 4e-7) + rounding
+
+
+@pytest.mark.parametrize('norm', attacks.NORMS)
+@pytest.mark.parametrize('radius', RADII)
+@pytest.mark.parametrize('keep_best', [False, True])
+@pytest.mark.parametrize('objective', [linear, wavy])
+def test_result_is_legal_and_deterministic(images, weights, objective, norm, radius, keep_best):
+  def attack():
+    return attacks.pgd(
+      objective,
+      jax.random.key(0),
+      images,
+      radius=radius,
+      num_steps=7,
+      norm=norm,
+      keep_best=keep_best,
+      args=(weights,),
+    )
+
+  x_adv = attack()
+  assert_legal(x_adv, images, radius, norm)
+  np.testing.assert_array_equal(x_adv, attack())
+  if radius == 0.0:
+    np.testing.assert_array_equal(x_adv, images)
+  else:
+    assert np.all(objective(x_adv, weights) >= objective(images, weights) - 1e-5)
+
+
+@pytest.mark.parametrize('norm', attacks.NORMS)
+@pytest.mark.parametrize('step_size', [1e3, 1e30])
+def test_result_is_legal_for_absurd_step_sizes(images, weights, norm, step_size):
+  x_adv = attacks.pgd(
+    linear,
+    jax.random.key(0),
+    images,
+    radius=0.1,
+    num_steps=3,
+    step_size=step_size,
+    norm=norm,
+    args=(weights,),
+  )
+  assert_legal(x_adv, images, 0.1, norm)
+
+
+def test_linf_reaches_the_exact_maximum_of_a_linear_objective(images, weights):
+  radius = 0.15
+  x_adv = attacks.pgd(
+    linear, jax.random.key(3), images, radius=radius, num_steps=10, args=(weights,)
+  )
+  best = np.clip(np.asarray(images) + radius * np.sign(weights), 0.0, 1.0)
+  np.testing.assert_allclose(x_adv, best, atol=1e-6)
+
+
+def test_l2_reaches_the_maximum_of_a_linear_objective_away_from_the_bounds(weights):
+  x = jnp.full(SHAPE, 0.5)
+  radius = 0.3
+  x_adv = attacks.pgd(
+    linear,
+    jax.random.key(3),
+    x,
+    radius=radius,
+    num_steps=30,
+    step_size=radius,  # each step halves what the random start had across the gradient
+    norm='l2',
+    args=(weights,),
+  )
+  gain = np.asarray(linear(x_adv, weights) - linear(x, weights))
+  lengths = np.sqrt((np.asarray(weights) ** 2).sum(axis=(1, 2, 3)))
+  np.testing.assert_allclose(gain, radius * lengths, rtol=1e-5)
+
+
+def test_l2_direction_survives_gradients_whose_squares_underflow():
+  tiny = lambda x_adv: 1e-25 * jnp.sum(x_adv, axis=(1, 2, 3))  # noqa: E731
+  x = jnp.full(SHAPE, 0.5)
+  x_adv = attacks.pgd(tiny, jax.random.key(0), x, radius=0.1, num_steps=30, norm='l2', start=x)
+  moved = np.asarray(x_adv - x).reshape(SHAPE[0], -1)
+  np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 0.1, rtol=1e-4)
+  assert (moved > 0.0).all()
+
+
+@pytest.mark.parametrize('norm', attacks.NORMS)
+def test_a_random_start_leaves_a_flat_spot_and_a_fixed_one_cannot(images, norm):
+  options = dict(radius=0.1, num_steps=5, norm=norm, args=(images,))
+  stuck = attacks.pgd(squared_move, jax.random.key(0), images, start=images, **options)
+  free = attacks.pgd(squared_move, jax.random.key(0), images, **options)
+  np.testing.assert_array_equal(stuck, images)
+  assert_legal(free, images, 0.1, norm)
+  assert np.all(squared_move(free, images) > 1e-3)
+
+
+@pytest.mark.parametrize('norm', attacks.NORMS)
+def test_random_starts_fill_the_ball(norm):
+  """With a flat objective the result is the start: its radial law is that of a uniform draw."""
+  count, side = 4000, 3
+  x = jnp.full((count, side), 0.5)
+  x_adv = attacks.pgd(
+    lambda z: jnp.zeros(z.shape[0]), jax.random.key(1), x, radius=0.2, num_steps=1, norm=norm
+  )
+  offset = np.asarray(x_adv - x)
+  length = np.abs(offset).max(axis=1) if norm == 'linf' else np.linalg.norm(offset, axis=1)
+  share = (length / 0.2) ** side  # uniform on [0, 1] for a uniform point of a ball in 3 dimensions
+  standard_error = np.sqrt(1.0 / 12.0 / count)
+  assert abs(share.mean() - 0.5) < 4.0 * standard_error
+  assert np.abs(offset.mean(axis=0)).max() < 4.0 * 0.2 / np.sqrt(count)
+
+
+def test_keep_best_never_returns_less_than_the_last_iterate(images, weights):
+  options = dict(radius=0.2, num_steps=9, step_size=0.3, args=(weights,))
+  last = attacks.pgd(wavy, jax.random.key(0), images, **options)
+  best = attacks.pgd(wavy, jax.random.key(0), images, keep_best=True, **options)
+  assert np.all(wavy(best, weights) >= wavy(last, weights))
+  assert np.any(wavy(best, weights) > wavy(last, weights) + 1e-3)
+
+
+def test_result_does_not_depend_on_the_batch(images, weights):
+  index = jnp.arange(SHAPE[0])
+  options = dict(radius=0.1, num_steps=4)
+  whole = attacks.pgd(wavy, jax.random.key(5), images, args=(weights,), index=index, **options)
+  for i in range(SHAPE[0]):
+    rows = slice(i, i + 1)
+    alone = attacks.pgd(
+      wavy, jax.random.key(5), images[rows], args=(weights[rows],), index=index[rows], **options
+    )
+    np.testing.assert_array_equal(alone[0], whole[i])
+
+
+def test_radius_and_step_size_do_not_recompile(images, weights):
+  traces = []
+
+  def objective(x_adv, w):
+    traces.append(None)
+    return linear(x_adv, w)
+
+  for radius in (0.01, 0.1, 0.3):
+    attacks.pgd(
+      objective,
+      jax.random.key(0),
+      images,
+      radius=radius,
+      step_size=radius / 2,
+      num_steps=3,
+      args=(weights,),
+    )
+  first = len(traces)
+  attacks.pgd(
+    objective, jax.random.key(0), images, radius=0.7, step_size=0.1, num_steps=3, args=(weights,)
+  )
+  assert len(traces) == first > 0
+
+
+@pytest.mark.parametrize(
+  ('change', 'error', 'message'),
+  [
+    ({'num_steps': 0}, ValueError, 'num_steps must be >= 1'),
+    ({'norm': 'l1'}, ValueError, 'norm must be one of'),
+    ({'bounds': (1.0, 0.0)}, ValueError, 'bounds'),
+    ({'radius': jnp.ones(3)}, AssertionError, 'radius must be a scalar'),
+    ({'x': jnp.zeros(SHAPE, jnp.uint8)}, AssertionError, 'floating point'),
+    ({'x': jnp.zeros(3)}, AssertionError, r'\[B, \.\.\.\]'),
+    ({'objective': jnp.sum}, AssertionError, 'one value per example'),
+  ],
+)
+def test_wrong_arguments_raise(images, change, error, message):
+  arguments = {'objective': flat, 'x': images, 'radius': 0.1, 'num_steps': 2} | change
+  objective, x = arguments.pop('objective'), arguments.pop('x')
+  with pytest.raises(error, match=message):
+    attacks.pgd(objective, jax.random.key(0), x, **arguments)
+
+
+# ---------------------------------------------------------------------------------------------
+# The other attacks: one table, the same demands
+# ---------------------------------------------------------------------------------------------
+
+
+def run_apgd(objective, x, *, key=0, **options):
+  return auto_pgd.apgd(objective, jax.random.key(key), x, num_steps=9, **options)
+
+
+def run_fgsm(objective, x, *, key=0, index=None, **options):
+  return attacks.fgsm(objective, jax.random.key(key), x, **options)
+
+
+def run_square(objective, x, *, key=0, norm='linf', **options):
+  assert norm == 'linf'
+  return square_attack.square(objective, jax.random.key(key), x, num_queries=60, **options)
+
+
+def run_noise(objective, x, *, key=0, args=(), **options):
+  return attacks.noise(jax.random.key(key), x, **options)
+
+
+def run_signs(objective, x, *, key=0, args=(), **options):
+  return attacks.noise(jax.random.key(key), x, extreme=True, **options)
+
+
+TABLE = [
+  (run, norm)
+  for run in (run_apgd, run_fgsm, run_square, run_noise, run_signs)
+  for norm in attacks.NORMS
+  if not (run is run_square and norm == 'l2')
+]
+
+
+@pytest.mark.parametrize(('run', 'norm'), TABLE)
+@pytest.mark.parametrize('radius', RADII)
+def test_every_attack_is_legal_and_deterministic(images, weights, run, norm, radius):
+  options = dict(radius=radius, norm=norm, args=(weights,))
+  x_adv = run(wavy, images, **options)
+  assert_legal(x_adv, images, radius, norm)
+  np.testing.assert_array_equal(x_adv, run(wavy, images, **options))
+  if radius >= 0.03:
+    assert np.all(np.any(np.asarray(x_adv != images), axis=(1, 2, 3)))
+    if run is not run_fgsm:  # which has no random start
+      assert np.any(x_adv != run(wavy, images, key=1, **options))
+
+
+@pytest.mark.parametrize(('run', 'norm'), TABLE)
+def test_every_attack_is_legal_where_gradients_are_not_numbers(images, run, norm):
+  def broken(x_adv):
+    total = jnp.sum(x_adv, axis=(1, 2, 3))
+    return jnp.sqrt(total - total) + jnp.nan * total
+
+  assert_legal(run(broken, images, radius=0.1, norm=norm), images, 0.1, norm)
+
+
+@pytest.mark.parametrize('run', [run_apgd, run_square, run_noise, run_signs])
+def test_no_attack_depends_on_the_batch(images, weights, run):
+  index = jnp.arange(SHAPE[0])
+  whole = run(wavy, images, radius=0.1, args=(weights,), index=index)
+  assert_legal(whole, images, 0.1, 'linf')
+  for i in range(0, SHAPE[0], 2):
+    rows = slice(i, i + 2)
+    part = run(wavy, images[rows], radius=0.1, args=(weights[rows],), index=index[rows])
+    np.testing.assert_array_equal(part, whole[rows])
+
+
+@pytest.mark.parametrize('run', [run_apgd, run_fgsm, run_square])
+def test_a_radius_does_not_recompile(images, weights, run):
+  traces = []
+
+  def objective(x_adv, w):
+    traces.append(None)
+    return linear(x_adv, w)
+
+  run(objective, images, radius=0.01, args=(weights,))
+  first = len(traces)
+  run(objective, images, radius=0.3, args=(weights,))
+  assert len(traces) == first > 0
+
+
+@pytest.mark.parametrize('run', [run_apgd, run_fgsm])
+def test_gradient_attacks_reach_the_exact_maximum_of_a_linear_objective(images, weights, run):
+  x_adv = run(linear, images, radius=0.15, args=(weights,))
+  best = np.clip(np.asarray(images) + 0.15 * np.sign(weights), 0.0, 1.0)
+  assert_legal(x_adv, images, 0.15, 'linf')
+  np.testing.assert_allclose(x_adv, best, atol=1e-6)
+
+
+def test_square_needs_no_gradient_and_nears_the_maximum(images, weights):
+  @jax.custom_jvp
+  def masked(x_adv, w):
+    return linear(x_adv, w)
+
+  masked.defjvps(None, None)  # no gradient at all
+  x_adv = square_attack.square(
+    masked, jax.random.key(0), images, radius=0.1, num_queries=2000, args=(weights,)
+  )
+  assert_legal(x_adv, images, 0.1, 'linf')
+  best = np.clip(np.asarray(images) + 0.1 * np.sign(weights), 0.0, 1.0)
+  gain = np.asarray(linear(x_adv, weights) - linear(images, weights))
+  most = np.asarray(linear(jnp.asarray(best), weights) - linear(images, weights))
+  assert np.all(gain > 0.9 * most)
+
+
+def test_apgd_halves_its_step_and_climbs_where_long_steps_overshoot(images):
+  """The peak is inside the ball: PGD's last iterate swings about it, APGD settles."""
+  peak = images + 0.01 * jnp.sign(0.5 - images)
+  hill = lambda x_adv, peak: -jnp.sum((x_adv - peak) ** 2, axis=(1, 2, 3))  # noqa: E731
+  x_adv = auto_pgd.apgd(hill, jax.random.key(0), images, radius=0.3, num_steps=60, args=(peak,))
+  fixed = attacks.pgd(hill, jax.random.key(0), images, radius=0.3, num_steps=60, args=(peak,))
+  assert_legal(x_adv, images, 0.3, 'linf')
+  assert np.mean(hill(x_adv, peak)) > 0.5 * np.mean(hill(fixed, peak))  # both negative
+
+
+def test_apgd_keeps_the_best_of_its_start_and_its_steps(images, weights):
+  start = jnp.clip(images + 0.05 * jnp.sign(weights), 0.0, 1.0)
+  x_adv = auto_pgd.apgd(
+    linear, jax.random.key(0), images, radius=0.05, num_steps=1, start=start, args=(weights,)
+  )
+  assert_legal(x_adv, images, 0.05, 'linf')
+  np.testing.assert_allclose(x_adv, start, atol=1e-6)
+  # A start outside the ball is projected.
+  outside = auto_pgd.apgd(
+    flat, jax.random.key(0), images, radius=0.05, num_steps=3, start=1 - images
+  )
+  assert_legal(outside, images, 0.05, 'linf')
+
+
+@pytest.mark.parametrize('attack', [attacks.pgd, auto_pgd.apgd])
+@pytest.mark.parametrize('jit', [False, True])
+def test_starts_and_indices_of_other_shapes_are_refused(images, attack, jit):
+  wrap = jax.jit if jit else (lambda function: function)
+  options = {'radius': 0.1, 'num_steps': 1}
+  with pytest.raises(AssertionError, match='start must have the shape'):
+    wrap(lambda x: attack(flat, jax.random.key(0), x, start=x.swapaxes(0, 1), **options))(images)
+  with pytest.raises(AssertionError, match='index must have the shape'):
+    wrap(lambda x: attack(flat, jax.random.key(0), x, index=jnp.arange(1), **options))(images)
+
+
+def test_apgd_looks_ever_more_often():
+  """The checkpoints of the paper for 100 steps: 22, 41, 57, 70, 80, 87, 93, 99."""
+  intervals = auto_pgd._intervals(100)
+  ends = np.flatnonzero(intervals) + 1
+  np.testing.assert_array_equal(ends, [22, 41, 57, 70, 80, 87, 93, 99])
+  np.testing.assert_array_equal(np.cumsum(intervals[ends - 1]), ends)
+
+
+@pytest.mark.parametrize('run', [run_apgd, run_fgsm, run_square, run_noise])
+def test_every_attack_refuses_wrong_arguments(images, run):
+  with pytest.raises(ValueError, match='bounds'):
+    run(flat, images, radius=0.1, bounds=(1.0, 0.0))
+  with pytest.raises(AssertionError, match='radius must be a scalar'):
+    run(flat, images, radius=jnp.ones(3))

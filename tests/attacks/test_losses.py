@@ -1,0 +1,103 @@
+"""Losses against NumPy, and what an attack on a broken example must not do."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from se_vae import attacks
+from se_vae.attacks import losses
+from se_vae.attacks.losses import Aim
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+rng = np.random.default_rng(0)
+LOGITS = rng.normal(size=(12, 4)).astype(np.float32)
+LABELS = rng.integers(4, size=12).astype(np.int32)
+TARGET = (LABELS + 1) % 4
+
+
+def identity(logits):
+  return logits
+
+
+def reference_margin():
+  others = np.where(np.eye(4)[LABELS] > 0, -np.inf, LOGITS).max(axis=1)
+  return others - LOGITS[np.arange(12), LABELS]
+
+
+def test_losses_are_what_they_say():
+  aim = Aim(LABELS, target=TARGET)
+  rows = np.arange(12)
+  np.testing.assert_allclose(
+    losses.CrossEntropy(identity)(LOGITS, aim),
+    np.log(np.exp(LOGITS).sum(axis=1)) - LOGITS[rows, LABELS],
+    rtol=1e-5,
+  )
+  margin = reference_margin()
+  np.testing.assert_allclose(losses.Margin(identity)(LOGITS, aim), margin, rtol=1e-6)
+  ordered = np.sort(LOGITS, axis=1)[:, ::-1]
+  dlr = margin / (ordered[:, 0] - ordered[:, 2])
+  np.testing.assert_allclose(losses.DLR(identity)(LOGITS, aim), dlr, rtol=1e-5)
+  np.testing.assert_allclose(
+    losses.Targeted(identity)(LOGITS, aim),
+    LOGITS[rows, TARGET] - LOGITS[rows, LABELS],
+    rtol=1e-5,
+  )
+
+
+def test_dlr_is_blind_to_scale_and_refuses_two_classes():
+  loss = losses.DLR(identity)
+  np.testing.assert_allclose(
+    loss(1024.0 * LOGITS + 7.0, Aim(LABELS)), loss(LOGITS, Aim(LABELS)), rtol=1e-3
+  )
+  with pytest.raises(ValueError, match='at least 3 classes, got 2'):
+    loss(LOGITS[:, :2], Aim(LABELS % 2))
+
+
+def test_latent_moves_go_away_and_latent_targets_come_closer():
+  x = jnp.asarray(LOGITS)
+  to = Aim(LABELS, latent=x[::-1])
+  move, towards = losses.LatentMove(identity), losses.LatentTarget(identity)
+  np.testing.assert_allclose(move(x, to), ((LOGITS - LOGITS[::-1]) ** 2).sum(1), rtol=1e-5)
+  options = dict(radius=0.1, num_steps=5, bounds=(-9.0, 9.0), args=(to,))
+  for loss, sign in ((move, 1.0), (towards, -1.0)):
+    x_adv = attacks.pgd(loss, jax.random.key(0), x, **options)
+    assert np.abs(np.asarray(x_adv - x)).max() <= 0.1 + 1e-6
+    assert np.all(sign * (move(x_adv, to) - move(x, to)) > 0.0)
+
+
+def test_margin_is_positive_where_the_classifier_is_wrong():
+  wrong = ~np.asarray(losses.is_correct(LOGITS, LABELS))
+  np.testing.assert_array_equal(reference_margin() > 0.0, wrong)
+  assert 0 < wrong.sum() < 12
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_not_correct(bad):
+  logits = np.array([[bad, 0.0], [1.0, 0.0]], np.float32)
+  np.testing.assert_array_equal(losses.is_correct(logits, np.array([0, 0])), [False, True])
+
+
+def test_the_best_iterate_is_a_broken_one_if_any_is():
+  """Cross-entropy is larger where two classes tie above the label than where one just beats it."""
+  plain = losses.CrossEntropy(identity)
+  until = losses.UntilBroken(plain, identity)
+  objective, columns = attacks.on_columns(until, jnp.asarray(LOGITS))
+  values, gradients = attacks.values_and_gradients(objective, columns, (Aim(LABELS),))
+  wrong = reference_margin() > 0.0
+  np.testing.assert_array_equal(np.isinf(values), wrong)
+  np.testing.assert_array_equal((np.asarray(gradients) == 0.0).all(axis=0), wrong)
+  expected = plain(LOGITS, Aim(LABELS))
+  np.testing.assert_array_equal(np.asarray(values)[~wrong], np.asarray(expected)[~wrong])
+
+
+def test_joint_breaks_only_where_all_are_wrong():
+  labels = np.stack([LABELS, LABELS[::-1]], axis=1)
+  joint = losses.Joint((identity, lambda x, scale: scale * x))
+  values = joint(jnp.asarray(LOGITS), Aim(labels), (), (3.0,))
+  both = [~np.asarray(losses.is_correct(LOGITS, labels[:, task])) for task in range(2)]
+  np.testing.assert_array_equal(np.asarray(values) > 0.0, both[0] & both[1])
+  assert (both[0] != both[1]).any() and (both[0] & both[1]).any()

@@ -1,0 +1,374 @@
+"""Killed, crowded out, out of disk: nothing finished is lost, and the end is as if undisturbed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from experiments import figure1, pretrain, probe
+from experiments.cli import runtime, settings
+from experiments.cli.settings import UsageError
+from se_vae.storage import checkpoints
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+ROOT = Path(__file__).parents[2]
+FLAGS = {
+  'tensorboard': False,
+  'hidden_units': 16,
+  'latent_dim': 4,
+  'pgd_steps': 2,
+  'num_steps': 1500,
+  'log_every': 50,
+  'checkpoint_every': 100,
+}
+
+
+# Runs a module, as -m does, that may write no file larger than so many bytes.
+LIMITED = (
+  'import resource, runpy, sys; '
+  'resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); '
+  'runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)'
+)
+
+
+def start(workdir: Path, run_module: tuple[str, ...] = ('-m',), **changes) -> subprocess.Popen:
+  """The binary, as a user starts it."""
+  arguments = {'workdir': workdir, **FLAGS, **changes}
+  flags = (f'--{name}={value}' for name, value in arguments.items())
+  return subprocess.Popen(
+    [sys.executable, *run_module, 'experiments.pretrain', *flags],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process: subprocess.Popen) -> str:
+  stdout, stderr = process.communicate(timeout=240)
+  assert process.returncode == 0, stderr
+  return stdout
+
+
+def last_step(workdir: Path) -> int:
+  """Of the rows that are complete."""
+  path = workdir / 'metrics.jsonl'
+  lines = path.read_text().split('\n')[:-1] if path.exists() else []
+  return json.loads(lines[-1])['step'] if lines else 0
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+  deadline = time.monotonic() + 120
+  while last_step(workdir) < step and process.poll() is None:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+def assert_same_end(workdir: Path, expected: Path) -> None:
+  assert (workdir / 'metrics.jsonl').read_text() == (expected / 'metrics.jsonl').read_text()
+  results = [json.loads((path / 'result.json').read_text()) for path in (workdir, expected)]
+  assert results[0]['test'] == results[1]['test']
+  tensors = [
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
+    for path in (workdir, expected)
+  ]
+  assert tensors[0].keys() == tensors[1].keys()
+  for name, tensor in tensors[0].items():
+    np.testing.assert_array_equal(tensor, tensors[1][name], err_msg=name)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory) -> Path:
+  workdir = tmp_path_factory.mktemp('undisturbed')
+  finish(start(workdir))
+  assert last_step(workdir) == FLAGS['num_steps']
+  return workdir
+
+
+def test_a_killed_run_ends_bitwise_equal(tmp_path, undisturbed):
+  process = start(tmp_path)
+  wait_for_step(process, tmp_path, 450)
+  assert process.poll() is None
+  process.kill()
+  process.communicate()
+  finish(start(tmp_path))
+  assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('binary', 'devices'), [('pretrain', 1), ('pretrain', 4), ('probe', 2), ('figure1', 2)]
+)
+def test_a_binary_killed_at_random_moments_leaves_the_same_bytes(tmp_path, binary, devices):
+  done = subprocess.run(
+    [sys.executable, '-m', 'tests.tools.kills', binary, str(tmp_path / 'kills'), '--kills=20'],
+    cwd=ROOT,
+    env={**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert '20 kills' in done.stdout
+
+
+@pytest.mark.parametrize(('saves', 'says'), [(True, 'SIGINT: saved.'), (False, 'nothing is kept')])
+def test_who_keeps_nothing_does_not_say_saved(monkeypatch, capsys, saves, says):
+  monkeypatch.setattr(runtime, 'flags', mock.MagicMock())
+  monkeypatch.setattr(settings, 'from_flags', lambda _: runtime.RuntimeConfig())
+
+  def main():
+    stop = runtime.StopSignal(saves)
+    stop.signum = signal.SIGINT
+    stop.check()
+
+  with pytest.raises(SystemExit) as error:
+    runtime._guarded(main, ['binary'])
+  assert error.value.code == 130 and says in capsys.readouterr().err
+
+
+def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, undisturbed):
+  """In the middle of a window as long as the run, so that no row or checkpoint is due."""
+  process = start(tmp_path, log_every=1500, checkpoint_every=1500)
+  while not (tmp_path / 'metrics.jsonl').exists():  # then training is under way
+    time.sleep(0.05)
+  time.sleep(2.0)
+  process.send_signal(signal.SIGTERM)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert 'SIGTERM: saved. Run the same command again' in stderr.splitlines()[-1]
+  (step, _), *_ = checkpoints.steps(tmp_path / 'checkpoints')
+  assert 0 < step < 1500
+  finish(start(tmp_path, log_every=1500, checkpoint_every=1500))
+  mine, theirs = (
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
+    for path in (tmp_path, undisturbed)
+  )
+  for name in (name for name in theirs if name.startswith(('params/', 'opt_state/'))):
+    np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+
+
+def test_a_directory_is_one_process_s_at_a_time(tmp_path):
+  with runtime.lock(tmp_path):
+    owner = f'in use by process {os.getpid()} on '
+    with pytest.raises(UsageError, match=owner), runtime.lock(tmp_path):
+      pytest.fail('both hold the lock')
+    with pytest.raises(UsageError, match=r'--workdir: .* in use'):
+      pretrain.run(pretrain.PretrainConfig(workdir=str(tmp_path)), runtime.StopSignal())
+  with runtime.lock(tmp_path):
+    assert str(os.getpid()) in (tmp_path / '.lock').read_text()
+
+
+def test_probe_and_figure1_have_locks_too_and_a_run_in_training_may_be_probed(tmp_path):
+  owner = f'in use by process {os.getpid()} on '
+  stop = runtime.StopSignal()
+  with runtime.lock(tmp_path, name='.probe.lock'), pytest.raises(UsageError, match=owner):
+    probe.run(probe.ProbeConfig(workdir=str(tmp_path)), stop)
+  with runtime.lock(tmp_path):
+    with pytest.raises(UsageError, match=owner):
+      figure1.run(figure1.Figure1Config(workdir=str(tmp_path)), stop)
+    with pytest.raises(UsageError, match='holds no pretrained encoder'):
+      probe.run(probe.ProbeConfig(workdir=str(tmp_path)), stop)
+
+
+def test_a_lock_notices_when_its_directory_is_another_one(tmp_path):
+  workdir = tmp_path / 'run'
+  with runtime.lock(workdir) as check_place:
+    check_place()
+    shutil.rmtree(workdir)
+    with pytest.raises(FileNotFoundError, match='vanished'):
+      check_place()
+    with runtime.lock(workdir), pytest.raises(FileNotFoundError, match='vanished'):
+      check_place()
+
+
+def test_a_lock_removes_what_dead_writers_left_of_its_own_files(tmp_path):
+  for name in ('.result.json.7.tmp', '.probe_digit.json.7.tmp', '.mine.tmp'):
+    (tmp_path / name).touch()
+  with runtime.lock(tmp_path, 'result.json', 'config.json'):
+    names = {path.name for path in tmp_path.iterdir()}
+  assert names == {'.lock', '.probe_digit.json.7.tmp', '.mine.tmp'}
+
+
+# The main thread is in a call that no signal interrupts, as it is in a long dispatch.
+STUCK = """
+  import hashlib
+  from experiments import runtime
+
+  def main():
+    with runtime.StopSignal().listening() as stop:
+      stop.patience = {patience}
+      print('listening', flush=True)
+      hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
+
+  runtime.run(main)
+"""
+
+
+@pytest.mark.parametrize(('patience', 'signals'), [(0.5, 1), (1e6, 2)])
+def test_a_signal_ends_a_process_in_the_middle_of_a_long_dispatch(patience, signals):
+  code = textwrap.dedent(STUCK.format(patience=patience))
+  process = subprocess.Popen(
+    [sys.executable, '-c', code],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'listening\n'
+  for _ in range(signals):
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)  # two of a kind at once are one
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGTERM
+  if signals == 1:
+    assert 'Run the same command again' in stderr.splitlines()[-1]
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+  code = (
+    'import pathlib, signal, os\n'
+    'from experiments import runtime\n'
+    f'with runtime.lock(pathlib.Path({str(tmp_path)!r})):\n'
+    '  os.kill(os.getpid(), signal.SIGKILL)\n'
+  )
+  process = subprocess.run([sys.executable, '-c', code], cwd=ROOT)
+  assert process.returncode == -signal.SIGKILL
+  assert 'process ' in (tmp_path / '.lock').read_text()
+  with runtime.lock(tmp_path):
+    assert f'process {os.getpid()} on' in (tmp_path / '.lock').read_text()
+
+
+def assert_fails_in_a_line(process: subprocess.Popen, *words: str) -> None:
+  _, stderr = process.communicate(timeout=120)
+  assert process.returncode == 1, stderr
+  last = stderr.splitlines()[-1]
+  assert last.startswith('error: ') and 'Traceback' not in stderr, stderr
+  for word in words:
+    assert word in last
+
+
+def test_a_file_that_cannot_grow_is_an_error_in_a_line(tmp_path):
+  """The kernel's own refusal of a write, as of a full quota: nothing half-written is left."""
+  process = start(tmp_path, ('-c', LIMITED, '50000'))
+  assert_fails_in_a_line(process, 'cannot be written', 'too large')
+  assert checkpoints.steps(tmp_path / 'checkpoints') == []
+  assert not [path for path in (tmp_path / 'checkpoints').rglob('*') if path.is_file()]
+  assert last_step(tmp_path) > 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_in_a_line_and_the_run_goes_on_afterwards(tmp_path, undisturbed):
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(disk)])
+  if mounted.returncode:
+    pytest.skip('needs the right to mount a tmpfs')
+  try:
+    workdir = disk / 'run'
+    process = start(workdir)
+    wait_for_step(process, workdir, 400)
+    (disk / 'ballast').write_bytes(b'x' * (shutil.disk_usage(disk).free - 4096))
+    assert_fails_in_a_line(process, 'No space left')
+    assert checkpoints.load_latest(workdir / 'checkpoints', on_damage=pytest.fail) is not None
+    (disk / 'ballast').unlink()
+    subprocess.run(['mount', '-o', 'remount,size=8m', str(disk)], check=True)
+    finish(start(workdir))
+    assert_same_end(workdir, undisturbed)
+  finally:
+    subprocess.run(['umount', str(disk)], check=True)
+
+
+def test_a_work_directory_that_vanishes_is_an_error_in_a_line(tmp_path):
+  workdir = tmp_path / 'run'
+  process = start(workdir, num_steps=100_000)
+  wait_for_step(process, workdir, 50)
+  shutil.rmtree(workdir)
+  assert_fails_in_a_line(process, 'vanished')
+  assert not workdir.exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, undisturbed):
+  shutil.copytree(undisturbed, tmp_path / 'run')
+  workdir = tmp_path / 'run'
+  (workdir / 'result.json').unlink()
+  (_, newest), (before, _), *_ = checkpoints.steps(workdir / 'checkpoints')
+  content = bytearray(newest.read_bytes())
+  content[len(content) // 2] ^= 1
+  newest.write_bytes(bytes(content))
+  process = start(workdir)
+  _, stderr = process.communicate(timeout=120)
+  assert process.returncode == 0, stderr
+  assert f'warning: {newest}: damaged' in stderr
+  assert before < FLAGS['num_steps']
+  assert_same_end(workdir, undisturbed)
+
+
+def test_damaged_results_and_rows_are_named_and_made_again(tmp_path, capsys):
+  small = {'hidden_units': 8, 'latent_dim': 2, 'pgd_steps': 1, 'num_steps': 10}
+  config = pretrain.PretrainConfig(workdir=str(tmp_path), log_every=2, checkpoint_every=10, **small)
+  pretrain.run(config, runtime.StopSignal())
+  kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+  result = tmp_path / 'result.json'
+  result.write_bytes(kept[result].replace(b'"step"', b'"stfp"'))
+  (tmp_path / 'config.json').write_bytes(b'\xff')
+  with pytest.raises(UsageError, match='--gamma'):  # the checkpoint knows too
+    pretrain.run(dataclasses.replace(config, gamma=2.0), runtime.StopSignal())
+  rows = kept[tmp_path / 'metrics.jsonl'].splitlines(keepends=True)
+  (tmp_path / 'metrics.jsonl').write_bytes(b''.join([rows[0], b'\0\n', *rows[2:]]))
+  pretrain.run(config, runtime.StopSignal())
+  assert result.read_bytes() == kept[result]
+  assert (tmp_path / 'config.json').read_bytes() == kept[tmp_path / 'config.json']
+  assert (tmp_path / 'metrics.jsonl').read_bytes() == b''.join([rows[0], *rows[2:]])
+  error = capsys.readouterr().err
+  for damage in (
+    'result.json: damaged',
+    'config.json: damaged',
+    'metrics.jsonl: line 2 is damaged',
+  ):
+    assert damage in error
+
+
+def test_no_good_checkpoint_at_all_is_an_error_and_nothing_is_overwritten(tmp_path, undisturbed):
+  shutil.copytree(undisturbed, tmp_path / 'run')
+  directory = tmp_path / 'run' / 'checkpoints'
+  (tmp_path / 'run' / 'result.json').unlink()
+  for _, path in checkpoints.steps(directory):
+    path.write_bytes(b'')
+  before = sorted(path.name for path in directory.iterdir())
+  assert_fails_in_a_line(start(tmp_path / 'run'), 'none of its 2 checkpoints is good')
+  assert sorted(path.name for path in directory.iterdir()) == before
+
+
+def test_a_constant_rate_may_train_on_and_a_cosine_may_not(tmp_path):
+  small = {'hidden_units': 8, 'latent_dim': 2, 'pgd_steps': 1, 'log_every': 5, 'num_steps': 10}
+  base = pretrain.PretrainConfig(workdir=str(tmp_path), schedule='constant', **small)
+  stop = runtime.StopSignal()
+  pretrain.run(base, stop)
+  longer = pretrain.PretrainConfig(**{**vars(base), 'num_steps': 20, 'log_every': 10})
+  assert pretrain.run(longer, stop)['step'] == 20
+  straight = pretrain.PretrainConfig(**{**vars(longer), 'workdir': str(tmp_path / 'straight')})
+  pretrain.run(straight, stop)
+  mine, theirs = (
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
+    for path in (tmp_path, tmp_path / 'straight')
+  )
+  for name, tensor in theirs.items():
+    if not name.startswith('window/'):
+      np.testing.assert_array_equal(mine[name], tensor, err_msg=name)
+  with pytest.raises(UsageError, match='--num_steps'):
+    pretrain.run(pretrain.PretrainConfig(**{**vars(longer), 'num_steps': 15}), stop)
+  with pytest.raises(UsageError, match='--schedule'):
+    pretrain.run(pretrain.PretrainConfig(**{**vars(longer), 'schedule': 'cosine'}), stop)

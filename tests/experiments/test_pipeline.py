@@ -1,0 +1,426 @@
+"""End to end, as a user runs it: pretrain, checkpoint, probe, figure; killed and resumed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import se_vae
+from experiments import figure1, pretrain, probe, report
+from experiments.cli import runtime
+from experiments.cli.settings import UsageError
+from se_vae import data, training
+from se_vae.storage import checkpoints
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+ROOT = Path(__file__).parents[2]
+TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 30, 'log_every': 10}
+TINY |= {'tensorboard': False}  # test_watch.py is about it
+
+
+def config(workdir: Path, **changes) -> pretrain.PretrainConfig:
+  return pretrain.PretrainConfig(workdir=str(workdir), **{**TINY, **changes})
+
+
+def command(binary: str, **flags) -> list[str]:
+  arguments = [f'--{name}={value}' for name, value in flags.items()]
+  return [sys.executable, '-m', f'experiments.{binary}', *arguments]
+
+
+def rows(workdir: Path) -> list[dict[str, float]]:
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+  with Image.open(path) as picture:
+    return picture.size
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> Path:
+  """A coloured Smooth Encoder after a short training."""
+  workdir = tmp_path_factory.mktemp('run')
+  pretrain.run(config(workdir, dataset='color_mnist_5k', num_steps=60), runtime.StopSignal())
+  return workdir
+
+
+def check_fit_gives_the_same(workdir: Path, params=None) -> None:
+  """As the binary that left this directory, from these parameters or fresh ones."""
+  model, expected = se_vae.load_model(workdir)
+  values = json.loads((workdir / 'result.json').read_text())['config']
+  fields = [field.name for field in dataclasses.fields(se_vae.TrainConfig)]
+  train_config = se_vae.TrainConfig(**{name: values[name] for name in fields})
+  images = data.load('color_mnist_5k').train.images
+  options = {'steps_per_row': values['log_every'], 'mesh': runtime.mesh_for(values['batch_size'])}
+  fitted, losses = se_vae.fit(model, train_config, images, params=params, **options)
+  jax.tree.map(np.testing.assert_array_equal, fitted, expected)
+  assert [row['loss'] for row in losses] == [row['loss'] for row in rows(workdir)]
+
+
+def test_fit_gives_the_parameters_of_the_binary(trained):
+  check_fit_gives_the_same(trained)
+
+
+def test_pretrain_writes_what_it_promises(trained):
+  result = json.loads((trained / 'result.json').read_text())
+  written = rows(trained)
+  assert [row['step'] for row in written] == list(range(10, 61, 10))
+  assert written[-1]['loss'] < written[0]['loss']
+  assert result['step'] == 60 and np.isfinite(result['test']['elbo'])
+  saved = json.loads((trained / 'config.json').read_text())
+  assert saved['config']['gamma'] == 1.0 and 'jax' in saved['versions']
+  assert picture_size(trained / 'reconstructions.png') == (2 * 28 * 10, 2 * 28 * 4)
+  assert picture_size(trained / 'samples.png') == (2 * 28 * 10, 2 * 28 * 10)
+  assert picture_size(trained / 'traversals.png') == (2 * 28 * 10, 2 * 28 * 4)
+
+
+def test_an_encoder_loads_in_a_notebook(trained):
+  model, params = se_vae.load_model(trained)
+  q = model.encode(params, np.zeros((2, 28, 28, 3), np.float32))
+  assert q.mean.shape == (2, 4) and np.isfinite(q.mean).all()
+
+
+def test_probe_writes_what_it_promises(trained):
+  settings = probe.ProbeConfig(
+    workdir=str(trained),
+    task='color',
+    radii=(0.0, 0.1),
+    pgd_steps=3,
+    num_examples=50,
+    check_examples=0,
+  )
+  result = probe.run(settings, runtime.StopSignal())
+  saved = np.load(trained / 'probe_color.npz')
+  assert saved['correct'].shape == (2, 50)
+  np.testing.assert_allclose(saved['correct'].mean(axis=1), result['accuracy'])
+  assert result['accuracy'][0] > 0.5  # seven balanced colours: chance is 1 / 7
+  for accuracy, (low, high) in zip(result['accuracy'], result['interval'], strict=True):
+    assert low <= accuracy <= high
+  with (trained / 'probe_color.csv').open() as file:
+    table = list(csv.DictReader(file))
+  assert [float(row['radius']) for row in table] == [0.0, 0.1]
+  assert [float(row['accuracy']) for row in table] == result['accuracy']
+  assert picture_size(trained / 'probe_color.png')[0] > 100
+  # Another batch size is another sequence of dispatches, and the same result.
+  again = probe.run(dataclasses.replace(settings, batch_size=7), runtime.StopSignal())
+  np.testing.assert_array_equal(again['accuracy'], result['accuracy'])
+
+
+def test_probe_refuses_what_the_run_cannot_answer(trained, tmp_path):
+  stop = runtime.StopSignal()
+  pretrain.run(config(tmp_path, num_steps=1), stop)
+  with pytest.raises(UsageError, match='--task: mnist_5k has no color labels'):
+    probe.run(probe.ProbeConfig(workdir=str(tmp_path), task='color'), stop)
+  with pytest.raises(UsageError, match='--num_examples: must be at most the 1000'):
+    probe.run(probe.ProbeConfig(workdir=str(tmp_path), num_examples=1001), stop)
+  with pytest.raises(UsageError, match='--workdir: holds no pretrained encoder'):
+    probe.run(probe.ProbeConfig(workdir=str(tmp_path / 'empty')), stop)
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(trained):
+  stop = runtime.StopSignal()
+  before = (trained / 'result.json').stat().st_mtime_ns
+  settings = config(trained, dataset='color_mnist_5k', num_steps=60)
+  assert pretrain.run(settings, stop)['step'] == 60
+  assert (trained / 'result.json').stat().st_mtime_ns == before
+  with pytest.raises(UsageError, match=r'--gamma: .*gamma was 1.0, now 2.0'):
+    pretrain.run(dataclasses.replace(settings, gamma=2.0), stop)
+
+
+def test_an_interrupted_run_ends_bitwise_equal(tmp_path):
+  """Stopped at every dispatch and resumed each time, against never stopped."""
+  straight, broken = tmp_path / 'straight', tmp_path / 'broken'
+  pretrain.run(config(straight), runtime.StopSignal())
+  for _ in range(2):
+    stop = runtime.StopSignal()
+    stop.signum = signal.SIGTERM
+    with pytest.raises(runtime.Interrupted):
+      pretrain.run(config(broken), stop)
+  pretrain.run(config(broken), runtime.StopSignal())
+  assert rows(broken) == rows(straight)
+  (one, _), (other, _) = (
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)
+    for path in (straight, broken)
+  )
+  assert one.keys() == other.keys()
+  for name, array in one.items():
+    np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+def test_metrics_of_a_killed_run_have_no_gap_and_no_repeat(tmp_path):
+  """Rows after the last checkpoint, and half a row, are written again."""
+  stop = runtime.StopSignal()
+  stop.signum = signal.SIGTERM
+  with pytest.raises(runtime.Interrupted):
+    pretrain.run(config(tmp_path), stop)
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 20, "loss": 0.0}\n{"step": 3')
+  pretrain.run(config(tmp_path), runtime.StopSignal())
+  assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30]
+  assert all(row['loss'] != 0.0 for row in rows(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+  settings = config(tmp_path, optimizer='sgd', learning_rate=1e6, schedule='constant')
+  with pytest.raises(training.NotFiniteError, match=r'step [0-9]+ is not finite'):
+    pretrain.run(settings, runtime.StopSignal())
+  assert not (tmp_path / 'result.json').exists()
+  report = json.loads((tmp_path / 'not_finite.json').read_text())
+  expected = data.batch_indices(0, report['step'], 1, settings.batch_size, 4000)[0]
+  assert report['examples'] == expected.tolist()
+  assert not all(map(math.isfinite, report['metrics'].values()))
+
+
+def test_full_covariance_encoders_train_and_are_probed(tmp_path):
+  pretrain.run(config(tmp_path, covariance='full', num_steps=20), runtime.StopSignal())
+  losses = [row['loss'] for row in rows(tmp_path)]
+  assert losses[-1] < losses[0]
+  result = probe.run(
+    probe.ProbeConfig(
+      workdir=str(tmp_path), radii=(0.0, 0.1), pgd_steps=2, num_examples=20, check_examples=0
+    ),
+    runtime.StopSignal(),
+  )
+  assert 0.0 <= result['accuracy'][1] <= result['accuracy'][0] <= 1.0
+
+
+def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
+  small = {'hidden_units': 16, 'conv_channels': 2, 'pgd_steps': 2, 'tensorboard': False}
+  preset = figure1.PRESETS['quick']
+  # Both plain pairs are ConvNets here, so that what the one compiles serves the other.
+  encoders = tuple(
+    dataclasses.replace(
+      pair, num_steps=20, overrides=small, arch='mlp' if pair.color else 'convnet'
+    )
+    for pair in preset.encoders
+  )
+  attack = {
+    'num_examples': 20,
+    'pgd_steps': 2,
+    'restarts': 1,
+    'radii': (0.0, 0.1),
+    'check_examples': 0,
+  }
+  monkeypatch.setitem(
+    figure1.PRESETS, 'quick', dataclasses.replace(preset, encoders=encoders, attack=attack)
+  )
+  settings = figure1.Figure1Config(workdir=str(tmp_path))
+  first = figure1.run(settings, runtime.StopSignal())
+  assert picture_size(tmp_path / 'figure1.png')[0] > 1000
+  with (tmp_path / 'figure1.csv').open() as file:
+    table = list(csv.DictReader(file))
+  assert len(table) == 4 * 2 * 2  # panels x objectives x radii
+  assert {(row['encoders'], row['task']) for row in table} == {
+    ('mnist_mlp', 'digit'),
+    ('color_mlp', 'digit'),
+    ('color_mlp', 'color'),
+    ('mnist_convnet', 'digit'),
+  }
+  assert '(d) MNIST, digit task, ConvNet' in capsys.readouterr().out
+
+  # What is finished is not run again: a training or an attack would raise.
+  monkeypatch.setattr(training, 'run', pytest.fail)
+  monkeypatch.setattr(probe, 'run', pytest.fail)
+  second = figure1.run(settings, runtime.StopSignal())
+  assert second['results'] == first['results']
+
+  page = report.run(report.ReportConfig(workdir=str(tmp_path))).read_text()
+  for number in ('(a)', '(b)', '(c)', '(d)', '6 runs side by side', 'finished: 20 steps'):
+    assert number in page
+
+
+@pytest.mark.parametrize(
+  ('flags', 'count'),
+  [({}, 26), ({'latent_dims': (64,), 'seeds': 2}, 12), ({'latent_dims': (9, 9), 'seeds': 1}, 6)],
+)
+def test_a_preset_names_every_encoder_once(tmp_path, flags, count):
+  settings = figure1.Figure1Config(workdir=str(tmp_path), preset='cpu', **flags)
+  pieces = list(figure1._pieces(settings, figure1._with_overrides(settings), tmp_path))
+  assert len({piece.pretraining.workdir for piece in pieces}) == len(pieces) == count
+  for piece in pieces:
+    assert piece.pretraining.workdir.endswith(f'latent{piece.latent_dim}_seed{piece.seed}')
+    assert piece.pretraining.dataset == ('color_mnist' if piece.encoders.color else 'mnist')
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+  """The binary itself, interrupted as from a terminal."""
+  line = command('pretrain', workdir=tmp_path, **{**TINY, 'num_steps': 100_000})
+  process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+  deadline = time.monotonic() + 90
+  while not (tmp_path / 'metrics.jsonl').exists() or not rows(tmp_path):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.05)
+  process.send_signal(signal.SIGINT)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGINT, stderr
+  assert 'SIGINT: saved. Run the same command again' in stderr
+  (step, _), *_ = checkpoints.steps(tmp_path / 'checkpoints')
+  assert step == rows(tmp_path)[-1]['step'] > 0
+
+
+@pytest.mark.slow
+def test_a_kept_program_changes_no_bit(tmp_path):
+  """Without a cache, filling one, and with a full one."""
+  cache = {'compilation_cache_dir': tmp_path / 'cache'}
+  metrics = []
+  for name, flags in (('none', {}), ('empty', cache), ('full', cache)):
+    line = command('pretrain', workdir=tmp_path / name, **TINY, **flags)
+    subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
+    metrics.append(rows(tmp_path / name))
+  assert len(list((tmp_path / 'cache').iterdir())) > 10
+  assert metrics[0] == metrics[1] == metrics[2]
+
+
+@pytest.mark.parametrize('binary', ['pretrain', 'probe', 'figure1', 'sweep', 'benchmark'])
+def test_help_waits_for_nothing_heavy(binary):
+  code = (
+    f'import sys; from experiments import {binary}, runtime, settings; '
+    'print({"jax", "numpy", "flax", "matplotlib", "PIL"} & set(sys.modules))'
+  )
+  output = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  assert output.stdout.strip() == 'set()'
+  shown = subprocess.run(
+    [sys.executable, '-m', f'experiments.{binary}', '--help'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert '--compilation_cache_dir' in shown.stdout and '--workdir' in shown.stdout
+
+
+def test_no_data_is_answered_at_once(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  started = time.monotonic()
+  with pytest.raises(UsageError, match='--data_dir') as error:
+    pretrain.prepare(config(tmp_path / 'w', dataset='mnist'))
+  assert time.monotonic() - started < 5.0
+  assert '_5k' in str(error.value) and 'IDX' in str(error.value)
+  assert os.listdir(tmp_path) == []
+
+
+def test_importing_touches_no_backend():
+  # JAX refuses another number of devices once a backend is there.
+  code = (
+    'import se_vae, jax; [getattr(se_vae, name) for name in se_vae.__all__];'
+    'jax.config.update("jax_num_cpu_devices", 3); print(len(jax.devices("cpu")))'
+  )
+  output = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  assert output.stdout.strip() == '3'
+
+
+def test_mnist_files_load_in_canonical_order(mnist_dir):
+  dataset = data.load('mnist', data_dir=str(mnist_dir))
+  assert dataset.train.images.shape == (60_000, 28, 28, 1)
+  assert len(jax.devices()) == 4
+
+
+@pytest.fixture(scope='module')
+def smoothed(trained, tmp_path_factory) -> Path:
+  """`trained` again, its decoder frozen, interrupted once."""
+  workdir = tmp_path_factory.mktemp('smoothed')
+  settings = config(workdir, dataset='color_mnist_5k', init_from=str(trained), freeze_decoder=True)
+  stop = runtime.StopSignal()
+  stop.signum = signal.SIGTERM
+  with pytest.raises(runtime.Interrupted):
+    pretrain.run(settings, stop)
+  with pytest.MonkeyPatch.context() as patch:  # from here on the source is not needed
+    patch.setattr(pretrain, '_load_source', pytest.fail)
+    pretrain.run(settings, runtime.StopSignal())
+  return workdir
+
+
+def test_a_run_starts_with_the_parameters_of_another_and_keeps_its_decoder(trained, smoothed):
+  (before, _), (after, _) = (
+    checkpoints.load_latest(workdir / 'checkpoints', on_damage=pytest.fail)
+    for workdir in (trained, smoothed)
+  )
+  names = [name for name in before if name.startswith('params/')]
+  for name in names:
+    same = before[name].tobytes() == after[name].tobytes()
+    assert same == name.startswith('params/decoder/'), name
+  # Its first ten steps are on from the last fifty of the other, not from the beginning.
+  assert rows(smoothed)[0]['loss'] < rows(trained)[1]['loss'] < rows(trained)[0]['loss']
+
+
+def test_fit_smooths_as_the_binary_does(trained, smoothed):
+  model, params = se_vae.load_model(trained)
+  before = jax.tree.map(np.array, params)
+  check_fit_gives_the_same(smoothed, params)
+  jax.tree.map(np.testing.assert_array_equal, params, before)  # they are the caller's
+  frozen = se_vae.TrainConfig(freeze_decoder=True, num_steps=1)
+  with pytest.raises(ValueError, match='freeze_decoder needs params'):
+    se_vae.fit(model, frozen, np.zeros((64, 28, 28, 3), np.uint8))
+
+
+def test_smoothing_a_trained_encoder_makes_it_more_robust():
+  """With a third of the steps, beyond the intervals of 500 examples, and the decoder as it was."""
+  dataset = data.load('mnist_5k')
+  x, labels = dataset.test.images[:500] / np.float32(255), dataset.test.labels['digit'][:500]
+  model = se_vae.make_vae((28, 28, 1), latent_dim=8, hidden_units=64, num_layers=2)
+  settings = se_vae.TrainConfig(objective='vae', num_steps=600)
+  before, _ = se_vae.fit(model, settings, dataset.train.images)
+  settings = se_vae.TrainConfig(gamma=10.0, pgd_steps=2, num_steps=200, freeze_decoder=True)
+  after, _ = se_vae.fit(model, settings, dataset.train.images, params=before)
+  jax.tree.map(np.testing.assert_array_equal, after['decoder'], before['decoder'])
+  found = []
+  for params in (before, after):
+    means = se_vae.encoder_means(model, params, dataset.train.images)
+    probe = se_vae.fit_probe(means, dataset.train.labels['digit'], num_classes=10)
+    classifier, args = se_vae.ProbedEncoder(model), (params, probe)
+    found.append(
+      se_vae.adversarial_accuracy(
+        classifier, jax.random.key(0), x, labels, radii=(0.0, 0.1), num_steps=10, args=args
+      )
+    )
+  ((_, before_interval), (_, after_interval)) = (curve.interval() for curve in found)
+  assert after_interval[0] > before_interval[1]
+
+
+def test_a_run_records_where_its_parameters_came_from(trained, smoothed):
+  (_, newest), *_ = checkpoints.steps(trained / 'checkpoints')
+  expected = {'workdir': str(trained), 'step': 60, 'checkpoint': newest.name}
+  for name in ('config.json', 'result.json'):
+    assert json.loads((smoothed / name).read_text())['source'] == expected
+
+
+def test_what_init_from_refuses(trained, smoothed, tmp_path):
+  settings = config(tmp_path / 'w', dataset='color_mnist_5k', init_from=str(trained))
+  for changes, message in (
+    (
+      {'latent_dim': 3, 'hidden_units': 8},
+      r'--latent_dim, --hidden_units: .*latent_dim 4 there, 3',
+    ),
+    ({'arch': 'convnet'}, '--arch: not that of the run'),
+    ({'dataset': 'mnist_5k'}, '--dataset: not that of the run'),
+    ({'init_from': str(tmp_path)}, '--init_from: .*there is no checkpoint'),
+    ({'init_from': None, 'freeze_decoder': True}, '--freeze_decoder: needs --init_from'),
+    ({'workdir': str(smoothed), 'freeze_decoder': True}, None),
+    ({'workdir': str(smoothed), 'freeze_decoder': True, 'init_from': 'x'}, '--init_from: not what'),
+  ):
+    changed = dataclasses.replace(settings, **changes)
+    if message is None:
+      pretrain.prepare(changed)
+    else:
+      with pytest.raises(UsageError, match=message):
+        pretrain.prepare(changed)
+  # What an MLP does not use may differ.
+  pretrain.prepare(dataclasses.replace(settings, conv_channels=3))
+  assert not (tmp_path / 'w').exists()

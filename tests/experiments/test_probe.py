@@ -1,0 +1,252 @@
+"""The probe binary: its files, its verdict and its exit code, interrupted and resumed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import pretrain, probe
+from experiments.benchmarks import attack_comparison
+from experiments.cli import runtime, settings
+from experiments.cli.settings import UsageError
+from se_vae.evaluation import check_evidence, robustness
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+RADII = (0.0, 0.05, 0.3)
+TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 40}
+TINY |= {'tensorboard': False}
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp('run')
+  config = pretrain.PretrainConfig(workdir=str(path), objective='vae', **TINY)
+  pretrain.run(config, runtime.StopSignal())
+  return path
+
+
+@pytest.fixture(scope='module')
+def config(workdir):
+  return probe.ProbeConfig(
+    workdir=str(workdir), radii=RADII, pgd_steps=4, num_examples=48, num_queries=20
+  )
+
+
+@pytest.fixture(scope='module')
+def result(config):
+  return probe.run(config, runtime.StopSignal())
+
+
+def test_the_evidence_lies_beside_the_curve(workdir, result):
+  assert [check['number'] for check in result['checks']] == list(range(1, 13))
+  written = json.loads((workdir / 'robustness.json').read_text())
+  assert written == {'digit': json.loads((workdir / 'probe_digit.json').read_text())}
+  assert written['digit']['accuracy'] == result['accuracy']
+  saved = np.load(workdir / 'probe_digit.npz')
+  offsets = np.abs(np.float64(saved['images']) - prepared_images(workdir))
+  broken = saved['broken_radius']
+  allowed = np.where(np.isfinite(broken), broken, 0.0)[:, None, None, None]
+  assert np.all(offsets <= allowed + np.spacing(np.float32(1.0)))
+  assert saved['images'].min() >= 0.0 and saved['images'].max() <= 1.0
+  np.testing.assert_array_equal(saved['correct'], broken[None] > np.array(RADII)[:, None])
+  with Image.open(workdir / 'probe_digit_images.png') as picture:
+    assert picture.size[1] == 2 * 28 * 4  # original, adversarial, and both reconstructed
+    assert picture.size[0] % (2 * 28) == 0
+  assert not list(workdir.glob('*.state.npz'))
+
+
+def prepared_images(workdir):
+  return probe.prepare(probe.ProbeConfig(workdir=str(workdir), num_examples=48)).images
+
+
+class DuringTheAttack(runtime.StopSignal):
+  """A SIGTERM that comes once the probe has been fitted, after which it is looked for twice."""
+
+  looks = 0
+
+  def requested(self):
+    self.looks += 1
+    return signal.SIGTERM if self.looks > 2 else None
+
+
+def test_an_interrupted_attack_goes_on(config, workdir, result):
+  again = dataclasses.replace(config, batch_size=16)
+  with pytest.raises(runtime.Interrupted):
+    probe.run(again, DuringTheAttack())
+  assert len(list(workdir.glob('*.state.npz'))) == 1
+  resumed = probe.run(again, runtime.StopSignal())
+  assert resumed['accuracy'] == result['accuracy'] and resumed['cost'] == result['cost']
+  assert not list(workdir.glob('*.state.npz'))
+
+
+@pytest.mark.parametrize('damage', [b'', b'not a ledger', None])
+def test_a_damaged_or_foreign_state_is_warned_about_and_started_afresh(
+  config, workdir, result, capsys, monkeypatch, damage
+):
+  again = dataclasses.replace(config, check_examples=0)
+  with pytest.raises(runtime.Interrupted):
+    probe.run(again, DuringTheAttack())
+  (state,) = workdir.glob('*.state.npz')
+  if damage is None:
+    monkeypatch.setattr(robustness, '_fingerprint', lambda *_: 'another')
+  else:
+    state.write_bytes(damage)
+  assert probe.run(again, runtime.StopSignal())['accuracy'] == result['accuracy']
+  assert 'warning: ' in (error := capsys.readouterr().err) and 'starting afresh' in error
+  assert not list(workdir.glob('*.state.npz'))
+
+
+@pytest.fixture(scope='module')
+def colored(tmp_path_factory):
+  """Two runs on coloured digits, with different seeds."""
+  paths = [tmp_path_factory.mktemp(name) for name in ('first', 'second')]
+  for seed, path in enumerate(paths):
+    pretrain.run(
+      pretrain.PretrainConfig(
+        workdir=str(path), dataset='color_mnist_5k', objective='vae', seed=seed, **TINY
+      ),
+      runtime.StopSignal(),
+    )
+  return paths
+
+
+def test_surrogate_joint_attack_and_moves_stand_beside_the_curve(colored, capsys, monkeypatch):
+  workdir, surrogate = colored
+  config = probe.ProbeConfig(
+    workdir=str(workdir),
+    surrogate=str(surrogate),
+    joint=True,
+    moves=True,
+    radii=RADII,
+    pgd_steps=4,
+    num_examples=48,
+    num_queries=20,
+    check_examples=16,
+  )
+  monkeypatch.setattr(settings, 'from_flags', lambda _: config)
+  probe.main()
+  output = capsys.readouterr().out
+  assert 'digit and color together: ' in output and 'mean squared W2 of moves: ' in output
+  result = json.loads((workdir / 'probe_digit.json').read_text())
+  transfer = result['checks'][7]['values']['transfer']
+  assert len(transfer) == len(RADII) and transfer[0] == result['checks'][2]['values']['accuracy'][0]
+  assert result['surrogate']['seed'] == 1
+
+  # One image must break both: never easier than the easier of the two.
+  joint, moves = result['joint'], result['moves']
+  assert joint['tasks'] == ['digit', 'color'] and joint['accuracy'][0] > result['accuracy'][0]
+  assert np.all(np.diff(joint['accuracy']) <= 0.0)
+  quantiles = np.array(list(moves['quantiles'].values()))
+  assert moves['mean'][0] < 1e-6 * moves['mean'][1] < 1e-6 * moves['mean'][2]  # float32
+  assert quantiles.shape == (5, len(RADII)) and np.all(np.diff(quantiles[:, 1:], axis=0) > 0.0)
+
+  with (workdir / 'probe_digit.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  assert [float(row['joint_accuracy']) for row in rows] == joint['accuracy']
+  assert [[float(row['joint_low']), float(row['joint_high'])] for row in rows] == joint['interval']
+  with (workdir / 'probe_digit_moves.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  assert [float(row['mean_squared_w2']) for row in rows] == moves['mean']
+  assert [float(row['quantile_0.95']) for row in rows] == moves['quantiles']['0.95']
+  with Image.open(workdir / 'probe_digit.png') as picture:
+    assert picture.size[0] > 2 * picture.size[1]  # two panels
+
+
+@pytest.mark.parametrize('flag', ['joint', 'moves'])
+def test_a_signal_stops_the_other_attacks_too(colored, flag, monkeypatch):
+  stop = runtime.StopSignal()
+  stop.signum = signal.SIGINT
+  monkeypatch.setattr(robustness, 'evaluate', pytest.fail)
+  config = probe.ProbeConfig(
+    workdir=str(colored[0]), radii=(0.1,), pgd_steps=4, num_examples=16, **{flag: True}
+  )
+  with pytest.raises(runtime.Interrupted):
+    probe.run(config, stop)
+
+
+def test_a_signal_stops_the_checks_too(config, monkeypatch, workdir):
+  stop, real = runtime.StopSignal(), check_evidence.audit
+
+  def signalled(*operands, **options):
+    stop.signum = signal.SIGTERM
+    return real(*operands, **options)
+
+  monkeypatch.setattr(check_evidence, 'audit', signalled)
+  with pytest.raises(runtime.Interrupted):
+    probe.run(dataclasses.replace(config, num_queries=21), stop)
+  (state,) = workdir.glob('*.state.npz')  # the attacks are not repeated
+  state.unlink()
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'surrogate': 'nowhere'}, '--surrogate: holds no pretrained encoder'),
+    ({'surrogate': 'itself'}, '--surrogate: is --workdir itself'),
+    ({'surrogate': 'colored'}, '--surrogate: was trained on other data'),
+    ({'surrogate': 'colored', 'check_examples': 0}, '--surrogate: .*--check_examples above 0'),
+    ({'joint': True}, '--joint: needs several tasks; mnist_5k has digit labels alone'),
+  ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_fitted(
+  config, workdir, colored, tmp_path, monkeypatch, change, message
+):
+  places = {'nowhere': tmp_path, 'itself': workdir / '.', 'colored': colored[0]}
+  if 'surrogate' in change:
+    change = change | {'surrogate': str(places[change['surrogate']])}
+  monkeypatch.setattr(probe, 'fit', pytest.fail)
+  with pytest.raises(UsageError, match=message):
+    probe.run(dataclasses.replace(config, **change), runtime.StopSignal())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('attack', ['standard', 'worst_case'])
+def test_an_undefended_encoder_falls(tmp_path, attack):
+  pretrain.run(
+    pretrain.PretrainConfig(
+      workdir=str(tmp_path),
+      objective='vae',
+      hidden_units=100,
+      latent_dim=16,
+      num_steps=800,
+      tensorboard=False,
+    ),
+    runtime.StopSignal(),
+  )
+  config = probe.ProbeConfig(
+    workdir=str(tmp_path), attack=attack, radii=(0.0, 0.3), num_examples=100, check_examples=0
+  )
+  clean, attacked = probe.run(config, runtime.StopSignal())['accuracy']
+  assert clean > 0.7 and attacked <= 0.02
+
+
+@pytest.mark.parametrize(('strict', 'passed', 'code'), [(True, False, 1), (True, True, 0)])
+def test_a_failed_check_is_an_exit_code_where_that_is_asked_for(
+  config, result, monkeypatch, capsys, strict, passed, code
+):
+  checks = [{**check, 'passed': passed} for check in result['checks']]
+  monkeypatch.setattr(settings, 'from_flags', lambda _: dataclasses.replace(config, strict=strict))
+  monkeypatch.setattr(probe, 'run', lambda *_: {**result, 'checks': checks})
+  if code:
+    with pytest.raises(SystemExit) as error:
+      probe.main()
+    assert error.value.code == code
+  else:
+    probe.main()
+  output = capsys.readouterr().out
+  assert ('FAIL' in output) != passed and 'representation is alive' in output
+
+
+def test_the_comparison_says_what_is_missing(workdir, monkeypatch):
+  monkeypatch.setitem(__import__('sys').modules, 'foolbox', None)
+  with pytest.raises(UsageError, match='pip install torch foolbox'):
+    attack_comparison.run(
+      attack_comparison.ComparisonConfig(workdir=str(workdir)), runtime.StopSignal()
+    )

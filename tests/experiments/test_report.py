@@ -1,0 +1,367 @@
+"""The page about runs: what it shows is what the files say, and nothing in them is markup."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import figure1, pretrain, probe, report
+from experiments.cli.settings import UsageError, to_dict
+from experiments.visual import charts, image_grids
+
+RADII = [0.0, 0.05, 0.1, 0.3]
+VOID = {'meta', 'img', 'br'}
+
+
+class Page(html.parser.HTMLParser):
+  """Every element with its attributes, and the tables as rows of cells; checks the nesting."""
+
+  def __init__(self, text: str) -> None:
+    super().__init__()
+    self.open: list[str] = []
+    self.elements: list[tuple[str, dict[str, str | None]]] = []
+    self.rows: list[list[str]] = []
+    self.numbers: list[tuple[str, str]] = []
+    self.feed(text)
+    assert self.open == []
+
+  def handle_startendtag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs)))
+
+  def handle_starttag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs)))
+    if tag not in VOID:
+      self.open.append(tag)
+    if tag == 'tr':
+      self.rows.append([])
+    if tag in ('th', 'td'):
+      self.rows[-1].append('')
+    if tag == 'data':
+      self.numbers.append((dict(attrs)['value'], ''))
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if 'td' in self.open or 'th' in self.open:
+      self.rows[-1][-1] = ' '.join(f'{self.rows[-1][-1]} {data}'.split())
+    if self.open and self.open[-1] == 'data':
+      self.numbers[-1] = (self.numbers[-1][0], data)
+
+  def row(self, heading: str) -> list[str]:
+    return next(row for row in self.rows if row and row[0].startswith(heading))
+
+
+def write_run(directory: Path, objective: str = 'se', finished: bool = True, **changes) -> Path:
+  """A run's directory as experiments.pretrain leaves it, with numbers told apart at sight."""
+  generator = np.random.default_rng([ord(letter) for letter in directory.name + objective])
+  directory.mkdir(parents=True)
+  config = pretrain.PretrainConfig(
+    workdir=str(directory), objective=objective, num_steps=300, **changes
+  )
+  saved = {
+    'config': to_dict(config),
+    'data': {'source': 'embedded', 'digest': 'abc'},
+    'versions': {'python': '3.11', 'jax': '0.10'},
+    'devices': ['cpu'],
+  }
+  (directory / 'config.json').write_text(json.dumps(saved))
+  names = ['elbo', 'log_likelihood', 'loss', 'transport_cost' if objective == 'se' else 'kl']
+  rows = [
+    {'step': step, **{name: float(generator.normal(scale=100.0)) for name in names}}
+    for step in (100, 200, 300)
+  ]
+  lines = [json.dumps(row) + '\n' for row in (rows if finished else rows[:2])]
+  (directory / 'metrics.jsonl').write_text(''.join(lines))
+  if finished:
+    test = {name: float(generator.normal()) for name in ('elbo', 'kl')} | {'active_latents': 7}
+    (directory / 'result.json').write_text(json.dumps({'step': 300, 'test': test, **saved}))
+    page = generator.uniform(size=(4, 10, 28, 28, 1)).astype(np.float32)
+    image_grids.save(directory / 'reconstructions.png', page)
+  return directory
+
+
+def write_probe(directory: Path, **changes) -> dict:
+  """A probe's result as experiments.probe leaves it."""
+  generator = np.random.default_rng(len(directory.name))
+  accuracy = np.sort(generator.uniform(0.1, 0.9, len(RADII)))[::-1].tolist()
+  result = {
+    'task': 'digit',
+    'num_examples': 1000,
+    'radii': RADII,
+    'accuracy': accuracy,
+    'interval': [[value - 0.0312, value + 0.0298] for value in accuracy],
+    'checks': [
+      {'number': 1, 'name': 'images are legal', 'passed': True, 'figure': 'all', 'values': {}},
+      {'number': 6, 'name': 'converged', 'passed': False, 'figure': '9 more', 'values': {}},
+    ],
+    'config': to_dict(probe.ProbeConfig(workdir=str(directory))),
+    'step': 300,
+    **changes,
+  }
+  (directory / 'probe_digit.json').write_text(json.dumps(result))
+  return result
+
+
+def render(*directories: Path) -> Page:
+  first, *others = map(str, directories)
+  output = report.run(report.ReportConfig(workdir=first, compare=tuple(others) or None))
+  return Page(output.read_text())
+
+
+def shown(value: float, decimals: str) -> str:
+  return format(value, decimals).replace('-', '\N{MINUS SIGN}')
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+  return write_run(tmp_path / 'se')
+
+
+def test_every_number_is_the_files(run):
+  other = write_run(run.parent / 'vae', 'vae')
+  result, other_result = write_probe(run), write_probe(other)
+  page = render(run, other)
+  # Adversarial accuracy: a row a radius, a column a run.
+  for i, radius in enumerate(RADII):
+    cells = [
+      '{} [ {} , {} ]'.format(*(shown(v, '.3f') for v in (r['accuracy'][i], *r['interval'][i])))
+      for r in (result, other_result)
+    ]
+    assert page.row(f'{radius:g}') == [f'{radius:g}', *cells]
+  # Held-out figures, and the last row of training.
+  for directory in (run, other):
+    test = json.loads((directory / 'result.json').read_text())['test']
+    last = json.loads((directory / 'metrics.jsonl').read_text().splitlines()[-1])
+    tables = [row for row in page.rows if row[0] == directory.name]
+    _, held_out, training = tables
+    assert held_out[1:] == [*(shown(test[name], '.5g') for name in ('elbo', 'kl')), '7']
+    expected = [last.get(name) for name in ('elbo', 'log_likelihood', 'kl', 'transport_cost')]
+    assert training[1:] == ['–' if v is None else shown(v, '.5g') for v in expected]  # noqa: RUF001
+  # What is shown to a few digits is there to all of them.
+  exact = {json.loads(value) for value, _ in page.numbers}
+  assert exact >= {*result['accuracy'], *np.ravel(other_result['interval']).tolist(), 7}
+  for value, text in page.numbers:
+    rounded = float(text.replace('\N{MINUS SIGN}', '-').replace(',', ''))
+    assert rounded == pytest.approx(json.loads(value), rel=1e-4, abs=5e-4)
+
+
+def test_curves_are_drawn_where_the_numbers_are():
+  line = charts.Line(
+    'SE', 'se0', [0.0, 0.1, 0.4], [0.9, 0.5, 0.2], [0.8, 0.4, 0.1], [1.0, 0.6, 0.3]
+  )
+  drawing = charts.draw([line], y_limits=(0.0, 1.0))
+
+  def value(place: float, ticks: list[charts.Tick]) -> float:
+    (a, low), (b, high) = ((ticks[i].place, float(ticks[i].text)) for i in (0, -1))
+    return low + (place - a) / (b - a) * (high - low)
+
+  (shape,) = drawing.shapes
+  points = np.array([list(map(float, point.split())) for point in shape.path[1:].split('L')])
+  half_a_digit = 0.05 / 180 * 1.01
+  for (x, y), expected_x, expected_y in zip(points, line.x, line.y, strict=True):
+    assert abs(value(x, drawing.x_ticks) - expected_x) <= half_a_digit
+    assert abs(value(y, drawing.y_ticks) - expected_y) <= half_a_digit
+  band = [list(map(float, point.split())) for point in shape.band[1:-1].split('L')]
+  heights = [value(y, drawing.y_ticks) for _, y in band]
+  np.testing.assert_allclose(heights, [1.0, 0.6, 0.3, 0.1, 0.4, 0.8], atol=half_a_digit)
+
+
+@pytest.mark.parametrize('values', [[], [2.0], [1.0, 1.0], [float('nan'), 1.0], [-1e9, 1e9]])
+def test_charts_of_few_flat_or_missing_values(values):
+  drawing = charts.draw([charts.Line('a', 'se0', list(range(len(values))), values)])
+  numbers = [tick.place for tick in (*drawing.x_ticks, *drawing.y_ticks)]
+  numbers += [coordinate for mark in drawing.shapes[0].marks for coordinate in mark[:2]]
+  assert np.isfinite(numbers).all()
+  assert len(drawing.shapes[0].marks) == np.isfinite(values).sum()
+  assert all(drawing.left <= tick.place <= drawing.right for tick in drawing.x_ticks)
+
+
+def test_long_curves_are_averaged_in_groups():
+  assert charts.thin([1.0, 2.0, 3.0], 3) == [1.0, 2.0, 3.0]
+  assert charts.thin([1.0, 2.0, 3.0, 4.0, 9.0], 3) == [1.5, 3.5, 9.0]
+  assert len(charts.thin([0.0] * 3000, 240)) <= 240
+
+
+def test_the_page_needs_no_network(run):
+  write_probe(run)
+  text = render_text(run)
+  for tag, attributes in Page(text).elements:
+    assert tag not in ('script', 'link', 'iframe', 'object', 'base')
+    assert not any(name.startswith('on') for name in attributes)
+    for name in ('src', 'href'):
+      assert re.match(r'data:image/png;base64,|#', attributes.get(name) or '#')
+  style = re.search(r'<style>(.*)</style>', text, re.DOTALL).group(1)
+  assert 'url(' not in style and '@import' not in style
+  assert '://' not in text
+
+
+def render_text(directory: Path) -> str:
+  return report.run(report.ReportConfig(workdir=str(directory))).read_text()
+
+
+def test_the_page_is_accessible(run):
+  write_probe(run)
+  page = render(run)
+  for tag, attributes in page.elements:
+    if tag == 'img':
+      assert attributes['alt'] and attributes['width'] and attributes['height']
+    if tag == 'svg':
+      assert attributes.get('aria-hidden') or (
+        attributes['role'] == 'img' and attributes['aria-label']
+      )
+    if tag == 'th':
+      assert attributes['scope'] in ('row', 'col')
+  assert ('html', {'lang': 'en'}) in page.elements
+  targets = {attributes.get('id') for _, attributes in page.elements}
+  links = [a['href'] for tag, a in page.elements if tag == 'a']
+  assert links and all(link.removeprefix('#') in targets for link in links)
+
+
+def test_nothing_in_a_file_is_markup(tmp_path):
+  evil = '<script>alert(1)<script>"><img src=x onerror=alert(2)>'
+  run = write_run(tmp_path / evil, dataset=f'tfds:{evil}', data_dir=evil)
+  checks = [{'number': 1, 'name': evil, 'passed': True, 'figure': evil, 'values': {}}]
+  write_probe(run, task=evil, checks=checks)
+  metrics = run / 'metrics.jsonl'
+  metrics.write_text(json.dumps({'step': 1, 'elbo': 1.0, evil: 2.0}) + '\n')
+  page = render(run)
+  assert not [tag for tag, _ in page.elements if tag == 'script']
+  assert not [attributes for _, attributes in page.elements if 'onerror' in attributes]
+  assert page.row('data_dir')[1] == evil
+  assert any(row[0] == evil for row in page.rows)
+
+
+def test_what_is_not_there_is_said(tmp_path):
+  text = render_text(write_run(tmp_path / 'run', finished=False))
+  assert 'not finished: 200 of 300 steps' in text
+  assert 'run: no probe yet' in text and 'run: no pictures yet' in text
+  bare = write_run(tmp_path / 'bare', finished=False)
+  (bare / 'metrics.jsonl').unlink()
+  (bare / 'not_finite.json').write_text('{"step": 3, "metrics": {}, "examples": []}')
+  text = render_text(bare)
+  assert 'not finished: 0 of 300 steps; step 3 was not finite' in text
+  assert 'bare: no metrics yet' in text
+
+
+def test_a_half_written_row_is_left_out(run):
+  expected = render_text(run)
+  with (run / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 400, "elb')
+  assert render_text(run) == expected
+
+
+def test_settings_that_differ_are_marked(run):
+  other = write_run(run.parent / 'strong', gamma=5.0)
+  page = render(run, other)
+  assert page.row('gamma') == ['gamma ≠', '1.0', '5.0']
+  assert page.row('obs_var') == ['obs_var', '0.1', '0.1']
+  alone = render(other)
+  assert alone.row('gamma') == ['gamma ≠', '5.0']  # not the default
+  assert alone.row('radius') == ['radius', '0.2']
+
+
+def test_checks_are_words_as_well_as_colours(run):
+  write_probe(run)
+  page = render(run)
+  assert ['✓ pass', '1 images are legal', 'all'] in page.rows
+  assert ['✗ FAIL', '6 converged', '9 more'] in page.rows
+
+
+def test_joint_curves_and_moves(run):
+  curve = {'radii': [0.0, 0.1], 'accuracy': [0.5, 0.25], 'interval': [[0.4, 0.6], [0.2, 0.3]]}
+  quantiles = {'0.05': [0.0, 1.25], '0.5': [0.0, 2.5], '0.95': [0.0, 5.5]}
+  moves = {'radii': [0.0, 0.12], 'mean': [0.0, 3.75], 'quantiles': quantiles}
+  write_probe(run, joint={'tasks': ['digit', 'color'], **curve}, moves=moves)
+  text = render_text(run)
+  assert 'mnist_5k, digit and color probes together' in text
+  assert Page(text).row('0.12') == ['0.12', '3.75 [ 1.25 , 5.5 ]']
+
+
+def test_a_figure(tmp_path):
+  results = []
+  for objective in ('vae', 'se'):
+    run = write_run(tmp_path / f'mnist_mlp_{objective}', objective)
+    identity = {'encoders': 'mnist_mlp', 'objective': objective, 'latent_dim': 64, 'seed': 0}
+    results.append({**write_probe(run), **identity})
+  directory = str(tmp_path)
+  text = report.run(report.ReportConfig(workdir=directory)).read_text()
+  assert 'the figure is not finished' in text and 'mnist_mlp_vae' in text
+  panels = [dataclasses.asdict(figure1.PANELS[2])]
+  figure = tmp_path / 'figure1.json'
+  figure.write_text(json.dumps({'panels': panels, 'results': results}))
+  text = report.run(report.ReportConfig(workdir=directory)).read_text()
+  assert 'the figure is not finished' not in text
+  assert '(c) MNIST, digit task, MLP' in text
+  first = Page(text).row('0.1')
+  assert [cell.split()[0] for cell in first[1:]] == [
+    shown(result['accuracy'][2], '.3f') for result in results
+  ]
+
+
+def test_a_setting_that_an_older_run_does_not_know_is_the_default(run):
+  other = write_run(run.parent / 'old')
+  saved = json.loads((other / 'config.json').read_text())
+  del saved['config']['tensorboard']
+  (other / 'config.json').write_text(json.dumps(saved))
+  assert render(run, other).row('tensorboard') == ['tensorboard', 'True', 'True']
+
+
+DAMAGE = ['', '[]', '{"config": 3}', '{', 'null', '\x00', '[' * 100_000]
+
+
+@pytest.mark.parametrize('name', ['config.json', 'result.json', 'probe_digit.json', 'figure1.json'])
+@pytest.mark.parametrize('content', DAMAGE, ids=range(len(DAMAGE)))
+def test_damage_is_named_and_nothing_written(run, name, content):
+  write_probe(run)
+  (run / name).write_text(content)
+  with pytest.raises(UsageError, match=rf'{name}: is damaged') as error:
+    render(run)
+  assert '\n' not in str(error.value)
+  assert not (run / 'report.html').exists()
+
+
+def test_damaged_metrics_and_pictures_are_named(run):
+  metrics, picture = run / 'metrics.jsonl', run / 'reconstructions.png'
+  good = metrics.read_text()
+  for line in ('{"step": 1, "elbo": "x"}\n', 'x\n', '{"elbo": 1.0}\n'):
+    metrics.write_text(line + good)
+    with pytest.raises(UsageError, match=r'metrics.jsonl: is damaged'):
+      render(run)
+  metrics.write_text(good)
+  picture.write_bytes(b'no picture')
+  with pytest.raises(UsageError, match=r'reconstructions.png: is damaged'):
+    render(run)
+
+
+def test_only_reports_are_overwritten(run):
+  render(run)
+  render(run)
+  config = report.ReportConfig(workdir=str(run), output=str(run / 'result.json'))
+  before = (run / 'result.json').read_text()
+  with pytest.raises(UsageError, match=r'--output: .*result.json is not a report'):
+    report.run(config)
+  assert (run / 'result.json').read_text() == before
+  for wrong in (run, run / 'nowhere' / 'page.html'):
+    with pytest.raises(UsageError, match='--output'):
+      report.run(dataclasses.replace(config, output=str(wrong)))
+
+
+def test_directories_that_are_wrong_are_named(run):
+  for workdir, compare, flag in (
+    (None, None, '--workdir: is required'),
+    (str(run / 'nowhere'), None, '--workdir: .* is not a directory'),
+    (str(run), (str(run / 'metrics.jsonl'),), '--compare: .* is not a directory'),
+  ):
+    with pytest.raises(UsageError, match=flag):
+      report.run(report.ReportConfig(workdir=workdir, compare=compare))
+  empty = run.parent / 'empty'
+  empty.mkdir()
+  with pytest.raises(UsageError, match=r'--workdir: .* holds no run'):
+    report.run(report.ReportConfig(workdir=str(empty)))

@@ -1,0 +1,146 @@
+"""Sweeps, and the supervised ceiling: what they write and refuse, resumed and repeated."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import pretrain, probe, supervised, sweep
+from experiments.cli import runtime
+from experiments.cli.settings import UsageError
+from se_vae import training
+from se_vae.storage import checkpoints
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+BASE = pretrain.PretrainConfig(
+  hidden_units=8, latent_dim=4, pgd_steps=2, num_steps=20, log_every=10, tensorboard=False
+)
+ATTACK = '--radii=0,0.1 --num_examples=30 --pgd_steps=2 --check_examples=0'
+
+
+def config_of(vary: str | None, attack: str = ATTACK) -> sweep.SweepConfig:
+  return sweep.SweepConfig(vary=vary, probe=attack)
+
+
+def stopped() -> runtime.StopSignal:
+  stop = runtime.StopSignal()
+  stop.signum = signal.SIGTERM
+  return stop
+
+
+@pytest.fixture(scope='module')
+def swept(tmp_path_factory) -> Path:
+  """Two seeds of one encoder, interrupted once."""
+  workdir = tmp_path_factory.mktemp('sweep')
+  arguments = config_of('objective=vae seed=3,4'), dataclasses.replace(BASE, workdir=str(workdir))
+  with pytest.raises(runtime.Interrupted):
+    sweep.run(*arguments, stopped())
+  sweep.run(*arguments, runtime.StopSignal())
+  return workdir
+
+
+def test_a_sweep_writes_its_runs_and_the_means_over_seeds(swept):
+  content = json.loads((swept / 'sweep.json').read_text())
+  results = content['results']
+  assert [result['varied'] for result in results] == [
+    {'objective': 'vae', 'seed': 3},
+    {'objective': 'vae', 'seed': 4},
+  ]
+  for result in results:
+    directory = swept / f'objectivevae_seed{result["varied"]["seed"]}'
+    alone = json.loads((directory / 'probe_digit.json').read_text())
+    assert result['accuracy'] == alone['accuracy'] and alone['pretraining']['objective'] == 'vae'
+    assert result['held_out'] == json.loads((directory / 'result.json').read_text())['test']
+  # The first was interrupted: nobody knows how long it takes.
+  assert results[0]['seconds'] is None and results[1]['seconds'] > 0.0
+  with (swept / 'sweep.csv').open() as file:
+    (row,) = csv.DictReader(file)
+  assert row['objective'] == 'vae' and row['seeds'] == '2' and 'seed' not in row
+  mean = np.mean([result['accuracy'] for result in results], axis=0)
+  np.testing.assert_allclose([float(row['at 0']), float(row['at 0.1'])], mean, atol=5.1e-4)
+  elbo = np.mean([result['held_out']['elbo'] for result in results])
+  assert float(row['elbo']) == pytest.approx(elbo, abs=0.051)
+  header, rule, line = (swept / 'sweep.md').read_text().splitlines()
+  assert header.count('|') == rule.count('|') == line.count('|') and '| vae | 2 |' in line
+  assert (swept / 'sweep.png').stat().st_size > 1000
+
+
+def test_finished_runs_are_not_repeated_and_their_seconds_are_kept(swept, monkeypatch):
+  monkeypatch.setattr(training, 'run', pytest.fail)
+  monkeypatch.setattr(probe, 'run', pytest.fail)
+  before = json.loads((swept / 'sweep.json').read_text())
+  base = dataclasses.replace(BASE, workdir=str(swept))
+  sweep.run(config_of('objective=vae seed=3,4'), base, runtime.StopSignal())
+  assert json.loads((swept / 'sweep.json').read_text())['results'] == before['results']
+
+
+def test_every_combination_is_a_run(tmp_path):
+  runs = list(sweep.runs_of(config_of('gamma=0.5,2 warm_start=true,false'), BASE, tmp_path))
+  assert [(run.pretraining.gamma, run.pretraining.warm_start) for run in runs] == [
+    (0.5, True),
+    (0.5, False),
+    (2.0, True),
+    (2.0, False),
+  ]
+  assert len({run.pretraining.workdir for run in runs}) == 4
+  for run in runs:
+    assert run.pretraining.num_steps == BASE.num_steps
+    assert run.attack.workdir == run.pretraining.workdir and run.attack.radii == (0.0, 0.1)
+
+
+@pytest.mark.parametrize(
+  ('vary', 'attack', 'message'),
+  [
+    (None, '', "--vary: is required: .*'gamma="),
+    ('gama=1', '', "--vary: 'gama' is no setting"),
+    ('workdir=x', '', "--vary: 'workdir' is no setting .* vary"),
+    ('gamma=1 gamma=2', '', '--vary: gamma is there twice'),
+    ('gamma=1,1.0', '', '--vary: a value of gamma is there twice'),
+    ('gamma=x', '', '--vary: .*gamma=x'),
+    ('gamma=-1', '', '--vary: --gamma: must be >= 0'),
+    ('gamma=', '', '--vary: .*gamma='),
+    ('gamma=1', '--radi=2', "--probe: Unknown command line flag 'radi'"),
+    ('gamma=1', "--task='digit", '--probe: No closing quotation'),
+    ('gamma=1', 'digit', "--probe: unexpected argument 'digit'"),
+    ('gamma=1', '--workdir=x', '--probe: --workdir is a flag of its own'),
+    ('gamma=1', '--task=color', '--task: mnist_5k has no color labels'),
+    ('gamma=1', '--num_examples=1001', '--num_examples: must be at most the 1000'),
+  ],
+)
+def test_what_a_sweep_refuses_before_it_writes(tmp_path, vary, attack, message):
+  base = dataclasses.replace(BASE, workdir=str(tmp_path / 'w'))
+  with pytest.raises(UsageError, match=message):
+    sweep.run(config_of(vary, attack), base, runtime.StopSignal())
+  assert not (tmp_path / 'w').exists()
+
+
+def supervised_config(workdir: Path, **changes) -> supervised.SupervisedConfig:
+  sizes = {'hidden_units': 16, 'latent_dim': 8, 'pgd_steps': 2, 'num_steps': 120}
+  attack = '--radii=0,0.05 --num_examples=200 --pgd_steps=5 --check_examples=0'
+  options = {**sizes, 'radius': 0.05, 'learning_rate': 1e-2, 'probe': attack, **changes}
+  return supervised.SupervisedConfig(workdir=str(workdir), **options)
+
+
+def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(tmp_path, monkeypatch):
+  straight = supervised.run(supervised_config(tmp_path / 'a'), runtime.StopSignal())
+  clean, attacked = straight['accuracy']
+  assert clean > 0.4 and 0.2 < attacked <= clean  # chance is a tenth
+  with pytest.raises(runtime.Interrupted):
+    supervised.run(supervised_config(tmp_path / 'b'), stopped())
+  with pytest.raises(UsageError, match=r'--workdir: .*other settings'):
+    supervised.run(supervised_config(tmp_path / 'b', radius=0.1), runtime.StopSignal())
+  resumed = supervised.run(supervised_config(tmp_path / 'b'), runtime.StopSignal())
+  assert resumed['accuracy'] == straight['accuracy']
+  one, other = (checkpoints.steps(tmp_path / name / 'checkpoints')[0] for name in 'ab')
+  assert one[0] == 120 and one[1].name == other[1].name  # which holds the SHA-256
+
+  with monkeypatch.context() as patch:  # what is finished is not attacked again
+    patch.setattr(probe, 'evaluate', pytest.fail)
+    assert supervised.run(supervised_config(tmp_path / 'b'), runtime.StopSignal()) == resumed

@@ -1,0 +1,270 @@
+"""Every implementation against loops in NumPy, the adjoint identity, the choice by platform.
+
+Images are `[B, H, W, C]` in the loops, and `[H, W, B, C]` in what is tested.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from se_vae.models import convolutions
+
+
+def batch_first(function):
+  """The same, from and to images whose examples come first."""
+  inner = lambda images: jnp.moveaxis(jnp.asarray(images), 0, 2)  # noqa: E731
+  return lambda images, *args, **options: jnp.moveaxis(
+    function(inner(images), *args, **options), 2, 0
+  )
+
+
+# On this platform `conv` is the matrix product: one of all rows, or, where examples outnumber
+# channels and the entries of a patch, one for each position.
+conv = batch_first(convolutions.conv)
+conv_transpose = batch_first(convolutions.conv_transpose)
+native = batch_first(convolutions._conv_native)
+IMPLEMENTATIONS = {'conv': conv, 'native': native}
+BATCHES = (2, 28)  # of patches of 27 entries and 4 channels
+
+# (height, width, stride): odd, even, mixed, one pixel, narrower than the kernel.
+CASES = [
+  (6, 6, 1),
+  (6, 6, 2),
+  (7, 5, 1),
+  (7, 5, 2),
+  (4, 7, 2),
+  (2, 3, 2),
+  (1, 1, 1),
+  (1, 1, 2),
+  (9, 10, 3),
+  (3, 1, 4),
+]
+
+# In float64 every result is a sum of at most 9 * 3 products of numbers of size one.
+FLOAT64_RTOL = 1e-12
+
+
+def start_of(length: int, stride: int, row: int, size: int = 3) -> int:
+  """The first input position under output `row`, by TensorFlow's definition of SAME padding."""
+  rows = (length + stride - 1) // stride
+  total_padding = max((rows - 1) * stride + size - length, 0)
+  return row * stride - total_padding // 2
+
+
+def windows(height: int, width: int, stride: int):
+  """(row, column, y, x, r, c): output position, the input position under it, kernel position."""
+  for row in range((height + stride - 1) // stride):
+    for column in range((width + stride - 1) // stride):
+      for r in range(3):
+        for c in range(3):
+          y = start_of(height, stride, row) + r
+          x = start_of(width, stride, column) + c
+          if 0 <= y < height and 0 <= x < width:
+            yield row, column, y, x, r, c
+
+
+def loop_conv(images: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
+  batch, height, width, _ = images.shape
+  rows, columns = (height + stride - 1) // stride, (width + stride - 1) // stride
+  outputs = np.zeros((batch, rows, columns, kernel.shape[3]))
+  for row, column, y, x, r, c in windows(height, width, stride):
+    outputs[:, row, column] += images[:, y, x] @ kernel[r, c]
+  return outputs
+
+
+def loop_conv_transpose(
+  features: np.ndarray, kernel: np.ndarray, stride: int, image_size: tuple[int, int]
+) -> np.ndarray:
+  images = np.zeros((len(features), *image_size, kernel.shape[2]))
+  for row, column, y, x, r, c in windows(*image_size, stride):
+    images[:, y, x] += features[:, row, column] @ kernel[r, c].T
+  return images
+
+
+def arrays(height: int, width: int, stride: int, batch: int = 2):
+  """Images `[B, H, W, 3]`, a kernel `[3, 3, 3, 4]` and features `[B, h, w, 4]`, in float64."""
+  rng = np.random.default_rng(height * 100 + width * 10 + stride)
+  rows, columns = (height + stride - 1) // stride, (width + stride - 1) // stride
+  return (
+    rng.normal(size=(batch, height, width, 3)),
+    rng.normal(size=(3, 3, 3, 4)),
+    rng.normal(size=(batch, rows, columns, 4)),
+  )
+
+
+@pytest.mark.parametrize(('name', 'batch'), [('conv', 2), ('conv', 28), ('native', 2)])
+@pytest.mark.parametrize(('height', 'width', 'stride'), CASES)
+def test_convolution_equals_loops(height, width, stride, name, batch):
+  images, kernel, _ = arrays(height, width, stride, batch)
+  conv = jax.jit(functools.partial(IMPLEMENTATIONS[name], stride=stride))
+  with jax.enable_x64(True):
+    outputs = np.asarray(conv(images, kernel))
+  np.testing.assert_allclose(
+    outputs, loop_conv(images, kernel, stride), rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL
+  )
+
+
+@pytest.mark.parametrize('batch', BATCHES)
+@pytest.mark.parametrize(('height', 'width', 'stride'), CASES)
+def test_transpose_equals_loops_and_is_the_adjoint(height, width, stride, batch):
+  images, kernel, features = arrays(height, width, stride, batch)
+  with jax.enable_x64(True):
+    outputs = np.asarray(jax.jit(conv, static_argnums=2)(images, kernel, stride))
+    transposed = np.asarray(
+      jax.jit(conv_transpose, static_argnums=(2, 3))(features, kernel, stride, (height, width))
+    )
+  expected = loop_conv_transpose(features, kernel, stride, (height, width))
+  np.testing.assert_allclose(transposed, expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+  np.testing.assert_allclose(np.vdot(outputs, features), np.vdot(images, transposed), rtol=1e-11)
+
+
+@pytest.mark.parametrize('batch', BATCHES)
+@pytest.mark.parametrize(('height', 'width', 'stride'), [(7, 5, 2), (6, 6, 1), (1, 1, 2)])
+def test_gradients_agree_and_are_the_exact_linear_maps(height, width, stride, batch):
+  """A convolution is bilinear, so the gradients of <conv(x, k), y> are its adjoints in x and k."""
+  images, kernel, features = arrays(height, width, stride, batch)
+
+  def gradients(conv):
+    inner = lambda x, k: jnp.sum(conv(x, k, stride) * features)  # noqa: E731
+    return jax.jit(jax.grad(inner, argnums=(0, 1)))(images, kernel)
+
+  expected_kernel = np.zeros_like(kernel)
+  for row, column, y, x, r, c in windows(height, width, stride):
+    expected_kernel[r, c] += images[:, y, x].T @ features[:, row, column]
+  expected_images = loop_conv_transpose(features, kernel, stride, (height, width))
+  with jax.enable_x64(True):
+    for conv in IMPLEMENTATIONS.values():
+      by_images, by_kernel = gradients(conv)
+      for actual, expected in ((by_images, expected_images), (by_kernel, expected_kernel)):
+        np.testing.assert_allclose(actual, expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
+
+
+@pytest.mark.parametrize('batch', BATCHES)
+def test_gradients_of_the_transpose_are_the_exact_linear_maps(batch):
+  """<conv_transpose(y, k), x> is <conv(x, k), y>: its gradients in y and k are known above."""
+  images, kernel, features = arrays(7, 6, 2, batch)
+  inner = lambda y, k: jnp.sum(conv_transpose(y, k, 2, (7, 6)) * images)  # noqa: E731
+  expected_kernel = np.zeros_like(kernel)
+  for row, column, y, x, r, c in windows(7, 6, 2):
+    expected_kernel[r, c] += images[:, y, x].T @ features[:, row, column]
+  with jax.enable_x64(True):
+    by_features, by_kernel = jax.jit(jax.grad(inner, argnums=(0, 1)))(features, kernel)
+  expected = loop_conv(images, kernel, 2), expected_kernel
+  for actual, correct in zip((by_features, by_kernel), expected, strict=True):
+    # A sum over up to 28 * 16 positions where the one above is over 27.
+    np.testing.assert_allclose(actual, correct, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('batch', BATCHES)
+def test_forward_derivatives_are_the_product_rule(batch):
+  images, kernel, _ = arrays(7, 6, 2, batch)
+  d_images, d_kernel = images[::-1] + 1.0, kernel[::-1] - 1.0
+  with jax.enable_x64(True):
+    tangent = jax.jit(lambda *args: jax.jvp(lambda x, k: conv(x, k, 2), args[:2], args[2:])[1])(
+      images, kernel, d_images, d_kernel
+    )
+  expected = loop_conv(d_images, kernel, 2) + loop_conv(images, d_kernel, 2)
+  np.testing.assert_allclose(tangent, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('batch', BATCHES)
+def test_vmap_over_images_and_kernels(batch):
+  images, kernel, _ = arrays(7, 6, 2, batch)
+  both = np.stack([images, images[::-1]]), np.stack([kernel, kernel[::-1]])
+  with jax.enable_x64(True):
+    outputs = jax.jit(jax.vmap(lambda x, k: conv(x, k, 2)))(*both)
+    gradient = jax.jit(jax.vmap(jax.grad(lambda x, k: jnp.sum(conv(x, k, 2)))))(*both)
+  for i, (x, k) in enumerate(zip(*both, strict=True)):
+    np.testing.assert_allclose(outputs[i], loop_conv(x, k, 2), rtol=1e-11, atol=1e-11)
+    ones = np.ones((batch, 4, 3, 4))
+    expected = loop_conv_transpose(ones, k, 2, (7, 6))
+    np.testing.assert_allclose(gradient[i], expected, rtol=1e-11, atol=1e-11)
+
+
+def test_implementations_agree_under_grad_in_loops():
+  """Gradient ascent on the image in a loop, and the gradient of its result in the kernel."""
+  images, kernel, _ = arrays(5, 6, 2)
+
+  def ascended(kernel, conv):
+    gradient = jax.grad(lambda x: jnp.sum(jnp.sin(conv(x, kernel, 2))))
+    x = jax.lax.fori_loop(0, 3, lambda _, x: x + 0.1 * gradient(x), images)
+    return jnp.sum(x**2)
+
+  with jax.enable_x64(True):
+    compiled = jax.jit(jax.value_and_grad(ascended), static_argnums=1)
+    chosen_value, chosen = compiled(kernel, conv)
+    expected_value, expected = compiled(kernel, native)
+  # Three steps through a sine of slopes of about 10 magnify float64's rounding.
+  np.testing.assert_allclose(chosen_value, expected_value, rtol=1e-9)
+  np.testing.assert_allclose(chosen, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+  assert np.abs(expected).max() > 1.0
+
+
+@pytest.mark.parametrize('batch', BATCHES)
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.1)])
+def test_lower_precisions_agree(dtype, tolerance, batch):
+  images, kernel, _ = (jnp.asarray(array, dtype) for array in arrays(9, 8, 2, batch))
+  outputs = jax.jit(conv, static_argnums=2)(images, kernel, 2)
+  assert outputs.dtype == dtype
+  expected = loop_conv(np.asarray(images, np.float64), np.asarray(kernel, np.float64), 2)
+  # 27 products of size one, each rounded to 6e-8; or their sum, up to 30, to 8 bits.
+  np.testing.assert_allclose(
+    np.asarray(outputs, np.float64), expected, rtol=tolerance, atol=tolerance
+  )
+
+
+def test_output_size_is_the_ceiling():
+  for size in range(1, 12):
+    for stride in (1, 2, 3):
+      assert convolutions.output_size(size, stride) == len(range(0, size, stride))
+
+
+def forward_and_backward(x, kernel):
+  """A convolution, a transpose, and their gradients, in the loop of an attack."""
+
+  def value(x):
+    outputs = convolutions.conv(x, kernel, 2)
+    return jnp.sum(convolutions.conv_transpose(outputs, kernel, 2, x.shape[:2]) ** 2)
+
+  return jax.lax.fori_loop(0, 3, lambda _, x: x + jax.grad(value)(x), x)
+
+
+def operations(platform: str) -> set[str]:
+  """The names of the StableHLO operations in the program lowered for `platform`."""
+  shapes = (
+    jax.ShapeDtypeStruct((7, 5, 2, 3), jnp.float32),
+    jax.ShapeDtypeStruct((3, 3, 3, 4), jnp.float32),
+  )
+  lowered = jax.jit(forward_and_backward).trace(*shapes).lower(lowering_platforms=(platform,))
+  return set(re.findall(r'stablehlo\.(\w+)', lowered.as_text()))
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'rocm', 'tpu'])
+def test_accelerators_convolve_natively(platform):
+  found = operations(platform)
+  assert 'convolution' in found
+  assert 'dot_general' not in found
+
+
+def test_cpu_multiplies_matrices():
+  found = operations('cpu')
+  assert 'dot_general' in found
+  assert 'convolution' not in found
+
+
+def test_one_program_serves_every_platform():
+  shapes = (
+    jax.ShapeDtypeStruct((7, 5, 2, 3), jnp.float32),
+    jax.ShapeDtypeStruct((3, 3, 3, 4), jnp.float32),
+  )
+  export = jax.export.export(jax.jit(forward_and_backward), platforms=['cpu', 'cuda', 'tpu'])
+  exported = export(*shapes)
+  assert exported.platforms == ('cpu', 'cuda', 'tpu')
+  text = exported.mlir_module()
+  assert 'stablehlo.convolution' in text and 'stablehlo.dot_general' in text

@@ -1,0 +1,115 @@
+"""Whole programs as they are compiled: their communication, and their form on each platform."""
+
+from __future__ import annotations
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from se_vae import training
+from se_vae.evaluation import attack_suite, linear_probe
+from se_vae.models import vae
+from se_vae.parallel import sharding
+from se_vae.training import input_pipeline
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+SHAPE, BATCH = (8, 8, 1), 8
+KEY = jax.random.key(0)
+CONFIG = training.TrainConfig(pgd_steps=3, num_steps=10)
+COLLECTIVES = re.compile(
+  r'\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast|'
+  r'send|recv)(?:-start)?\('
+)
+
+
+def collectives(lowered: jax.stages.Lowered) -> dict[str, int]:
+  """How many there are of each in the compiled program."""
+  return collections.Counter(COLLECTIVES.findall(lowered.compile().as_text()))
+
+
+def tiny(arch: str) -> vae.VAE:
+  return vae.make_vae(SHAPE, arch=arch, latent_dim=3, hidden_units=8, conv_channels=4, num_layers=2)
+
+
+def zeros(shapes):
+  return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def train_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, streamed: bool = False) -> tuple:
+  """Of `training.train_steps`, as `training.run` places them."""
+  state = zeros(jax.eval_shape(lambda: training.init_state(model, CONFIG, KEY)))
+  carry = state, zeros(training.empty_window(model, CONFIG, state))
+  feeds = input_pipeline.streamed if streamed else input_pipeline.resident
+  images, indices = np.zeros((20, *SHAPE), np.uint8), np.zeros((5, BATCH), np.int32)
+  (feed,) = feeds(mesh, images, lambda *_: indices, range(0, 5, 5))
+  replicated = sharding.replicate(mesh, (carry, KEY))
+  return model, CONFIG, mesh, *replicated, feed.images, feed.places, np.int32(0), np.int32(5)
+
+
+def attack_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, method: str) -> tuple:
+  """Of `attack_suite.run`, as an evaluation places them: an attack on a probed encoder."""
+  params = zeros(jax.eval_shape(model.init, KEY))
+  probe = linear_probe.LinearProbe(np.zeros((3, 10), np.float32), np.zeros(10, np.float32))
+  table = attack_suite.worst_case(
+    linear_probe.ProbedEncoder(model),
+    None,
+    classes=10,
+    num_classes=10,
+    norm='linf',
+    num_steps=3,
+    restarts=1,
+    num_queries=3,
+  )
+  attack = next(attack for attack in table if attack.method == method)
+  x = np.zeros((BATCH, *SHAPE), np.float32)
+  index = np.arange(BATCH, dtype=np.int32)
+  x, aim, index = sharding.split(mesh, (x, attack_suite.Aim(index, target=index), index))
+  args = sharding.replicate(mesh, (params, probe))
+  return attack, KEY, x, aim, index, jnp.float32(0.1), args
+
+
+@pytest.mark.parametrize('streamed', [False, True])
+def test_a_step_averages_once_and_its_selection_not_at_all(streamed):
+  """One all-reduce a step, of gradients and metrics together; everything else is a device's own."""
+  arguments = train_arguments(tiny('mlp'), sharding.data_mesh(4), streamed)
+  assert collectives(training.train_steps.lower(*arguments)) == {'all-reduce': 1}
+
+
+@pytest.mark.parametrize('method', ['pgd', 'apgd'])
+def test_attacks_of_an_evaluation_do_not_communicate(method):
+  arguments = attack_arguments(tiny('mlp'), sharding.data_mesh(4), method)
+  lowered = attack_suite.run.lower(*arguments, norm='linf', bounds=(0.0, 1.0))
+  assert collectives(lowered) == {}
+
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+
+
+def assert_convolutions_are_native_but_on_cpu(jitted, *arguments, **options):
+  """In the program for each platform alone, and in the one that `jax.export` makes for all."""
+  trace = jitted.trace(*arguments, **options)
+  for platform in PLATFORMS:
+    text = trace.lower(lowering_platforms=(platform,)).as_text()
+    assert ('stablehlo.convolution' in text) == (platform != 'cpu'), platform
+    assert 'stablehlo.dot_general' in text  # the layers to and from the latents, at least
+  exported = jax.export.export(jitted, platforms=PLATFORMS)(*arguments, **options)
+  assert exported.platforms == PLATFORMS
+  text = exported.mlir_module()
+  assert 'stablehlo.convolution' in text and 'stablehlo.case' in text
+
+
+def test_a_convnet_s_training_step_lowers_for_every_platform():
+  arguments = train_arguments(tiny('convnet'), sharding.data_mesh(1))
+  assert_convolutions_are_native_but_on_cpu(training.train_steps, *arguments)
+
+
+def test_a_convnet_s_attack_lowers_for_every_platform():
+  arguments = attack_arguments(tiny('convnet'), sharding.data_mesh(1), 'apgd')
+  assert_convolutions_are_native_but_on_cpu(
+    attack_suite.run, *arguments, norm='linf', bounds=(0.0, 1.0)
+  )

@@ -1,0 +1,149 @@
+"""Kills a binary at random moments, goes on with it, and compares every byte of what it leaves.
+
+  python -m tests.tools.kills pretrain DIRECTORY --kills=20
+
+The moments fall evenly over the time that an undisturbed run takes: on loading, compiling,
+training, attacking, saving and drawing alike. Whenever the run comes to its end it is compared and
+begun again, until there were enough kills. One process imports the library and forks the victims.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from experiments import figure1, pretrain, probe
+from experiments.cli import distributed, runtime, settings
+from se_vae.evaluation import robustness
+
+TINY = {'hidden_units': 16, 'pgd_steps': 2}
+TRAINING = {**TINY, 'latent_dim': 4, 'checkpoint_every': 100, 'log_every': 50}
+ATTACK = {'num_examples': 40, 'pgd_steps': 4, 'restarts': 2, 'check_examples': 0}
+BINARIES = {
+  'pretrain': (
+    pretrain,
+    (pretrain.PretrainConfig, distributed.Cluster),
+    {**TRAINING, 'num_steps': 1500},
+  ),
+  'probe': (
+    probe,
+    (probe.ProbeConfig,),
+    {**ATTACK, 'attack': 'worst_case', 'radii': '0,0.05,0.1,0.2', 'num_queries': 20},
+  ),
+  'figure1': (figure1, (figure1.Figure1Config,), {'radii': '0,0.1', 'latent_dims': 4}),
+}
+
+
+def start(binary: str, workdir: Path, log: Path) -> int:
+  """Forks the binary as `python -m experiments.BINARY` would be; its process id."""
+  process = os.fork()
+  if process:
+    return process
+  with log.open('w') as file:
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+  module, config_types, flags = BINARIES[binary]
+  for config_type in config_types:
+    settings.define_flags(config_type)
+  sys.argv = [
+    binary,
+    *(f'--{name}={value}' for name, value in {'workdir': workdir, **flags}.items()),
+  ]
+  try:
+    runtime.run(module.main)
+    code: object = 0
+  except SystemExit as end:
+    code = end.code or 0
+  except BaseException:
+    traceback.print_exc()
+    code = 1
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code if isinstance(code, int) else 1)
+
+
+def finish(process: int, log: Path, options: int = 0) -> bool:
+  """Waits for the end, which must be a good one; False where it has not come yet."""
+  ended, status = os.waitpid(process, options)
+  if status:
+    sys.exit(f'failed:\n{log.read_text()}')
+  return bool(ended)
+
+
+def contents(workdir: Path) -> dict[str, bytes]:
+  """Every file but locks and event files, which tell of processes and of the clock."""
+  return {
+    str(path.relative_to(workdir)): path.read_bytes()
+    for path in workdir.rglob('*')
+    if path.is_file() and not path.name.endswith('lock') and path.parent.name != 'tensorboard'
+  }
+
+
+def compare(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+  different = {name for name, content in found.items() if expected.get(name) != content}
+  if different | (expected.keys() - found):
+    sys.exit(f'different: {sorted(different)}; missing: {sorted(expected.keys() - found)}')
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument('binary', choices=BINARIES)
+  parser.add_argument('directory', type=Path)
+  parser.add_argument('--kills', type=int, default=20)
+  arguments = parser.parse_args()
+  workdir, log = arguments.directory / 'run', arguments.directory / 'log'
+  robustness._SAVE_EVERY = 0.0  # a ledger that is often written is often hit
+  quick = figure1.PRESETS['quick']
+  figure1.PANELS = figure1.PANELS[:2]
+  color = dataclasses.replace(quick.encoders[1], num_steps=200, overrides=TINY)
+  figure1.PRESETS['quick'] = dataclasses.replace(quick, encoders=(color,), attack=ATTACK)
+
+  begin = arguments.directory / 'begin'  # what a run finds
+  begin.mkdir(parents=True)
+  if arguments.binary == 'probe':
+    module, config_types, _ = BINARIES['pretrain']
+    BINARIES['trained'] = (module, config_types, {**TRAINING, 'num_steps': 200})
+    finish(start('trained', workdir, log), log)
+    begin.rmdir()
+    workdir.rename(begin)
+
+  shutil.copytree(begin, workdir)
+  started = time.monotonic()
+  finish(start(arguments.binary, workdir, log), log)
+  seconds = time.monotonic() - started
+  expected = contents(workdir)
+  print(f'undisturbed: {seconds:.1f} s, {len(expected)} files', flush=True)
+
+  rng = random.Random(0)
+  kills = ends = 0
+  shutil.rmtree(workdir)
+  shutil.copytree(begin, workdir)
+  while True:
+    process = start(arguments.binary, workdir, log)
+    if kills == arguments.kills:
+      finish(process, log)
+      compare(contents(workdir), expected)
+      break
+    time.sleep(rng.uniform(0.0, seconds))
+    if finish(process, log, os.WNOHANG):
+      compare(contents(workdir), expected)
+      ends += 1
+      shutil.rmtree(workdir)
+      shutil.copytree(begin, workdir)
+    else:
+      os.kill(process, signal.SIGKILL)
+      os.waitpid(process, 0)
+      kills += 1
+  print(f'{kills} kills, {ends + 1} ends, each of them byte for byte the undisturbed one')
+
+
+if __name__ == '__main__':
+  main()

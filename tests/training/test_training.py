@@ -1,0 +1,710 @@
+"""The training step against one written by hand, and runs that are cut, resumed and spread out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from se_vae import choices, data, gaussians, training, wasserstein
+from se_vae.data.transforms import pixels
+from se_vae.models import vae
+from se_vae.parallel import sharding
+
+SHAPE = (4, 4, 1)
+BATCH = 8
+KEY = jax.random.key(5)
+# 47 steps in dispatches of 10: the last is shorter.
+STEPS, ROW = 47, 10
+CONFIG = training.TrainConfig(pgd_steps=3, learning_rate=1e-2, num_steps=STEPS)
+
+TRACES = []
+
+
+@pytest.fixture(autouse=True)
+def optax_promotion():
+  """Optax multiplies its int32 counters by floats; the library's own promotion stays strict."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield
+
+
+def strictly(test):
+  """Runs a test that calls no optimiser with strict promotion; put it under `parametrize`."""
+  return jax.numpy_dtype_promotion('strict')(test)
+
+
+class CountingVAE(vae.VAE):
+  """Notes every trace of its encoder."""
+
+  def encode(self, params, x):
+    TRACES.append(x.shape)
+    return super().encode(params, x)
+
+
+def tiny(**changes) -> CountingVAE:
+  options = dict(latent_dim=3, hidden_units=8, conv_channels=4, num_layers=2)
+  return CountingVAE(**vars(vae.make_vae(SHAPE, **options | changes)))
+
+
+def drawn(model: vae.VAE, dtype=np.float32):
+  """Parameters drawn by NumPy, which is quicker than compiling the initialisers."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / len(leaf) ** 0.5, dtype),
+    jax.eval_shape(model.init, jax.random.key(0)),
+  )
+
+
+def start(model: vae.VAE, config: training.TrainConfig) -> training.TrainState:
+  params = drawn(model)
+  opt_state = training.make_optimizer(config).init(params)
+  return training.TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def stripes() -> np.ndarray:
+  """24 images: noise on horizontal or vertical stripes, uint8."""
+  rng = np.random.default_rng(1)
+  pattern = np.where(np.arange(4) % 2, 200, 30)[:, None] * np.ones((1, 4))
+  images = np.stack([pattern if i % 2 else pattern.T for i in range(24)])
+  return (images + rng.integers(0, 30, images.shape))[..., None].astype(np.uint8)
+
+
+IMAGES = stripes()
+
+
+def indices_for(step: int, num_steps: int) -> np.ndarray:
+  rows = [np.random.default_rng(s).integers(0, 24, BATCH) for s in range(step, step + num_steps)]
+  return np.stack(rows).astype(np.int32)
+
+
+def batch(step: int) -> jax.Array:
+  return jnp.asarray(IMAGES[indices_for(step, 1)[0]] / np.float32(255.0))
+
+
+def progress(
+  model, config, state, num_devices: int = 1, window=None, seconds: float = 1e3, **options
+):
+  """What `training.run` yields, copied before it is donated."""
+  outputs = training.run(
+    model,
+    config,
+    jax.tree.map(jnp.copy, state),  # donated too
+    KEY,
+    IMAGES,
+    indices_for,
+    steps_per_row=ROW,
+    mesh=sharding.data_mesh(num_devices),
+    window=window,
+    seconds_per_dispatch=seconds,
+    **options,
+  )
+  for state, window, row in outputs:
+    yield jax.tree.map(np.array, state), jax.tree.map(np.array, window), row
+
+
+def run(model, config, state, num_devices: int = 1, rows: int | None = None, window=None):
+  """The state and the metrics at the end of each window, or of the first few."""
+  ends = ((s, row) for s, _, row in progress(model, config, state, num_devices, window) if row)
+  return list(itertools.islice(ends, rows))
+
+
+@functools.cache
+def whole_run(objective: str = 'se'):
+  """The uninterrupted run."""
+  config = dataclasses.replace(CONFIG, objective=objective)
+  return run(tiny(), config, start(tiny(), config))
+
+
+@functools.cache
+def jitted_step():
+  return jax.jit(training.train_step, static_argnames=('model', 'config'))
+
+
+def assert_same(actual, expected):
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_close(actual, expected, rtol: float):
+  """To `rtol` of the largest entry of each leaf."""
+
+  def compare(actual, expected):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0.0, atol=rtol * scale + 1e-30)
+
+  jax.tree.map(compare, actual, expected)
+
+
+# ---------------------------------------------------------------------------------------------
+# One step
+# ---------------------------------------------------------------------------------------------
+
+
+def written_squared_w2(q_a, q_b):
+  means = (q_a.mean - q_b.mean) ** 2
+  deviations = (jnp.exp(q_a.log_var / 2.0) - jnp.exp(q_b.log_var / 2.0)) ** 2
+  return jnp.sum(means + deviations, axis=-1)
+
+
+def written_selection(model, config, params, key, x):
+  """PGD as a Python loop: sign steps of 2.5 radius / L from a uniform start."""
+  params, q_a = jax.lax.stop_gradient((params, model.encode(params, x)))
+  moved = jax.grad(lambda x_adv: jnp.sum(written_squared_w2(q_a, model.encode(params, x_adv))))
+  offsets = [
+    jax.random.uniform(jax.random.fold_in(key, i), x.shape[1:], x.dtype, -1.0, 1.0)
+    for i in range(len(x))
+  ]
+  x_adv = x + config.radius * jnp.stack(offsets)
+  for i in range(config.pgd_steps + 1):
+    if i:
+      x_adv = x_adv + 2.5 * config.radius / config.pgd_steps * jnp.sign(moved(x_adv))
+    x_adv = jnp.clip(jnp.clip(x_adv, x - config.radius, x + config.radius), 0.0, 1.0)
+  return x_adv
+
+
+def written_loss(params, model, config, x, noise, x_adv):
+  """Minus the mean of Sec. 1's ELBO or of Sec. 6's SE-ELBO, as printed."""
+  q_a = model.encode(params, x)
+  mean_a, log_var_a = q_a.mean, q_a.log_var
+  x_mean = model.decode(params, mean_a + jnp.exp(log_var_a / 2.0) * noise)
+  v, num_pixels = config.obs_var, math.prod(SHAPE)
+  log_likelihood = -jnp.sum((x - x_mean) ** 2, axis=(1, 2, 3)) / (2.0 * v)
+  log_likelihood = log_likelihood - num_pixels / 2.0 * math.log(2.0 * math.pi * v)
+  if config.objective == 'vae':
+    kl = 0.5 * jnp.sum(jnp.exp(log_var_a) + mean_a**2 - 1.0 - log_var_a, axis=1)
+    return -jnp.mean(log_likelihood - kl)
+  q_b = model.encode(params, x_adv)
+  mean_b, log_var_b = q_b.mean, q_b.log_var
+  log_2pi = math.log(2.0 * math.pi)
+  log_prior = [-0.5 * jnp.sum(q.mean**2 + jnp.exp(q.log_var) + log_2pi, axis=1) for q in (q_a, q_b)]
+  var_a, var_b, gamma = jnp.exp(log_var_a), jnp.exp(log_var_b), config.gamma
+  u = jnp.sqrt(1.0 + 4.0 * gamma**2 * var_a * var_b)
+  cost = (
+    gamma / 2.0 * ((mean_a - mean_b) ** 2 + var_a + var_b)
+    - ((u - 1.0) - jnp.log(u + 1.0) + jnp.log(2.0 * var_a * var_b)) / 2.0
+    - log_2pi
+    - 1.0
+  )
+  return -jnp.mean(log_likelihood + log_prior[0] + log_prior[1] - jnp.sum(cost, axis=1))
+
+
+@pytest.mark.parametrize('objective', choices.OBJECTIVES)
+def test_step_is_the_step_written_by_hand(objective):
+  """In float64, with the same keys: x' and the noise are constants of the gradient."""
+  config = dataclasses.replace(
+    CONFIG, objective=objective, gamma=1.7, radius=0.15, pgd_steps=2, schedule='constant'
+  )
+  model = tiny(num_layers=1)
+  with jax.enable_x64(True):
+    params = drawn(model, np.float64)
+    x = jnp.asarray(IMAGES[:3] / 255.0)
+    optimizer = optax.adam(config.learning_rate)
+    step = jnp.int32(11)
+    state = training.TrainState(step, params, optimizer.init(params))
+    actual, metrics = jitted_step()(model, config, state, KEY, x)
+
+    @jax.jit
+    def written_gradient(params, x):
+      sample_key, select_key = jax.random.split(jax.random.fold_in(KEY, 11))
+      noise = [
+        jax.random.normal(jax.random.fold_in(sample_key, i), (3,), x.dtype) for i in range(len(x))
+      ]
+      x_adv = None
+      if objective == 'se':
+        x_adv = written_selection(model, config, params, select_key, x)
+      return jax.value_and_grad(written_loss)(params, model, config, x, jnp.stack(noise), x_adv)
+
+    value, gradients = written_gradient(params, x)
+    updates, opt_state = optimizer.update(gradients, state.opt_state)
+    expected = training.TrainState(step + 1, optax.apply_updates(params, updates), opt_state)
+  # Float64's rounding, magnified a little by the quotients in Adam.
+  assert_close(actual, expected, rtol=1e-9)
+  np.testing.assert_allclose(metrics['loss'], value, rtol=1e-12)
+  np.testing.assert_allclose(metrics['elbo'], -value, rtol=1e-12)
+  norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradients)))
+  np.testing.assert_allclose(metrics['gradient_norm'], norm, rtol=1e-10)
+
+
+@strictly
+def test_se_elbo_leaves_the_gradient_of_the_decoder_unchanged():
+  model, x = tiny(), batch(0)
+
+  @jax.jit
+  def gradients(params):
+    configs = [dataclasses.replace(CONFIG, objective=name, gamma=3.0) for name in ('vae', 'se')]
+    gradient = jax.grad(training.loss, has_aux=True)
+    return [gradient(params, model, config, KEY, x, 1.0 - x)[0] for config in configs]
+
+  by_vae, by_se = gradients(drawn(model))
+  # The same operations, which the compiler may fuse differently.
+  assert_close(by_se['decoder'], by_vae['decoder'], rtol=1e-5)
+  changed = jax.tree.map(
+    lambda a, b: np.abs(a - b).max() > 0.01 * np.abs(b).max(), by_se['encoder'], by_vae['encoder']
+  )
+  assert all(jax.tree.leaves(changed))
+
+
+@strictly
+def test_a_frozen_decoder_leaves_the_gradient_of_the_encoder_unchanged():
+  model, x = tiny(), batch(0)
+  gradient = jax.jit(jax.grad(training.loss, has_aux=True), static_argnums=(1, 2))
+  config = dataclasses.replace(CONFIG, objective='vae')
+  free, metrics = gradient(drawn(model), model, config, KEY, x)
+  config = dataclasses.replace(config, freeze_decoder=True)
+  frozen, frozen_metrics = gradient(drawn(model), model, config, KEY, x)
+  # The same sums in two programs: rounding alone.
+  assert_close(frozen['encoder'], free['encoder'], rtol=1e-5)
+  assert_close(frozen_metrics, metrics, rtol=1e-5)
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(free['decoder']))
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen['decoder']))
+
+
+@strictly
+def test_selection_moves_the_encoding_within_the_ball():
+  model, x = tiny(), batch(0)
+
+  @jax.jit
+  def select(params, x, start):
+    q_a = model.encode(params, x)
+    x_adv = training.select(model, CONFIG, params, KEY, x, q_a)
+    return x_adv, *(
+      wasserstein.squared_w2(q_a, model.encode(params, images)) for images in (x_adv, start, x)
+    )
+
+  uniform = np.random.default_rng(0).uniform(-CONFIG.radius, CONFIG.radius, x.shape)
+  start = np.clip(x + uniform, 0.0, 1.0).astype(np.float32)
+  x_adv, moved, moved_at_random, moved_by_none = select(drawn(model), x, start)
+  offset = np.abs(np.asarray(x_adv, np.float64) - np.asarray(x, np.float64))
+  assert offset.max() <= np.float32(CONFIG.radius) + np.spacing(np.float32(1.0))
+  assert x_adv.min() >= 0.0 and x_adv.max() <= 1.0
+  np.testing.assert_array_equal(moved_by_none, 0.0)
+  assert (moved > 2.0 * moved_at_random).all() and (moved_at_random > 0.0).all()
+
+
+@strictly
+def test_no_gradient_flows_through_the_selection():
+  model, x = tiny(), batch(0)
+
+  def selected(params, x):
+    return jnp.sum(training.select(model, CONFIG, params, KEY, x, model.encode(params, x)))
+
+  for gradient in jax.jit(jax.grad(selected, argnums=(0, 1)))(drawn(model), x):
+    assert_same(gradient, jax.tree.map(np.zeros_like, gradient))
+
+
+WARM = dataclasses.replace(CONFIG, warm_start=True, pgd_steps=1)
+
+
+def test_a_warm_start_goes_on_from_the_last_offset_of_the_same_example():
+  """The store holds x' - x in 127ths of the radius; what other examples left there stays."""
+  model = tiny(num_layers=1)
+  state = training.init_state(model, WARM, KEY, len(IMAGES))
+  assert state.offsets.shape == (24, 16) and state.offsets.dtype == jnp.int8
+  before = np.array(state.offsets, np.int64)
+  assert before.min() < -100 and before.max() > 100
+  examples = jnp.asarray([3, 17, 5])
+  x = jnp.asarray(IMAGES[examples] / np.float32(255.0))
+  after, _ = jitted_step()(model, WARM, state, KEY, x, examples)
+  start = x + WARM.radius * before[examples].reshape(x.shape).astype(np.float32) / 127.0
+  q_a = model.encode(state.params, x)
+  x_adv = training.select(model, WARM, state.params, KEY, x, q_a, start=start)
+  offsets = np.asarray(x_adv - x, np.float64).reshape(3, 16)
+  # Half a step of rounding, and float32's.
+  assert np.abs(127.0 * offsets / WARM.radius - after.offsets[examples]).max() < 0.5 + 1e-3
+  others = np.setdiff1d(np.arange(24), examples)
+  np.testing.assert_array_equal(after.offsets[others], before[others])
+  assert np.any(after.offsets[examples] != before[examples])
+
+
+@strictly
+@pytest.mark.parametrize('dtype', choices.ATTACK_DTYPES)
+def test_a_bfloat16_attack_selects_nearly_as_well(dtype):
+  model, x, params = tiny(), batch(0), drawn(tiny())
+
+  def moved(config):
+    q_a = model.encode(params, x)
+    x_adv = training.select(model, config, params, KEY, x, q_a)
+    return x_adv, wasserstein.squared_w2(q_a, model.encode(params, x_adv))
+
+  config = dataclasses.replace(CONFIG, attack_dtype=dtype)
+  assert ('bf16[' in str(jax.make_jaxpr(lambda: moved(config))())) == (dtype == 'bfloat16')
+  x_adv, found = jax.jit(lambda: moved(config))()
+  assert x_adv.dtype == jnp.float32
+  # Eight bits of gradient turn the sign of small entries alone.
+  np.testing.assert_allclose(found.mean(), moved(CONFIG)[1].mean(), rtol=0.1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Noise
+# ---------------------------------------------------------------------------------------------
+
+
+class StandardNormal(nn.Module):
+  """q(z | x) = N(0, I) for every x."""
+
+  def __call__(self, x):
+    zeros = jnp.zeros((x.shape[0], 3))
+    return gaussians.DiagonalGaussian(zeros, zeros)
+
+
+class Latents(nn.Module):
+  """Shows z as an image of three pixels."""
+
+  def __call__(self, z):
+    return z.reshape(-1, 1, 1, 3)
+
+
+NOISE_MODEL = vae.VAE(StandardNormal(), Latents(), (1, 1, 3), 3)
+NOISE_CONFIG = dataclasses.replace(CONFIG, objective='vae')
+NO_PARAMS: dict[str, Any] = {'encoder': {}, 'decoder': {}}
+
+
+def test_every_step_draws_its_own_noise():
+  """The squared error of a black image is the square of the noise."""
+  opt_state = training.make_optimizer(NOISE_CONFIG).init(NO_PARAMS)
+  x = jnp.zeros((4, 1, 1, 3))
+
+  def draw(step: int) -> float:
+    state = training.TrainState(jnp.int32(step), NO_PARAMS, opt_state)
+    return float(jitted_step()(NOISE_MODEL, NOISE_CONFIG, state, KEY, x)[1]['squared_error'])
+
+  draws = [draw(step) for step in range(4)]
+  assert draws == [draw(step) for step in range(4)]
+  assert np.diff(np.sort(draws)).min() > 1e-2
+
+
+def test_noise_belongs_to_a_place_in_the_batch():
+  """Longer batches only add draws: example i has its own key, whatever the batch's size."""
+  loss = jax.jit(training.loss, static_argnums=(1, 2))
+  expected = 0.0
+  for size in range(1, 4):
+    noise = jax.random.normal(jax.random.fold_in(KEY, size - 1), (3,))
+    expected += float(np.sum(np.square(noise)))
+    _, metrics = loss(NO_PARAMS, NOISE_MODEL, NOISE_CONFIG, KEY, jnp.zeros((size, 1, 1, 3)))
+    np.testing.assert_allclose(float(metrics['squared_error']) * size, expected, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimisers
+# ---------------------------------------------------------------------------------------------
+
+RATE = 0.01
+
+
+def updates_of(config: training.TrainConfig, gradients: list[float]) -> list[float]:
+  """The updates that successive gradients of one parameter give."""
+  optimizer = training.make_optimizer(config)
+  params = jnp.zeros(())
+  state = optimizer.init(params)
+  found = []
+  for gradient in gradients:
+    update, state = optimizer.update(jnp.float32(gradient), state, params)
+    found.append(float(update))
+  return found
+
+
+def config_of(optimizer: str, schedule: str, num_steps: int = 4) -> training.TrainConfig:
+  return training.TrainConfig(
+    optimizer=optimizer,
+    schedule=schedule,
+    num_steps=num_steps,
+    learning_rate=RATE,
+    momentum=0.8,
+  )
+
+
+def test_sgd_accumulates_momentum():
+  found = updates_of(config_of('sgd', 'constant'), [2.0, -1.0, 3.0])
+  velocities = [2.0, -1.0 + 0.8 * 2.0, 3.0 + 0.8 * (-1.0 + 0.8 * 2.0)]
+  np.testing.assert_allclose(found, [-RATE * velocity for velocity in velocities], rtol=1e-6)
+
+
+def test_adam_corrects_its_bias():
+  """Kingma and Ba's rule with their constants, 0.9, 0.999 and 1e-8."""
+  gradients = [2.0, -1.0, 0.5]
+  first = second = 0.0
+  expected = []
+  for count, gradient in enumerate(gradients, start=1):
+    first = 0.9 * first + 0.1 * gradient
+    second = 0.999 * second + 0.001 * gradient**2
+    corrected = first / (1.0 - 0.9**count), second / (1.0 - 0.999**count)
+    expected.append(-RATE * corrected[0] / (math.sqrt(corrected[1]) + 1e-8))
+  found = updates_of(config_of('adam', 'constant'), gradients)
+  # 1 - 0.999^t in float32 keeps four digits.
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize('optimizer', choices.OPTIMIZERS)
+def test_cosine_scales_the_constant_rate_down_to_zero(optimizer):
+  gradients = [1.0, 0.5, -2.0, 1.0, 1.0]
+  constant = updates_of(config_of(optimizer, 'constant'), gradients)
+  cosine = updates_of(config_of(optimizer, 'cosine'), gradients)
+  scale = [0.5 * (1.0 + math.cos(math.pi * step / 4)) for step in range(5)]
+  np.testing.assert_allclose(cosine, np.multiply(constant, scale), rtol=1e-5, atol=1e-9)
+  assert cosine[4] == 0.0 and constant[4] != 0.0
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'objective': 'beta'},
+    {'optimizer': 'adagrad'},
+    {'schedule': 'linear'},
+    {'attack_dtype': 'int8'},
+  ],
+)
+def test_unknown_choices_raise(change):
+  name, value = next(iter(change.items()))
+  with pytest.raises(ValueError, match=f'{name} must be one of .* got {value!r}'):
+    training.TrainConfig(**change)
+
+
+@strictly
+def test_the_kl_weight_takes_beta_minus_one_times_the_kl_divergence_off_the_elbo():
+  model, x = tiny(), jnp.asarray(IMAGES[:BATCH] / np.float32(255))
+  params = drawn(model)
+  plain, terms = training.loss(params, model, dataclasses.replace(CONFIG, objective='vae'), KEY, x)
+  for beta in (0.0, 4.0):
+    weighted, same = training.loss(
+      params, model, dataclasses.replace(CONFIG, objective='vae', kl_weight=beta), KEY, x
+    )
+    by_hand = -(float(terms['log_likelihood']) - beta * float(terms['kl']))
+    assert float(weighted) == pytest.approx(by_hand, rel=1e-6)
+    assert float(same['elbo']) == float(terms['elbo']) == -float(plain)
+
+
+def test_encoder_noise_is_uniform_in_the_box_and_clipped(monkeypatch):
+  model, config = tiny(), dataclasses.replace(CONFIG, objective='vae', encoder_noise=0.3)
+  seen = []
+
+  def loss(params, model, config, key, x, x_adv, index):
+    seen.append(x_adv)
+    return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)), {}
+
+  monkeypatch.setattr(training.loop, 'loss', loss)
+  x = jnp.asarray(IMAGES[:BATCH] / np.float32(255))
+  for step in (0, 1):
+    state = start(model, config)._replace(step=jnp.int32(step))
+    training.train_step(model, config, state, KEY, x)
+  offset = np.asarray(seen[0] - x)
+  assert np.abs(offset).max() <= 0.3 + 1e-6 and 0.0 <= seen[0].min() <= seen[0].max() <= 1.0
+  # 64 pixels are below 0.3: there the noise is never cut off above, and a half of it is positive.
+  above = offset[np.asarray(x) < 0.3]
+  assert 0.3 < (above > 0.0).mean() < 0.7 and above.max() > 0.25
+  assert (np.asarray(seen[1]) != np.asarray(seen[0])).mean() > 0.5
+
+
+@strictly
+def test_noise_is_seen_by_the_encoder_and_not_by_the_likelihood():
+  model, config = tiny(), dataclasses.replace(CONFIG, objective='vae', encoder_noise=0.3)
+  params, x = drawn(model), jnp.asarray(IMAGES[:BATCH] / np.float32(255))
+  noisy = jnp.clip(x + jnp.asarray(np.random.default_rng(2).uniform(-0.3, 0.3, x.shape), x.dtype))
+  _, metrics = training.loss(params, model, config, KEY, x, noisy)
+  q = model.encode(params, noisy)
+  x_mean = model.decode(
+    params,
+    gaussians.sample_each(q, jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(BATCH))),
+  )
+  error = np.sum(np.square(np.asarray(x - x_mean, np.float64)), axis=(1, 2, 3))
+  assert float(metrics['squared_error']) == pytest.approx(error.mean(), rel=1e-5)
+  expected = gaussians.kl_to_standard_normal(q).mean()
+  assert float(metrics['kl']) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize('change', [{'kl_weight': 2.0}, {'encoder_noise': 0.1}])
+def test_what_is_for_a_vae_alone_raises_elsewhere(change):
+  with pytest.raises(ValueError, match="need objective 'vae'"):
+    training.TrainConfig(objective='se', **change)
+
+
+@pytest.mark.parametrize('change', [{'objective': 'vae'}, {'radius': 0.0}])
+def test_a_warm_start_without_a_selection_raises(change):
+  with pytest.raises(ValueError, match='warm_start needs'):
+    training.TrainConfig(warm_start=True, **change)
+
+
+def test_a_warm_start_needs_the_size_of_the_training_set():
+  with pytest.raises(ValueError, match='num_examples'):
+    training.init_state(tiny(), WARM, KEY)
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------
+
+
+def test_state_starts_at_step_zero():
+  model = tiny(num_layers=1)
+  state = jax.eval_shape(lambda key: training.init_state(model, CONFIG, key), KEY)
+  assert state.step.shape == () and state.step.dtype == jnp.int32
+  assert jax.tree.structure(state.params) == jax.tree.structure(drawn(model))
+  first = jax.jit(lambda: training.init_state(model, CONFIG, KEY))()
+  assert first.step == 0
+  assert np.abs(first.params['encoder']['params']['Dense_0']['kernel']).max() > 0.1
+  assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(first.opt_state))
+
+
+def test_pixels_are_bytes_over_255():
+  levels = np.arange(256, dtype=np.uint8)
+  x = pixels(levels)
+  assert x.dtype == jnp.float32
+  assert x[0] == 0.0 and x[255] == 1.0
+  np.testing.assert_allclose(x, levels / 255.0, rtol=1e-7)
+  with pytest.raises(TypeError, match='uint8, 0 to 255, got float32'):
+    pixels(x)  # they are in [0, 1] already
+
+
+@pytest.mark.parametrize('objective', choices.OBJECTIVES)
+def test_bound_increases(objective):
+  elbos = [metrics['elbo'] for _, metrics in whole_run(objective)]
+  assert elbos[-1] > elbos[0] + 3.0  # nats an image; the noise of a window is below one
+  assert all(np.isfinite(elbos))
+
+
+def test_rows_end_at_multiples_and_at_the_end():
+  assert [int(state.step) for state, _ in whole_run()] == [10, 20, 30, 40, 47]
+
+
+def test_a_run_resumed_after_any_dispatch_is_the_uninterrupted_run():
+  """Bitwise, state and rows, at the end of a window and within one."""
+  whole = whole_run()
+  seen = list(progress(tiny(), CONFIG, start(tiny(), CONFIG), seconds=0.0))  # a step a dispatch
+  assert [int(state.step) for state, _, _ in seen] == list(range(1, 48))
+  assert [row for _, _, row in seen if row] == [row for _, row in whole]
+  for state, window, _ in (seen[19], seen[22], seen[45]):
+    resumed = run(tiny(), CONFIG, state, window=window)
+    expected = [(s, row) for s, row in whole if s.step > state.step]
+    assert len(resumed) == len(expected) > 0
+    assert_same(resumed, expected)
+
+
+def test_dispatches_take_about_as_long_as_asked():
+  """They double from one step on, as long as they are short, and stop at the end of a window."""
+  one = [int(s.step) for s, _, _ in progress(tiny(), CONFIG, start(tiny(), CONFIG))]
+  assert one[:6] == [1, 3, 7, 10, 20, 30]
+
+
+def test_a_step_that_is_not_finite_is_named_with_its_batch():
+  config = dataclasses.replace(CONFIG, learning_rate=1e30, schedule='constant')
+  with pytest.raises(training.NotFiniteError) as error:
+    run(tiny(), config, start(tiny(), config))
+  step = error.value.step
+  assert 0 < step < 47
+  assert f'step {step} is not finite' in str(error.value)
+  assert not all(map(math.isfinite, error.value.metrics.values()))
+  np.testing.assert_array_equal(error.value.examples, indices_for(step, 1)[0])
+
+
+def test_fit_is_run_from_scratch():
+  config = dataclasses.replace(CONFIG, objective='vae', num_steps=12)
+  model = tiny(num_layers=1)
+  params, rows = training.fit(model, config, IMAGES, seed=3, batch_size=BATCH, steps_per_row=ROW)
+  init_key, key, _ = jax.random.split(jax.random.key(3), 3)
+  state = jax.jit(training.init_state, static_argnums=(0, 1))(model, config, init_key)
+  outputs = training.run(
+    model,
+    config,
+    state,
+    key,
+    IMAGES,
+    lambda step, count: data.batch_indices(3, step, count, BATCH, len(IMAGES)),
+    steps_per_row=ROW,
+    mesh=sharding.data_mesh(1),
+  )
+  expected = [(int(state.step), row, state.params) for state, _, row in outputs if row]
+  assert rows == [{'step': step, **row} for step, row, _ in expected]
+  assert [row['step'] for row in rows] == [10, 12]
+  assert_same(params, expected[-1][2])
+
+
+def test_a_warm_start_is_not_streamed():
+  model = tiny(num_layers=1)
+  with pytest.raises(ValueError, match='a warm start needs the training set on the devices'):
+    next(progress(model, WARM, start(model, WARM), streamed=True))
+
+
+def test_finished_run_yields_nothing():
+  assert run(tiny(), CONFIG, whole_run()[-1][0]) == []
+
+
+def test_dispatch_is_its_steps_one_by_one():
+  """The parameters after the last, shorter dispatch, and the window's metrics, its averages."""
+  model, whole = tiny(), whole_run()
+  state = jax.tree.map(jnp.asarray, whole[3][0])
+  windows = []
+  for step in range(40, 47):
+    assert int(state.step) == step
+    state, metrics = jitted_step()(model, CONFIG, state, KEY, batch(step))
+    windows.append(metrics)
+  # One program against seven, which the compiler fuses differently: 8e-7 here.
+  assert_close(state, whole[4][0], rtol=2e-5)
+  for name, value in whole[4][1].items():
+    average = np.mean([metrics[name] for metrics in windows])
+    np.testing.assert_allclose(value, average, rtol=1e-4, err_msg=name)
+
+
+def test_metrics_are_named_and_consistent():
+  common = {'loss', 'elbo', 'log_likelihood', 'squared_error', 'gradient_norm'}
+  se = whole_run('se')[0][1]
+  transport = {'log_prior_a', 'log_prior_b', 'transport_cost', 'normalized_elbo', 'squared_w2'}
+  assert set(se) == common | transport
+  total = se['log_likelihood'] + se['log_prior_a'] + se['log_prior_b'] - se['transport_cost']
+  np.testing.assert_allclose(se['elbo'], total, rtol=1e-5)
+  assert se['squared_w2'] > 0.0
+  plain = whole_run('vae')[0][1]
+  assert set(plain) == common | {'kl'}
+  np.testing.assert_allclose(plain['elbo'], plain['log_likelihood'] - plain['kl'], rtol=1e-5)
+  for metrics in (se, plain):
+    assert metrics['loss'] == -metrics['elbo']
+    # log N(x; x_mean, v I), solved for the squared error.
+    constant = -0.5 * 16 * math.log(2.0 * math.pi * CONFIG.obs_var)
+    expected = 2.0 * CONFIG.obs_var * (constant - metrics['log_likelihood'])
+    np.testing.assert_allclose(metrics['squared_error'], expected, rtol=1e-4)
+
+
+def test_dispatches_of_any_length_share_one_compilation():
+  run(tiny(), CONFIG, whole_run()[0][0], rows=1)
+  before = len(TRACES)
+  assert before > 0
+  lengths = np.diff([int(s.step) for s, _, _ in progress(tiny(), CONFIG, whole_run()[0][0])])
+  assert len(set(lengths.tolist())) > 2
+  # Only the shapes of a window's metrics are found out anew, by one abstract step.
+  assert len(TRACES) - before <= 3
+
+
+def test_full_covariance_trains():
+  config = dataclasses.replace(CONFIG, num_steps=30)
+  windows = run(tiny(covariance='full'), config, start(tiny(covariance='full'), config))
+  losses = [metrics['loss'] for _, metrics in windows]
+  assert losses[2] < losses[1] < losses[0] - 1.0
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(windows[-1][0]))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'config'),
+  [
+    ({}, CONFIG),
+    ({'num_layers': 1}, WARM),
+    ({'arch': 'convnet', 'num_layers': 1}, dataclasses.replace(CONFIG, objective='vae')),
+  ],
+)
+def test_four_devices_train_as_one(changes, config):
+  model = tiny(**changes)
+  state = training.init_state(model, config, KEY, len(IMAGES))
+  alone, spread = (run(model, config, state, devices, rows=2) for devices in (1, 4))
+  assert int(spread[-1][0].step) == 20
+  for (state, metrics), (expected, expected_metrics) in zip(spread, alone, strict=True):
+    # The gradient's sum in another order: 1e-7 here, with room for 20 steps of Adam elsewhere.
+    assert_close(state.params, expected.params, rtol=1e-4)
+    if config.warm_start:  # the sign of a small gradient may turn, and an offset with it
+      assert np.mean(state.offsets != expected.offsets) < 0.02
+    for name, value in expected_metrics.items():
+      np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
