@@ -18,8 +18,8 @@ from typing import Any
 from etils import epy
 
 from experiments import pipeline, pretrain, probe
-from experiments.cli import runtime, settings
-from experiments.cli.settings import setting
+from experiments.cli import app, devices, flags, signals, workdirs
+from experiments.cli.flags import setting
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.visual import plots
@@ -150,27 +150,27 @@ class Piece:
 
 def main() -> None:
   """Entry point."""
-  config = settings.from_flags(Figure1Config)
-  runtime.use_all_cores(pretrain.PretrainConfig().batch_size)
-  with runtime.StopSignal().listening() as stop:
+  config = flags.from_flags(Figure1Config)
+  devices.use_all_cores(pretrain.PretrainConfig().batch_size)
+  with signals.StopSignal().listening() as stop:
     run(config, stop)
 
 
-def run(config: Figure1Config, stop: runtime.StopSignal) -> dict[str, Any]:
+def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
   """Runs every piece that is not finished, and draws the figure; returns its JSON.
 
   Raises:
     UsageError: for settings that are wrong, before anything is compiled or written.
     Interrupted: when `stop` says so, after a checkpoint.
   """
-  settings.check(config)
-  workdir = runtime.check_workdir(config.workdir)
+  flags.check(config)
+  workdir = workdirs.check_workdir(config.workdir)
   pieces = list(_pieces(config, _with_overrides(config), workdir))
   for piece in pieces:
     dataset = pretrain.prepare(piece.pretraining)
     for attack in piece.probes:
       probe.check_fits(attack, dataset)
-  with runtime.lock(workdir, 'figure1.*') as check_place:
+  with workdirs.lock(workdir, 'figure1.*') as check_place:
     return _run(config, workdir, pieces, stop, check_place)
 
 
@@ -178,7 +178,7 @@ def _run(
   config: Figure1Config,
   workdir: Path,
   pieces: list[Piece],
-  stop: runtime.StopSignal,
+  stop: signals.StopSignal,
   check_place: Callable[[], None],
 ) -> dict[str, Any]:
   started = time.monotonic()
@@ -193,15 +193,15 @@ def _run(
   drawn = [(panel.title, curves) for panel, curves in panels]
   with atomic_files.replacing(workdir / 'figure1.png') as file:
     plots.save(file, drawn)
-  runtime.write_csv(workdir / 'figure1.csv', _table(results))
+  workdirs.write_csv(workdir / 'figure1.csv', _table(results))
   content = {
-    'config': settings.to_dict(config),
+    'config': flags.to_dict(config),
     'panels': [dataclasses.asdict(panel) for panel in PANELS],
     'results': results,
-    'versions': runtime.versions(),
-    'devices': runtime.devices(),
+    'versions': devices.versions(),
+    'devices': devices.device_kinds(),
   }
-  runtime.write_json(workdir / 'figure1.json', content)
+  workdirs.write_json(workdir / 'figure1.json', content)
   _print_table(panels)
   minutes = (time.monotonic() - started) / 60.0
   print(f'\n{workdir / "figure1.png"}, figure1.json and figure1.csv, after {minutes:.1f} minutes')
@@ -306,5 +306,5 @@ def _print_table(panels: list[tuple[Panel, list[plots.Curve]]]) -> None:
 
 
 if __name__ == '__main__':
-  settings.define_flags(Figure1Config)
-  runtime.run(main)
+  flags.define_flags(Figure1Config)
+  app.run(main)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments import pretrain, probe
-from experiments.cli import runtime, settings
+from experiments.cli import flags, signals, workdirs
 
 
 def run(
   pretraining: pretrain.PretrainConfig,
   attacks: tuple[probe.ProbeConfig, ...],
-  stop: runtime.StopSignal,
+  stop: signals.StopSignal,
   name: str,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """Results of an encoder and of every attack on it, each made unless it is there already."""
@@ -27,9 +27,9 @@ def _finished(attack: probe.ProbeConfig, pretraining: dict[str, Any]) -> dict[st
   """The result of an attack that was run before with these very settings, on this very encoder."""
   path = Path(str(attack.workdir)) / f'{probe.file_stem(attack)}.json'
   used = ('task', 'num_examples', 'radii', 'accuracy', 'interval', 'config', 'pretraining', 'step')
-  result = runtime.read_json(path, *used)
+  result = workdirs.read_json(path, *used)
   if result is None:
     return None
   found = (result['config'], result['pretraining'], result['step'])
-  wanted = (settings.to_dict(attack), pretraining['config'], pretraining['step'])
+  wanted = (flags.to_dict(attack), pretraining['config'], pretraining['step'])
   return result if found == wanted else None

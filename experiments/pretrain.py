@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from etils import epy
 
-from experiments.cli import distributed, runtime, settings
-from experiments.cli.settings import UsageError, setting
+from experiments.cli import app, devices, distributed, flags, messages, signals, workdirs
+from experiments.cli.flags import UsageError, setting
 from se_vae import choices
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -31,7 +31,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae import data, training
   from se_vae.evaluation import diagnostics, linear_probe
   from se_vae.models import vae
-  from se_vae.parallel import sharding
+  from se_vae.parallel import processes
   from se_vae.storage import atomic_files, checkpoints
 
 CHECKPOINTS = 'checkpoints'
@@ -149,10 +149,10 @@ class PretrainConfig:
 
 def main() -> None:
   """Entry point."""
-  config = settings.from_flags(PretrainConfig)
-  processes = settings.from_flags(distributed.Cluster)
-  runtime.use_all_cores(config.batch_size // (processes.num_processes or 1), config.num_devices)
-  with distributed.joined(processes), runtime.StopSignal().listening() as stop:
+  config = flags.from_flags(PretrainConfig)
+  processes = flags.from_flags(distributed.Cluster)
+  devices.use_all_cores(config.batch_size // (processes.num_processes or 1), config.num_devices)
+  with distributed.joined(processes), signals.StopSignal().listening() as stop:
     result = run(config, stop)
   if result:
     summary = ', '.join(f'{name} {value:.4g}' for name, value in result['test'].items())
@@ -165,7 +165,7 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   Raises:
     UsageError: naming the flag.
   """
-  settings.check(config)
+  flags.check(config)
   if config.warm_start and not (config.objective == 'se' and config.radius > 0.0):
     raise UsageError('--warm_start: is for --objective=se and a --radius above 0')
   for name in ('kl_weight', 'encoder_noise'):
@@ -173,9 +173,9 @@ def prepare(config: PretrainConfig) -> data.Dataset:
       raise UsageError(f'--{name}: is for --objective=vae')
   if config.freeze_decoder and config.init_from is None:
     raise UsageError('--freeze_decoder: needs --init_from, the run whose decoder is kept')
-  if sharding.is_first():
-    workdir = runtime.check_workdir(config.workdir)
-    begun = runtime.read_json(workdir / CONFIG, 'config')
+  if processes.is_first():
+    workdir = workdirs.check_workdir(config.workdir)
+    begun = workdirs.read_json(workdir / CONFIG, 'config')
     if begun is not None:
       _check_same_settings(begun['config'], config)
   dataset = load_dataset(config)
@@ -186,9 +186,9 @@ def prepare(config: PretrainConfig) -> data.Dataset:
       f'bytes of training images on every device, and as many more; the limit is '
       f'{config.device_data_limit} MiB'
     )
-  if sharding.is_first() and not checkpoints.steps(workdir / CHECKPOINTS):
+  if processes.is_first() and not checkpoints.steps(workdir / CHECKPOINTS):
     _load_source(config, dataset)
-  runtime.mesh_for(config.batch_size, config.num_devices)
+  devices.mesh_for(config.batch_size, config.num_devices)
   return dataset
 
 
@@ -229,7 +229,7 @@ def _load_dataset(name: str, **options: Any) -> data.Dataset:
 
 
 def run(
-  config: PretrainConfig, stop: runtime.StopSignal, description: str = 'pretrain'
+  config: PretrainConfig, stop: signals.StopSignal, description: str = 'pretrain'
 ) -> dict[str, Any]:
   """Trains to the end, from the newest checkpoint if there is one; returns the result's JSON.
 
@@ -242,38 +242,38 @@ def run(
     NotFiniteError: for a loss that is not finite; the last good checkpoint stays.
     OtherProcessError: for any of these in another process alone.
   """
-  dataset = sharding.together(prepare, config)
+  dataset = processes.together(prepare, config)
   _check_same_everywhere(config, dataset)
   workdir = Path(str(config.workdir))
   stop.patience = _PATIENCE
   with contextlib.ExitStack() as held:
     held.enter_context(jax.default_matmul_precision(config.matmul_precision))
     check_place = (
-      sharding.on_first(held.enter_context, runtime.lock(workdir, *_FILES)) or _elsewhere
+      processes.on_first(held.enter_context, workdirs.lock(workdir, *_FILES)) or _elsewhere
     )
-    result = sharding.on_first(_result_so_far, workdir, config.num_steps) or {}
-    if sharding.largest(bool(result)):
+    result = processes.on_first(_result_so_far, workdir, config.num_steps) or {}
+    if processes.largest(bool(result)):
       return result
-    mesh = runtime.mesh_for(config.batch_size, config.num_devices)
-    if config.num_devices is None and sharding.is_first():
-      runtime.warn_of_idle_devices(mesh, config.batch_size)
+    mesh = devices.mesh_for(config.batch_size, config.num_devices)
+    if config.num_devices is None and processes.is_first():
+      devices.warn_of_idle_devices(mesh, config.batch_size)
     setup, window = _begin(config, _set_up(config, dataset), dataset)
     state = _train(config, setup, window, dataset, mesh, stop, description, check_place)
-    return sharding.on_first(_finish, config, setup, state, dataset, mesh.local_mesh) or {}
+    return processes.on_first(_finish, config, setup, state, dataset, mesh.local_mesh) or {}
 
 
 def _check_same_everywhere(config: PretrainConfig, dataset: data.Dataset) -> None:
   """Refuses to train with processes that were told different things."""
-  values = {name: value for name, value in settings.to_dict(config).items() if name not in _PLACES}
-  values |= {'data_dir': dataset.digest, 'versions': runtime.versions()}
-  if names := sharding.differing(values):
-    flags = ', '.join(f'--{name}' for name in names)
-    raise UsageError(f'{flags}: must be the same in every process')
+  values = {name: value for name, value in flags.to_dict(config).items() if name not in _PLACES}
+  values |= {'data_dir': dataset.digest, 'versions': devices.versions()}
+  if names := processes.differing(values):
+    named = ', '.join(f'--{name}' for name in names)
+    raise UsageError(f'{named}: must be the same in every process')
 
 
 def _result_so_far(workdir: Path, num_steps: int) -> dict[str, Any] | None:
   """The result of a run that has already come to its end."""
-  result = runtime.read_json(workdir / RESULT, 'step', 'test', 'config')
+  result = workdirs.read_json(workdir / RESULT, 'step', 'test', 'config')
   return result if result is not None and result['step'] == num_steps else None
 
 
@@ -298,9 +298,9 @@ def _set_up(config: PretrainConfig, dataset: data.Dataset) -> _Setup:
   state = init_state(model, train_config, init_key, len(dataset.train.images))
   metadata = {
     'model': model_config,
-    'config': settings.to_dict(config),
+    'config': flags.to_dict(config),
     'data': dataset.provenance(),
-    'versions': runtime.versions(),
+    'versions': devices.versions(),
   }
   return _Setup(model, train_config, state, train_key, eval_key, metadata)
 
@@ -335,8 +335,8 @@ def _begin(
 ) -> tuple[_Setup, training.Window]:
   """The run at its newest good checkpoint or at step 0, and its window."""
   fresh = setup.state, training.empty_window(setup.model, setup.train_config, setup.state)
-  state, window, source = sharding.on_first(_restore, config, dataset, *fresh) or (*fresh, None)
-  state, window = sharding.from_first((state, window))
+  state, window, source = processes.on_first(_restore, config, dataset, *fresh) or (*fresh, None)
+  state, window = processes.from_first((state, window))
   return setup._replace(state=state, metadata={**setup.metadata, 'source': source}), window
 
 
@@ -346,7 +346,7 @@ def _train(
   window: training.Window,
   dataset: data.Dataset,
   mesh: jax.sharding.Mesh,
-  stop: runtime.StopSignal,
+  stop: signals.StopSignal,
   description: str,
   check_place: Callable[[], None],
 ) -> training.TrainState:
@@ -367,19 +367,19 @@ def _train(
   with contextlib.ExitStack() as stack:
     images = dataset.test.images[:_WATCHED]
     look = functools.partial(_look, config, setup, images=images, mesh=mesh.local_mesh)
-    devices = runtime.devices(mesh)
-    recording = _recording(config, setup, devices, description, check_place, look)
-    record = sharding.on_first(stack.enter_context, recording) or _elsewhere
+    kinds = devices.device_kinds(mesh)
+    recording = _recording(config, setup, kinds, description, check_place, look)
+    record = processes.on_first(stack.enter_context, recording) or _elsewhere
     try:
       for progress in dispatches:
-        signum = sharding.largest(stop.requested() or 0)
-        sharding.together(record, progress, signum > 0)
+        signum = processes.largest(stop.requested() or 0)
+        processes.together(record, progress, signum > 0)
         if signum:
-          raise runtime.Interrupted(signum)
+          raise signals.Interrupted(signum)
     except training.NotFiniteError as error:
       report = {'step': error.step, 'metrics': error.metrics, 'examples': error.examples.tolist()}
       path = Path(str(config.workdir)) / NOT_FINITE
-      sharding.on_first(runtime.write_json, path, report)
+      processes.on_first(workdirs.write_json, path, report)
       raise
   return progress.state
 
@@ -395,7 +395,7 @@ def _recording(
 ) -> Iterator[Callable[[training.Progress, bool], None]]:
   """A function that writes down, after each dispatch, what the work directory is to keep of it."""
   workdir, done = Path(str(config.workdir)), int(setup.state.step)
-  runtime.write_json(workdir / CONFIG, setup.metadata | {'devices': devices})
+  workdirs.write_json(workdir / CONFIG, setup.metadata | {'devices': devices})
   _drop_rows_after(workdir / METRICS, done)
   best_loss = _best_loss(workdir / BEST)
 
@@ -423,7 +423,7 @@ def _recording(
       checkpoints.save(workdir / CHECKPOINTS, step, tree, setup.metadata)
     done = step
 
-  progress_bar = runtime.progress_bar(config.num_steps, description, initial=done)
+  progress_bar = messages.progress_bar(config.num_steps, description, initial=done)
   watch = tensorboard.EventWriter(workdir / EVENTS, done) if config.tensorboard else None
   metrics = (workdir / METRICS).open('a')
   with progress_bar as bar, metrics as metrics_file, watch or contextlib.nullcontext():
@@ -459,7 +459,7 @@ def _restore(
   """State and window of the newest good checkpoint, or those of step 0; what --init_from gave."""
   directory = Path(str(config.workdir)) / CHECKPOINTS
   template = _tree(state, window)
-  restored = checkpoints.restore_latest(directory, template, on_damage=runtime.warn)
+  restored = checkpoints.restore_latest(directory, template, on_damage=messages.warn)
   if restored is not None:
     tree, saved = restored
     _check_same_settings(saved['config'], config)  # should config.json be lost
@@ -481,7 +481,7 @@ def _restore(
 def _best_loss(directory: Path) -> float:
   """The loss of the best checkpoint so far."""
   try:
-    found = checkpoints.load_latest(directory, on_damage=runtime.warn)
+    found = checkpoints.load_latest(directory, on_damage=messages.warn)
   except checkpoints.CheckpointError:
     found = None  # damaged: the next good loss takes its place
   return math.inf if found is None else float(found[1]['loss'])
@@ -500,7 +500,7 @@ def _finish(
   for name, page in pages.items():
     image_grids.save(workdir / f'{name}.png', page)
   result = {'step': int(state.step), 'test': test, **setup.metadata}
-  runtime.write_json(workdir / RESULT, result)
+  workdirs.write_json(workdir / RESULT, result)
   return result
 
 
@@ -569,12 +569,12 @@ def _fields_of(config: PretrainConfig, *names: str) -> dict[str, Any]:
 def _check_same_settings(before: dict[str, Any], config: PretrainConfig) -> None:
   """Refuses to go on with a run under other settings than it was started with."""
   # A run that was started before a flag existed did what the flag's default does.
-  before = settings.to_dict(PretrainConfig()) | before
+  before = flags.to_dict(PretrainConfig()) | before
   longer = config.schedule == 'constant' and config.num_steps > before['num_steps']
   free = _FREE_SETTINGS | ({'num_steps'} if longer else set())
   changed = {
     name: value
-    for name, value in settings.to_dict(config).items()
+    for name, value in flags.to_dict(config).items()
     if name not in free and before[name] != value
   }
   if changed:
@@ -597,7 +597,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
       row_step = json.loads(line)['step']
     except (ValueError, TypeError, KeyError):
       if number < len(lines):  # the last line of a killed run is half a line
-        runtime.warn(f'{path}: line {number} is damaged, left out')
+        messages.warn(f'{path}: line {number} is damaged, left out')
       continue
     if row_step <= step:
       kept.append(line + b'\n')
@@ -605,6 +605,6 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 
 if __name__ == '__main__':
-  settings.define_flags(PretrainConfig)
-  settings.define_flags(distributed.Cluster)
-  runtime.run(main)
+  flags.define_flags(PretrainConfig)
+  flags.define_flags(distributed.Cluster)
+  app.run(main)

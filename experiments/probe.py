@@ -26,8 +26,8 @@ from typing import Any
 from etils import epy
 
 from experiments import pretrain
-from experiments.cli import runtime, settings
-from experiments.cli.settings import UsageError, setting
+from experiments.cli import app, devices, flags, messages, signals, workdirs
+from experiments.cli.flags import UsageError, setting
 from se_vae import choices
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -96,9 +96,9 @@ class ProbeConfig:
 
 def main() -> None:
   """Entry point."""
-  config = settings.from_flags(ProbeConfig)
-  runtime.use_all_cores(config.batch_size)
-  with runtime.StopSignal().listening() as stop:
+  config = flags.from_flags(ProbeConfig)
+  devices.use_all_cores(config.batch_size)
+  with signals.StopSignal().listening() as stop:
     result = run(config, stop)
   print(f'{config.workdir}: {config.task} probe on {result["num_examples"]} test images')
   print(f'radius  adversarial accuracy [95 % interval], {config.attack}')
@@ -139,10 +139,10 @@ def prepare(config: ProbeConfig) -> Prepared:
   Raises:
     UsageError: naming the flag.
   """
-  settings.check(config)
-  workdir = runtime.check_workdir(config.workdir, _LOCK)
+  flags.check(config)
+  workdir = workdirs.check_workdir(config.workdir, _LOCK)
   model, params, metadata, _ = _load('--workdir', workdir)
-  pretraining = settings.from_dict(pretrain.PretrainConfig, metadata['config'])
+  pretraining = flags.from_dict(pretrain.PretrainConfig, metadata['config'])
   # A run's directory may have moved since, and with it what it wrote.
   data_dir = config.data_dir or pretraining.data_dir
   pretraining = dataclasses.replace(pretraining, workdir=str(workdir), data_dir=data_dir)
@@ -160,7 +160,7 @@ def prepare(config: ProbeConfig) -> Prepared:
     dataset,
     dataset.test.images[:count].astype(np.float32) / 255.0,
     dataset.test.labels[config.task][:count],
-    runtime.mesh_for(config.batch_size),
+    devices.mesh_for(config.batch_size),
     surrogate,
   )
 
@@ -214,7 +214,7 @@ def fit(
 
 
 def run(
-  config: ProbeConfig, stop: runtime.StopSignal, description: str = 'attack'
+  config: ProbeConfig, stop: signals.StopSignal, description: str = 'attack'
 ) -> dict[str, Any]:
   """Fits, attacks and checks; returns the result's JSON.
 
@@ -224,19 +224,19 @@ def run(
   """
   prepared = prepare(config)
   stop.patience = _PATIENCE
-  with runtime.lock(prepared.workdir, *_FILES, name=_LOCK):
+  with workdirs.lock(prepared.workdir, *_FILES, name=_LOCK):
     return _run(config, prepared, stop, description)
 
 
 def _run(
-  config: ProbeConfig, prepared: Prepared, stop: runtime.StopSignal, description: str
+  config: ProbeConfig, prepared: Prepared, stop: signals.StopSignal, description: str
 ) -> dict[str, Any]:
   means = train_means(prepared, prepared.model, prepared.params)
   stop.check()
   probe, train_accuracy = fit(config, prepared, means)
   stop.check()
   stem = prepared.workdir / file_stem(config)
-  digest = hashlib.sha256(json.dumps(settings.to_dict(config)).encode()).hexdigest()[:8]
+  digest = hashlib.sha256(json.dumps(flags.to_dict(config)).encode()).hexdigest()[:8]
   state = stem.with_name(f'{stem.name}_{digest}.state.npz')
   surrogate = None
   if prepared.surrogate is not None:
@@ -267,13 +267,13 @@ def _run(
     try:
       outcome = attack(progress=progress)
     except attack_log.LedgerError as error:
-      runtime.warn(f'{error}; starting afresh')
+      messages.warn(f'{error}; starting afresh')
       state.unlink()
       outcome = attack(progress=progress)
   result = {
     **claim(config, outcome),
     'train_accuracy': train_accuracy,
-    'config': settings.to_dict(config),
+    'config': flags.to_dict(config),
     'evaluation': outcome.config,
     **extra,
     'cost': {
@@ -284,8 +284,8 @@ def _run(
     'step': prepared.metadata['step'],
     'surrogate': None if prepared.surrogate is None else prepared.surrogate.metadata['config'],
     'data': prepared.dataset.provenance(),
-    'versions': runtime.versions(),
-    'devices': runtime.devices(),
+    'versions': devices.versions(),
+    'devices': devices.device_kinds(),
   }
   _write(stem, result, outcome, prepared)
   state.unlink()
@@ -340,9 +340,9 @@ def claim(config: ProbeConfig, outcome: robustness.Evaluation) -> dict[str, Any]
 
 
 @contextlib.contextmanager
-def _progress(description: str, stop: runtime.StopSignal) -> Iterator[Progress]:
+def _progress(description: str, stop: signals.StopSignal) -> Iterator[Progress]:
   """A bar of finished and all attacks, which looks for a signal whenever it moves."""
-  with runtime.progress_bar(1, description, unit='attack') as bar:
+  with messages.progress_bar(1, description, unit='attack') as bar:
 
     def advance(done: int, total: int) -> None:
       bar.total = total
@@ -401,7 +401,7 @@ def parse(text: str, *, unused: tuple[str, ...] = ()) -> ProbeConfig:
   Raises:
     UsageError: for a flag that is wrong, a directory, or one of the flags that are `unused` there.
   """
-  config = settings.parse(ProbeConfig, text, '--probe')
+  config = flags.parse(ProbeConfig, text, '--probe')
   for name in ('workdir', 'data_dir'):
     if getattr(config, name) is not None:
       raise UsageError(f'--probe: --{name} is a flag of its own here')
@@ -419,7 +419,7 @@ def file_stem(config: ProbeConfig) -> str:
 
 def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
   """Raises UsageError, naming the flag, unless a data set has what the settings ask of it."""
-  settings.check(config)
+  flags.check(config)
   if config.task not in dataset.num_classes:
     raise UsageError(
       f'--task: {dataset.name} has no {config.task} labels; its tasks are '
@@ -475,12 +475,12 @@ def _write(
       plots.save_images(file, page)
   path = stem.with_name('robustness.json')
   name = stem.name.removeprefix('probe_')
-  runtime.write_json(path, {**(runtime.read_json(path) or {}), name: result})
-  runtime.write_json(stem.with_suffix('.json'), result)  # last: its presence says all is there
+  workdirs.write_json(path, {**(workdirs.read_json(path) or {}), name: result})
+  workdirs.write_json(stem.with_suffix('.json'), result)  # last: its presence says all is there
 
 
 def _write_csv(path: Path, columns: Mapping[str, Sequence[float]]) -> None:
-  runtime.write_csv(path, [tuple(columns), *zip(*columns.values(), strict=True)])
+  workdirs.write_csv(path, [tuple(columns), *zip(*columns.values(), strict=True)])
 
 
 def _page(outcome: robustness.Evaluation, prepared: Prepared) -> list[np.ndarray]:
@@ -500,5 +500,5 @@ def _page(outcome: robustness.Evaluation, prepared: Prepared) -> list[np.ndarray
 
 
 if __name__ == '__main__':
-  settings.define_flags(ProbeConfig)
-  runtime.run(main)
+  flags.define_flags(ProbeConfig)
+  app.run(main)

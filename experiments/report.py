@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from experiments import figure1, pretrain
-from experiments.cli import runtime, settings
-from experiments.cli.settings import UsageError, setting
+from experiments.cli import app, flags
+from experiments.cli.flags import UsageError, setting
 from experiments.visual import charts, plots
 from se_vae.storage import atomic_files
 
@@ -155,7 +155,7 @@ class Table(NamedTuple):
 
 def main() -> None:
   """Entry point."""
-  print(run(settings.from_flags(ReportConfig)))
+  print(run(flags.from_flags(ReportConfig)))
 
 
 def run(config: ReportConfig) -> Path:
@@ -164,7 +164,7 @@ def run(config: ReportConfig) -> Path:
   Raises:
     UsageError: for a flag that is wrong, or a file that is damaged, before anything is written.
   """
-  settings.check(config)
+  flags.check(config)
   directories = [_directory('--workdir', config.workdir)]
   directories += [_directory('--compare', name) for name in config.compare or ()]
   output = _check_output(Path(config.output) if config.output else directories[0] / 'report.html')
@@ -236,9 +236,7 @@ def render(directories: Sequence[Path]) -> str:
     robustness=_robustness(runs),
     training=_training(runs),
     picture_titles=sorted({p.title for run in runs for p in run.pictures}, key=_picture_order),
-    settings=_side_by_side(
-      [run.config for run in runs], settings.to_dict(pretrain.PretrainConfig())
-    ),
+    settings=_side_by_side([run.config for run in runs], flags.to_dict(pretrain.PretrainConfig())),
     environment=_side_by_side([run.environment for run in runs], {}),
     size=(charts.WIDTH, charts.HEIGHT),
   )
@@ -285,7 +283,7 @@ def _parsed(path: Path, parse: Callable[[Any], T], content: str | None = None) -
 
 def _metadata(path: Path) -> dict[str, Any]:
   def parse(content: Any) -> dict[str, Any]:
-    config = settings.to_dict(settings.from_dict(pretrain.PretrainConfig, content['config']))
+    config = flags.to_dict(flags.from_dict(pretrain.PretrainConfig, content['config']))
     texts = {name: str(config[name]) for name in ('dataset', 'objective')}
     return {
       'config': config | texts | {'num_steps': int(config['num_steps'])},
@@ -547,5 +545,5 @@ def _setting_text(value: Any) -> str:
 
 
 if __name__ == '__main__':
-  settings.define_flags(ReportConfig)
-  runtime.run(main)
+  flags.define_flags(ReportConfig)
+  app.run(main)

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from experiments import pretrain, probe
-from experiments.cli import runtime, settings
-from experiments.cli.settings import UsageError, setting
+from experiments.cli import app, devices, flags, messages, signals, workdirs
+from experiments.cli.flags import UsageError, setting
 from se_vae import choices
 from se_vae.data.transforms import pixels
 
@@ -75,31 +75,31 @@ class State(NamedTuple):
 
 def main() -> None:
   """Entry point."""
-  config = settings.from_flags(SupervisedConfig)
-  runtime.use_all_cores(config.batch_size)
-  with runtime.StopSignal().listening() as stop:
+  config = flags.from_flags(SupervisedConfig)
+  devices.use_all_cores(config.batch_size)
+  with signals.StopSignal().listening() as stop:
     result = run(config, stop)
   for radius, accuracy in zip(result['radii'], result['accuracy'], strict=True):
     print(f'{radius:6.3f}  {accuracy:.3f}')
 
 
-def run(config: SupervisedConfig, stop: runtime.StopSignal) -> dict[str, Any]:
+def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   """Trains and attacks; returns the result's JSON.
 
   Raises:
     UsageError: for settings that are wrong, before anything is compiled or written.
     Interrupted: when `stop` says so, after a checkpoint.
   """
-  settings.check(config)
-  workdir = runtime.check_workdir(config.workdir)
+  flags.check(config)
+  workdir = workdirs.check_workdir(config.workdir)
   attack = probe.parse(config.probe, unused=_UNUSED)
   dataset = pretrain.load_dataset(
     pretrain.PretrainConfig(config.workdir, config.dataset, config.data_dir)
   )
   pretrain.check_batch_size(config.batch_size, dataset)
   probe.check_fits(attack, dataset)
-  mesh, attack_mesh = runtime.mesh_for(config.batch_size), runtime.mesh_for(attack.batch_size)
-  with runtime.lock(workdir, pretrain.RESULT):
+  mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
+  with workdirs.lock(workdir, pretrain.RESULT):
     finished = _finished(config, dataset)
     if finished is not None:
       return finished
@@ -116,24 +116,24 @@ def run(config: SupervisedConfig, stop: runtime.StopSignal) -> dict[str, Any]:
     result = {
       'step': int(state.step),
       **probe.claim(attack, outcome),
-      'config': settings.to_dict(config),
+      'config': flags.to_dict(config),
       'evaluation': outcome.config,
       'data': dataset.provenance(),
-      'versions': runtime.versions(),
-      'devices': runtime.devices(),
+      'versions': devices.versions(),
+      'devices': devices.device_kinds(),
     }
-    runtime.write_json(workdir / pretrain.RESULT, result)
+    workdirs.write_json(workdir / pretrain.RESULT, result)
   return result
 
 
 def _finished(config: SupervisedConfig, dataset: data.Dataset) -> dict[str, Any] | None:
   """The result of these very settings on this very data, if it is there already."""
   path = Path(str(config.workdir)) / pretrain.RESULT
-  result = runtime.read_json(path, 'radii', 'accuracy', 'config')
+  result = workdirs.read_json(path, 'radii', 'accuracy', 'config')
   if result is None:
     return None
   found = (result['config'], result.get('data'))
-  wanted = (settings.to_dict(config), dataset.provenance())
+  wanted = (flags.to_dict(config), dataset.provenance())
   return result if found == wanted else None
 
 
@@ -142,7 +142,7 @@ def _train(
   task: str,
   dataset: data.Dataset,
   mesh: jax.sharding.Mesh,
-  stop: runtime.StopSignal,
+  stop: signals.StopSignal,
 ) -> tuple[linear_probe.ProbedEncoder, State]:
   """The classifier at its last step, from the newest checkpoint if there is one."""
   images, labels = dataset.train.images, dataset.train.labels[task]
@@ -157,9 +157,9 @@ def _train(
   init_key, key = jax.random.split(jax.random.key(config.seed))
   init = functools.partial(_init, config, classifier, num_classes=dataset.num_classes[task])
   template = jax.eval_shape(init, init_key)._asdict()
-  saved = {**settings.to_dict(config), 'workdir': None, 'data_dir': None, 'probe': None}
+  saved = {**flags.to_dict(config), 'workdir': None, 'data_dir': None, 'probe': None}
   directory = Path(str(config.workdir)) / pretrain.CHECKPOINTS
-  restored = checkpoints.restore_latest(directory, template, on_damage=runtime.warn)
+  restored = checkpoints.restore_latest(directory, template, on_damage=messages.warn)
   if restored is None:
     state = jax.jit(init)(init_key)
   else:
@@ -170,7 +170,7 @@ def _train(
   state = sharding.replicate_copy(mesh, state)
   key, device_images, device_labels = sharding.replicate(mesh, (key, images, labels))
   step = int(state.step)
-  with runtime.progress_bar(config.num_steps, 'supervised', initial=step) as bar:
+  with messages.progress_bar(config.num_steps, 'supervised', initial=step) as bar:
     while step < config.num_steps:
       count = min(_STEPS_PER_DISPATCH - step % _STEPS_PER_DISPATCH, config.num_steps - step)
       indices = data.batch_indices(config.seed, step, count, config.batch_size, len(images))
@@ -247,5 +247,5 @@ def _steps(
 
 
 if __name__ == '__main__':
-  settings.define_flags(SupervisedConfig)
-  runtime.run(main)
+  flags.define_flags(SupervisedConfig)
+  app.run(main)

@@ -19,8 +19,8 @@ from typing import Any
 from etils import epy
 
 from experiments import pipeline, pretrain, probe
-from experiments.cli import runtime, settings
-from experiments.cli.settings import UsageError, setting
+from experiments.cli import app, devices, flags, messages, signals, workdirs
+from experiments.cli.flags import UsageError, setting
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.visual import plots
@@ -57,15 +57,15 @@ class Run:
 
 def main() -> None:
   """Entry point."""
-  config = settings.from_flags(SweepConfig)
-  base = settings.from_flags(pretrain.PretrainConfig)
-  runtime.use_all_cores(base.batch_size, base.num_devices)
-  with runtime.StopSignal().listening() as stop:
+  config = flags.from_flags(SweepConfig)
+  base = flags.from_flags(pretrain.PretrainConfig)
+  devices.use_all_cores(base.batch_size, base.num_devices)
+  with signals.StopSignal().listening() as stop:
     run(config, base, stop)
 
 
 def run(
-  config: SweepConfig, base: pretrain.PretrainConfig, stop: runtime.StopSignal
+  config: SweepConfig, base: pretrain.PretrainConfig, stop: signals.StopSignal
 ) -> dict[str, Any]:
   """Runs what is not finished, and writes the tables; returns the JSON.
 
@@ -73,12 +73,12 @@ def run(
     UsageError: for settings that are wrong, before anything is compiled or written.
     Interrupted: when `stop` says so, after a checkpoint.
   """
-  settings.check(config)
-  workdir = runtime.check_workdir(base.workdir)
+  flags.check(config)
+  workdir = workdirs.check_workdir(base.workdir)
   runs = list(runs_of(config, base, workdir))
   for each in runs:
     probe.check_fits(each.attack, pretrain.prepare(each.pretraining))
-  with runtime.lock(workdir, 'sweep.*') as check_place:
+  with workdirs.lock(workdir, 'sweep.*') as check_place:
     return _run(config, base, workdir, runs, stop, check_place)
 
 
@@ -87,16 +87,16 @@ def _run(
   base: pretrain.PretrainConfig,
   workdir: Path,
   runs: list[Run],
-  stop: runtime.StopSignal,
+  stop: signals.StopSignal,
   check_place: Callable[[], None],
 ) -> dict[str, Any]:
   content: dict[str, Any] = {
-    'config': {'sweep': settings.to_dict(config), 'pretraining': settings.to_dict(base)},
-    'versions': runtime.versions(),
-    'devices': runtime.devices(),
+    'config': {'sweep': flags.to_dict(config), 'pretraining': flags.to_dict(base)},
+    'versions': devices.versions(),
+    'devices': devices.device_kinds(),
   }
   path = workdir / 'sweep.json'
-  before = runtime.read_json(path, 'results') or {'results': []}
+  before = workdirs.read_json(path, 'results') or {'results': []}
   seconds = {str(result['varied']): result['seconds'] for result in before['results']}
   results: list[dict[str, Any]] = []
   for number, each in enumerate(runs, start=1):
@@ -115,14 +115,14 @@ def _run(
         **attacked,
       }
     )
-    runtime.write_json(path, {**content, 'results': results})
+    workdirs.write_json(path, {**content, 'results': results})
   groups = list(_over_seeds(results))
   with atomic_files.replacing(workdir / 'sweep.png') as file:
     plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve, _ in groups])])
   rows = list(_table(groups))
-  runtime.write_csv(workdir / 'sweep.csv', rows)
+  workdirs.write_csv(workdir / 'sweep.csv', rows)
   header, *cells = (map(_cell, row) for row in rows)
-  text = runtime.markdown_table(header, cells)
+  text = messages.markdown_table(header, cells)
   atomic_files.write(workdir / 'sweep.md', f'{text}\n'.encode())
   print(text)
   return {**content, 'results': results}
@@ -163,7 +163,7 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
     if name in found:
       raise UsageError(f'--vary: {name} is there twice')
     parsed = tuple(
-      getattr(settings.parse(pretrain.PretrainConfig, f'--{name}={value}', '--vary'), name)
+      getattr(flags.parse(pretrain.PretrainConfig, f'--{name}={value}', '--vary'), name)
       for value in values.split(',')
     )
     if len(set(parsed)) < len(parsed):
@@ -216,6 +216,6 @@ def _label(varied: dict[str, Any]) -> str:
 
 
 if __name__ == '__main__':
-  settings.define_flags(SweepConfig)
-  settings.define_flags(pretrain.PretrainConfig)
-  runtime.run(main)
+  flags.define_flags(SweepConfig)
+  flags.define_flags(pretrain.PretrainConfig)
+  app.run(main)

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import probe
-from experiments.cli import runtime, settings
-from experiments.cli.settings import UsageError, setting
+from experiments.cli import app, devices, flags, messages, signals, workdirs
+from experiments.cli.flags import UsageError, setting
 from se_vae import choices
 from se_vae.evaluation import linear_probe, robustness
 from se_vae.models import vae
@@ -61,9 +61,9 @@ class ComparisonConfig:
 
 def main() -> None:
   """Entry point."""
-  config = settings.from_flags(ComparisonConfig)
-  runtime.use_all_cores(config.batch_size)
-  with runtime.StopSignal(saves=False).listening() as stop:
+  config = flags.from_flags(ComparisonConfig)
+  devices.use_all_cores(config.batch_size)
+  with signals.StopSignal(saves=False).listening() as stop:
     result = run(config, stop)
   print(f'{"radius":>8}' + ''.join(f'{name:>20}' for name in result['accuracy']))
   for i, radius in enumerate(config.radii):
@@ -73,14 +73,14 @@ def main() -> None:
     print(f'{name}: {min(seconds):.1f} s' + (f', first batch {first:.1f} s' if first else ''))
 
 
-def run(config: ComparisonConfig, stop: runtime.StopSignal) -> dict[str, Any]:
+def run(config: ComparisonConfig, stop: signals.StopSignal) -> dict[str, Any]:
   """Compares; returns the result's JSON.
 
   Raises:
     UsageError: for settings that are wrong, a model that is no MLP, or where a package is missing.
     Interrupted: when `stop` says so; nothing is kept.
   """
-  settings.check(config)
+  flags.check(config)
   try:
     torch, foolbox, torchattacks = (importlib.import_module(name) for name in _PACKAGES)
   except ImportError as error:
@@ -101,7 +101,7 @@ def run(config: ComparisonConfig, stop: runtime.StopSignal) -> dict[str, Any]:
   first_batch = {name: _run(attack, x[some], labels[some])[1] for name, attack in timed.items()}
   correct: dict[str, np.ndarray] = {}
   turns: dict[str, list[float]] = {name: [] for name in timed}
-  with runtime.progress_bar(config.repeats * len(timed), 'timed attacks', unit='run') as progress:
+  with messages.progress_bar(config.repeats * len(timed), 'timed attacks', unit='run') as progress:
     for _ in range(config.repeats):
       for name, attack in timed.items():
         correct[name], seconds = _run(attack, x, labels)
@@ -109,7 +109,7 @@ def run(config: ComparisonConfig, stop: runtime.StopSignal) -> dict[str, Any]:
         progress.update()
   if config.worst_case:
     others = {name: attack for name, attack in (theirs | ours).items() if name not in timed}
-    with runtime.progress_bar(len(others), 'ensembles', unit='run') as progress:
+    with messages.progress_bar(len(others), 'ensembles', unit='run') as progress:
       for name, attack in others.items():
         correct[name], seconds = _run(attack, x, labels)
         turns[name] = [seconds]
@@ -122,12 +122,12 @@ def run(config: ComparisonConfig, stop: runtime.StopSignal) -> dict[str, Any]:
     'missed': _missed(correct) if config.worst_case else {},
     'first_batch': first_batch,
     'seconds': turns,
-    'config': settings.to_dict(config),
-    'versions': runtime.versions() | versions,
-    'devices': runtime.devices(),
+    'config': flags.to_dict(config),
+    'versions': devices.versions() | versions,
+    'devices': devices.device_kinds(),
     'torch_threads': torch.get_num_threads(),
   }
-  runtime.write_json(prepared.workdir / f'attacks_{config.task}.json', result)
+  workdirs.write_json(prepared.workdir / f'attacks_{config.task}.json', result)
   return result
 
 
@@ -151,7 +151,7 @@ def _ours(
   config: ComparisonConfig,
   prepared: probe.Prepared,
   fitted: linear_probe.LinearProbe,
-  stop: runtime.StopSignal,
+  stop: signals.StopSignal,
 ) -> dict[str, Contender]:
   classifier = linear_probe.ProbedEncoder(prepared.model)
   options: dict[str, Any] = {
@@ -190,7 +190,7 @@ def _theirs(
   foolbox: Any,
   torchattacks: Any,
   network: Any,
-  stop: runtime.StopSignal,
+  stop: signals.StopSignal,
 ) -> dict[str, Contender]:
   """Each attacks every radius apart."""
   model = foolbox.PyTorchModel(network, bounds=(0, 1))
@@ -297,5 +297,5 @@ def _check_same(
 
 
 if __name__ == '__main__':
-  settings.define_flags(ComparisonConfig)
-  runtime.run(main)
+  flags.define_flags(ComparisonConfig)
+  app.run(main)

@@ -1,7 +1,8 @@
 r"""How fast training, the attacks and the binaries' start are, beside what this machine can do.
 
   python -m experiments.benchmarks.speed --workdir=runs/benchmark
-  python -m experiments.benchmarks.speed --workdir=runs/benchmark --sections=steps,torch --objectives=se
+  python -m experiments.benchmarks.speed --workdir=runs/benchmark --sections=steps,torch \
+    --objectives=se
 
 Prints Markdown tables, and writes them into the work directory as `benchmark.md`, with every
 measurement in `benchmark.json`. The sections:
@@ -35,8 +36,8 @@ from typing import Any
 
 from etils import epy
 
-from experiments.cli import runtime, settings
-from experiments.cli.settings import UsageError, setting
+from experiments.cli import app, devices, flags, messages, signals, workdirs
+from experiments.cli.flags import UsageError, setting
 from se_vae import choices
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -86,27 +87,27 @@ class BenchmarkConfig:
 
 def main() -> None:
   """Entry point."""
-  config = settings.from_flags(BenchmarkConfig)
-  runtime.use_all_cores(max(*config.batch_sizes, *config.conv_batch_sizes))
-  with runtime.StopSignal(saves=False).listening() as stop:
+  config = flags.from_flags(BenchmarkConfig)
+  devices.use_all_cores(max(*config.batch_sizes, *config.conv_batch_sizes))
+  with signals.StopSignal(saves=False).listening() as stop:
     run(config, stop)
 
 
-def run(config: BenchmarkConfig, stop: runtime.StopSignal) -> dict[str, Any]:
+def run(config: BenchmarkConfig, stop: signals.StopSignal) -> dict[str, Any]:
   """Measures, prints and writes; returns the result's JSON.
 
   Raises:
     UsageError: for settings that are wrong, or where PyTorch is asked for and missing.
     Interrupted: when `stop` says so; nothing is kept.
   """
-  settings.check(config)
-  workdir = runtime.check_workdir(config.workdir)
+  flags.check(config)
+  workdir = workdirs.check_workdir(config.workdir)
   dataset = data.load('mnist_5k')
   largest = max(*config.batch_sizes, *config.conv_batch_sizes, *config.growth_batch_sizes)
   if largest > len(dataset.train.images):
     raise UsageError(f'--batch_sizes: at most {len(dataset.train.images)} images; got {largest}')
-  torch = torch_twin.load(num_threads=runtime.num_cores()) if 'torch' in config.sections else None
-  with runtime.lock(workdir):
+  torch = torch_twin.load(num_threads=devices.num_cores()) if 'torch' in config.sections else None
+  with workdirs.lock(workdir):
     startup = _startup(workdir, config.repeats, stop) if 'startup' in config.sections else {}
     # A fresh process: a fork of this one would have JAX's locks, and none of its threads.
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as processes:
@@ -115,14 +116,14 @@ def run(config: BenchmarkConfig, stop: runtime.StopSignal) -> dict[str, Any]:
       'roofline': rates,
       'rows': rows,
       'startup': startup,
-      'config': settings.to_dict(config),
-      'versions': runtime.versions() | ({'torch': torch.__version__} if torch else {}),
-      'devices': runtime.devices(),
-      'cores': runtime.num_cores(),
+      'config': flags.to_dict(config),
+      'versions': devices.versions() | ({'torch': torch.__version__} if torch else {}),
+      'devices': devices.device_kinds(),
+      'cores': devices.num_cores(),
     }
     tables = '\n\n'.join(_tables(result))
     atomic_files.write(workdir / 'benchmark.md', f'{tables}\n'.encode())
-    runtime.write_json(workdir / 'benchmark.json', result)
+    workdirs.write_json(workdir / 'benchmark.json', result)
   print(tables)
   return result
 
@@ -176,7 +177,7 @@ def _workloads(
 
 
 def _measure(
-  config: BenchmarkConfig, dataset: data.Dataset, processes: Executor, stop: runtime.StopSignal
+  config: BenchmarkConfig, dataset: data.Dataset, processes: Executor, stop: signals.StopSignal
 ) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
   """Rates of products, and a row for everything else, both repeat by repeat."""
   timed: list[tuple[workloads.Workload, int]] = []
@@ -190,7 +191,7 @@ def _measure(
   roofline = workloads.Roofline(config.roofline_sizes)
   rates: dict[str, list[float]] = {product.name: [] for product in roofline.products}
   total = config.repeats * (len(timed) + 1)
-  with runtime.progress_bar(total, 'benchmark', unit='measurement') as progress:
+  with messages.progress_bar(total, 'benchmark', unit='measurement') as progress:
     for _ in range(config.repeats):
       for name, rate in roofline.measure().items():
         rates[name].append(rate)
@@ -206,11 +207,11 @@ def _measure(
   return rates, rows
 
 
-def _startup(workdir: Path, repeats: int, stop: runtime.StopSignal) -> dict[str, list[float]]:
+def _startup(workdir: Path, repeats: int, stop: signals.StopSignal) -> dict[str, list[float]]:
   """Seconds until a binary answers --help, and until a run has taken its first step."""
   seconds: dict[str, list[float]] = {}
   names = ('no cache', 'empty cache', 'warm cache')
-  progress = runtime.progress_bar(repeats * (len(_BINARIES) + len(names)), 'start', unit='start')
+  progress = messages.progress_bar(repeats * (len(_BINARIES) + len(names)), 'start', unit='start')
   with progress, tempfile.TemporaryDirectory(dir=workdir) as directory:
     for repeat in range(repeats):
       for binary in _BINARIES:
@@ -256,7 +257,7 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
   steps = {row['case']: row for row in rows if row['kind'] == 'step'}
   if steps:
     header = ('training step', 'ms', 'GFLOP', 'GFLOP/s', 'of the roofline', 'temporary MiB')
-    yield runtime.markdown_table(header, map(_step, steps.values()))
+    yield messages.markdown_table(header, map(_step, steps.values()))
   for kind, name, ratio in (
     ('piece', 'piece of the step', 'of the step'),
     ('torch', 'eager PyTorch', 'times ours'),
@@ -264,14 +265,14 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
     some = [row for row in rows if row['kind'] == kind]
     if some:
       cells = (_compared(row, steps[row['case']]) for row in some)
-      yield runtime.markdown_table((name, 'ms', ratio, 'of the roofline'), cells)
+      yield messages.markdown_table((name, 'ms', ratio, 'of the roofline'), cells)
   evaluated = [row for row in rows if row['kind'] == 'evaluation']
   if evaluated:
     thousands = result['config']['num_examples'] * _EVALUATION_STEPS / 1e3
     rates_of = ([row['name'], _range(thousands / np.array(row['seconds']))] for row in evaluated)
-    yield runtime.markdown_table(('attack', 'thousand images x steps a second'), rates_of)
+    yield messages.markdown_table(('attack', 'thousand images x steps a second'), rates_of)
   if result['startup']:
-    yield runtime.markdown_table(
+    yield messages.markdown_table(
       ('start', 's'), ([name, _range(taken)] for name, taken in result['startup'].items())
     )
 
@@ -309,5 +310,5 @@ def _summary(values: Any) -> tuple[float, float, float]:
 
 
 if __name__ == '__main__':
-  settings.define_flags(BenchmarkConfig)
-  runtime.run(main)
+  flags.define_flags(BenchmarkConfig)
+  app.run(main)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.cli.settings import UsageError
+from experiments.cli.flags import UsageError
 from se_vae.models import convolutions, networks
 from se_vae.models.vae import VAE, Params
 from se_vae.training import TrainConfig

@@ -16,7 +16,7 @@ import optax
 
 from experiments.benchmarks import flops, torch_twin
 from experiments.benchmarks.torch_twin import Twin
-from experiments.cli import runtime
+from experiments.cli import devices
 from se_vae import attacks, data, gaussians, training
 from se_vae.data.transforms import pixels
 from se_vae.evaluation import linear_probe, robustness
@@ -108,7 +108,7 @@ class Benched:
     self.case = case
     self.model = case.model(images.shape[1:])
     self.config = case.train_config()
-    self.mesh = runtime.mesh_for(case.batch_size)
+    self.mesh = devices.mesh_for(case.batch_size)
     init_key, key = jax.random.split(jax.random.key(0))
     self.state = jax.jit(training.init_state, static_argnums=(0, 1))(
       self.model, self.config, init_key
@@ -232,7 +232,7 @@ def twin_steps(processes: Executor, case: Case, memory_format: str) -> Workload:
   operations = flops.train_step(model, case.train_config(), case.batch_size)
 
   def run(steps: int) -> None:
-    processes.submit(_run_twin, case, memory_format, runtime.num_cores(), steps).result()
+    processes.submit(_run_twin, case, memory_format, devices.num_cores(), steps).result()
 
   return Workload(case.name + layout, run, operations)
 
@@ -282,7 +282,7 @@ def evaluation(case: Case, dataset: data.Dataset, num_examples: int, num_steps: 
     num_steps=num_steps,
     batch_size=min(256, num_examples),
     args=args,
-    mesh=runtime.mesh_for(min(256, num_examples)),
+    mesh=devices.mesh_for(min(256, num_examples)),
   )
   name = f'{case.name.split(",")[0].rsplit(" ", 1)[0]}, {len(x)} images, {num_steps} steps'
   return Workload(name, lambda steps: [attack() for _ in range(steps)])

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 
 from etils import epy
 
-from experiments.cli import runtime, settings
-from experiments.cli.settings import UsageError, setting
+from experiments.cli import app, flags, signals
+from experiments.cli.flags import UsageError, setting
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
 
-  from se_vae.parallel import sharding
+  from se_vae.parallel import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Cluster:
 
 def check_cluster(cluster: Cluster) -> None:
   """Raises UsageError for flags that contradict each other."""
-  settings.check(cluster)
+  flags.check(cluster)
   named = {name: getattr(cluster, name) for name in ('coordinator', 'num_processes', 'process_id')}
   missing = [f'--{name}' for name, value in named.items() if value is None]
   if cluster.coordinator is None or cluster.num_processes is None or cluster.process_id is None:
@@ -72,7 +72,7 @@ def joined(cluster: Cluster) -> Iterator[None]:
     return
   _check_port(cluster)
   _join(cluster)
-  shared: tuple[type[Exception], ...] = (UsageError, runtime.Interrupted, *runtime.failures())
+  shared: tuple[type[Exception], ...] = (UsageError, signals.Interrupted, *app.failures())
   try:
     yield
   except shared:
@@ -110,7 +110,7 @@ def _join(cluster: Cluster) -> None:
   late.daemon = True
   late.start()
   try:
-    sharding.join(
+    processes.join(
       cluster.coordinator,
       cluster.num_processes,
       cluster.process_id,

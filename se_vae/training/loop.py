@@ -24,7 +24,7 @@ from se_vae.choices import ATTACK_DTYPES, OBJECTIVES, OPTIMIZERS, SCHEDULES
 from se_vae.data.transforms import pixels
 from se_vae.gaussians import Gaussian
 from se_vae.models.vae import VAE, Params
-from se_vae.parallel import sharding
+from se_vae.parallel import processes, sharding
 from se_vae.training import input_pipeline
 
 Metrics = dict[str, jax.Array]
@@ -531,7 +531,7 @@ def run(
       # At most twice the last one, as the first dispatch of a process includes its compilation.
       fitting = max(1, int(count * seconds_per_dispatch / seconds))
       fitting = min(max(fitting, dispatch_steps // 2), 2 * dispatch_steps)
-      dispatch_steps = sharding.largest(fitting)  # one clock for all processes
+      dispatch_steps = processes.largest(fitting)  # one clock for all processes
 
 
 def fit(

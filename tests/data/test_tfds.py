@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from experiments import pretrain, probe
-from experiments.cli import runtime
-from experiments.cli.settings import UsageError
+from experiments.cli import signals
+from experiments.cli.flags import UsageError
 from se_vae.storage import checkpoints
 from se_vae.training import input_pipeline
 from tests.data.tiny_tfds import write_tfds
@@ -66,14 +66,14 @@ def bits(workdir: Path) -> dict[str, bytes]:
 def run_probe(workdir: Path, **changes) -> dict:
   few = {'radii': (0.0, 0.1), 'pgd_steps': 1, 'check_examples': 0, 'l2': 1e-4}
   settings = {'workdir': str(workdir), 'task': 'label', **few, **changes}
-  return probe.run(probe.ProbeConfig(**settings), runtime.StopSignal())
+  return probe.run(probe.ProbeConfig(**settings), signals.StopSignal())
 
 
 @pytest.fixture(scope='module')
 def trained(cifar_like, tmp_path_factory) -> Path:
   """A run whose training set was on the devices from beginning to end."""
   workdir = tmp_path_factory.mktemp('resident')
-  pretrain.run(config(workdir, cifar_like), runtime.StopSignal())
+  pretrain.run(config(workdir, cifar_like), signals.StopSignal())
   return workdir
 
 
@@ -84,11 +84,11 @@ def test_a_streamed_run_that_was_interrupted_is_the_resident_run(
   monkeypatch.setattr(input_pipeline, '_POOL_BYTES', 3 * TINY['batch_size'] * 32 * 32 * 3)
   settings = config(tmp_path, cifar_like, device_data_limit=0)
   for _ in range(2):
-    stop = runtime.StopSignal()
+    stop = signals.StopSignal()
     stop.signum = signal.SIGTERM
-    with pytest.raises(runtime.Interrupted):
+    with pytest.raises(signals.Interrupted):
       pretrain.run(settings, stop)
-  pretrain.run(settings, runtime.StopSignal())
+  pretrain.run(settings, signals.StopSignal())
   assert bits(tmp_path) == bits(trained)
   with Image.open(tmp_path / 'samples.png') as picture:
     assert picture.size == (2 * 32 * 10, 2 * 32 * 10) and picture.mode == 'RGB'
@@ -107,7 +107,7 @@ def test_a_convnet_takes_large_images_of_odd_sides_and_more_classes(tmp_path):
   data_dir = prepared(tmp_path / 'set', (37, 50, 1), 12, declared=(None, None, 1))
   workdir = tmp_path / 'run'
   changes = {'arch': 'convnet', 'objective': 'vae', 'device_data_limit': 0, 'num_steps': 3}
-  result = pretrain.run(config(workdir, data_dir, **changes), runtime.StopSignal())
+  result = pretrain.run(config(workdir, data_dir, **changes), signals.StopSignal())
   assert np.isfinite(result['test']['elbo'])
   with Image.open(workdir / 'traversals.png') as picture:
     assert picture.size == (2 * 50 * 10, 2 * 37 * 4)

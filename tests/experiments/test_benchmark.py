@@ -14,8 +14,8 @@ import pytest
 
 from experiments.benchmarks import flops, speed, torch_twin, workloads
 from experiments.benchmarks.workloads import Case
-from experiments.cli import runtime
-from experiments.cli.settings import UsageError
+from experiments.cli import signals
+from experiments.cli.flags import UsageError
 from se_vae import attacks, training
 from se_vae.attacks import projections
 from se_vae.data.transforms import pixels
@@ -122,7 +122,7 @@ def test_the_binary_measures_what_it_is_asked_for(tmp_path, capsys):
     repeats=2,
     seconds=0.01,
   )
-  result = speed.run(config, runtime.StopSignal())
+  result = speed.run(config, signals.StopSignal())
   assert json.loads((tmp_path / 'benchmark.json').read_text()) == result
   assert len(result['roofline']) == 4 and len(result['rows']) == 2 + 4 + 1
   for values in (*result['roofline'].values(), *(row['seconds'] for row in result['rows'])):
@@ -154,7 +154,7 @@ def test_pytorch_is_timed_in_a_process_of_its_own(tmp_path):
     repeats=1,
     seconds=0.01,
   )
-  result = speed.run(config, runtime.StopSignal())
+  result = speed.run(config, signals.StopSignal())
   assert [row['kind'] for row in result['rows']] == ['step', 'torch', 'torch']
   assert all(row['seconds'][0] > 0.0 for row in result['rows'])
 
@@ -163,14 +163,14 @@ def test_pytorch_is_asked_for_in_one_line(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'torch', None)
   config = speed.BenchmarkConfig(workdir=str(tmp_path / 'w'), sections=('torch',))
   with pytest.raises(UsageError, match='--sections: torch needs `pip install torch`'):
-    speed.run(config, runtime.StopSignal())
+    speed.run(config, signals.StopSignal())
   assert not (tmp_path / 'w').exists()
 
 
 def test_batches_larger_than_the_data_are_refused(tmp_path):
   config = speed.BenchmarkConfig(workdir=str(tmp_path / 'w'), batch_sizes=(4001,))
   with pytest.raises(UsageError, match='--batch_sizes: at most 4000'):
-    speed.run(config, runtime.StopSignal())
+    speed.run(config, signals.StopSignal())
 
 
 @pytest.mark.slow
@@ -178,6 +178,6 @@ def test_start_up_is_measured(tmp_path):
   config = speed.BenchmarkConfig(
     workdir=str(tmp_path), sections=('startup',), roofline_sizes=(16,), repeats=1, seconds=0.01
   )
-  startup = speed.run(config, runtime.StopSignal())['startup']
+  startup = speed.run(config, signals.StopSignal())['startup']
   assert list(startup)[-1] == 'first step, warm cache'
   assert all(len(seconds) == 1 and seconds[0] > 0.0 for seconds in startup.values())

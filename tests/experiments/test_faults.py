@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from experiments import figure1, pretrain, probe
-from experiments.cli import runtime, settings
-from experiments.cli.settings import UsageError
+from experiments.cli import app, flags, signals, workdirs
+from experiments.cli.flags import UsageError
 from se_vae.storage import checkpoints
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -126,16 +126,16 @@ def test_a_binary_killed_at_random_moments_leaves_the_same_bytes(tmp_path, binar
 
 @pytest.mark.parametrize(('saves', 'says'), [(True, 'SIGINT: saved.'), (False, 'nothing is kept')])
 def test_who_keeps_nothing_does_not_say_saved(monkeypatch, capsys, saves, says):
-  monkeypatch.setattr(runtime, 'flags', mock.MagicMock())
-  monkeypatch.setattr(settings, 'from_flags', lambda _: runtime.RuntimeConfig())
+  monkeypatch.setattr(app, 'absl_flags', mock.MagicMock())
+  monkeypatch.setattr(flags, 'from_flags', lambda _: app.RuntimeConfig())
 
   def main():
-    stop = runtime.StopSignal(saves)
+    stop = signals.StopSignal(saves)
     stop.signum = signal.SIGINT
     stop.check()
 
   with pytest.raises(SystemExit) as error:
-    runtime._guarded(main, ['binary'])
+    app._guarded(main, ['binary'])
   assert error.value.code == 130 and says in capsys.readouterr().err
 
 
@@ -161,22 +161,22 @@ def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, u
 
 
 def test_a_directory_is_one_process_s_at_a_time(tmp_path):
-  with runtime.lock(tmp_path):
+  with workdirs.lock(tmp_path):
     owner = f'in use by process {os.getpid()} on '
-    with pytest.raises(UsageError, match=owner), runtime.lock(tmp_path):
+    with pytest.raises(UsageError, match=owner), workdirs.lock(tmp_path):
       pytest.fail('both hold the lock')
     with pytest.raises(UsageError, match=r'--workdir: .* in use'):
-      pretrain.run(pretrain.PretrainConfig(workdir=str(tmp_path)), runtime.StopSignal())
-  with runtime.lock(tmp_path):
+      pretrain.run(pretrain.PretrainConfig(workdir=str(tmp_path)), signals.StopSignal())
+  with workdirs.lock(tmp_path):
     assert str(os.getpid()) in (tmp_path / '.lock').read_text()
 
 
 def test_probe_and_figure1_have_locks_too_and_a_run_in_training_may_be_probed(tmp_path):
   owner = f'in use by process {os.getpid()} on '
-  stop = runtime.StopSignal()
-  with runtime.lock(tmp_path, name='.probe.lock'), pytest.raises(UsageError, match=owner):
+  stop = signals.StopSignal()
+  with workdirs.lock(tmp_path, name='.probe.lock'), pytest.raises(UsageError, match=owner):
     probe.run(probe.ProbeConfig(workdir=str(tmp_path)), stop)
-  with runtime.lock(tmp_path):
+  with workdirs.lock(tmp_path):
     with pytest.raises(UsageError, match=owner):
       figure1.run(figure1.Figure1Config(workdir=str(tmp_path)), stop)
     with pytest.raises(UsageError, match='holds no pretrained encoder'):
@@ -185,19 +185,19 @@ def test_probe_and_figure1_have_locks_too_and_a_run_in_training_may_be_probed(tm
 
 def test_a_lock_notices_when_its_directory_is_another_one(tmp_path):
   workdir = tmp_path / 'run'
-  with runtime.lock(workdir) as check_place:
+  with workdirs.lock(workdir) as check_place:
     check_place()
     shutil.rmtree(workdir)
     with pytest.raises(FileNotFoundError, match='vanished'):
       check_place()
-    with runtime.lock(workdir), pytest.raises(FileNotFoundError, match='vanished'):
+    with workdirs.lock(workdir), pytest.raises(FileNotFoundError, match='vanished'):
       check_place()
 
 
 def test_a_lock_removes_what_dead_writers_left_of_its_own_files(tmp_path):
   for name in ('.result.json.7.tmp', '.probe_digit.json.7.tmp', '.mine.tmp'):
     (tmp_path / name).touch()
-  with runtime.lock(tmp_path, 'result.json', 'config.json'):
+  with workdirs.lock(tmp_path, 'result.json', 'config.json'):
     names = {path.name for path in tmp_path.iterdir()}
   assert names == {'.lock', '.probe_digit.json.7.tmp', '.mine.tmp'}
 
@@ -208,12 +208,12 @@ STUCK = """
   from experiments import runtime
 
   def main():
-    with runtime.StopSignal().listening() as stop:
+    with signals.StopSignal().listening() as stop:
       stop.patience = {patience}
       print('listening', flush=True)
       hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
 
-  runtime.run(main)
+  app.run(main)
 """
 
 
@@ -241,13 +241,13 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
   code = (
     'import pathlib, signal, os\n'
     'from experiments import runtime\n'
-    f'with runtime.lock(pathlib.Path({str(tmp_path)!r})):\n'
+    f'with workdirs.lock(pathlib.Path({str(tmp_path)!r})):\n'
     '  os.kill(os.getpid(), signal.SIGKILL)\n'
   )
   process = subprocess.run([sys.executable, '-c', code], cwd=ROOT)
   assert process.returncode == -signal.SIGKILL
   assert 'process ' in (tmp_path / '.lock').read_text()
-  with runtime.lock(tmp_path):
+  with workdirs.lock(tmp_path):
     assert f'process {os.getpid()} on' in (tmp_path / '.lock').read_text()
 
 
@@ -319,16 +319,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, undi
 def test_damaged_results_and_rows_are_named_and_made_again(tmp_path, capsys):
   small = {'hidden_units': 8, 'latent_dim': 2, 'pgd_steps': 1, 'num_steps': 10}
   config = pretrain.PretrainConfig(workdir=str(tmp_path), log_every=2, checkpoint_every=10, **small)
-  pretrain.run(config, runtime.StopSignal())
+  pretrain.run(config, signals.StopSignal())
   kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
   result = tmp_path / 'result.json'
   result.write_bytes(kept[result].replace(b'"step"', b'"stfp"'))
   (tmp_path / 'config.json').write_bytes(b'\xff')
   with pytest.raises(UsageError, match='--gamma'):  # the checkpoint knows too
-    pretrain.run(dataclasses.replace(config, gamma=2.0), runtime.StopSignal())
+    pretrain.run(dataclasses.replace(config, gamma=2.0), signals.StopSignal())
   rows = kept[tmp_path / 'metrics.jsonl'].splitlines(keepends=True)
   (tmp_path / 'metrics.jsonl').write_bytes(b''.join([rows[0], b'\0\n', *rows[2:]]))
-  pretrain.run(config, runtime.StopSignal())
+  pretrain.run(config, signals.StopSignal())
   assert result.read_bytes() == kept[result]
   assert (tmp_path / 'config.json').read_bytes() == kept[tmp_path / 'config.json']
   assert (tmp_path / 'metrics.jsonl').read_bytes() == b''.join([rows[0], *rows[2:]])
@@ -355,7 +355,7 @@ def test_no_good_checkpoint_at_all_is_an_error_and_nothing_is_overwritten(tmp_pa
 def test_a_constant_rate_may_train_on_and_a_cosine_may_not(tmp_path):
   small = {'hidden_units': 8, 'latent_dim': 2, 'pgd_steps': 1, 'log_every': 5, 'num_steps': 10}
   base = pretrain.PretrainConfig(workdir=str(tmp_path), schedule='constant', **small)
-  stop = runtime.StopSignal()
+  stop = signals.StopSignal()
   pretrain.run(base, stop)
   longer = pretrain.PretrainConfig(**{**vars(base), 'num_steps': 20, 'log_every': 10})
   assert pretrain.run(longer, stop)['step'] == 20

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
+from absl import flags as absl_flags
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from experiments import figure1, pretrain, probe
-from experiments.cli import settings
-from experiments.cli.settings import UsageError
+from experiments.cli import flags
+from experiments.cli.flags import UsageError
 from se_vae import data
 from se_vae.storage import checkpoints
 
@@ -145,14 +145,14 @@ TEXTS = NUMBERS | st.integers().map(str) | st.floats().map(repr) | st.text(max_s
 @given(choices=st.data())
 def test_flag_values(config_type, choices):
   """Any text for any flags: refused in one line that names one of them, or within its limits."""
-  values = flags.FlagValues()
-  settings.define_flags(config_type, values)
+  values = absl_flags.FlagValues()
+  flags.define_flags(config_type, values)
   names = [field for field in config_type.__dataclass_fields__]
   chosen = choices.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
   try:
     values(['program', *(f'--{name}={choices.draw(TEXTS)}' for name in chosen)])
-    config = settings.from_flags(config_type, values)
-  except (flags.Error, UsageError) as error:
+    config = flags.from_flags(config_type, values)
+  except (absl_flags.Error, UsageError) as error:
     assert any(name in str(error) for name in chosen)
     return
   for name, field in config_type.__dataclass_fields__.items():

@@ -20,8 +20,8 @@ from PIL import Image
 
 import se_vae
 from experiments import figure1, pretrain, probe, report
-from experiments.cli import runtime
-from experiments.cli.settings import UsageError
+from experiments.cli import devices, signals
+from experiments.cli.flags import UsageError
 from se_vae import data, training
 from se_vae.storage import checkpoints
 
@@ -54,7 +54,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 def trained(tmp_path_factory) -> Path:
   """A coloured Smooth Encoder after a short training."""
   workdir = tmp_path_factory.mktemp('run')
-  pretrain.run(config(workdir, dataset='color_mnist_5k', num_steps=60), runtime.StopSignal())
+  pretrain.run(config(workdir, dataset='color_mnist_5k', num_steps=60), signals.StopSignal())
   return workdir
 
 
@@ -65,7 +65,7 @@ def check_fit_gives_the_same(workdir: Path, params=None) -> None:
   fields = [field.name for field in dataclasses.fields(se_vae.TrainConfig)]
   train_config = se_vae.TrainConfig(**{name: values[name] for name in fields})
   images = data.load('color_mnist_5k').train.images
-  options = {'steps_per_row': values['log_every'], 'mesh': runtime.mesh_for(values['batch_size'])}
+  options = {'steps_per_row': values['log_every'], 'mesh': devices.mesh_for(values['batch_size'])}
   fitted, losses = se_vae.fit(model, train_config, images, params=params, **options)
   jax.tree.map(np.testing.assert_array_equal, fitted, expected)
   assert [row['loss'] for row in losses] == [row['loss'] for row in rows(workdir)]
@@ -103,7 +103,7 @@ def test_probe_writes_what_it_promises(trained):
     num_examples=50,
     check_examples=0,
   )
-  result = probe.run(settings, runtime.StopSignal())
+  result = probe.run(settings, signals.StopSignal())
   saved = np.load(trained / 'probe_color.npz')
   assert saved['correct'].shape == (2, 50)
   np.testing.assert_allclose(saved['correct'].mean(axis=1), result['accuracy'])
@@ -116,12 +116,12 @@ def test_probe_writes_what_it_promises(trained):
   assert [float(row['accuracy']) for row in table] == result['accuracy']
   assert picture_size(trained / 'probe_color.png')[0] > 100
   # Another batch size is another sequence of dispatches, and the same result.
-  again = probe.run(dataclasses.replace(settings, batch_size=7), runtime.StopSignal())
+  again = probe.run(dataclasses.replace(settings, batch_size=7), signals.StopSignal())
   np.testing.assert_array_equal(again['accuracy'], result['accuracy'])
 
 
 def test_probe_refuses_what_the_run_cannot_answer(trained, tmp_path):
-  stop = runtime.StopSignal()
+  stop = signals.StopSignal()
   pretrain.run(config(tmp_path, num_steps=1), stop)
   with pytest.raises(UsageError, match='--task: mnist_5k has no color labels'):
     probe.run(probe.ProbeConfig(workdir=str(tmp_path), task='color'), stop)
@@ -132,7 +132,7 @@ def test_probe_refuses_what_the_run_cannot_answer(trained, tmp_path):
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(trained):
-  stop = runtime.StopSignal()
+  stop = signals.StopSignal()
   before = (trained / 'result.json').stat().st_mtime_ns
   settings = config(trained, dataset='color_mnist_5k', num_steps=60)
   assert pretrain.run(settings, stop)['step'] == 60
@@ -144,13 +144,13 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(trained):
 def test_an_interrupted_run_ends_bitwise_equal(tmp_path):
   """Stopped at every dispatch and resumed each time, against never stopped."""
   straight, broken = tmp_path / 'straight', tmp_path / 'broken'
-  pretrain.run(config(straight), runtime.StopSignal())
+  pretrain.run(config(straight), signals.StopSignal())
   for _ in range(2):
-    stop = runtime.StopSignal()
+    stop = signals.StopSignal()
     stop.signum = signal.SIGTERM
-    with pytest.raises(runtime.Interrupted):
+    with pytest.raises(signals.Interrupted):
       pretrain.run(config(broken), stop)
-  pretrain.run(config(broken), runtime.StopSignal())
+  pretrain.run(config(broken), signals.StopSignal())
   assert rows(broken) == rows(straight)
   (one, _), (other, _) = (
     checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)
@@ -163,13 +163,13 @@ def test_an_interrupted_run_ends_bitwise_equal(tmp_path):
 
 def test_metrics_of_a_killed_run_have_no_gap_and_no_repeat(tmp_path):
   """Rows after the last checkpoint, and half a row, are written again."""
-  stop = runtime.StopSignal()
+  stop = signals.StopSignal()
   stop.signum = signal.SIGTERM
-  with pytest.raises(runtime.Interrupted):
+  with pytest.raises(signals.Interrupted):
     pretrain.run(config(tmp_path), stop)
   with (tmp_path / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 20, "loss": 0.0}\n{"step": 3')
-  pretrain.run(config(tmp_path), runtime.StopSignal())
+  pretrain.run(config(tmp_path), signals.StopSignal())
   assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30]
   assert all(row['loss'] != 0.0 for row in rows(tmp_path))
 
@@ -177,7 +177,7 @@ def test_metrics_of_a_killed_run_have_no_gap_and_no_repeat(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
   settings = config(tmp_path, optimizer='sgd', learning_rate=1e6, schedule='constant')
   with pytest.raises(training.NotFiniteError, match=r'step [0-9]+ is not finite'):
-    pretrain.run(settings, runtime.StopSignal())
+    pretrain.run(settings, signals.StopSignal())
   assert not (tmp_path / 'result.json').exists()
   report = json.loads((tmp_path / 'not_finite.json').read_text())
   expected = data.batch_indices(0, report['step'], 1, settings.batch_size, 4000)[0]
@@ -186,14 +186,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def test_full_covariance_encoders_train_and_are_probed(tmp_path):
-  pretrain.run(config(tmp_path, covariance='full', num_steps=20), runtime.StopSignal())
+  pretrain.run(config(tmp_path, covariance='full', num_steps=20), signals.StopSignal())
   losses = [row['loss'] for row in rows(tmp_path)]
   assert losses[-1] < losses[0]
   result = probe.run(
     probe.ProbeConfig(
       workdir=str(tmp_path), radii=(0.0, 0.1), pgd_steps=2, num_examples=20, check_examples=0
     ),
-    runtime.StopSignal(),
+    signals.StopSignal(),
   )
   assert 0.0 <= result['accuracy'][1] <= result['accuracy'][0] <= 1.0
 
@@ -219,7 +219,7 @@ def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     figure1.PRESETS, 'quick', dataclasses.replace(preset, encoders=encoders, attack=attack)
   )
   settings = figure1.Figure1Config(workdir=str(tmp_path))
-  first = figure1.run(settings, runtime.StopSignal())
+  first = figure1.run(settings, signals.StopSignal())
   assert picture_size(tmp_path / 'figure1.png')[0] > 1000
   with (tmp_path / 'figure1.csv').open() as file:
     table = list(csv.DictReader(file))
@@ -235,7 +235,7 @@ def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
   # What is finished is not run again: a training or an attack would raise.
   monkeypatch.setattr(training, 'run', pytest.fail)
   monkeypatch.setattr(probe, 'run', pytest.fail)
-  second = figure1.run(settings, runtime.StopSignal())
+  second = figure1.run(settings, signals.StopSignal())
   assert second['results'] == first['results']
 
   page = report.run(report.ReportConfig(workdir=str(tmp_path))).read_text()
@@ -337,13 +337,13 @@ def smoothed(trained, tmp_path_factory) -> Path:
   """`trained` again, its decoder frozen, interrupted once."""
   workdir = tmp_path_factory.mktemp('smoothed')
   settings = config(workdir, dataset='color_mnist_5k', init_from=str(trained), freeze_decoder=True)
-  stop = runtime.StopSignal()
+  stop = signals.StopSignal()
   stop.signum = signal.SIGTERM
-  with pytest.raises(runtime.Interrupted):
+  with pytest.raises(signals.Interrupted):
     pretrain.run(settings, stop)
   with pytest.MonkeyPatch.context() as patch:  # from here on the source is not needed
     patch.setattr(pretrain, '_load_source', pytest.fail)
-    pretrain.run(settings, runtime.StopSignal())
+    pretrain.run(settings, signals.StopSignal())
   return workdir
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from experiments import pretrain, probe
 from experiments.benchmarks import attack_comparison
-from experiments.cli import runtime, settings
-from experiments.cli.settings import UsageError
+from experiments.cli import flags, signals
+from experiments.cli.flags import UsageError
 from se_vae.evaluation import check_evidence, robustness
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -28,7 +28,7 @@ TINY |= {'tensorboard': False}
 def workdir(tmp_path_factory):
   path = tmp_path_factory.mktemp('run')
   config = pretrain.PretrainConfig(workdir=str(path), objective='vae', **TINY)
-  pretrain.run(config, runtime.StopSignal())
+  pretrain.run(config, signals.StopSignal())
   return path
 
 
@@ -41,7 +41,7 @@ def config(workdir):
 
 @pytest.fixture(scope='module')
 def result(config):
-  return probe.run(config, runtime.StopSignal())
+  return probe.run(config, signals.StopSignal())
 
 
 def test_the_evidence_lies_beside_the_curve(workdir, result):
@@ -66,7 +66,7 @@ def prepared_images(workdir):
   return probe.prepare(probe.ProbeConfig(workdir=str(workdir), num_examples=48)).images
 
 
-class DuringTheAttack(runtime.StopSignal):
+class DuringTheAttack(signals.StopSignal):
   """A SIGTERM that comes once the probe has been fitted, after which it is looked for twice."""
 
   looks = 0
@@ -78,10 +78,10 @@ class DuringTheAttack(runtime.StopSignal):
 
 def test_an_interrupted_attack_goes_on(config, workdir, result):
   again = dataclasses.replace(config, batch_size=16)
-  with pytest.raises(runtime.Interrupted):
+  with pytest.raises(signals.Interrupted):
     probe.run(again, DuringTheAttack())
   assert len(list(workdir.glob('*.state.npz'))) == 1
-  resumed = probe.run(again, runtime.StopSignal())
+  resumed = probe.run(again, signals.StopSignal())
   assert resumed['accuracy'] == result['accuracy'] and resumed['cost'] == result['cost']
   assert not list(workdir.glob('*.state.npz'))
 
@@ -91,14 +91,14 @@ def test_a_damaged_or_foreign_state_is_warned_about_and_started_afresh(
   config, workdir, result, capsys, monkeypatch, damage
 ):
   again = dataclasses.replace(config, check_examples=0)
-  with pytest.raises(runtime.Interrupted):
+  with pytest.raises(signals.Interrupted):
     probe.run(again, DuringTheAttack())
   (state,) = workdir.glob('*.state.npz')
   if damage is None:
     monkeypatch.setattr(robustness, '_fingerprint', lambda *_: 'another')
   else:
     state.write_bytes(damage)
-  assert probe.run(again, runtime.StopSignal())['accuracy'] == result['accuracy']
+  assert probe.run(again, signals.StopSignal())['accuracy'] == result['accuracy']
   assert 'warning: ' in (error := capsys.readouterr().err) and 'starting afresh' in error
   assert not list(workdir.glob('*.state.npz'))
 
@@ -112,7 +112,7 @@ def colored(tmp_path_factory):
       pretrain.PretrainConfig(
         workdir=str(path), dataset='color_mnist_5k', objective='vae', seed=seed, **TINY
       ),
-      runtime.StopSignal(),
+      signals.StopSignal(),
     )
   return paths
 
@@ -130,7 +130,7 @@ def test_surrogate_joint_attack_and_moves_stand_beside_the_curve(colored, capsys
     num_queries=20,
     check_examples=16,
   )
-  monkeypatch.setattr(settings, 'from_flags', lambda _: config)
+  monkeypatch.setattr(flags, 'from_flags', lambda _: config)
   probe.main()
   output = capsys.readouterr().out
   assert 'digit and color together: ' in output and 'mean squared W2 of moves: ' in output
@@ -161,25 +161,25 @@ def test_surrogate_joint_attack_and_moves_stand_beside_the_curve(colored, capsys
 
 @pytest.mark.parametrize('flag', ['joint', 'moves'])
 def test_a_signal_stops_the_other_attacks_too(colored, flag, monkeypatch):
-  stop = runtime.StopSignal()
+  stop = signals.StopSignal()
   stop.signum = signal.SIGINT
   monkeypatch.setattr(robustness, 'evaluate', pytest.fail)
   config = probe.ProbeConfig(
     workdir=str(colored[0]), radii=(0.1,), pgd_steps=4, num_examples=16, **{flag: True}
   )
-  with pytest.raises(runtime.Interrupted):
+  with pytest.raises(signals.Interrupted):
     probe.run(config, stop)
 
 
 def test_a_signal_stops_the_checks_too(config, monkeypatch, workdir):
-  stop, real = runtime.StopSignal(), check_evidence.audit
+  stop, real = signals.StopSignal(), check_evidence.audit
 
   def signalled(*operands, **options):
     stop.signum = signal.SIGTERM
     return real(*operands, **options)
 
   monkeypatch.setattr(check_evidence, 'audit', signalled)
-  with pytest.raises(runtime.Interrupted):
+  with pytest.raises(signals.Interrupted):
     probe.run(dataclasses.replace(config, num_queries=21), stop)
   (state,) = workdir.glob('*.state.npz')  # the attacks are not repeated
   state.unlink()
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_fitted(
     change = change | {'surrogate': str(places[change['surrogate']])}
   monkeypatch.setattr(probe, 'fit', pytest.fail)
   with pytest.raises(UsageError, match=message):
-    probe.run(dataclasses.replace(config, **change), runtime.StopSignal())
+    probe.run(dataclasses.replace(config, **change), signals.StopSignal())
 
 
 @pytest.mark.slow
@@ -218,12 +218,12 @@ def test_an_undefended_encoder_falls(tmp_path, attack):
       num_steps=800,
       tensorboard=False,
     ),
-    runtime.StopSignal(),
+    signals.StopSignal(),
   )
   config = probe.ProbeConfig(
     workdir=str(tmp_path), attack=attack, radii=(0.0, 0.3), num_examples=100, check_examples=0
   )
-  clean, attacked = probe.run(config, runtime.StopSignal())['accuracy']
+  clean, attacked = probe.run(config, signals.StopSignal())['accuracy']
   assert clean > 0.7 and attacked <= 0.02
 
 
@@ -232,7 +232,7 @@ def test_a_failed_check_is_an_exit_code_where_that_is_asked_for(
   config, result, monkeypatch, capsys, strict, passed, code
 ):
   checks = [{**check, 'passed': passed} for check in result['checks']]
-  monkeypatch.setattr(settings, 'from_flags', lambda _: dataclasses.replace(config, strict=strict))
+  monkeypatch.setattr(flags, 'from_flags', lambda _: dataclasses.replace(config, strict=strict))
   monkeypatch.setattr(probe, 'run', lambda *_: {**result, 'checks': checks})
   if code:
     with pytest.raises(SystemExit) as error:
@@ -248,5 +248,5 @@ def test_the_comparison_says_what_is_missing(workdir, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'foolbox', None)
   with pytest.raises(UsageError, match='pip install torch foolbox'):
     attack_comparison.run(
-      attack_comparison.ComparisonConfig(workdir=str(workdir)), runtime.StopSignal()
+      attack_comparison.ComparisonConfig(workdir=str(workdir)), signals.StopSignal()
     )

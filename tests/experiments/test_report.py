@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import figure1, pretrain, probe, report
-from experiments.cli.settings import UsageError, to_dict
+from experiments.cli.flags import UsageError, to_dict
 from experiments.visual import charts, image_grids
 
 RADII = [0.0, 0.05, 0.1, 0.3]

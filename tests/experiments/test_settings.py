@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
+from absl import flags as absl_flags
 
 from experiments import figure1, pretrain, probe
-from experiments.cli import distributed, settings
-from experiments.cli.settings import UsageError, setting
+from experiments.cli import distributed, flags
+from experiments.cli.flags import UsageError, setting
 
 BINARIES = {'pretrain': pretrain.PretrainConfig, 'probe': probe.ProbeConfig}
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ class Example:
 
 def test_defaults_are_within_their_limits():
   for config_type in (Example, *BINARIES.values(), figure1.Figure1Config, distributed.Cluster):
-    settings.check(config_type())
+    flags.check(config_type())
 
 
 @pytest.mark.parametrize(
@@ -45,23 +45,23 @@ def test_defaults_are_within_their_limits():
 )
 def test_values_outside_their_limits_are_named(change, message):
   with pytest.raises(UsageError) as error:
-    settings.check(Example(**change))
+    flags.check(Example(**change))
   assert str(error.value) == message
 
 
 def test_json_round_trip():
   config = Example(count=5, rate=0.25, values=(1.0, 2.0))
-  assert settings.from_dict(Example, settings.to_dict(config)) == config
+  assert flags.from_dict(Example, flags.to_dict(config)) == config
 
 
 def test_flags_carry_every_field():
-  values = flags.FlagValues()
-  settings.define_flags(Example, values)
+  values = absl_flags.FlagValues()
+  flags.define_flags(Example, values)
   values(['program', '--count=7', '--rate=0.5', '--kind=blue', '--values=0,0.25'])
-  assert settings.from_flags(Example, values) == Example(7, 0.5, 'blue', (0.0, 0.25))
+  assert flags.from_flags(Example, values) == Example(7, 0.5, 'blue', (0.0, 0.25))
   values(['program', '--values=0,x'])
   with pytest.raises(UsageError, match='--values: must be numbers'):
-    settings.from_flags(Example, values)
+    flags.from_flags(Example, values)
 
 
 # Each line is what a user might type; each must fail in one line that names the flag, with exit

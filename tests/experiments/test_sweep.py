@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from experiments import pretrain, probe, supervised, sweep
-from experiments.cli import runtime
-from experiments.cli.settings import UsageError
+from experiments.cli import signals
+from experiments.cli.flags import UsageError
 from se_vae import training
 from se_vae.storage import checkpoints
 
@@ -29,8 +29,8 @@ def config_of(vary: str | None, attack: str = ATTACK) -> sweep.SweepConfig:
   return sweep.SweepConfig(vary=vary, probe=attack)
 
 
-def stopped() -> runtime.StopSignal:
-  stop = runtime.StopSignal()
+def stopped() -> signals.StopSignal:
+  stop = signals.StopSignal()
   stop.signum = signal.SIGTERM
   return stop
 
@@ -40,9 +40,9 @@ def swept(tmp_path_factory) -> Path:
   """Two seeds of one encoder, interrupted once."""
   workdir = tmp_path_factory.mktemp('sweep')
   arguments = config_of('objective=vae seed=3,4'), dataclasses.replace(BASE, workdir=str(workdir))
-  with pytest.raises(runtime.Interrupted):
+  with pytest.raises(signals.Interrupted):
     sweep.run(*arguments, stopped())
-  sweep.run(*arguments, runtime.StopSignal())
+  sweep.run(*arguments, signals.StopSignal())
   return workdir
 
 
@@ -77,7 +77,7 @@ def test_finished_runs_are_not_repeated_and_their_seconds_are_kept(swept, monkey
   monkeypatch.setattr(probe, 'run', pytest.fail)
   before = json.loads((swept / 'sweep.json').read_text())
   base = dataclasses.replace(BASE, workdir=str(swept))
-  sweep.run(config_of('objective=vae seed=3,4'), base, runtime.StopSignal())
+  sweep.run(config_of('objective=vae seed=3,4'), base, signals.StopSignal())
   assert json.loads((swept / 'sweep.json').read_text())['results'] == before['results']
 
 
@@ -117,7 +117,7 @@ def test_every_combination_is_a_run(tmp_path):
 def test_what_a_sweep_refuses_before_it_writes(tmp_path, vary, attack, message):
   base = dataclasses.replace(BASE, workdir=str(tmp_path / 'w'))
   with pytest.raises(UsageError, match=message):
-    sweep.run(config_of(vary, attack), base, runtime.StopSignal())
+    sweep.run(config_of(vary, attack), base, signals.StopSignal())
   assert not (tmp_path / 'w').exists()
 
 
@@ -129,18 +129,18 @@ def supervised_config(workdir: Path, **changes) -> supervised.SupervisedConfig:
 
 
 def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(tmp_path, monkeypatch):
-  straight = supervised.run(supervised_config(tmp_path / 'a'), runtime.StopSignal())
+  straight = supervised.run(supervised_config(tmp_path / 'a'), signals.StopSignal())
   clean, attacked = straight['accuracy']
   assert clean > 0.4 and 0.2 < attacked <= clean  # chance is a tenth
-  with pytest.raises(runtime.Interrupted):
+  with pytest.raises(signals.Interrupted):
     supervised.run(supervised_config(tmp_path / 'b'), stopped())
   with pytest.raises(UsageError, match=r'--workdir: .*other settings'):
-    supervised.run(supervised_config(tmp_path / 'b', radius=0.1), runtime.StopSignal())
-  resumed = supervised.run(supervised_config(tmp_path / 'b'), runtime.StopSignal())
+    supervised.run(supervised_config(tmp_path / 'b', radius=0.1), signals.StopSignal())
+  resumed = supervised.run(supervised_config(tmp_path / 'b'), signals.StopSignal())
   assert resumed['accuracy'] == straight['accuracy']
   one, other = (checkpoints.steps(tmp_path / name / 'checkpoints')[0] for name in 'ab')
   assert one[0] == 120 and one[1].name == other[1].name  # which holds the SHA-256
 
   with monkeypatch.context() as patch:  # what is finished is not attacked again
     patch.setattr(probe, 'evaluate', pytest.fail)
-    assert supervised.run(supervised_config(tmp_path / 'b'), runtime.StopSignal()) == resumed
+    assert supervised.run(supervised_config(tmp_path / 'b'), signals.StopSignal()) == resumed

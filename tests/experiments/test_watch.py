@@ -17,7 +17,7 @@ from tensorboardX.proto import event_pb2
 
 import se_vae
 from experiments import pretrain
-from experiments.cli import runtime
+from experiments.cli import messages, signals
 from experiments.visual import image_grids, tensorboard
 from se_vae import training
 from se_vae.data.transforms import pixels
@@ -92,7 +92,7 @@ def watched(tmp_path_factory) -> Path:
   workdir = tmp_path_factory.mktemp('watched')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(pretrain, '_WATCHED', 1000)  # all test images, which the result is about
-    pretrain.run(config(workdir), runtime.StopSignal())
+    pretrain.run(config(workdir), signals.StopSignal())
   return workdir
 
 
@@ -144,9 +144,9 @@ def test_a_resumed_run_has_every_step_once(watched, tmp_path, monkeypatch):
   """Stopped twice between rows; once killed long after its last checkpoint, within a record."""
   monkeypatch.setattr(pretrain, '_WATCHED', 1000)
   for _ in range(2):
-    stop = runtime.StopSignal()
+    stop = signals.StopSignal()
     stop.signum = signal.SIGTERM
-    with pytest.raises(runtime.Interrupted):
+    with pytest.raises(signals.Interrupted):
       pretrain.run(config(tmp_path), stop)
   (step, _), *_ = checkpoints.steps(tmp_path / 'checkpoints')
   with tensorboard.EventWriter(tmp_path / 'tensorboard', step) as writer:
@@ -155,7 +155,7 @@ def test_a_resumed_run_has_every_step_once(watched, tmp_path, monkeypatch):
     writer.row(28, {'loss': 0.0})
   killed = sorted((tmp_path / 'tensorboard').iterdir())[-1]
   killed.write_bytes(killed.read_bytes()[:-3])
-  pretrain.run(config(tmp_path), runtime.StopSignal())
+  pretrain.run(config(tmp_path), signals.StopSignal())
   check_matches_metrics(tmp_path)
   straight, resumed = curves(watched), curves(tmp_path)
   assert resumed.keys() == straight.keys()
@@ -180,7 +180,7 @@ def test_only_whole_records_are_read(tmp_path):
 
 
 def test_event_files_can_be_declined(tmp_path):
-  pretrain.run(config(tmp_path, tensorboard=False), runtime.StopSignal())
+  pretrain.run(config(tmp_path, tensorboard=False), signals.StopSignal())
   assert not (tmp_path / 'tensorboard').exists()
 
 
@@ -209,7 +209,7 @@ def test_a_traversal_moves_one_latent(watched):
 
 def test_a_terminal_has_one_line_that_is_written_over(capsys, monkeypatch):
   monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-  with runtime.progress_bar(3, 'pretrain') as bar:
+  with messages.progress_bar(3, 'pretrain') as bar:
     bar.mininterval = 0.0
     for loss in ('3.0', '2.0', '1.0'):
       bar.set_postfix(loss=loss, refresh=False)
@@ -219,7 +219,7 @@ def test_a_terminal_has_one_line_that_is_written_over(capsys, monkeypatch):
 
 
 def test_a_log_file_has_plain_lines(capsys):
-  with runtime.progress_bar(3, 'pretrain') as bar:
+  with messages.progress_bar(3, 'pretrain') as bar:
     bar.mininterval = 0.0
     for loss in ('3.0', '2.0', '1.0'):
       bar.set_postfix(loss=loss, refresh=False)

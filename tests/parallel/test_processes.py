@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from experiments import pretrain
-from experiments.cli import distributed, runtime
-from experiments.cli.settings import UsageError
-from se_vae.parallel import sharding
+from experiments.cli import devices, distributed, signals, workdirs
+from experiments.cli.flags import UsageError
+from se_vae.parallel import processes
 from se_vae.storage import checkpoints
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -119,7 +119,7 @@ def rows(workdir: Path) -> list[dict[str, float]]:
 
 def run_alone(workdir: Path, **changes) -> None:
   config = pretrain.PretrainConfig(workdir=str(workdir), **{'num_devices': 1, **TINY, **changes})
-  pretrain.run(config, runtime.StopSignal())
+  pretrain.run(config, signals.StopSignal())
 
 
 @pytest.fixture(scope='module')
@@ -183,7 +183,7 @@ import numpy as np
 from se_vae import sharding
 
 address, number, path = sys.argv[1:]
-sharding.join(address, 2, int(number))
+processes.join(address, 2, int(number))
 images, read = np.arange(16, dtype=np.uint8)[:, None], set()
 
 class Spied:
@@ -275,17 +275,17 @@ def test_flags_that_contradict_each_other_are_named(flags, message):
 
 def test_alone_nothing_is_joined_and_every_decision_is_one_s_own():
   with distributed.joined(distributed.Cluster()):
-    assert sharding.is_first()
-    assert sharding.largest(7) == 7 and sharding.largest(-7) == -7
-    assert sharding.differing({'a': 1, 'b': 'x'}) == []
-    assert sharding.together(lambda a, b: a + b, 1, 2) == 3
-    assert sharding.on_first(divmod, 7, 2) == (3, 1)
+    assert processes.is_first()
+    assert processes.largest(7) == 7 and processes.largest(-7) == -7
+    assert processes.differing({'a': 1, 'b': 'x'}) == []
+    assert processes.together(lambda a, b: a + b, 1, 2) == 3
+    assert processes.on_first(divmod, 7, 2) == (3, 1)
     tree = {'a': np.arange(3), 'b': 1.5}
-    assert sharding.from_first(tree) is tree
+    assert processes.from_first(tree) is tree
     with pytest.raises(ZeroDivisionError):
-      sharding.together(divmod, 1, 0)
+      processes.together(divmod, 1, 0)
     with pytest.raises(ZeroDivisionError):  # and is not swallowed: this process is the first
-      sharding.on_first(divmod, 1, 0)
+      processes.on_first(divmod, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -294,19 +294,19 @@ def test_alone_nothing_is_joined_and_every_decision_is_one_s_own():
 def test_as_many_devices_as_divide_the_batch_or_as_many_as_asked_for(
   batch_size, num_devices, expected
 ):
-  assert runtime.mesh_for(batch_size, num_devices).size == expected
+  assert devices.mesh_for(batch_size, num_devices).size == expected
 
 
 def test_accelerators_share_every_batch_and_idle_ones_are_told_of(monkeypatch, capsys):
   """The smallest share is a CPU's alone."""
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  mesh = runtime.mesh_for(48)
-  assert mesh.size == 4 and len(runtime.devices(mesh)) == 4
-  runtime.warn_of_idle_devices(mesh, 48)
+  mesh = devices.mesh_for(48)
+  assert mesh.size == 4 and len(devices.device_kinds(mesh)) == 4
+  devices.warn_of_idle_devices(mesh, 48)
   assert capsys.readouterr().err == ''
-  mesh = runtime.mesh_for(66)
-  assert mesh.size == 3 and len(runtime.devices(mesh)) == 3
-  runtime.warn_of_idle_devices(mesh, 66)
+  mesh = devices.mesh_for(66)
+  assert mesh.size == 3 and len(devices.device_kinds(mesh)) == 3
+  devices.warn_of_idle_devices(mesh, 66)
   assert capsys.readouterr().err == (
     'warning: --batch_size: 66 examples are shared by 3 of 4 devices, as many as divide them\n'
   )
@@ -315,7 +315,7 @@ def test_accelerators_share_every_batch_and_idle_ones_are_told_of(monkeypatch, c
 def test_a_batch_is_a_multiple_of_the_processes(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 3)
   with pytest.raises(UsageError, match='--batch_size: must be a multiple of the 3 processes'):
-    runtime.mesh_for(64)
+    devices.mesh_for(64)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_devices_that_do_not_fit_are_named_before_anything_is_written(
     workdir=str(tmp_path / 'w'), batch_size=batch_size, num_devices=num_devices
   )
   with pytest.raises(UsageError) as error:
-    pretrain.run(config, runtime.StopSignal())
+    pretrain.run(config, signals.StopSignal())
   assert str(error.value) == message
   assert list(tmp_path.iterdir()) == []
 
@@ -391,7 +391,7 @@ def test_other_flags_in_one_process_are_named_by_both(tmp_path):
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_both(tmp_path):
   """A lock that is held, of process 0; data that are not there, of process 1."""
-  with runtime.lock(tmp_path / 'w'), pair(tmp_path / 'w') as processes:
+  with workdirs.lock(tmp_path / 'w'), pair(tmp_path / 'w') as processes:
     first, second = ends(processes)
   assert first.code == 2 and f'in use by process {os.getpid()}' in first.last
   assert (second.code, second.last) == (1, 'error: another process has failed, and says why')

@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 
 from experiments import figure1, pretrain, probe
-from experiments.cli import distributed, runtime, settings
+from experiments.cli import app, distributed
 from se_vae.evaluation import robustness
 
 TINY = {'hidden_units': 16, 'pgd_steps': 2}
@@ -52,13 +52,13 @@ def start(binary: str, workdir: Path, log: Path) -> int:
     os.dup2(file.fileno(), 2)
   module, config_types, flags = BINARIES[binary]
   for config_type in config_types:
-    settings.define_flags(config_type)
+    flags.define_flags(config_type)
   sys.argv = [
     binary,
     *(f'--{name}={value}' for name, value in {'workdir': workdir, **flags}.items()),
   ]
   try:
-    runtime.run(module.main)
+    app.run(module.main)
     code: object = 0
   except SystemExit as end:
     code = end.code or 0

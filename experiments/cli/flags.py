@@ -10,12 +10,12 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from absl import flags
+from absl import flags as absl_flags
 
 Config = TypeVar('Config')
 
 # The flags defined here belong to the binary that asks for them, and are listed by its --help.
-flags.disclaim_key_flags()
+absl_flags.disclaim_key_flags()
 
 
 class UsageError(Exception):
@@ -36,7 +36,9 @@ def setting(
   return dataclasses.field(default=default, metadata={'help': description, **limits})
 
 
-def define_flags(config_type: type[Any], flag_values: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(
+  config_type: type[Any], flag_values: absl_flags.FlagValues = absl_flags.FLAGS
+) -> None:
   """Defines one absl flag for each field of `config_type`."""
   types_by_name = typing.get_type_hints(config_type)
   for field in dataclasses.fields(config_type):
@@ -46,19 +48,21 @@ def define_flags(config_type: type[Any], flag_values: flags.FlagValues = flags.F
     if field.metadata['choices'] is not None:
       description += f' One of: {", ".join(field.metadata["choices"])}.'
     if kind is bool:
-      flags.DEFINE_bool(field.name, default, description, flag_values=flag_values)
+      absl_flags.DEFINE_bool(field.name, default, description, flag_values=flag_values)
     elif kind is int:
-      flags.DEFINE_integer(field.name, default, description, flag_values=flag_values)
+      absl_flags.DEFINE_integer(field.name, default, description, flag_values=flag_values)
     elif kind is float:
-      flags.DEFINE_float(field.name, default, description, flag_values=flag_values)
+      absl_flags.DEFINE_float(field.name, default, description, flag_values=flag_values)
     elif kind is str:
-      flags.DEFINE_string(field.name, default, description, flag_values=flag_values)
+      absl_flags.DEFINE_string(field.name, default, description, flag_values=flag_values)
     else:
       text = None if default is None else [str(value) for value in default]
-      flags.DEFINE_list(field.name, text, description, flag_values=flag_values)
+      absl_flags.DEFINE_list(field.name, text, description, flag_values=flag_values)
 
 
-def from_flags(config_type: type[Config], flag_values: flags.FlagValues = flags.FLAGS) -> Config:
+def from_flags(
+  config_type: type[Config], flag_values: absl_flags.FlagValues = absl_flags.FLAGS
+) -> Config:
   """The configuration that the parsed flags describe, checked."""
   types_by_name = typing.get_type_hints(config_type)
   values: dict[str, Any] = {}
@@ -75,14 +79,14 @@ def from_flags(config_type: type[Config], flag_values: flags.FlagValues = flags.
 
 def parse(config_type: type[Config], text: str, flag: str) -> Config:
   """The configuration that the flags in `text` describe, checked; errors name `flag`."""
-  values = flags.FlagValues()
+  values = absl_flags.FlagValues()
   define_flags(config_type, values)
   try:
     rest = values([flag, *shlex.split(text)])[1:]
     if rest:
       raise UsageError(f'unexpected argument {rest[0]!r}')
     return from_flags(config_type, values)
-  except (flags.Error, UsageError, ValueError) as error:
+  except (absl_flags.Error, UsageError, ValueError) as error:
     raise UsageError(f'{flag}: {" ".join(str(error).split())}') from None
 
 
