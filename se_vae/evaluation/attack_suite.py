@@ -134,7 +134,7 @@ def worst_case(
   )
   if latents_fn is not None:
     nearest = min(classes - 1, _LATENT_TARGETS)
-    move = losses.LatentMove(latents_fn)
+    move = losses.LatentShift(latents_fn)
     towards = losses.LatentTarget(latents_fn)
     for name, warm_start, tries, target in (
       ('latent_centroid', towards, nearest, 'centroid'),
@@ -174,10 +174,7 @@ def run(
     return attacks.noise(key, x, extreme=extreme, norm=norm, index=index, **options)
   if attack.method == 'image':
     assert aim.image is not None
-    image = projections.project(
-      projections.columns(aim.image), x=projections.columns(x), norm=norm, **options
-    )
-    return projections.images(image, x.shape)
+    return projections.Ball(x, radius, norm, bounds).project(aim.image)
   assert attack.objective is not None
   options['args'] = (aim, *args)
   if attack.method == 'square':
@@ -189,8 +186,9 @@ def run(
     return attacks.fgsm(attack.objective, key, x, **options)
   options |= {'num_steps': attack.num_steps, 'index': index}
   if attack.method == 'pgd':
-    step_size = None if attack.step_share is None else attack.step_share * radius
-    return attacks.pgd(attack.objective, key, x, step_size=step_size, keep_best=True, **options)
+    return attacks.pgd(
+      attack.objective, key, x, relative_step_size=attack.step_share, keep_best=True, **options
+    )
   start = None
   if attack.warm_start is not None:
     start = attacks.pgd(attack.warm_start, key, x, keep_best=True, **options)
@@ -284,7 +282,7 @@ def aim_at(
 
 
 def _until(objective: Any) -> Model:
-  return losses.UntilBroken(objective, objective.logits_fn)
+  return losses.UntilMisclassified(objective, objective.logits_fn)
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from se_vae import attacks
 from se_vae.attacks import losses
-from se_vae.attacks.losses import Aim, Model, UntilBroken
+from se_vae.attacks.losses import Aim, Model, UntilMisclassified
 from se_vae.evaluation import attack_suite, sanity_checks
 from se_vae.evaluation.attack_log import Ledger
 from se_vae.evaluation.batched_attacks import (
@@ -221,7 +221,7 @@ def _health(
   for attack in table:
     objective = attack.objective
     assert objective is not None
-    if isinstance(objective, UntilBroken):
+    if isinstance(objective, UntilMisclassified):
       objective = objective.objective  # its gradient is zero where it has done its work
     gradients = functools.partial(_gradient_flags, objective, problem.args)
     flags = in_batches(problem, gradients, (noisy, aim_at(problem, attack, 0, rows)))
@@ -235,11 +235,11 @@ def _gradient_flags(
 ) -> dict[str, jax.Array]:
   """Whether each example's gradient is all zero, and whether any of it is NaN or infinite."""
   x, aim = batch
-  objective, columns = attacks.on_columns(objective, x)
-  gradient = attacks.values_and_gradients(objective, columns, (aim, *args))[1]
+  gradient = attacks.values_and_gradients(objective, x, (aim, *args))[1]
+  pixels = tuple(range(1, x.ndim))
   return {
-    'zero': (gradient == 0.0).all(axis=0),
-    'NaN or Inf': ~jnp.isfinite(gradient).all(axis=0),
+    'zero': (gradient == 0.0).all(axis=pixels),
+    'NaN or Inf': ~jnp.isfinite(gradient).all(axis=pixels),
   }
 
 

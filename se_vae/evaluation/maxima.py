@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from se_vae.attacks.losses import Aim, Joint, LatentMove, Model
+from se_vae.attacks.losses import Aim, Joint, LatentShift, Model
 from se_vae.attacks.projections import Norm
 from se_vae.evaluation import attack_suite
 from se_vae.evaluation.batched_attacks import check_images, check_radii
@@ -167,4 +167,4 @@ def representation_moves(
   )
   aim = Aim(np.zeros(len(x), np.int32), latent=latents)
   options |= {'radii': radii, 'batch_size': batch_size, 'args': args, 'mesh': mesh}
-  return largest_values(LatentMove(latents_fn), x, aim, **options)
+  return largest_values(LatentShift(latents_fn), x, aim, **options)

@@ -187,7 +187,7 @@ def select(
     x,
     radius=config.radius,
     num_steps=config.pgd_steps,
-    step_size=config.pgd_step_size,
+    relative_step_size=config.pgd_step_size and config.pgd_step_size / config.radius,
     start=start,
     args=(params, q_a),
     index=index,
