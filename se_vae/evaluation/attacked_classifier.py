@@ -1,10 +1,10 @@
-"""A classifier and the examples to break it on: checked, and attacked in batches of one shape."""
+"""A classifier with the examples that it is attacked on, in batches of one shape."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,26 +15,29 @@ from jax.sharding import Mesh
 from se_vae.attacks import projections
 from se_vae.attacks.losses import Aim, Model, is_correct
 from se_vae.attacks.projections import Norm
+from se_vae.config import ArgumentError
 from se_vae.evaluation import attack_suite
+from se_vae.evaluation.attack_suite import Attack
+from se_vae.evaluation.targets import Targets
 from se_vae.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
-  """What stays the same through an evaluation.
+class AttackedClassifier:
+  """What stays the same through an evaluation; `prepare` makes it.
 
   Attributes:
     logits_fn: the classifier.
-    args: its further arguments, replicated.
+    args: its further arguments, replicated on all devices.
     x: images `[N, ...]`, float32.
     labels: `[N]`, int32.
-    key: of everything random.
+    key: root of all random draws.
     num_classes: K.
     norm: of the balls.
     bounds: lowest and highest pixel value.
     batch_size: examples at a time.
     mesh: the devices.
-    aims: what the targeted attacks aim at; None where there are none.
+    targets: what targeted attacks aim at.
     on_batch: called after each batch; may raise to stop.
   """
 
@@ -48,142 +51,144 @@ class Problem:
   bounds: tuple[float, float]
   batch_size: int
   mesh: Mesh
-  aims: attack_suite.Aims | None = None
+  targets: Targets
   on_batch: Callable[[], Any] = lambda: None
 
+  @property
+  def diameter(self) -> float:
+    """The radius at which every image is in reach of every other."""
+    span = self.bounds[1] - self.bounds[0]
+    return float(span * np.sqrt(self.x[0].size)) if self.norm == 'l2' else span
 
-def pose(
+  def attack(
+    self, attack: Attack, radius: float, attempt: int, rows: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Runs one attempt of an attack on the examples `rows`, of which there must be some.
+
+    Returns:
+      The images `[len(rows), ...]`, and whether the classifier is right on each, bool.
+    """
+    aim = attack.aim(self.targets, rows, attempt)
+    key = attack_suite.attempt_key(self.key, attack, radius, attempt)
+
+    def attack_batch(batch: tuple[jax.Array, Aim, jax.Array]) -> tuple[jax.Array, jax.Array]:
+      x, aim, index = batch
+      norm, bounds = self.norm, self.bounds
+      x_adv = attack_suite.run(
+        attack, key, x, aim, index, jnp.float32(radius), self.args, norm=norm, bounds=bounds
+      )
+      logits = _apply(self.logits_fn, x_adv, self.args)
+      self.on_batch()
+      return x_adv, is_correct(logits, aim.labels)
+
+    return self.in_batches(attack_batch, (self.x[rows], aim, rows.astype(np.int32)))
+
+  def robust(self, attacks: Iterable[Attack], radius: float, rows: np.ndarray) -> np.ndarray:
+    """Those of `rows` that the classifier gets right after every attempt of these attacks."""
+    for attack in attacks:
+      for attempt in range(attack.restarts):
+        if len(rows):
+          rows = rows[self.attack(attack, radius, attempt, rows)[1]]
+    return rows
+
+  def apply(self, function: Model, images: np.ndarray) -> np.ndarray:
+    """A function of images (and of `args`) on images `[N, ...]`: `[N, ...]`."""
+    return self.in_batches(lambda x: _apply(function, x, self.args), images)
+
+  def in_batches(self, function: Callable[[Any], Any], arrays: Any) -> Any:
+    """`sharding.map_batches` with these batches and devices."""
+    return sharding.map_batches(self.mesh, function, arrays, self.batch_size)
+
+
+def prepare(
   logits_fn: Model,
-  key: jax.Array,
   x: np.ndarray,
   labels: np.ndarray,
   *,
   radii: Sequence[float],
-  counts: Mapping[str, int],
+  seed: int,
   norm: Norm,
   bounds: tuple[float, float],
+  batch_size: int,
   args: tuple[Any, ...],
   mesh: Mesh | None,
-) -> tuple[Problem, np.ndarray]:
-  """Checks what a caller gave; returns the problem, and the logits of the clean images.
+  latents_fn: Model | None = None,
+) -> tuple[AttackedClassifier, np.ndarray]:
+  """Checks the arguments of an evaluation, which `robustness.evaluate` explains.
 
-  Args:
-    logits_fn: as for `robustness.evaluate`, as are the others.
-    key: of everything random.
-    x: images.
-    labels: their classes.
-    radii: to be attacked.
-    counts: by name, what must be >= 1; `batch_size` among them.
-    norm: of the balls.
-    bounds: of the pixels.
-    args: of `logits_fn`.
-    mesh: devices.
+  Returns:
+    The classifier with its examples, and the logits of the clean images `[N, K]`.
 
   Raises:
-    ValueError: for input that makes no sense, or clean logits that are not finite.
+    ArgumentError: for arguments that contradict each other or are out of range, and for logits or
+      representations of clean images that are not finite.
   """
   x, labels = np.asarray(x), np.asarray(labels)
   if not np.issubdtype(x.dtype, np.floating) or not np.issubdtype(labels.dtype, np.integer):
-    raise ValueError(f'x must be float and labels integer, got {x.dtype} and {labels.dtype}')
+    raise ArgumentError(
+      ('x', 'labels'), f'must be float and integer, got {x.dtype} and {labels.dtype}'
+    )
   if len(x) == 0 or labels.shape != x.shape[:1]:
-    raise ValueError(
-      f'x [N, ...] and labels [N] must fit, with N >= 1, got {x.shape}, {labels.shape}'
+    raise ArgumentError(
+      ('x', 'labels'), f'must be [N, ...] and [N], with N >= 1, got {x.shape} and {labels.shape}'
     )
   check_radii(radii)
-  for name, count in counts.items():
-    if count < 1:
-      raise ValueError(f'{name} must be >= 1, got {count}')
+  check_counts(batch_size=batch_size)
   if norm not in projections.NORMS:
-    raise ValueError(f'norm must be one of {", ".join(projections.NORMS)}, got {norm!r}')
-  x = x.astype(np.float32)
+    raise ArgumentError('norm', f'must be one of {", ".join(projections.NORMS)}, got {norm!r}')
+  x, labels = x.astype(np.float32), labels.astype(np.int32)
   check_images(x, bounds)
   shape = jax.eval_shape(logits_fn, x[:1], *args).shape
   if len(shape) != 2 or shape[0] != 1 or shape[1] < 2:
-    raise ValueError(f'logits_fn must give [B, K] with K >= 2, got {shape} for one image')
+    raise ArgumentError('logits_fn', f'must give [B, K] with K >= 2, got {shape} for one image')
   if labels.min() < 0 or labels.max() >= shape[1]:
-    raise ValueError(f'labels must lie in [0, {shape[1]}), got [{labels.min()}, {labels.max()}]')
+    raise ArgumentError(
+      'labels', f'must lie in [0, {shape[1]}), got [{labels.min()}, {labels.max()}]'
+    )
   mesh = sharding.data_mesh() if mesh is None else mesh
-  problem = Problem(
+  classifier = AttackedClassifier(
     logits_fn=logits_fn,
     args=sharding.replicate(mesh, args),
     x=x,
-    labels=labels.astype(np.int32),
-    key=key,
+    labels=labels,
+    key=jax.random.key(seed),
     num_classes=shape[1],
     norm=norm,
     bounds=bounds,
-    batch_size=min(counts['batch_size'], len(x)),
+    batch_size=min(batch_size, len(x)),
     mesh=mesh,
+    targets=Targets(x, labels, x, shape[1], bounds),
   )
-  logits = forward(problem, logits_fn, x)
+  logits = classifier.apply(logits_fn, x)
   if not np.isfinite(logits).all():
-    raise ValueError('the logits of clean images are not finite: the classifier has diverged')
-  return problem, logits
+    raise ArgumentError('logits_fn', 'must be finite on clean images: the classifier has diverged')
+  if latents_fn is not None:
+    latents = classifier.apply(latents_fn, x)
+    if not np.isfinite(latents).all():
+      raise ArgumentError('latents_fn', 'must be finite on clean images: the encoder has diverged')
+    targets = Targets(x, labels, latents, shape[1], bounds)
+    classifier = dataclasses.replace(classifier, targets=targets)
+  return classifier, logits
 
 
 def check_radii(radii: Sequence[float]) -> None:
-  """Raises ValueError unless there are radii, all finite and >= 0."""
+  """Raises ArgumentError unless there are radii, all finite and >= 0."""
   if not len(radii) or min(radii) < 0.0 or not np.isfinite(radii).all():
-    raise ValueError(f'radii must be finite and >= 0, got {list(radii)}')
+    raise ArgumentError('radii', f'must be finite and >= 0, got {list(radii)}')
+
+
+def check_counts(**counts: int) -> None:
+  """Raises ArgumentError, naming the argument, unless each of these is at least 1."""
+  for name, count in counts.items():
+    if count < 1:
+      raise ArgumentError(name, f'must be >= 1, got {count}')
 
 
 def check_images(x: np.ndarray, bounds: tuple[float, float]) -> None:
-  """Raises ValueError unless there are images, all inside the bounds."""
+  """Raises ArgumentError unless there are images, all inside the bounds."""
   if not len(x) or not (x.min() >= bounds[0] and x.max() <= bounds[1]):  # NaN is outside too
     found = f'[{x.min()}, {x.max()}]' if len(x) else 'none'
-    raise ValueError(f'images must lie in {bounds}, got {found}')
-
-
-def attempt(
-  problem: Problem, attack: attack_suite.Attack, radius: float, restart: int, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """One try on the examples `rows`, of which there must be some.
-
-  Returns:
-    The images `[len(rows), ...]`, and whether the classifier is right on each.
-  """
-  aim = aim_at(problem, attack, restart, rows)
-  key = attack_suite.try_key(problem.key, attack, radius, restart)
-
-  def attack_batch(batch: tuple[jax.Array, Aim, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    x, aim, index = batch
-    norm, bounds = problem.norm, problem.bounds
-    x_adv = attack_suite.run(
-      attack, key, x, aim, index, jnp.float32(radius), problem.args, norm=norm, bounds=bounds
-    )
-    logits = _apply(problem.logits_fn, x_adv, problem.args)
-    problem.on_batch()
-    return x_adv, is_correct(logits, aim.labels)
-
-  return in_batches(problem, attack_batch, (problem.x[rows], aim, rows.astype(np.int32)))
-
-
-def aim_at(problem: Problem, attack: attack_suite.Attack, restart: int, rows: np.ndarray) -> Aim:
-  """What one try aims at, for the examples `rows`."""
-  return attack_suite.aim_at(
-    problem.aims, attack, restart, rows, problem.x, problem.labels, problem.num_classes
-  )
-
-
-def survivors(
-  problem: Problem, table: tuple[attack_suite.Attack, ...], radius: float, rows: np.ndarray
-) -> np.ndarray:
-  """Those of `rows` that no try of these attacks breaks at this radius."""
-  for attack in table:
-    for restart in range(attack.tries):
-      if len(rows):
-        rows = rows[attempt(problem, attack, radius, restart, rows)[1]]
-  return rows
-
-
-def forward(problem: Problem, function: Model, images: np.ndarray) -> np.ndarray:
-  """A function of images (and the problem's args) on all of them, `[N, ...]`."""
-  return in_batches(problem, lambda x: _apply(function, x, problem.args), images)
-
-
-def in_batches(problem: Problem, function: Callable[[Any], Any], arrays: Any) -> Any:
-  """`sharding.map_batches` with the problem's batches."""
-  return sharding.map_batches(problem.mesh, function, arrays, problem.batch_size)
+    raise ArgumentError('x', f'must lie in {bounds}, got {found}')
 
 
 @functools.partial(jax.jit, static_argnames='function')

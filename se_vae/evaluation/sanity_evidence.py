@@ -1,9 +1,10 @@
-"""Gathers the figures of `checks`: attacks again, harder, weaker and otherwise."""
+"""Measures the figures of the sanity checks: one function a check, all of them in `CHECKS`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,202 +15,224 @@ from se_vae import attacks
 from se_vae.attacks import losses
 from se_vae.attacks.losses import Aim, Model, UntilBroken
 from se_vae.evaluation import attack_suite, sanity_checks
-from se_vae.evaluation.attack_log import Ledger
-from se_vae.evaluation.batched_attacks import (
-  Problem,
-  aim_at,
-  attempt,
-  forward,
-  in_batches,
-  survivors,
-)
-from se_vae.evaluation.diagnostics import active_latents
-from se_vae.evaluation.metrics import AdversarialAccuracy
-from se_vae.evaluation.sanity_checks import Check
+from se_vae.evaluation.attack_log import AttackLog
+from se_vae.evaluation.attack_suite import Attack, Suite
+from se_vae.evaluation.attacked_classifier import AttackedClassifier
+from se_vae.evaluation.metrics import AdversarialAccuracy, active_latents
+from se_vae.evaluation.sanity_checks import SanityCheck
 from se_vae.parallel import sharding
 
-# Radii of check 4, as shares of the radius that takes every image to every other.
+# Radii of check 4, as shares of the radius at which every image is in reach of every other.
 _LARGE = (0.5, 0.75, 1.0)
 
+_NO_RADIUS = 'nothing to attack: no radius is above 0'
 
-def audit(
-  problem: Problem,
-  table: tuple[attack_suite.Attack, ...],
-  ledger: Ledger,
-  accuracy: np.ndarray,
-  interval: np.ndarray,
-  radii: np.ndarray,
-  config: dict[str, Any],
-  *,
-  count: int,
-  num_steps: int,
-  num_queries: int,
-  representation: np.ndarray,
-  reconstruct_fn: Model | None,
-  surrogate: tuple[Model, tuple[Any, ...]] | None,
-) -> tuple[Check, ...]:
-  """Runs all checks of `checks`.
 
-  Args:
-    problem: the classifier and its examples.
-    table: the attacks that the claim rests on.
-    ledger: what they found.
-    accuracy: the claim, `[R]`.
-    interval: its interval, `[R, 2]`.
-    radii: `[R]`, in any order.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Claim:
+  """An evaluation that is to be checked, and the figures that several checks use.
+
+  Attributes:
+    classifier: the classifier and its N examples.
+    suite: the attacks that the claim rests on.
+    attack_log: what they found.
+    curve: the reported accuracy at R radii, in any order.
     config: the reported hyper-parameters.
-    count: the checks that attack do so on the first so many examples.
+    logits: logits of the clean images `[N, K]`.
+    count: checks that attack do so on the first so many examples.
     num_steps: gradient steps of PGD.
-    num_queries: of Square.
-    representation: clean representations `[N, E]`, or logits of a classifier without.
+    num_queries: forward passes of Square.
+    representation: clean representations `[N, E]`, or the logits of a classifier without.
     reconstruct_fn: images to reconstructions, if there is a decoder.
     surrogate: another classifier, with its arguments.
   """
-  rows = np.arange(count)
-  order = np.unique(radii)
-  largest_share = float(np.bincount(problem.labels).max() / len(problem.labels))
-  logits = forward(problem, problem.logits_fn, problem.x)
-  clean_accuracy = float(_correct(logits, problem.labels).mean())
-  wrong = ~_correct(forward(problem, problem.logits_fn, ledger.images), problem.labels)
-  broken = np.isfinite(ledger.radius)
 
-  # Each radius apart, whatever a smaller one broke: what monotony has to be seen on.
-  curves = {
-    attack.name: AdversarialAccuracy(
-      order, np.stack([np.isin(rows, survivors(problem, (attack,), r, rows)) for r in order])
+  classifier: AttackedClassifier
+  suite: Suite
+  attack_log: AttackLog
+  curve: AdversarialAccuracy
+  config: dict[str, Any]
+  logits: np.ndarray
+  count: int
+  num_steps: int
+  num_queries: int
+  representation: np.ndarray
+  reconstruct_fn: Model | None
+  surrogate: tuple[Model, tuple[Any, ...]] | None
+
+  @property
+  def rows(self) -> np.ndarray:
+    """The examples that checks attack."""
+    return np.arange(self.count)
+
+  @property
+  def radii(self) -> np.ndarray:
+    """The radii, each once, ascending."""
+    return np.unique(self.curve.radii)
+
+  @property
+  def largest_share(self) -> float:
+    """Share of the most frequent class, the accuracy of a constant."""
+    labels = self.classifier.labels
+    return float(np.bincount(labels).max() / len(labels))
+
+  @property
+  def clean_accuracy(self) -> float:
+    """Accuracy on the clean images."""
+    return float(_correct(self.logits, self.classifier.labels).mean())
+
+  @functools.cached_property
+  def wrong(self) -> np.ndarray:
+    """Whether the classifier misclassifies each recorded image, bool `[N]`, by another pass."""
+    logits = self.classifier.apply(self.classifier.logits_fn, self.attack_log.images)
+    return ~_correct(logits, self.classifier.labels)
+
+  @functools.cached_property
+  def curves(self) -> dict[str, AdversarialAccuracy]:
+    """Raw curves of 'pgd', 'fgsm', 'noise' and 'signs', every radius attacked on its own."""
+    logits_fn = self.classifier.logits_fn
+    step_size = self.config['relative_step_size']
+    (pgd,) = attack_suite.standard(
+      logits_fn, num_steps=self.num_steps, restarts=1, relative_step_size=step_size
+    ).attacks
+    compared: tuple[Attack, ...] = (
+      dataclasses.replace(pgd, name='pgd'),
+      attack_suite.FGSM(name='fgsm', objective=losses.CrossEntropy(logits_fn)),
+      attack_suite.Noise(name='noise'),
+      attack_suite.Noise(name='signs', extreme=True),
     )
-    for attack in _reference(problem, num_steps, config['relative_step_size'])
-  }
-  pgd, fgsm = curves['pgd'].accuracy, curves['fgsm'].accuracy
-  noise = {name: curves[name].accuracy for name in ('noise', 'signs')}
-  if surrogate is not None:
-    noise['transfer'] = _transfer(problem, surrogate, num_steps, order, rows)
+    return {
+      attack.name: AdversarialAccuracy(
+        self.radii,
+        np.stack(
+          [
+            np.isin(self.rows, self.classifier.robust((attack,), radius, self.rows))
+            for radius in self.radii
+          ]
+        ),
+      )
+      for attack in compared
+    }
 
-  # Where about half of what is right is broken, more of it could be.
-  at_order = ledger.survives(order).mean(axis=1)
-  pivot = float(order[np.argmin(np.abs(at_order - 0.5 * clean_accuracy))])
-  left = rows[ledger.radius[rows] > pivot]
-  gradient = tuple(attack for attack in table if attack.gradients)
-  fresh = dataclasses.replace(problem, key=jax.random.fold_in(problem.key, 1))
-  # Other numbers of steps are other programs: of a long table only the strongest method's.
-  doubled = tuple(
-    dataclasses.replace(a, num_steps=2 * a.num_steps)
-    for a in gradient
-    if a.warm_start is None and a.method == gradient[-1].method
-  )
-  more = {
-    name: len(left) - len(survivors(fresh, attempts, pivot, left)) if pivot > 0.0 else 0
-    for name, attempts in (('steps', doubled), ('restarts', gradient))
-  }
-  return (
-    sanity_checks.legality(problem.x, ledger.images, ledger.radius, problem.norm, problem.bounds),
-    sanity_checks.rescoring(broken, wrong, clean_accuracy, float((ledger.radius > 0.0).mean())),
-    sanity_checks.monotone(order, pgd, curves['pgd'].interval()),
-    sanity_checks.large_radius(*_large_radii(problem, table, ledger, rows), largest_share),
-    sanity_checks.iterative(pgd, fgsm, count),
-    sanity_checks.converged(more['steps'], more['restarts'], count),
-    sanity_checks.gradient_free(_square_alone(fresh, ledger, pivot, rows, num_queries), count),
-    sanity_checks.weaker(pgd, noise, count),
-    sanity_checks.healthy_gradients(_health(problem, gradient, pivot, rows)),
-    sanity_checks.deterministic(
-      logits[rows],
-      forward(problem, problem.logits_fn, problem.x)[rows],
-      forward(problem, problem.logits_fn, problem.x[::-1])[::-1][rows],
-    ),
-    sanity_checks.mean_of_minima(
-      accuracy,
-      interval,
-      # From the images alone: how far each is from the original, and what it does.
-      wrong[None] & (_recorded(ledger)[None] <= radii[:, None]),
-      len(problem.x),
-      config,
-    ),
-    sanity_checks.alive(
-      _life(problem, clean_accuracy, representation, reconstruct_fn, rows), largest_share
-    ),
+  @property
+  def middle_radius(self) -> float:
+    """The radius above 0 at which about half of what is right is misclassified; 0 if none is."""
+    radii = self.radii[self.radii > 0.0]
+    if not len(radii):
+      return 0.0
+    accuracy = self.attack_log.robust(radii).mean(axis=1)
+    return float(radii[np.argmin(np.abs(accuracy - 0.5 * self.clean_accuracy))])
+
+  @property
+  def robust_rows(self) -> np.ndarray:
+    """Those of `rows` that are robust at the middle radius: more of them could be misclassified."""
+    return self.rows[self.attack_log.radius[self.rows] > self.middle_radius]
+
+  @property
+  def redrawn(self) -> AttackedClassifier:
+    """The classifier, attacked with random draws that the claim has not used."""
+    key = jax.random.fold_in(self.classifier.key, 1)
+    return dataclasses.replace(self.classifier, key=key)
+
+
+def legality(claim: Claim) -> SanityCheck:
+  """(1) Every image is inside its ball and the bounds."""
+  classifier, log = claim.classifier, claim.attack_log
+  return sanity_checks.legality(
+    classifier.x, log.images, log.radius, classifier.norm, classifier.bounds
   )
 
 
-def _reference(
-  problem: Problem, num_steps: int, step_share: float | None
-) -> tuple[attack_suite.Attack, ...]:
-  """The paper's attack with one start, one step, and what both must beat."""
-  (pgd,) = attack_suite.standard(
-    problem.logits_fn, num_steps=num_steps, restarts=1, step_share=step_share
-  )
-  return (
-    dataclasses.replace(pgd, name='pgd'),
-    attack_suite.Attack('fgsm', 'fgsm', losses.CrossEntropy(problem.logits_fn)),
-    attack_suite.Attack('noise', 'noise'),
-    attack_suite.Attack('signs', 'extreme_noise'),
+def rescoring(claim: Claim) -> SanityCheck:
+  """(2) A second forward pass agrees on every recorded image."""
+  radius = claim.attack_log.radius
+  return sanity_checks.rescoring(
+    np.isfinite(radius), claim.wrong, claim.clean_accuracy, float((radius > 0.0).mean())
   )
 
 
-def _transfer(
-  problem: Problem,
-  surrogate: tuple[Model, tuple[Any, ...]],
-  num_steps: int,
-  radii: np.ndarray,
-  rows: np.ndarray,
-) -> np.ndarray:
-  """Accuracy on what PGD finds for another classifier, `[R]`."""
-  logits_fn, args = surrogate
-  other = dataclasses.replace(
-    problem, logits_fn=logits_fn, args=sharding.replicate(problem.mesh, args)
-  )
-  # To the end: what just breaks the other classifier transfers badly.
-  attack = attack_suite.Attack(
-    'transfer', 'pgd', losses.CrossEntropy(logits_fn), num_steps=num_steps
-  )
-  accuracy = []
-  for radius in radii:
-    images, _ = attempt(other, attack, float(radius), 0, rows)
-    logits = forward(problem, problem.logits_fn, images)
-    accuracy.append(_correct(logits, problem.labels[rows]).mean())
-  return np.array(accuracy)
+def monotone(claim: Claim) -> SanityCheck:
+  """(3) The raw curve of PGD does not rise."""
+  if len(claim.radii) < 2:
+    return sanity_checks.skipped(3, 'nothing to compare: there is one radius')
+  pgd = claim.curves['pgd']
+  return sanity_checks.monotone(claim.radii, pgd.accuracy, pgd.interval())
 
 
-def _large_radii(
-  problem: Problem, table: tuple[attack_suite.Attack, ...], ledger: Ledger, rows: np.ndarray
-) -> tuple[list[float], list[float]]:
-  """Radii from half the pixel range on, and the accuracy that the claim's attacks leave there."""
-  span = problem.bounds[1] - problem.bounds[0]
-  unit = span * (np.sqrt(problem.x[0].size) if problem.norm == 'l2' else 1.0)
+def large_radius(claim: Claim) -> SanityCheck:
+  """(4) The claim's attacks leave no example robust from half the pixel range on."""
   radii, accuracy = [], []
-  left = rows[ledger.radius[rows] > _LARGE[0] * unit]
-  for radius in (share * unit for share in _LARGE):
-    left = survivors(problem, table, radius, left)
-    radii.append(float(radius))
-    accuracy.append(len(left) / len(rows))
+  first, diameter = _LARGE[0], claim.classifier.diameter
+  left = claim.rows[claim.attack_log.radius[claim.rows] > first * diameter]
+  for share in _LARGE:
+    left = claim.classifier.robust(claim.suite.attacks, share * diameter, left)
+    radii.append(share * diameter)
+    accuracy.append(len(left) / claim.count)
     if not len(left):
       break
-  return radii, accuracy
+  return sanity_checks.large_radius(radii, accuracy, claim.largest_share)
 
 
-def _square_alone(
-  problem: Problem, ledger: Ledger, radius: float, rows: np.ndarray, num_queries: int
-) -> int:
-  """How many of `rows` Square breaks at this radius and the claim's gradient attacks do not."""
-  if problem.norm != 'linf':
-    return -1
-  credited = np.array([name == 'square' for name in ledger.names])[ledger.attack[rows]]
-  before = int(np.sum(credited & (ledger.radius[rows] <= radius)))
-  left = rows[ledger.radius[rows] > radius]
-  attack = attack_suite.square_margin(problem.logits_fn, num_queries)
-  return before + len(left) - len(survivors(problem, (attack,), radius, left))
+def iterative(claim: Claim) -> SanityCheck:
+  """(5) PGD is at least as strong as FGSM."""
+  if not claim.middle_radius:
+    return sanity_checks.skipped(5, _NO_RADIUS)
+  pgd, fgsm = claim.curves['pgd'].accuracy, claim.curves['fgsm'].accuracy
+  return sanity_checks.iterative(pgd, fgsm, claim.count)
 
 
-def _health(
-  problem: Problem, table: tuple[attack_suite.Attack, ...], radius: float, rows: np.ndarray
-) -> dict[str, dict[str, float]]:
-  """For each attack, the shares of examples in trouble at a random point of the ball."""
-  rows = rows[_correct(forward(problem, problem.logits_fn, problem.x[rows]), problem.labels[rows])]
+def converged(claim: Claim) -> SanityCheck:
+  """(6) More steps and more restarts of the gradient attacks find hardly more."""
+  radius, rows = claim.middle_radius, claim.robust_rows
+  if not radius or not len(rows):
+    return sanity_checks.skipped(6, _nothing_left(claim))
+  doubled = [
+    dataclasses.replace(attack, num_steps=2 * attack.num_steps)
+    for attack in claim.suite.attacks
+    if attack.name in claim.suite.doubled
+  ]
+  more_steps, more_restarts = (
+    len(rows) - len(claim.redrawn.robust(tried, radius, rows))
+    for tried in (doubled, claim.suite.gradient_attacks)
+  )
+  return sanity_checks.converged(more_steps, more_restarts, claim.count)
+
+
+def gradient_free(claim: Claim) -> SanityCheck:
+  """(7) Square finds hardly anything that the gradient attacks do not."""
+  if claim.classifier.norm != 'linf':
+    return sanity_checks.skipped(7, f'Square is for linf, and the norm is {claim.classifier.norm}')
+  radius, rows, log = claim.middle_radius, claim.robust_rows, claim.attack_log
+  found_by_square = np.array([name == 'square' for name in log.names])[log.attack[claim.rows]]
+  before = int(np.sum(found_by_square & (log.radius[claim.rows] <= radius)))
+  if not radius or not before + len(rows):
+    return sanity_checks.skipped(7, _nothing_left(claim))
+  square = attack_suite.square_margin(claim.classifier.logits_fn, claim.num_queries)
+  more = len(rows) - len(claim.redrawn.robust((square,), radius, rows))
+  return sanity_checks.gradient_free(before + more, claim.count)
+
+
+def weaker(claim: Claim) -> SanityCheck:
+  """(8) Noise, random signs and images made for the surrogate are no stronger than PGD."""
+  if not claim.middle_radius:
+    return sanity_checks.skipped(8, _NO_RADIUS)
+  others = {name: claim.curves[name].accuracy for name in ('noise', 'signs')}
+  if claim.surrogate is not None:
+    others['transfer'] = _transfer(claim, *claim.surrogate)
+  return sanity_checks.weaker(claim.curves['pgd'].accuracy, others, claim.count)
+
+
+def healthy_gradients(claim: Claim) -> SanityCheck:
+  """(9) At a random point of the ball, gradients are finite and not zero."""
+  classifier = claim.classifier
+  rows = claim.rows[_correct(claim.logits, classifier.labels)[claim.rows]]
   if not len(rows):
-    return {'none': {'examples that are right': 1.0}}
-  noisy, _ = attempt(problem, attack_suite.Attack('health', 'noise'), radius, 0, rows)
-  logits = forward(problem, problem.logits_fn, noisy)
+    return sanity_checks.skipped(9, f'none of the first {claim.count} examples is right')
+  health = attack_suite.Noise(name='health')
+  noisy, _ = classifier.attack(health, claim.middle_radius, 0, rows)
+  logits = classifier.apply(classifier.logits_fn, noisy)
   top = np.sort(logits, axis=1)[:, ::-1]
-  loss = np.asarray(_cross_entropy(jnp.asarray(logits), problem.labels[rows]))
+  loss = np.asarray(_cross_entropy(jnp.asarray(logits), classifier.labels[rows]))
   finite = np.isfinite(logits).all(axis=1)
   shares = {
     'logits': {
@@ -218,15 +241,104 @@ def _health(
       'not finite': float(np.mean(~finite)),
     }
   }
-  for attack in table:
+  for attack in claim.suite.gradient_attacks:
     objective = attack.objective
-    assert objective is not None
     if isinstance(objective, UntilBroken):
-      objective = objective.objective  # its gradient is zero where it has done its work
-    gradients = functools.partial(_gradient_flags, objective, problem.args)
-    flags = in_batches(problem, gradients, (noisy, aim_at(problem, attack, 0, rows)))
+      objective = objective.objective  # its gradient is zero where the image is misclassified
+    gradients = functools.partial(_gradient_flags, objective, classifier.args)
+    aim = attack.aim(classifier.targets, rows, 0)
+    flags = classifier.in_batches(gradients, (noisy, aim))
     shares[attack.name] = {name: float(flag.mean()) for name, flag in flags.items()}
-  return shares
+  return sanity_checks.healthy_gradients(shares)
+
+
+def deterministic(claim: Claim) -> SanityCheck:
+  """(10) Repeated and reordered forward passes agree."""
+  classifier, rows = claim.classifier, claim.rows
+  forward = functools.partial(classifier.apply, classifier.logits_fn)
+  reordered = forward(classifier.x[::-1])[::-1]
+  return sanity_checks.deterministic(
+    claim.logits[rows], forward(classifier.x)[rows], reordered[rows]
+  )
+
+
+def mean_of_minima(claim: Claim) -> SanityCheck:
+  """(11) The reported curve follows from the images alone."""
+  return sanity_checks.mean_of_minima(
+    claim.classifier.x,
+    claim.attack_log.images,
+    claim.wrong,
+    claim.curve.radii,
+    claim.curve.accuracy,
+    claim.curve.interval(),
+    claim.curve.correct.shape[1],
+    claim.config,
+  )
+
+
+def informative(claim: Claim) -> SanityCheck:
+  """(12) The representation tells images apart, and the decoder reconstructs them."""
+  classifier, rows = claim.classifier, claim.rows
+  deviation = claim.representation - claim.representation.mean(axis=0)
+  figures = {
+    'clean_accuracy': claim.clean_accuracy,
+    'active_dimensions': float(active_latents(claim.representation)),
+    'latent_scale': float(np.sqrt((deviation**2).sum(axis=1).mean())),
+  }
+  if claim.reconstruct_fn is not None:
+    x = classifier.x[rows].reshape(len(rows), -1)
+    reconstructed = classifier.apply(claim.reconstruct_fn, classifier.x[rows]).reshape(x.shape)
+    figures['squared_error'] = float(((x - reconstructed) ** 2).sum(axis=1).mean())
+    figures['variance'] = float(((x - x.mean(axis=0)) ** 2).sum(axis=1).mean())
+  return sanity_checks.informative(figures, claim.largest_share)
+
+
+CHECKS: tuple[Callable[[Claim], SanityCheck], ...] = (
+  legality,
+  rescoring,
+  monotone,
+  large_radius,
+  iterative,
+  converged,
+  gradient_free,
+  weaker,
+  healthy_gradients,
+  deterministic,
+  mean_of_minima,
+  informative,
+)
+
+
+def run_checks(claim: Claim) -> tuple[SanityCheck, ...]:
+  """The results of all checks, in order."""
+  return tuple(check(claim) for check in CHECKS)
+
+
+def _nothing_left(claim: Claim) -> str:
+  """Why the checks that attack robust examples have none."""
+  if not claim.middle_radius:
+    return _NO_RADIUS
+  return (
+    f'nothing to attack: of the first {claim.count} examples none is robust at radius '
+    f'{claim.middle_radius:g}'
+  )
+
+
+def _transfer(claim: Claim, logits_fn: Model, args: tuple[Any, ...]) -> np.ndarray:
+  """Accuracy on the images that PGD finds for another classifier, `[R]`."""
+  classifier = claim.classifier
+  args = sharding.replicate(classifier.mesh, args)
+  surrogate = dataclasses.replace(classifier, logits_fn=logits_fn, args=args)
+  # All steps on the cross-entropy: an image just over the other's boundary transfers badly.
+  attack = attack_suite.PGD(
+    name='transfer', objective=losses.CrossEntropy(logits_fn), num_steps=claim.num_steps
+  )
+  accuracy = []
+  for radius in claim.radii:
+    images, _ = surrogate.attack(attack, float(radius), 0, claim.rows)
+    logits = classifier.apply(classifier.logits_fn, images)
+    accuracy.append(_correct(logits, classifier.labels[claim.rows]).mean())
+  return np.array(accuracy)
 
 
 @functools.partial(jax.jit, static_argnames='objective')
@@ -248,33 +360,6 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return losses.CrossEntropy(lambda same: same)(logits, Aim(labels))
 
 
-def _life(
-  problem: Problem,
-  clean_accuracy: float,
-  representation: np.ndarray,
-  reconstruct_fn: Model | None,
-  rows: np.ndarray,
-) -> dict[str, float]:
-  """The figures of check 12."""
-  spread = representation - representation.mean(axis=0)
-  figures = {
-    'clean_accuracy': clean_accuracy,
-    'active_dimensions': float(active_latents(representation)),
-    'latent_scale': float(np.sqrt((spread**2).sum(axis=1).mean())),
-  }
-  if reconstruct_fn is not None:
-    x = problem.x[rows].reshape(len(rows), -1)
-    reconstructed = forward(problem, reconstruct_fn, problem.x[rows]).reshape(x.shape)
-    figures['squared_error'] = float(((x - reconstructed) ** 2).sum(axis=1).mean())
-    figures['variance'] = float(((x - x.mean(axis=0)) ** 2).sum(axis=1).mean())
-  return figures
-
-
-def _recorded(ledger: Ledger) -> np.ndarray:
-  """`[N]`: the radius of each example's image, inf where it is the clean one of a survivor."""
-  return np.where(ledger.attack >= 0, ledger.radius, np.inf)
-
-
 def _correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """`losses.is_correct`, again and in NumPy: a check shares no code with what it checks."""
+  """`losses.is_correct` written anew in NumPy: a check shares no code with what it checks."""
   return np.isfinite(logits).all(axis=1) & (logits.argmax(axis=1) == labels)
