@@ -35,7 +35,7 @@ def as_text(result: dict[str, Any]) -> str:
     lines.append(f'{radius:6.3f}  {accuracy:.3f} [{low:.3f}, {high:.3f}]')
   if 'joint' in result:
     values = ' '.join(f'{value:.3f}' for value in result['joint']['accuracy'])
-    lines.append(f'{" and ".join(result["joint"]["tasks"])} together, without checks: {values}')
+    lines.append(f'{" and ".join(result["joint"]["tasks"])} together (checks: not run): {values}')
   if 'moves' in result:
     values = ' '.join(f'{value:.3g}' for value in result['moves']['mean'])
     lines.append(f'mean latent shift, squared W2: {values}')
