@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready-$(VERSION)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 LOCK := $(BIN)/uv pip compile setup.cfg --extra=test --universal --python-version=3.11 \
-  --generate-hashes --no-emit-index-url --custom-compile-command='make lock' --output-file=requirements.txt
+  --generate-hashes --no-emit-index-url --quiet --custom-compile-command='make lock' --output-file=requirements.txt
 WORKDIR ?= runs/figure1
 
 .PHONY: figure1 test notebook check lint types soak lowest lock upgrade format python clean
@@ -35,6 +35,7 @@ notebook: $(READY)  ## Runs the notebook from top to bottom.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(READY)
 	$(BIN)/mypy
