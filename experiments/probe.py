@@ -38,7 +38,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae import data
   from se_vae.evaluation import attack_log, latent_shift, linear_probe, robustness
   from se_vae.models import vae
-  from se_vae.storage import checkpoints
+  from se_vae.storage import checkpoints, model_store
 
 TASKS = ('digit', 'color', 'label')
 RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -114,7 +114,7 @@ class Prepared:
   images: np.ndarray
   labels: np.ndarray
   mesh: jax.sharding.Mesh
-  surrogate: checkpoints.Run | None
+  surrogate: model_store.SavedModel | None
 
 
 def prepare(config: ProbeConfig) -> Prepared:
@@ -148,9 +148,9 @@ def prepare(config: ProbeConfig) -> Prepared:
   )
 
 
-def _load(flag: str, workdir: Path) -> checkpoints.Run:
+def _load(flag: str, workdir: Path) -> model_store.SavedModel:
   try:
-    return checkpoints.load_run(workdir)
+    return model_store.load_saved(workdir)
   except checkpoints.CheckpointError as error:
     raise UsageError(
       f'{flag}: holds no pretrained encoder, run experiments.pretrain there first: {error}'
@@ -159,7 +159,7 @@ def _load(flag: str, workdir: Path) -> checkpoints.Run:
 
 def _load_surrogate(
   config: ProbeConfig, workdir: Path, dataset: data.Dataset
-) -> checkpoints.Run | None:
+) -> model_store.SavedModel | None:
   if config.surrogate is None:
     return None
   if not config.check_examples:

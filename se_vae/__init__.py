@@ -23,7 +23,7 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
   )
   from se_vae.models.vae import VAE, make_vae
   from se_vae.objectives import elbo, log_normalizer, se_elbo
-  from se_vae.storage.checkpoints import load_model, save_model
+  from se_vae.storage.model_store import load_model, save_model
   from se_vae.training import (
     LatentMove,
     TrainConfig,
