@@ -34,7 +34,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
   import numpy as np
 
-  from experiments.visual import plots
+  from experiments.visual import image_grids, plots
   from se_vae import data
   from se_vae.evaluation import attack_log, linear_probe, maxima, robustness
   from se_vae.models import vae
@@ -468,11 +468,10 @@ def _write(
   drawn = [plots.Curve(objective, [found], name.strip('_')) for name, found in curves.items()]
   panels = [(f'{result["task"]} probe', drawn)]
   with atomic_files.replacing(stem.with_suffix('.png')) as file:
-    plots.save(file, panels, moves=moves)
+    plots.save(file, panels, moves)
   page = _page(outcome, prepared)
   if page:
-    with atomic_files.replacing(stem.with_name(f'{stem.name}_images.png')) as file:
-      plots.save_images(file, page)
+    image_grids.save(stem.with_name(f'{stem.name}_images.png'), np.stack(page))
   path = stem.with_name('robustness.json')
   name = stem.name.removeprefix('probe_')
   workdirs.write_json(path, {**(workdirs.read_json(path) or {}), name: result})

@@ -21,17 +21,36 @@ _UNHEALTHY = 0.01
 _BROKEN = 0.01
 
 
-class Check(NamedTuple):
+class SanityCheck(NamedTuple):
   """One verdict.
 
   Attributes:
     number: 1 to 12.
     name: what is asked.
-    passed: the answer.
+    verdict: 'pass', 'fail' or 'skipped'.
     figure: the answer's reason, in one line.
     values: the numbers behind it, for JSON.
   """
 
+  number: int
+  name: str
+  verdict: str
+  figure: str
+  values: dict[str, Any]
+
+
+def summary(checks: Sequence[Any]) -> str:
+  """STUB."""
+  if not checks:
+    return 'checks: not run'
+  found = [c if isinstance(c, dict) else {**c._asdict()} for c in checks]
+  verdicts = [c.get('verdict') or ('pass' if c['passed'] else 'fail') for c in found]
+  failed = [f'{c["number"]}: {c["figure"]}' for c, v in zip(found, verdicts) if v == 'fail']
+  names = f' ({"; ".join(failed)})' if failed else ''
+  return f'checks: {verdicts.count("pass")} passed, {len(failed)} failed{names}, {verdicts.count("skipped")} skipped'
+
+
+class Check(NamedTuple):
   number: int
   name: str
   passed: bool
