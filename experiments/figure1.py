@@ -256,17 +256,20 @@ def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Pi
             objective,
             latent_dim,
             seed,
-            pretrain.PretrainConfig(
-              workdir=str(directory),
-              dataset=('color_' if encoders.color else '') + preset.dataset,
-              data_dir=config.data_dir,
-              cache_dir=str(workdir / 'data'),
-              objective=objective,
-              arch=encoders.arch,
-              latent_dim=latent_dim,
-              num_steps=encoders.num_steps,
-              seed=seed,
-              **encoders.overrides,
+            flags.from_dict(
+              pretrain.PretrainConfig,
+              {
+                'workdir': str(directory),
+                'dataset': ('color_' if encoders.color else '') + preset.dataset,
+                'data_dir': config.data_dir,
+                'cache_dir': str(workdir / 'data'),
+                'objective': objective,
+                'arch': encoders.arch,
+                'latent_dim': latent_dim,
+                'num_steps': encoders.num_steps,
+                'seed': seed,
+                **encoders.overrides,
+              },
             ),
             tuple(
               probe.ProbeConfig(workdir=str(directory), task=task, seed=seed, **preset.attack)
@@ -301,7 +304,8 @@ def curves_of(panel: Panel, results: list[dict[str, Any]]) -> list[plots.Curve]:
 
 def _optimizer_text(settings: list[pretrain.PretrainConfig]) -> str:
   """How the encoders were trained, and which part of that is the paper's."""
-  used = {(each.optimizer, each.learning_rate, each.momentum, each.schedule) for each in settings}
+  names = ('optimizer', 'learning_rate', 'momentum', 'schedule')
+  used = {tuple(flags.to_dict(each)[name] for name in names) for each in settings}
   texts = []
   for name, rate, momentum, schedule in sorted(used):
     shape = f'{schedule} schedule, learning rate {rate:g}'

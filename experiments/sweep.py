@@ -112,7 +112,7 @@ def _run(
     results.append(
       {
         'varied': each.varied,
-        'objective': each.pretraining.objective,
+        'objective': encoder['config']['objective'],
         'held_out': encoder['test'],
         'seconds': seconds.get(str(each.varied)),  # None for a variant that was interrupted
         **attacked,
@@ -139,18 +139,16 @@ def variants_of(
   Raises:
     UsageError: for flags that do not exist or cannot have such a value.
   """
-  attack = probe.parse(config.probe)
+  attack, shared = probe.parse(config.probe), flags.to_dict(base)
+  cache_dir = shared['cache_dir'] or str(workdir / 'data')
   varied = _parse(config.vary)
   for values in itertools.product(*varied.values()):
     own = dict(zip(varied, values, strict=True))
     directory = str(workdir / '_'.join(f'{name}{value}' for name, value in own.items()))
     yield Variant(
       own,
-      dataclasses.replace(
-        base,
-        **own,
-        workdir=directory,
-        cache_dir=base.cache_dir or str(workdir / 'data'),
+      flags.from_dict(
+        pretrain.PretrainConfig, shared | own | {'workdir': directory, 'cache_dir': cache_dir}
       ),
       dataclasses.replace(attack, workdir=directory),
     )
@@ -160,25 +158,22 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
   """The settings that vary, each with its values, parsed as flags of pretrain."""
   if not vary:
     raise UsageError("--vary: is required: settings and their values, such as 'gamma=0.3,1,3'")
+  defaults = flags.to_dict(pretrain.PretrainConfig())
   found = {}
   for item in vary.split():
     name, _, values = item.partition('=')
-    if name in _SHARED or name not in _names():
+    if name in _SHARED or name not in defaults:
       raise UsageError(f'--vary: {name!r} is no setting of pretrain that can vary')
     if name in found:
       raise UsageError(f'--vary: {name} is there twice')
     parsed = tuple(
-      getattr(flags.parse(pretrain.PretrainConfig, f'--{name}={value}', '--vary'), name)
+      flags.to_dict(flags.parse(pretrain.PretrainConfig, f'--{name}={value}', '--vary'))[name]
       for value in values.split(',')
     )
     if len(set(parsed)) < len(parsed):
       raise UsageError(f'--vary: a value of {name} is there twice')
     found[name] = parsed
   return found
-
-
-def _names() -> set[str]:
-  return {field.name for field in dataclasses.fields(pretrain.PretrainConfig)}
 
 
 def _over_seeds(results: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], plots.Curve]]:

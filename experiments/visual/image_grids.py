@@ -1,4 +1,4 @@
-"""Pages of images, as arrays and as PNG files: reconstructions, samples and traversals of a model."""
+"""Pages of images of a model at work, as arrays and as PNG files."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def _varied(z: jax.Array, latent: jax.Array) -> jax.Array:
 
 
 def perturbation(reconstructions: np.ndarray) -> float:
-  """The linf distance between the images and selected x' of `reconstructions`, averaged over them."""
+  """Mean linf distance between the images and the selected x' of `reconstructions`."""
   x, x_adv = reconstructions[:2]
   return float(np.abs(x_adv - x).reshape(len(x), -1).max(axis=1).mean())
 
 
 def squared_w2(model: vae.VAE, params: vae.Params, reconstructions: np.ndarray) -> float:
-  """Squared W2 between the encodings of images and selected x' of `reconstructions`, averaged."""
+  """Mean squared W2 between the encodings of the images and selected x' of `reconstructions`."""
   return float(_mean_shift(model, params, reconstructions[0], reconstructions[1]))
 
 
