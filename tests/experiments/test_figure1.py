@@ -23,11 +23,13 @@ DTYPE_PROMOTION = 'standard'  # optax takes part
 
 @pytest.fixture
 def tiny(monkeypatch) -> figure1.Preset:
-  """A quick preset of seconds. All encoders are MLPs, so that two pairs share their programs."""
+  """A quick preset of seconds: all encoders are small MLPs on colour images, and share programs."""
   small = {'hidden_units': 8, 'latent_dim': 4, 'pgd_steps': 2, 'tensorboard': False}
   preset = figure1.PRESETS['quick']
   encoders = tuple(
-    dataclasses.replace(pair, num_steps=20, overrides=small, arch='mlp', latent_dims=(4,))
+    dataclasses.replace(
+      pair, color=True, num_steps=20, overrides=small, arch='mlp', latent_dims=(4,)
+    )
     for pair in preset.encoders
   )
   attack = {'num_examples': 20, 'pgd_steps': 2, 'radii': (0.0, 0.1), 'check_examples': 0}
