@@ -259,7 +259,7 @@ def _floats(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _parse_probe(content: Any) -> Probe:
   joint, shift = content.get('joint'), content.get('moves')
-  checks = [_parse_check(check) for check in content['checks']]
+  checks = [SanityCheck.from_json(check) for check in content['checks']]
   return Probe(
     str(content['task']),
     str(content['config']['attack']),
@@ -271,14 +271,6 @@ def _parse_probe(content: Any) -> Probe:
     checks,
     plots.checks_summary({'checks': checks}),
   )
-
-
-def _parse_check(content: Any) -> SanityCheck:
-  verdict = content.get('verdict') or ('pass' if content['passed'] else 'fail')
-  if verdict not in ('pass', 'fail', 'skipped'):
-    raise ValueError(f'verdict is {verdict!r}')
-  number, name, figure = int(content['number']), str(content['name']), str(content['figure'])
-  return SanityCheck(number, name, verdict, figure, {})
 
 
 def _parse_accuracy(content: Any) -> Series:
