@@ -103,8 +103,14 @@ _LATENTS = (32, 64, 128)
 # Short runs end before their event files are of use.
 _UNWATCHED = {'tensorboard': False}
 
-# Chosen on held-out training images.
-_SGD = {'optimizer': 'sgd', 'momentum': 0.9, 'learning_rate': 1e-3, 'schedule': 'constant'}
+# SGD of the preset 'paper'. A short search with --validation (mnist_5k, SE, batch 64, momentum 0.9,
+# constant schedule) gave these ELBOs, in nats, on held-out training images:
+#   4x200 MLP, 1,500 steps: -66.1, -34.2, 16.6 and -324.6 for the rates 1e-4, 3e-4, 1e-3 and 3e-3;
+#     26.9 for Adam with the rate 1e-3 and a cosine schedule.
+#   ConvNet of 16 channels, 400 steps: -188.8, -51.8 and -259.0 for 1e-4, 3e-4 and 1e-3; -78.8 for
+#     Adam.
+# No latent is active after the rates 3e-3 (MLP) and 1e-3 (ConvNet). The rate 3e-4 trains both.
+_SGD = {'optimizer': 'sgd', 'momentum': 0.9, 'learning_rate': 3e-4, 'schedule': 'constant'}
 
 PRESETS = {
   'quick': Preset(
