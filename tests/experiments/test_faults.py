@@ -259,10 +259,10 @@ class Vandal(signals.StopSignal):
     return super().requested()
 
 
-def test_a_work_directory_that_vanishes_is_an_error_in_a_line(tmp_path, capsys):
+def test_a_work_directory_that_vanishes_is_an_error_in_a_line(tmp_path, capsys, undisturbed):
   workdir = tmp_path / 'run'
-  settings = config(workdir, num_steps=100_000)
-  assert_fails_in_a_line(capsys, lambda: pretrain.run(settings, Vandal(workdir)), 'vanished')
+  main = functools.partial(pretrain.run, config(workdir), Vandal(workdir))
+  assert_fails_in_a_line(capsys, main, 'vanished')
   assert not workdir.exists()
 
 
