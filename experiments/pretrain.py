@@ -29,7 +29,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
   from experiments.visual import image_grids, tensorboard
   from se_vae import data, training
-  from se_vae.evaluation import diagnostics, linear_probe
+  from se_vae.evaluation import linear_probe, metrics
   from se_vae.models import vae
   from se_vae.parallel import processes
   from se_vae.storage import atomic_files, checkpoints, model_store
@@ -518,9 +518,9 @@ def _look(
   """Figures of the model on held-out images, and `image_grids.pages` of the first ten."""
   model, key = setup.model, setup.eval_key
   params = jax.device_get(state.params)
-  figures = diagnostics.held_out(model, params, key, images, obs_var=config.obs_var, mesh=mesh)
+  figures = metrics.held_out(model, params, key, images, obs_var=config.obs_var, mesh=mesh)
   means = linear_probe.encoder_means(model, params, images, mesh=mesh)
-  figures['active_latents'] = diagnostics.active_latents(means)
+  figures['active_latents'] = metrics.active_latents(means)
   return figures, image_grids.pages(model, setup.train_config, params, key, images[:10], means)
 
 
