@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from experiments import figure1, pretrain, probe
-from experiments.cli import signals, workdirs
+from experiments.cli import flags, signals, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.storage import checkpoints
 from tests.experiments.test_app import exit_code
@@ -41,7 +41,8 @@ FLAGS = {
 
 
 def config(workdir: Path, **changes) -> pretrain.PretrainConfig:
-  return pretrain.PretrainConfig(**{'workdir': str(workdir), **FLAGS, **changes})
+  values = {'workdir': str(workdir), **FLAGS, **changes}
+  return flags.from_dict(pretrain.PretrainConfig, values)
 
 
 def run(workdir: Path, **changes) -> dict:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from experiments import pretrain
-from experiments.cli import devices, distributed, signals, workdirs
+from experiments.cli import devices, distributed, flags, signals, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.parallel import processes
 from se_vae.storage import checkpoints
@@ -119,8 +119,8 @@ def rows(workdir: Path) -> list[dict[str, float]]:
 
 
 def run_alone(workdir: Path, **changes) -> None:
-  config = pretrain.PretrainConfig(workdir=str(workdir), **{'num_devices': 1, **TINY, **changes})
-  pretrain.run(config, signals.StopSignal())
+  values = {'workdir': str(workdir), 'num_devices': 1, **TINY, **changes}
+  pretrain.run(flags.from_dict(pretrain.PretrainConfig, values), signals.StopSignal())
 
 
 @pytest.fixture(scope='module')
