@@ -30,6 +30,6 @@ def _finished(attack: probe.ProbeConfig, pretraining: dict[str, Any]) -> dict[st
   result = workdirs.read_json(path, *used)
   if result is None:
     return None
-  found = (result['config'], result['pretraining'], result['step'])
+  found = (probe.stored_config(result['config']), result['pretraining'], result['step'])
   wanted = (flags.to_dict(attack), pretraining['config'], pretraining['step'])
   return result if found == wanted else None

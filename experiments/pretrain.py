@@ -29,10 +29,10 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
   from experiments.visual import image_grids, tensorboard
   from se_vae import data, training
-  from se_vae.evaluation import diagnostics, linear_probe
+  from se_vae.evaluation import linear_probe, metrics
   from se_vae.models import vae
   from se_vae.parallel import processes
-  from se_vae.storage import atomic_files, checkpoints
+  from se_vae.storage import atomic_files, checkpoints, model_store
 
 CHECKPOINTS = 'checkpoints'
 BEST = 'checkpoints/best'
@@ -210,7 +210,7 @@ def load_dataset(config: PretrainConfig) -> data.Dataset:
       image_size=config.image_size,
     )
   except data.DataError as error:
-    raise UsageError(str(error)) from None
+    raise UsageError(app.name_flags(error)) from None
 
 
 def check_batch_size(batch_size: int, dataset: data.Dataset) -> None:
@@ -252,7 +252,7 @@ def run(
       processes.on_first(held.enter_context, workdirs.lock(workdir, *_FILES)) or _elsewhere
     )
     result = processes.on_first(_result_so_far, workdir, config.num_steps) or {}
-    if processes.largest(bool(result)):
+    if processes.maximum(bool(result)):
       return result
     mesh = devices.mesh_for(config.batch_size, config.num_devices)
     if config.num_devices is None and processes.is_first():
@@ -311,12 +311,12 @@ def _model_config(config: PretrainConfig, dataset: data.Dataset) -> dict[str, An
   return {'image_shape': tuple(dataset.train.images.shape[1:]), **_fields_of(config, names)}
 
 
-def _load_source(config: PretrainConfig, dataset: data.Dataset) -> checkpoints.Run | None:
+def _load_source(config: PretrainConfig, dataset: data.Dataset) -> model_store.SavedModel | None:
   """The run that --init_from names; its model must be this one's."""
   if config.init_from is None:
     return None
   try:
-    source = checkpoints.load_run(config.init_from)
+    source = model_store.load_saved(config.init_from)
   except checkpoints.CheckpointError as error:
     raise UsageError(f'--init_from: {error}') from None
   here = _model_config(config, dataset)
@@ -372,7 +372,7 @@ def _train(
     record = processes.on_first(stack.enter_context, recording) or _elsewhere
     try:
       for progress in dispatches:
-        signum = processes.largest(stop.requested() or 0)
+        signum = processes.maximum(stop.requested() or 0)
         processes.together(record, progress, signum > 0)
         if signum:
           raise signals.Interrupted(signum)
@@ -518,9 +518,9 @@ def _look(
   """Figures of the model on held-out images, and `image_grids.pages` of the first ten."""
   model, key = setup.model, setup.eval_key
   params = jax.device_get(state.params)
-  figures = diagnostics.held_out(model, params, key, images, obs_var=config.obs_var, mesh=mesh)
+  figures = metrics.held_out(model, params, key, images, obs_var=config.obs_var, mesh=mesh)
   means = linear_probe.encoder_means(model, params, images, mesh=mesh)
-  figures['active_latents'] = diagnostics.active_latents(means)
+  figures['active_latents'] = metrics.active_latents(means)
   return figures, image_grids.pages(model, setup.train_config, params, key, images[:10], means)
 
 

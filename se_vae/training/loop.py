@@ -531,7 +531,7 @@ def run(
       # At most twice the last one, as the first dispatch of a process includes its compilation.
       fitting = max(1, int(count * seconds_per_dispatch / seconds))
       fitting = min(max(fitting, dispatch_steps // 2), 2 * dispatch_steps)
-      dispatch_steps = processes.largest(fitting)  # one clock for all processes
+      dispatch_steps = processes.maximum(fitting)  # one clock for all processes
 
 
 def fit(

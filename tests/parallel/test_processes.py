@@ -276,7 +276,7 @@ def test_flags_that_contradict_each_other_are_named(flags, message):
 def test_alone_nothing_is_joined_and_every_decision_is_one_s_own():
   with distributed.joined(distributed.Cluster()):
     assert processes.is_first()
-    assert processes.largest(7) == 7 and processes.largest(-7) == -7
+    assert processes.maximum(7) == 7 and processes.maximum(-7) == -7
     assert processes.differing({'a': 1, 'b': 'x'}) == []
     assert processes.together(lambda a, b: a + b, 1, 2) == 3
     assert processes.on_first(divmod, 7, 2) == (3, 1)
@@ -341,6 +341,7 @@ def test_devices_that_do_not_fit_are_named_before_anything_is_written(
 # Faults
 # ---------------------------------------------------------------------------------------------
 
+ELSEWHERE = 'error: another process has failed, and reports the reason'
 LONG = {'num_steps': 100_000, 'log_every': 50}
 
 
@@ -394,10 +395,16 @@ def test_an_error_of_one_process_ends_both(tmp_path):
   with workdirs.lock(tmp_path / 'w'), pair(tmp_path / 'w') as processes:
     first, second = ends(processes)
   assert first.code == 2 and f'in use by process {os.getpid()}' in first.last
-  assert (second.code, second.last) == (1, 'error: another process has failed, and says why')
+  assert (second.code, second.last) == (
+    1,
+    'error: another process has failed, and reports the reason',
+  )
   with pair(tmp_path / 'v', own=({}, {'dataset': 'mnist', 'data_dir': '/no'})) as processes:
     first, second = ends(processes)
-  assert (first.code, first.last) == (1, 'error: another process has failed, and says why')
+  assert (first.code, first.last) == (
+    1,
+    'error: another process has failed, and reports the reason',
+  )
   assert second.code == 2 and '--data_dir' in second.last
 
 

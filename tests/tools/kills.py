@@ -100,7 +100,7 @@ def main() -> None:
   parser.add_argument('--kills', type=int, default=20)
   arguments = parser.parse_args()
   workdir, log = arguments.directory / 'run', arguments.directory / 'log'
-  robustness._SAVE_EVERY = 0.0  # a ledger that is often written is often hit
+  robustness._SAVE_EVERY = 0.0  # an attack log that is often written is often hit
   quick = figure1.PRESETS['quick']
   figure1.PANELS = figure1.PANELS[:2]
   color = dataclasses.replace(quick.encoders[1], num_steps=200, overrides=TINY)
