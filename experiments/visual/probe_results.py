@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cli import workdirs
-from experiments.visual import plots
+from experiments.visual import image_grids, plots
 from se_vae.evaluation import sanity_checks
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.evaluation.metrics import AdversarialAccuracy
@@ -117,12 +117,12 @@ def write(
   objective = result['pretraining']['objective']
   curves = [plots.Curve(objective, [found], name.strip('_')) for name, found in drawn.items()]
   with atomic_files.replacing(stem.with_suffix('.png')) as file:
-    plots.save(file, [(f'{result["task"]} probe', curves)], moves=moves)
+    plots.save(file, [(f'{result["task"]} probe', curves)], moves)
   chosen = _examples(outcome.attack_log)
   if len(chosen):
     rows = [images[chosen], outcome.attack_log.images[chosen]]
-    with atomic_files.replacing(stem.with_name(f'{stem.name}_images.png')) as file:
-      plots.save_images(file, [*rows, *map(reconstruct, rows)])
+    page = np.stack([*rows, *map(reconstruct, rows)])
+    image_grids.save(stem.with_name(f'{stem.name}_images.png'), page)
   path = stem.with_name('robustness.json')
   name = stem.name.removeprefix('probe_')
   workdirs.write_json(path, {**(workdirs.read_json(path) or {}), name: result})
