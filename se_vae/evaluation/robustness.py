@@ -196,7 +196,7 @@ def evaluate(
     args: further arguments of `logits_fn`, `latents_fn` and `reconstruct_fn`, such as parameters.
     latents_fn: images (and `args`) to representations `[B, E]`, for attacks that aim there.
     reconstruct_fn: images (and `args`) to their reconstructions, for check 12.
-    surrogate: another classifier and its arguments. Check 8 attacks it, and tries the images here.
+    surrogate: another classifier and its arguments. Check 8 uses its adversarial images here.
     check_examples: how many of the first examples the checks attack again; 0 for no checks.
     mesh: devices to spread a batch over; all of them if None.
     state_path: npz file that keeps the attack log, for an evaluation that is interrupted and
