@@ -150,6 +150,9 @@ def render(directories: Sequence[Path]) -> str:
     title=', '.join(_labels(directories)),
     runs=runs,
     figures=[table for path in figures for table in _panels(path)],
+    figure_notes=[
+      _parsed(path, lambda content: str(content.get('optimizer', ''))) for path in figures
+    ],
     unfinished=[str(d) for d in directories if d not in paths and not (d / FIGURE).exists()],
     held_out=table([run.test or {} for run in runs]),
     last_rows=table([run.rows[-1] if run.rows else {} for run in runs]),
