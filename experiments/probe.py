@@ -50,9 +50,6 @@ _LOCK = '.probe.lock'
 # unless the whole attempt is finished: the log of finished attempts is on disk.
 _PATIENCE = 5.0
 
-# Quantiles of the latent shift, over the examples.
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
@@ -175,8 +172,9 @@ def _load_surrogate(
 
 def train_means(prepared: Prepared, model: vae.VAE, params: vae.Params) -> np.ndarray:
   """An encoder's means of the training images, `[N, D]`."""
-  images = prepared.dataset.train.images
-  return linear_probe.encoder_means(model, params, images, mesh=prepared.mesh)
+  return linear_probe.encoder_means(
+    model, params, prepared.dataset.train.images, mesh=prepared.mesh
+  )
 
 
 def fit(
@@ -244,14 +242,13 @@ def run(
         state.unlink()
         outcome = attack()
     result = {
-      **claim(config, outcome),
+      **probe_results.claim(config.task, outcome),
       'train_accuracy': train_accuracy,
       'config': flags.to_dict(config),
       'evaluation': outcome.config,
       **extra,
       'cost': {
-        'gradients': int(outcome.attack_log.gradients.sum()),
-        'forwards': int(outcome.attack_log.forwards.sum()),
+        name: int(getattr(outcome.attack_log, name).sum()) for name in ('gradients', 'forwards')
       },
       'pretraining': prepared.metadata['config'],
       'step': prepared.metadata['step'],
@@ -301,24 +298,6 @@ def evaluate(
   )
 
 
-def claim(config: ProbeConfig, outcome: robustness.Evaluation) -> dict[str, Any]:
-  """The curve and the sanity checks of an evaluation, as JSON values."""
-  return {
-    'task': config.task,
-    'num_examples': outcome.curve.correct.shape[1],
-    **_curve(config, outcome.curve),
-    'checks': [check.to_json() for check in outcome.checks],
-  }
-
-
-def _curve(config: ProbeConfig, curve: robustness.AdversarialAccuracy) -> dict[str, Any]:
-  return {
-    'radii': list(config.radii),
-    'accuracy': curve.accuracy.tolist(),
-    'interval': curve.interval().tolist(),
-  }
-
-
 @contextlib.contextmanager
 def _progress(description: str, stop: signals.StopSignal) -> Iterator[Callable[[int, int], None]]:
   """The `progress` of an attack: a bar that looks for a signal whenever it advances."""
@@ -351,15 +330,15 @@ def _joint(
     progress=progress,
     **_attack_options(config, prepared.mesh),
   )
-  return {'tasks': tasks, **_curve(config, curve)}
+  return {'tasks': tasks, **probe_results.curve(curve)}
 
 
 def _latent_shift(
   config: ProbeConfig, prepared: Prepared, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-  """Mean and quantiles over examples of the largest squared W2 between the encodings of x and x'.
+  """The largest squared W2 between the encodings of x and of x', over the examples.
 
-  For full covariances, of the squared distance between their means, a lower bound.
+  For full covariances, the squared distance between their means, a lower bound.
   """
   shift = latent_shift.max_latent_shift(
     linear_probe.GaussianLatents(prepared.model),
@@ -368,12 +347,7 @@ def _latent_shift(
     progress=progress,
     **_attack_options(config, prepared.mesh),
   )
-  quantiles = np.quantile(shift, _QUANTILES, axis=1)
-  return {
-    'radii': list(config.radii),
-    'mean': shift.mean(axis=1).tolist(),
-    'quantiles': dict(zip(map(str, _QUANTILES), quantiles.tolist(), strict=True)),
-  }
+  return probe_results.latent_shift(config.radii, shift)
 
 
 def parse(text: str, *, unused: tuple[str, ...] = ()) -> ProbeConfig:

@@ -1,4 +1,4 @@
-"""A probe's result as text and as files: curves, sanity checks, attack log, adversarial images."""
+"""A probe's result as JSON, as text and as files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,50 @@ from typing import Any
 import numpy as np
 
 from experiments.cli import workdirs
-from experiments.visual import plots
+from experiments.visual import image_grids, plots
 from se_vae.evaluation import sanity_checks
 from se_vae.evaluation.attack_log import AttackLog
+from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.evaluation.robustness import Evaluation
 from se_vae.storage import atomic_files
 
 # Patterns of the files that `write` writes to a directory.
 PATTERNS = ('probe_*', 'robustness.json')
 
+# Quantiles of the latent shift, over the examples.
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
 # Examples on a page of images.
 _PAGE = 12
+
+
+def claim(task: str, outcome: Evaluation) -> dict[str, Any]:
+  """The curve of a task and its sanity checks, as JSON values."""
+  return {
+    'task': task,
+    'num_examples': outcome.curve.correct.shape[1],
+    **curve(outcome.curve),
+    'checks': [check.to_json() for check in outcome.checks],
+  }
+
+
+def curve(accuracy: AdversarialAccuracy) -> dict[str, Any]:
+  """Adversarial accuracy against radius with its 95 % intervals, as JSON values."""
+  return {
+    'radii': accuracy.radii.tolist(),
+    'accuracy': accuracy.accuracy.tolist(),
+    'interval': accuracy.interval().tolist(),
+  }
+
+
+def latent_shift(radii: Sequence[float], shift: np.ndarray) -> dict[str, Any]:
+  """Mean and quantiles over the examples of latent shifts `[R, N]`, as JSON values."""
+  quantiles = np.quantile(shift, _QUANTILES, axis=1)
+  return {
+    'radii': list(radii),
+    'mean': shift.mean(axis=1).tolist(),
+    'quantiles': dict(zip(map(str, _QUANTILES), quantiles.tolist(), strict=True)),
+  }
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -35,7 +68,7 @@ def as_text(result: dict[str, Any]) -> str:
     lines.append(f'{radius:6.3f}  {accuracy:.3f} [{low:.3f}, {high:.3f}]')
   if 'joint' in result:
     values = ' '.join(f'{value:.3f}' for value in result['joint']['accuracy'])
-    lines.append(f'{" and ".join(result["joint"]["tasks"])} together, without checks: {values}')
+    lines.append(f'{" and ".join(result["joint"]["tasks"])} together (checks: not run): {values}')
   if 'moves' in result:
     values = ' '.join(f'{value:.3g}' for value in result['moves']['mean'])
     lines.append(f'mean latent shift, squared W2: {values}')
@@ -63,9 +96,9 @@ def write(
     labels: `[N]`.
     reconstruct: maps images to their reconstructions.
   """
-  curves = {'': result} | ({'joint_': result['joint']} if 'joint' in result else {})
+  drawn = {'': result} | ({'joint_': result['joint']} if 'joint' in result else {})
   columns: dict[str, Sequence[float]] = {'radius': result['radii']}
-  for prefix, found in curves.items():
+  for prefix, found in drawn.items():
     low, high = zip(*found['interval'], strict=True)
     columns |= {f'{prefix}accuracy': found['accuracy'], f'{prefix}low': low, f'{prefix}high': high}
   _write_csv(stem.with_suffix('.csv'), columns)
@@ -75,19 +108,21 @@ def write(
     columns = {'radius': moves['radii'], 'mean_squared_w2': moves['mean'], **quantiles}
     _write_csv(stem.with_name(f'{stem.name}_moves.csv'), columns)
 
-  curve, log = outcome.curve, vars(outcome.attack_log)
+  log, accuracy = vars(outcome.attack_log), outcome.curve
   arrays = {('broken_' if name == 'radius' else '') + name: log[name] for name in log}
   with atomic_files.replacing(stem.with_suffix('.npz')) as file:
-    np.savez_compressed(file, radii=curve.radii, correct=curve.correct, labels=labels, **arrays)
+    np.savez_compressed(
+      file, radii=accuracy.radii, correct=accuracy.correct, labels=labels, **arrays
+    )
   objective = result['pretraining']['objective']
-  drawn = [plots.Curve(objective, [found], name.strip('_')) for name, found in curves.items()]
+  curves = [plots.Curve(objective, [found], name.strip('_')) for name, found in drawn.items()]
   with atomic_files.replacing(stem.with_suffix('.png')) as file:
-    plots.save(file, [(f'{result["task"]} probe', drawn)], moves=moves)
+    plots.save(file, [(f'{result["task"]} probe', curves)], moves)
   chosen = _examples(outcome.attack_log)
   if len(chosen):
     rows = [images[chosen], outcome.attack_log.images[chosen]]
-    with atomic_files.replacing(stem.with_name(f'{stem.name}_images.png')) as file:
-      plots.save_images(file, [*rows, *map(reconstruct, rows)])
+    page = np.stack([*rows, *map(reconstruct, rows)])
+    image_grids.save(stem.with_name(f'{stem.name}_images.png'), page)
   path = stem.with_name('robustness.json')
   name = stem.name.removeprefix('probe_')
   workdirs.write_json(path, {**(workdirs.read_json(path) or {}), name: result})

@@ -33,9 +33,8 @@ from se_vae.data.examples import (
 )
 from se_vae.data.transforms import central_square
 
-NAME = re.compile(
-  r'tfds:(?P<name>[a-z]\w*)(/(?P<config>\w[\w.\-]*))?(:(?P<version>\d+\.\d+\.\d+))?', re.ASCII
-)
+# tfds:NAME[/CONFIG][:VERSION]
+NAME = re.compile(r'tfds:[a-z]\w*(/\w[\w.\-]*)?(:\d+\.\d+\.\d+)?', re.ASCII)
 _VERSION = re.compile(r'\d+\.\d+\.\d+', re.ASCII)
 _HOST = ('storage.googleapis.com', 443)
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,18 @@ from se_vae.evaluation.targets import Targets
 
 # Attacks on the representation aim at this many other classes, the nearest first.
 _LATENT_TARGETS = 3
+
+
+class Cost(NamedTuple):
+  """What one attempt of an attack spends on each example.
+
+  Attributes:
+    forwards: forward passes without a gradient, with the one that scores the result.
+    gradients: gradients.
+  """
+
+  forwards: int
+  gradients: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,26 +55,18 @@ class Attack:
   num_steps: int = 1
 
   @property
-  def gradients(self) -> int:
-    """Gradients that one attempt takes on each example."""
-    return 0
+  def cost(self) -> Cost:
+    """The cost of one attempt."""
+    return Cost(forwards=1, gradients=0)
 
-  @property
-  def forwards(self) -> int:
-    """Forward passes without a gradient on each example, with the one that scores the result."""
-    return 1
-
-  def __call__(
-    self, key: jax.Array, x: jax.Array, aim: Aim, args: tuple[Any, ...], **options: Any
-  ) -> jax.Array:
-    """Adversarial images `[B, ...]` of one attempt, inside the ball and the bounds.
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """Adversarial images of one attempt, `[B, ...]`, inside the ball and the bounds.
 
     Args:
-      key: of the attempt; example i draws from `fold_in(key, index[i])`.
+      key: key of the attempt.
       x: clean images `[B, ...]`.
-      aim: what the attempt aims at, for each example.
-      args: further arguments of the objective, after the aim.
-      **options: `radius`, `norm`, `bounds` and `index` of `attacks.pgd`.
+      **options: `radius`, `norm`, `bounds`, `args` and `index` of `attacks.pgd`; the first of the
+        `args` is the aim.
     """
     raise NotImplementedError
 
@@ -73,23 +77,20 @@ class Noise(Attack):
 
   extreme: bool = False
 
-  def __call__(
-    self, key: jax.Array, x: jax.Array, aim: Aim, args: tuple[Any, ...], **options: Any
-  ) -> jax.Array:
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
     """Noisy images."""
+    del options['args']
     return attacks.noise(key, x, extreme=self.extreme, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OtherImage(Attack):
-  """Another image, `aim.image`, projected to the ball."""
+  """Another image, that of the aim, projected to the ball."""
 
-  def __call__(
-    self, key: jax.Array, x: jax.Array, aim: Aim, args: tuple[Any, ...], **options: Any
-  ) -> jax.Array:
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
     """The projected images."""
     del options['index']
-    assert aim.image is not None
+    aim, *_ = options.pop('args')
     columns = projections.project(
       projections.columns(aim.image), x=projections.columns(x), **options
     )
@@ -102,22 +103,20 @@ class GradientAttack(Attack):
 
   objective: Model
 
-  @property
-  def gradients(self) -> int:
-    """One for each step."""
-    return self.num_steps
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FGSM(GradientAttack):
   """One gradient step, to the edge of the ball."""
 
-  def __call__(
-    self, key: jax.Array, x: jax.Array, aim: Aim, args: tuple[Any, ...], **options: Any
-  ) -> jax.Array:
+  @property
+  def cost(self) -> Cost:
+    """One gradient."""
+    return Cost(forwards=1, gradients=1)
+
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
     """Images after the step."""
     del options['index']
-    return attacks.fgsm(self.objective, key, x, args=(aim, *args), **options)
+    return attacks.fgsm(self.objective, key, x, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,17 +126,15 @@ class PGD(GradientAttack):
   relative_step_size: float | None = None
 
   @property
-  def forwards(self) -> int:
-    """The last iterate is compared with the best."""
-    return 2
+  def cost(self) -> Cost:
+    """A gradient for each step, and a forward pass for the last iterate."""
+    return Cost(forwards=2, gradients=self.num_steps)
 
-  def __call__(
-    self, key: jax.Array, x: jax.Array, aim: Aim, args: tuple[Any, ...], **options: Any
-  ) -> jax.Array:
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
     """The best iterates."""
-    options |= {'num_steps': self.num_steps, 'keep_best': True, 'args': (aim, *args)}
     if self.relative_step_size is not None:
       options['step_size'] = self.relative_step_size * options['radius']
+    options |= {'num_steps': self.num_steps, 'keep_best': True}
     return attacks.pgd(self.objective, key, x, **options)
 
 
@@ -148,20 +145,15 @@ class APGD(GradientAttack):
   start_objective: Model | None = None
 
   @property
-  def gradients(self) -> int:
-    """One for each step, one at the start, and those of the PGD before it."""
-    return 1 + self.num_steps * (1 if self.start_objective is None else 2)
+  def cost(self) -> Cost:
+    """A gradient at the start and for each step, and the cost of the PGD before."""
+    if self.start_objective is None:
+      return Cost(forwards=1, gradients=1 + self.num_steps)
+    return Cost(forwards=2, gradients=1 + 2 * self.num_steps)
 
-  @property
-  def forwards(self) -> int:
-    """PGD compares its last iterate with the best."""
-    return 1 if self.start_objective is None else 2
-
-  def __call__(
-    self, key: jax.Array, x: jax.Array, aim: Aim, args: tuple[Any, ...], **options: Any
-  ) -> jax.Array:
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
     """The best iterates."""
-    options |= {'num_steps': self.num_steps, 'args': (aim, *args)}
+    options['num_steps'] = self.num_steps
     start = None
     if self.start_objective is not None:
       start = attacks.pgd(self.start_objective, key, x, keep_best=True, **options)
@@ -175,17 +167,14 @@ class Square(Attack):
   objective: Model
 
   @property
-  def forwards(self) -> int:
-    """One for each query."""
-    return 1 + self.num_steps
+  def cost(self) -> Cost:
+    """A forward pass for each query."""
+    return Cost(forwards=1 + self.num_steps, gradients=0)
 
-  def __call__(
-    self, key: jax.Array, x: jax.Array, aim: Aim, args: tuple[Any, ...], **options: Any
-  ) -> jax.Array:
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
     """The best images."""
     assert options.pop('norm') == 'linf'
-    options |= {'num_queries': self.num_steps, 'args': (aim, *args)}
-    return attacks.square(self.objective, key, x, **options)
+    return attacks.square(self.objective, key, x, num_queries=self.num_steps, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +310,8 @@ def run(
   bounds: tuple[float, float],
 ) -> jax.Array:
   """One attempt on a batch, compiled once for all radii and keys: `[B, ...]`, of x's shape."""
-  return attack(key, x, aim, args, index=index, radius=radius, norm=norm, bounds=bounds)
+  options = {'radius': radius, 'norm': norm, 'bounds': bounds, 'index': index}
+  return attack(key, x, args=(aim, *args), **options)
 
 
 def attempt_key(key: jax.Array, attack: Attack, radius: float, attempt: int) -> jax.Array:

@@ -306,8 +306,8 @@ def _attack_all(
         reporting = dataclasses.replace(classifier, on_batch=report)
         images, correct = reporting.attack(attack, radius, restart, rows)
         wrong, images = rows[~correct], images[~correct]
-        log.forwards[rows] += attack.forwards
-        log.gradients[rows] += attack.gradients
+        log.forwards[rows] += attack.cost.forwards
+        log.gradients[rows] += attack.cost.gradients
         reached = _smallest_radii(classifier, wrong, images, config['radii'], radius)
         log.record(wrong, images, radius=reached, attack=number, restart=restart)
       log.done += 1
@@ -332,7 +332,7 @@ def _smallest_radii(
 
   An attack at a large radius can find an image that the attacks at a smaller one have missed.
   """
-  offsets = np.float64(images) - np.float64(classifier.x[rows])
+  offsets = images.astype(np.float64) - classifier.x[rows]
   offsets = offsets.reshape(len(rows), classifier.x[0].size)
   distances = np.linalg.norm(offsets, {'linf': np.inf, 'l2': 2}[classifier.norm], axis=1)
   limits = sanity_checks.allowed_distances(

@@ -92,7 +92,7 @@ def summary(checks: Iterable[SanityCheck | Mapping[str, Any]]) -> str:
     each if isinstance(each, SanityCheck) else SanityCheck.from_json(each) for each in checks
   ]
   if not found:
-    return 'checks: none were run'
+    return 'checks: not run'
   parts = []
   for verdict, word in (('pass', 'passed'), ('fail', 'failed'), ('skipped', 'skipped')):
     named = [f'{check.number}: {check.name}' for check in found if check.verdict == verdict]

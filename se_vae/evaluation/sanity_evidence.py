@@ -135,32 +135,28 @@ class Claim:
     return dataclasses.replace(self.classifier, key=key)
 
 
-def legality(claim: Claim) -> SanityCheck:
-  """(1) Every image is inside its ball and the bounds."""
+def _legality(claim: Claim) -> SanityCheck:
   classifier, log = claim.classifier, claim.attack_log
   return sanity_checks.legality(
     classifier.x, log.images, log.radius, classifier.norm, classifier.bounds
   )
 
 
-def rescoring(claim: Claim) -> SanityCheck:
-  """(2) A second forward pass agrees on every recorded image."""
+def _rescoring(claim: Claim) -> SanityCheck:
   radius = claim.attack_log.radius
   return sanity_checks.rescoring(
     np.isfinite(radius), claim.wrong, claim.clean_accuracy, float((radius > 0.0).mean())
   )
 
 
-def monotone(claim: Claim) -> SanityCheck:
-  """(3) The raw curve of PGD does not rise."""
+def _monotone(claim: Claim) -> SanityCheck:
   if len(claim.radii) < 2:
     return sanity_checks.skipped(3, 'nothing to compare: there is one radius')
   pgd = claim.curves['pgd']
   return sanity_checks.monotone(claim.radii, pgd.accuracy, pgd.interval())
 
 
-def large_radius(claim: Claim) -> SanityCheck:
-  """(4) The claim's attacks leave no example robust from half the pixel range on."""
+def _large_radius(claim: Claim) -> SanityCheck:
   radii, accuracy = [], []
   first, diameter = _LARGE[0], claim.classifier.diameter
   left = claim.rows[claim.attack_log.radius[claim.rows] > first * diameter]
@@ -173,16 +169,14 @@ def large_radius(claim: Claim) -> SanityCheck:
   return sanity_checks.large_radius(radii, accuracy, claim.largest_share)
 
 
-def iterative(claim: Claim) -> SanityCheck:
-  """(5) PGD is at least as strong as FGSM."""
+def _iterative(claim: Claim) -> SanityCheck:
   if not claim.middle_radius:
     return sanity_checks.skipped(5, _NO_RADIUS)
   pgd, fgsm = claim.curves['pgd'].accuracy, claim.curves['fgsm'].accuracy
   return sanity_checks.iterative(pgd, fgsm, claim.count)
 
 
-def converged(claim: Claim) -> SanityCheck:
-  """(6) More steps and more restarts of the gradient attacks find hardly more."""
+def _converged(claim: Claim) -> SanityCheck:
   radius, rows = claim.middle_radius, claim.robust_rows
   if not radius or not len(rows):
     return sanity_checks.skipped(6, _nothing_left(claim))
@@ -198,8 +192,7 @@ def converged(claim: Claim) -> SanityCheck:
   return sanity_checks.converged(more_steps, more_restarts, claim.count)
 
 
-def gradient_free(claim: Claim) -> SanityCheck:
-  """(7) Square finds hardly anything that the gradient attacks do not."""
+def _gradient_free(claim: Claim) -> SanityCheck:
   if claim.classifier.norm != 'linf':
     return sanity_checks.skipped(7, f'Square is for linf, and the norm is {claim.classifier.norm}')
   radius, rows, log = claim.middle_radius, claim.robust_rows, claim.attack_log
@@ -212,8 +205,7 @@ def gradient_free(claim: Claim) -> SanityCheck:
   return sanity_checks.gradient_free(before + more, claim.count)
 
 
-def weaker(claim: Claim) -> SanityCheck:
-  """(8) Noise, random signs and images made for the surrogate are no stronger than PGD."""
+def _weaker(claim: Claim) -> SanityCheck:
   if not claim.middle_radius:
     return sanity_checks.skipped(8, _NO_RADIUS)
   others = {name: claim.curves[name].accuracy for name in ('noise', 'signs')}
@@ -222,8 +214,7 @@ def weaker(claim: Claim) -> SanityCheck:
   return sanity_checks.weaker(claim.curves['pgd'].accuracy, others, claim.count)
 
 
-def healthy_gradients(claim: Claim) -> SanityCheck:
-  """(9) At a random point of the ball, gradients are finite and not zero."""
+def _healthy_gradients(claim: Claim) -> SanityCheck:
   classifier = claim.classifier
   rows = claim.rows[_correct(claim.logits, classifier.labels)[claim.rows]]
   if not len(rows):
@@ -252,8 +243,7 @@ def healthy_gradients(claim: Claim) -> SanityCheck:
   return sanity_checks.healthy_gradients(shares)
 
 
-def deterministic(claim: Claim) -> SanityCheck:
-  """(10) Repeated and reordered forward passes agree."""
+def _deterministic(claim: Claim) -> SanityCheck:
   classifier, rows = claim.classifier, claim.rows
   forward = functools.partial(classifier.apply, classifier.logits_fn)
   reordered = forward(classifier.x[::-1])[::-1]
@@ -262,8 +252,7 @@ def deterministic(claim: Claim) -> SanityCheck:
   )
 
 
-def mean_of_minima(claim: Claim) -> SanityCheck:
-  """(11) The reported curve follows from the images alone."""
+def _mean_of_minima(claim: Claim) -> SanityCheck:
   return sanity_checks.mean_of_minima(
     claim.classifier.x,
     claim.attack_log.images,
@@ -276,8 +265,7 @@ def mean_of_minima(claim: Claim) -> SanityCheck:
   )
 
 
-def informative(claim: Claim) -> SanityCheck:
-  """(12) The representation tells images apart, and the decoder reconstructs them."""
+def _informative(claim: Claim) -> SanityCheck:
   classifier, rows = claim.classifier, claim.rows
   deviation = claim.representation - claim.representation.mean(axis=0)
   figures = {
@@ -294,18 +282,18 @@ def informative(claim: Claim) -> SanityCheck:
 
 
 CHECKS: tuple[Callable[[Claim], SanityCheck], ...] = (
-  legality,
-  rescoring,
-  monotone,
-  large_radius,
-  iterative,
-  converged,
-  gradient_free,
-  weaker,
-  healthy_gradients,
-  deterministic,
-  mean_of_minima,
-  informative,
+  _legality,
+  _rescoring,
+  _monotone,
+  _large_radius,
+  _iterative,
+  _converged,
+  _gradient_free,
+  _weaker,
+  _healthy_gradients,
+  _deterministic,
+  _mean_of_minima,
+  _informative,
 )
 
 

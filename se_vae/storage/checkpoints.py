@@ -74,9 +74,8 @@ def save(
   path = Path(directory) / f'checkpoint_{step:08d}_{hashlib.sha256(data).hexdigest()}.safetensors'
   try:
     atomic_files.make_directory(path.parent)
-    atomic_files.remove_leftovers(
-      path.parent, 'checkpoint_*'
-    )  # of killed writers: only one writes at a time
+    # Only one process writes at a time, so these are of killed ones.
+    atomic_files.remove_leftovers(path.parent, 'checkpoint_*')
     with atomic_files.replacing(path) as file:
       file.write(data)
   except OSError as error:
@@ -175,15 +174,7 @@ def newest_good(
 def load_latest(
   directory: str | Path, *, on_damage: Callable[[str], None]
 ) -> tuple[Tensors, Metadata] | None:
-  """Returns what `load` returns for the newest good checkpoint; None if there is none at all.
-
-  Args:
-    directory: may be missing.
-    on_damage: called with one line for each newer checkpoint that is damaged.
-
-  Raises:
-    CheckpointError: if there are checkpoints but none is good.
-  """
+  """Returns what `newest_good` returns, without the path."""
   found = newest_good(directory, on_damage=on_damage)
   return None if found is None else found[1:]
 
@@ -191,18 +182,18 @@ def load_latest(
 def restore_latest(
   directory: str | Path, template: Any, *, on_damage: Callable[[str], None]
 ) -> tuple[Any, Metadata] | None:
-  """Returns what `restore` returns for the newest good checkpoint; None if there is none at all.
+  """Returns the newest good checkpoint as `restore` does; None if there is none at all.
 
   A checkpoint that is whole but does not fit the template is the wrong one, not a damaged one.
   An older checkpoint is not used instead.
 
   Args:
-    directory: may be missing.
+    directory: as in `newest_good`.
     template: as in `restore`.
-    on_damage: called with one line for each newer checkpoint that is damaged.
+    on_damage: as in `newest_good`.
 
   Raises:
-    CheckpointError: if there are checkpoints but none is good, or the newest good one does not fit.
+    CheckpointError: as in `newest_good` and `restore`.
   """
   found = newest_good(directory, on_damage=on_damage)
   if found is None:

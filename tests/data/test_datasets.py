@@ -156,6 +156,7 @@ def test_import_is_light():
   code = (
     'import sys, se_vae.data;'
     'heavy = {"tensorflow", "tensorflow_datasets", "mlxtend"} & set(sys.modules);'
-    'assert not heavy, heavy'
+    'assert not heavy, heavy;'
+    'import jax; jax.config.update("jax_num_cpu_devices", 3); assert jax.device_count("cpu") == 3'
   )
   subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, timeout=60)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from experiments import pretrain, probe
-from experiments.cli import signals
+from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
 from se_vae.storage import checkpoints
 from se_vae.training import input_pipeline
@@ -53,8 +53,8 @@ def cifar_like(tmp_path_factory) -> Path:
 
 
 def config(workdir: Path, data_dir: Path, **changes) -> pretrain.PretrainConfig:
-  settings = {'workdir': str(workdir), 'data_dir': str(data_dir), **TINY, **changes}
-  return pretrain.PretrainConfig(**settings)
+  values = {'workdir': str(workdir), 'data_dir': str(data_dir), **TINY, **changes}
+  return flags.from_dict(pretrain.PretrainConfig, values)
 
 
 def bits(workdir: Path) -> dict[str, bytes]:

@@ -199,7 +199,7 @@ def test_the_summary_counts_verdicts_and_names_what_did_not_pass():
   )
   assert sanity_checks.summary(checks()) == expected
   assert sanity_checks.summary([check.to_json() for check in checks()]) == expected
-  assert sanity_checks.summary([]) == 'checks: none were run'
+  assert sanity_checks.summary([]) == 'checks: not run'
 
 
 def test_reading_checks_does_not_load_jax():

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from experiments import figure1, pretrain, probe
-from experiments.cli import signals, workdirs
+from experiments.cli import flags, signals, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.storage import checkpoints
 from tests.experiments.test_app import exit_code
@@ -41,7 +41,8 @@ FLAGS = {
 
 
 def config(workdir: Path, **changes) -> pretrain.PretrainConfig:
-  return pretrain.PretrainConfig(**{'workdir': str(workdir), **FLAGS, **changes})
+  values = {'workdir': str(workdir), **FLAGS, **changes}
+  return flags.from_dict(pretrain.PretrainConfig, values)
 
 
 def run(workdir: Path, **changes) -> dict:
@@ -259,10 +260,10 @@ class Vandal(signals.StopSignal):
     return super().requested()
 
 
-def test_a_work_directory_that_vanishes_is_an_error_in_a_line(tmp_path, capsys):
+def test_a_work_directory_that_vanishes_is_an_error_in_a_line(tmp_path, capsys, undisturbed):
   workdir = tmp_path / 'run'
-  settings = config(workdir, num_steps=100_000)
-  assert_fails_in_a_line(capsys, lambda: pretrain.run(settings, Vandal(workdir)), 'vanished')
+  main = functools.partial(pretrain.run, config(workdir), Vandal(workdir))
+  assert_fails_in_a_line(capsys, main, 'vanished')
   assert not workdir.exists()
 
 

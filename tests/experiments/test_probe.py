@@ -133,7 +133,7 @@ def test_surrogate_joint_attack_and_latent_shift_are_written_too(colored, capsys
   monkeypatch.setattr(flags, 'from_flags', lambda _: config)
   probe.main()
   output = capsys.readouterr().out
-  assert 'digit and color together, without checks: ' in output
+  assert 'digit and color together (checks: not run): ' in output
   assert 'mean latent shift, squared W2: ' in output
   result = json.loads((workdir / 'probe_digit.json').read_text())
   transfer = result['checks'][7]['values']['transfer']
