@@ -20,8 +20,19 @@ from typing import Any, NamedTuple, TypeAlias
 from etils import epy
 
 from experiments.cli import app, devices, distributed, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError, setting
-from se_vae import choices
+from experiments.cli.flags import UsageError
+from se_vae.config import (
+  ARCHS,
+  ATTACK_DTYPES,
+  COVARIANCES,
+  DATASETS,
+  OBJECTIVES,
+  OPTIMIZERS,
+  PRECISIONS,
+  SCHEDULES,
+  setting,
+  validate,
+)
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -68,7 +79,7 @@ class PretrainConfig:
   """The flags of this binary."""
 
   workdir: str | None = setting(None, 'Directory of this run; everything it writes goes there.')
-  dataset: str = setting('mnist_5k', f'One of: {", ".join(choices.DATASETS)}, or tfds:NAME.')
+  dataset: str = setting('mnist_5k', f'One of: {", ".join(DATASETS)}, or tfds:NAME.')
   data_dir: str | None = setting(None, 'Directory of the IDX files or the TFDS data set.')
   cache_dir: str | None = setting(
     None, "Where decoded TFDS sets are kept; 'data' in the work directory if not given."
@@ -85,11 +96,11 @@ class PretrainConfig:
   validation: bool = setting(
     False, 'Hold out a sixth of the training set and use it in place of the test set.'
   )
-  objective: str = setting('se', 'Bound to maximise.', choices=choices.OBJECTIVES)
-  arch: str = setting('mlp', 'Encoder and decoder architecture.', choices=choices.ARCHS)
+  objective: str = setting('se', 'Bound to maximise.', choices=OBJECTIVES)
+  arch: str = setting('mlp', 'Encoder and decoder architecture.', choices=ARCHS)
   latent_dim: int = setting(64, 'Latent dimensions; the paper uses 32, 64 and 128.', at_least=1)
   covariance: str = setting(
-    'diagonal', "Covariance of the encoder; the paper's is diagonal.", choices=choices.COVARIANCES
+    'diagonal', "Covariance of the encoder; the paper's is diagonal.", choices=COVARIANCES
   )
   hidden_units: int = setting(200, 'Units of each of the 4 layers of an MLP.', at_least=1)
   conv_channels: int = setting(
@@ -107,18 +118,18 @@ class PretrainConfig:
     False, "Start each example's selection where its last one ended, and not at random."
   )
   attack_dtype: str = setting(
-    'float32', 'Precision of the encoder within the selection.', choices=choices.ATTACK_DTYPES
+    'float32', 'Precision of the encoder within the selection.', choices=ATTACK_DTYPES
   )
   matmul_precision: str = setting(
-    'default', "Of all matrix products, as JAX's setting of that name.", choices=choices.PRECISIONS
+    'default', "Of all matrix products, as JAX's setting of that name.", choices=PRECISIONS
   )
   obs_var: float = setting(0.1, 'Observation noise variance v of the decoder.', above=0)
   num_steps: int = setting(10_000, 'Training steps; the paper takes 300,000.', at_least=1)
   batch_size: int = setting(64, 'Examples a step.', at_least=1)
-  optimizer: str = setting('adam', 'Update rule.', choices=choices.OPTIMIZERS)
+  optimizer: str = setting('adam', 'Update rule.', choices=OPTIMIZERS)
   momentum: float = setting(0.9, 'Momentum of sgd.', at_least=0, at_most=1)
   learning_rate: float = setting(1e-3, 'Learning rate, at its peak.', above=0)
-  schedule: str = setting('cosine', 'Learning rate over time.', choices=choices.SCHEDULES)
+  schedule: str = setting('cosine', 'Learning rate over time.', choices=SCHEDULES)
   init_from: str | None = setting(
     None, 'Directory of a run of the same architecture, whose parameters to start with.'
   )
@@ -165,7 +176,7 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   Raises:
     UsageError: naming the flag.
   """
-  flags.check(config)
+  validate(config)
   if config.warm_start and not (config.objective == 'se' and config.radius > 0.0):
     raise UsageError('--warm_start: is for --objective=se and a --radius above 0')
   for name in ('kl_weight', 'encoder_noise'):

@@ -27,8 +27,8 @@ from etils import epy
 
 from experiments import pretrain
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError, setting
-from se_vae import choices
+from experiments.cli.flags import UsageError
+from se_vae.config import SUITES, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -64,9 +64,7 @@ class ProbeConfig:
   workdir: str | None = setting(None, 'Directory of a pretraining run.')
   data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
   task: str = setting('digit', 'What the probe predicts.', choices=TASKS)
-  attack: str = setting(
-    'standard', "The paper's PGD, or everything there is.", choices=choices.SUITES
-  )
+  attack: str = setting('standard', "The paper's PGD, or everything there is.", choices=SUITES)
   radii: tuple[float, ...] = setting(
     RADII, 'linf radii of the attack, for pixels in [0, 1].', at_least=0, at_most=1
   )
@@ -139,7 +137,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   Raises:
     UsageError: naming the flag.
   """
-  flags.check(config)
+  validate(config)
   workdir = workdirs.check_workdir(config.workdir, _LOCK)
   model, params, metadata, _ = _load('--workdir', workdir)
   pretraining = flags.from_dict(pretrain.PretrainConfig, metadata['config'])
@@ -419,7 +417,7 @@ def file_stem(config: ProbeConfig) -> str:
 
 def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
   """Raises UsageError, naming the flag, unless a data set has what the settings ask of it."""
-  flags.check(config)
+  validate(config)
   if config.task not in dataset.num_classes:
     raise UsageError(
       f'--task: {dataset.name} has no {config.task} labels; its tasks are '

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from experiments import figure1, pretrain
 from experiments.cli import app, flags
-from experiments.cli.flags import UsageError, setting
+from experiments.cli.flags import UsageError
 from experiments.visual import charts, plots
+from se_vae.config import setting, validate
 from se_vae.storage import atomic_files
 
 FIGURE = 'figure1.json'
@@ -164,7 +165,7 @@ def run(config: ReportConfig) -> Path:
   Raises:
     UsageError: for a flag that is wrong, or a file that is damaged, before anything is written.
   """
-  flags.check(config)
+  validate(config)
   directories = [_directory('--workdir', config.workdir)]
   directories += [_directory('--compare', name) for name in config.compare or ()]
   output = _check_output(Path(config.output) if config.output else directories[0] / 'report.html')

@@ -18,8 +18,8 @@ from etils import epy
 
 from experiments import pretrain, probe
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError, setting
-from se_vae import choices
+from experiments.cli.flags import UsageError
+from se_vae.config import ARCHS, DATASETS, setting, validate
 from se_vae.data.transforms import pixels
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -46,9 +46,9 @@ class SupervisedConfig:
   """The flags of this binary."""
 
   workdir: str | None = setting(None, 'Directory of this run; everything it writes goes there.')
-  dataset: str = setting('mnist_5k', f'One of: {", ".join(choices.DATASETS)}, or tfds:NAME.')
+  dataset: str = setting('mnist_5k', f'One of: {", ".join(DATASETS)}, or tfds:NAME.')
   data_dir: str | None = setting(None, 'Directory of the IDX files or the TFDS data set.')
-  arch: str = setting('mlp', 'Architecture of the network.', choices=choices.ARCHS)
+  arch: str = setting('mlp', 'Architecture of the network.', choices=ARCHS)
   latent_dim: int = setting(64, 'Units below the linear layer.', at_least=1)
   hidden_units: int = setting(200, 'Units of each of the 4 layers of an MLP.', at_least=1)
   conv_channels: int = setting(200, 'Channels of each of the 4 layers of a ConvNet.', at_least=1)
@@ -90,7 +90,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     UsageError: for settings that are wrong, before anything is compiled or written.
     Interrupted: when `stop` says so, after a checkpoint.
   """
-  flags.check(config)
+  validate(config)
   workdir = workdirs.check_workdir(config.workdir)
   attack = probe.parse(config.probe, unused=_UNUSED)
   dataset = pretrain.load_dataset(

@@ -20,7 +20,8 @@ from etils import epy
 
 from experiments import pipeline, pretrain, probe
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError, setting
+from experiments.cli.flags import UsageError
+from se_vae.config import setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.visual import plots
@@ -73,7 +74,7 @@ def run(
     UsageError: for settings that are wrong, before anything is compiled or written.
     Interrupted: when `stop` says so, after a checkpoint.
   """
-  flags.check(config)
+  validate(config)
   workdir = workdirs.check_workdir(base.workdir)
   runs = list(runs_of(config, base, workdir))
   for each in runs:

@@ -12,9 +12,10 @@ from absl import flags as absl_flags
 from etils import epy
 
 from experiments.cli import flags
-from experiments.cli.flags import UsageError, setting
+from experiments.cli.flags import UsageError
 from experiments.cli.signals import Interrupted
 from experiments.cli.workdirs import check_directory
+from se_vae.config import ArgumentError, setting
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -49,8 +50,8 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
       raise UsageError(f'unexpected argument {argv[1]!r}; settings are given as --flag=value')
     _use_compilation_cache(flags.from_flags(RuntimeConfig).compilation_cache_dir)
     main()
-  except UsageError as error:
-    print(f'error: {error}', file=sys.stderr)
+  except ArgumentError as error:
+    print(f'error: {flags.error_line(error)}', file=sys.stderr)
     sys.exit(2)
   except failures() as error:
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 
 from etils import epy
 
-from experiments.cli import app, flags, signals
-from experiments.cli.flags import UsageError, setting
+from experiments.cli import app, signals
+from experiments.cli.flags import UsageError
+from se_vae.config import ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -41,7 +42,7 @@ class Cluster:
 
 def check_cluster(cluster: Cluster) -> None:
   """Raises UsageError for flags that contradict each other."""
-  flags.check(cluster)
+  validate(cluster)
   named = {name: getattr(cluster, name) for name in ('coordinator', 'num_processes', 'process_id')}
   missing = [f'--{name}' for name, value in named.items() if value is None]
   if cluster.coordinator is None or cluster.num_processes is None or cluster.process_id is None:
@@ -72,7 +73,7 @@ def joined(cluster: Cluster) -> Iterator[None]:
     return
   _check_port(cluster)
   _join(cluster)
-  shared: tuple[type[Exception], ...] = (UsageError, signals.Interrupted, *app.failures())
+  shared: tuple[type[Exception], ...] = (ArgumentError, signals.Interrupted, *app.failures())
   try:
     yield
   except shared:

@@ -46,7 +46,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from se_vae.choices import DATASETS
+from se_vae.config import DATASETS
 
 # Colour id -> which of the red, green and blue channels are on. Black is left out: it hides the
 # digit.

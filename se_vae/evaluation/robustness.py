@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from se_vae.attacks import losses
 from se_vae.attacks.losses import Model
 from se_vae.attacks.projections import Norm
-from se_vae.choices import SUITES
+from se_vae.config import SUITES
 from se_vae.evaluation import attack_suite, check_evidence
 from se_vae.evaluation.attack_log import Ledger
 from se_vae.evaluation.batched_attacks import Problem, attempt, forward, pose, survivors

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from se_vae import attacks, data, gaussians, objectives, wasserstein
-from se_vae.choices import ATTACK_DTYPES, OBJECTIVES, OPTIMIZERS, SCHEDULES
+from se_vae.config import ATTACK_DTYPES, OBJECTIVES, OPTIMIZERS, SCHEDULES
 from se_vae.data.transforms import pixels
 from se_vae.gaussians import Gaussian
 from se_vae.models.vae import VAE, Params

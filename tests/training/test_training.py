@@ -15,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from se_vae import choices, data, gaussians, training, wasserstein
+from se_vae import data, gaussians, training, wasserstein
+from se_vae.config import ATTACK_DTYPES, OBJECTIVES, OPTIMIZERS
 from se_vae.data.transforms import pixels
 from se_vae.models import vae
 from se_vae.parallel import sharding
@@ -196,7 +197,7 @@ def written_loss(params, model, config, x, noise, x_adv):
   return -jnp.mean(log_likelihood + log_prior[0] + log_prior[1] - jnp.sum(cost, axis=1))
 
 
-@pytest.mark.parametrize('objective', choices.OBJECTIVES)
+@pytest.mark.parametrize('objective', OBJECTIVES)
 def test_step_is_the_step_written_by_hand(objective):
   """In float64, with the same keys: x' and the noise are constants of the gradient."""
   config = dataclasses.replace(
@@ -325,7 +326,7 @@ def test_a_warm_start_goes_on_from_the_last_offset_of_the_same_example():
 
 
 @strictly
-@pytest.mark.parametrize('dtype', choices.ATTACK_DTYPES)
+@pytest.mark.parametrize('dtype', ATTACK_DTYPES)
 def test_a_bfloat16_attack_selects_nearly_as_well(dtype):
   model, x, params = tiny(), batch(0), drawn(tiny())
 
@@ -442,7 +443,7 @@ def test_adam_corrects_its_bias():
   np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize('optimizer', choices.OPTIMIZERS)
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
 def test_cosine_scales_the_constant_rate_down_to_zero(optimizer):
   gradients = [1.0, 0.5, -2.0, 1.0, 1.0]
   constant = updates_of(config_of(optimizer, 'constant'), gradients)
@@ -562,7 +563,7 @@ def test_pixels_are_bytes_over_255():
     pixels(x)  # they are in [0, 1] already
 
 
-@pytest.mark.parametrize('objective', choices.OBJECTIVES)
+@pytest.mark.parametrize('objective', OBJECTIVES)
 def test_bound_increases(objective):
   elbos = [metrics['elbo'] for _, metrics in whole_run(objective)]
   assert elbos[-1] > elbos[0] + 3.0  # nats an image; the noise of a window is below one
