@@ -189,8 +189,10 @@ def run(
     return attacks.fgsm(attack.objective, key, x, **options)
   options |= {'num_steps': attack.num_steps, 'index': index}
   if attack.method == 'pgd':
-    step_size = None if attack.step_share is None else attack.step_share * radius
-    return attacks.pgd(attack.objective, key, x, step_size=step_size, keep_best=True, **options)
+    share = attack.step_share
+    return attacks.pgd(
+      attack.objective, key, x, relative_step_size=share, keep_best=True, **options
+    )
   start = None
   if attack.warm_start is not None:
     start = attacks.pgd(attack.warm_start, key, x, keep_best=True, **options)
