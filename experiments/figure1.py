@@ -242,17 +242,20 @@ def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Pi
             objective,
             latent_dim,
             seed,
-            pretrain.PretrainConfig(
-              workdir=str(directory),
-              dataset=('color_' if encoders.color else '') + preset.dataset,
-              data_dir=config.data_dir,
-              cache_dir=str(workdir / 'data'),
-              objective=objective,
-              arch=encoders.arch,
-              latent_dim=latent_dim,
-              num_steps=encoders.num_steps,
-              seed=seed,
-              **encoders.overrides,
+            flags.from_dict(
+              pretrain.PretrainConfig,
+              {
+                'workdir': str(directory),
+                'dataset': ('color_' if encoders.color else '') + preset.dataset,
+                'data_dir': config.data_dir,
+                'cache_dir': str(workdir / 'data'),
+                'objective': objective,
+                'arch': encoders.arch,
+                'latent_dim': latent_dim,
+                'num_steps': encoders.num_steps,
+                'seed': seed,
+                **encoders.overrides,
+              },
             ),
             tuple(
               probe.ProbeConfig(workdir=str(directory), task=task, seed=seed, **preset.attack)

@@ -140,11 +140,10 @@ def prepare(config: ProbeConfig) -> Prepared:
   validate(config)
   workdir = workdirs.check_workdir(config.workdir, _LOCK)
   model, params, metadata, _ = _load('--workdir', workdir)
-  pretraining = flags.from_dict(pretrain.PretrainConfig, metadata['config'])
+  pretraining = pretrain.stored_config(metadata['config'])
   # A run's directory may have moved since, and with it what it wrote.
-  data_dir = config.data_dir or pretraining.data_dir
-  pretraining = dataclasses.replace(pretraining, workdir=str(workdir), data_dir=data_dir)
-  dataset = pretrain.load_dataset(pretraining)
+  data_dir = config.data_dir or pretraining.data.data_dir
+  dataset = pretrain.load_dataset(dataclasses.replace(pretraining.data, data_dir=data_dir), workdir)
   check_fits(config, dataset)
   if dataset.digest != metadata['data']['digest']:
     raise UsageError('--data_dir: holds other data than the encoder was trained on')

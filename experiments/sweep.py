@@ -110,7 +110,7 @@ def _run(
     results.append(
       {
         'varied': each.varied,
-        'objective': each.pretraining.objective,
+        'objective': each.pretraining.train.objective,
         'held_out': encoder['test'],
         'seconds': seconds.get(str(each.varied)),  # not known of a run that was interrupted
         **attacked,
@@ -142,11 +142,11 @@ def runs_of(config: SweepConfig, base: pretrain.PretrainConfig, workdir: Path) -
     directory = str(workdir / '_'.join(f'{name}{value}' for name, value in own.items()))
     yield Run(
       own,
-      dataclasses.replace(
+      flags.replace(
         base,
         **own,
         workdir=directory,
-        cache_dir=base.cache_dir or str(workdir / 'data'),
+        cache_dir=base.data.cache_dir or str(workdir / 'data'),
       ),
       dataclasses.replace(attack, workdir=directory),
     )
@@ -164,7 +164,7 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
     if name in found:
       raise UsageError(f'--vary: {name} is there twice')
     parsed = tuple(
-      getattr(flags.parse(pretrain.PretrainConfig, f'--{name}={value}', '--vary'), name)
+      flags.parse_value(pretrain.PretrainConfig, name, value, '--vary')
       for value in values.split(',')
     )
     if len(set(parsed)) < len(parsed):
@@ -174,7 +174,7 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
 
 
 def _names() -> set[str]:
-  return {field.name for field in dataclasses.fields(pretrain.PretrainConfig)}
+  return {*flags.names(pretrain.PretrainConfig)}
 
 
 def _over_seeds(

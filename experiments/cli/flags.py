@@ -9,6 +9,7 @@ are dataclasses of settings themselves. All of them become flags, with one flat 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import types
@@ -72,15 +73,19 @@ def from_flags(
   Raises:
     ArgumentError: if a value is outside its limits.
   """
+  config = from_dict(config_type, _values(config_type, flag_values))
+  validate(config)
+  return config
+
+
+def _values(config_type: type[Any], flag_values: absl_flags.FlagValues) -> dict[str, Any]:
   values: dict[str, Any] = {}
   for field, kind in _settings(config_type):
     value = flag_values[field.name].value
     if typing.get_origin(kind) is tuple and value is not None:
       value = _parse_list(field.name, value, typing.get_args(kind)[0])
     values[field.name] = value
-  config = from_dict(config_type, values)
-  validate(config)
-  return config
+  return values
 
 
 def parse(config_type: type[Config], text: str, flag: str) -> Config:
@@ -89,13 +94,38 @@ def parse(config_type: type[Config], text: str, flag: str) -> Config:
   Raises:
     UsageError: if they are wrong; the message begins with `flag`.
   """
-  values = absl_flags.FlagValues()
-  define_flags(config_type, values)
+  with _errors_begin_with(flag):
+    config = from_dict(config_type, _parse(config_type, shlex.split(text), flag))
+    validate(config)
+    return config
+
+
+def parse_value(config_type: type[Any], name: str, text: str, flag: str) -> Any:
+  """Returns the value of one setting, of which `text` is the value on a command line.
+
+  Limits are not checked, since they may depend on other settings.
+
+  Raises:
+    UsageError: if the text is no value of the setting; the message begins with `flag`.
+  """
+  with _errors_begin_with(flag):
+    return _parse(config_type, [f'--{name}={text}'], flag)[name]
+
+
+def _parse(config_type: type[Any], arguments: list[str], flag: str) -> dict[str, Any]:
+  """Returns all settings by name, as these command line arguments give them."""
+  flag_values = absl_flags.FlagValues()
+  define_flags(config_type, flag_values)
+  rest = flag_values([flag, *arguments])[1:]
+  if rest:
+    raise UsageError(f'unexpected argument {rest[0]!r}')
+  return _values(config_type, flag_values)
+
+
+@contextlib.contextmanager
+def _errors_begin_with(flag: str) -> Iterator[None]:
   try:
-    rest = values([flag, *shlex.split(text)])[1:]
-    if rest:
-      raise UsageError(f'unexpected argument {rest[0]!r}')
-    return from_flags(config_type, values)
+    yield
   except ArgumentError as error:
     raise UsageError(f'{flag}: {error_line(error)}') from None
   except (absl_flags.Error, ValueError) as error:
@@ -129,11 +159,11 @@ def from_dict(config_type: type[Config], values: dict[str, Any]) -> Config:
   unknown = values.keys() - names(config_type)
   if unknown:
     raise TypeError(f'{config_type.__name__} has no setting {", ".join(sorted(unknown))}')
-  annotations = typing.get_type_hints(config_type)
+  annotations: dict[str, Any] = typing.get_type_hints(config_type)
   arguments: dict[str, Any] = {}
   for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
     kind = annotations[field.name]
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
       part = {name: values[name] for name in names(kind) if name in values}
       arguments[field.name] = from_dict(kind, part)
     elif field.name in values:
@@ -174,11 +204,11 @@ def _limits(field: dataclasses.Field[Any]) -> str:
 
 def _settings(config_type: type[Any]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
   """Yields each setting's field and the T of its type `T` or `T | None`, nested ones in place."""
-  annotations = typing.get_type_hints(config_type)
+  annotations: dict[str, Any] = typing.get_type_hints(config_type)
   for field in dataclasses.fields(config_type):
     kind = annotations[field.name]
-    if dataclasses.is_dataclass(kind):
-      yield from _settings(typing.cast('type[Any]', kind))
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+      yield from _settings(kind)
     elif isinstance(kind, types.UnionType):
       yield field, next(part for part in typing.get_args(kind) if part is not type(None))
     else:

@@ -92,7 +92,7 @@ def squared_w2(model: vae.VAE, params: vae.Params, reconstructions: np.ndarray) 
 
 @functools.partial(jax.jit, static_argnames='model')
 def _mean_move(model: vae.VAE, params: vae.Params, x: jax.Array, x_adv: jax.Array) -> jax.Array:
-  return jnp.mean(training.LatentMove(model)(x_adv, params, model.encode(params, x)))
+  return jnp.mean(training.EncodingShift(model)(x_adv, params, model.encode(params, x)))
 
 
 def encode_png(page: np.ndarray, scale: int = 1) -> bytes:

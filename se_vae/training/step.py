@@ -296,10 +296,14 @@ def train_step(
       lambda: x,
     )
   else:
-    start = None if offsets is None else _warm_start(config, offsets, x, examples)
+    start = None
+    if offsets is not None:
+      if examples is None:
+        raise ArgumentError('examples', 'is needed for a warm start')
+      start = _warm_start(config, offsets[examples], x)
     q_a = model.encode(state.params, x)
     x_adv = select(model, config, state.params, select_key, x, q_a, index=index, start=start)
-    if offsets is not None:
+    if offsets is not None and examples is not None:
       rows = _offset_rows(config, x, x_adv)
       if sharded:
         examples, rows = sharding.gather_over_devices(examples), sharding.gather_over_devices(rows)
@@ -318,14 +322,9 @@ def train_step(
   return TrainState(state.step + 1, params, opt_state, offsets), metrics
 
 
-def _warm_start(
-  config: TrainConfig, offsets: jax.Array, x: jax.Array, examples: jax.Array | None
-) -> jax.Array:
-  """Returns x plus the stored offset of each example."""
-  if examples is None:
-    raise ArgumentError('examples', 'is needed for a warm start')
-  stored = offsets[examples].reshape(x.shape).astype(x.dtype)
-  return x + (config.radius / _OFFSET_STEPS) * stored
+def _warm_start(config: TrainConfig, rows: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns x plus the offsets that are stored as rows `[B, P]`."""
+  return x + (config.radius / _OFFSET_STEPS) * rows.reshape(x.shape).astype(x.dtype)
 
 
 def _offset_rows(config: TrainConfig, x: jax.Array, x_adv: jax.Array) -> jax.Array:
