@@ -1,0 +1,313 @@
+"""The training loop: from a state to the last step, with rows of metrics on the way.
+
+The loop knows nothing of a bound or a model. It takes a step function, feeds it with batches, and
+averages the metrics that it returns.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from se_vae import data
+from se_vae.config import ArgumentError, TrainConfig
+from se_vae.data.transforms import pixels
+from se_vae.models.vae import VAE, Params
+from se_vae.parallel import processes, sharding
+from se_vae.training import input_pipeline
+from se_vae.training.step import Metrics, TrainStep, init_state
+
+
+class StepFunction(Protocol):
+  """A training step on one device's share of a batch. Hashable: equal ones share programs."""
+
+  def __call__(
+    self, state: Any, args: Any, x: jax.Array, examples: jax.Array
+  ) -> tuple[Any, Metrics]:
+    """Returns the new state and scalar metrics, the same on every device.
+
+    It is called within `sharding.per_device`, and averages by `sharding.mean_over_devices`.
+
+    Args:
+      state: a pytree of arrays with an attribute `step`, the number of steps done.
+      args: a pytree of arrays and numbers that stay the same for the whole run.
+      x: this device's images `[B, H, W, C]` in [0, 1].
+      examples: int32 `[B]`, their places in the training set.
+    """
+
+
+class Window(NamedTuple):
+  """The metrics of the steps since the last row, which every checkpoint holds.
+
+  Attributes:
+    num_steps: int32, the number of those steps.
+    sums: each metric, summed over them.
+    bad_step: int32, the first step with a metric that is not finite; -1 if there is none.
+    bad_metrics: the metrics of that step.
+  """
+
+  num_steps: Any
+  sums: Any
+  bad_step: Any
+  bad_metrics: Any
+
+
+def empty_window(step_function: StepFunction, state: Any, args: Any, images: np.ndarray) -> Window:
+  """Returns the window before its first step, as NumPy arrays.
+
+  Args:
+    step_function: the training step.
+    state: its state, of which only shapes are used, as of the two that follow.
+    args: its further arguments.
+    images: the training set `[N, H, W, C]`.
+  """
+
+  def metrics_of_a_step() -> Metrics:
+    one_device = sharding.data_mesh(1)
+    step = sharding.per_device(one_device, step_function, (None, None, 0, 0))
+    x, examples = jnp.zeros((1, *images.shape[1:])), jnp.zeros(1, jnp.int32)
+    metrics: Metrics = step(state, args, x, examples)[1]
+    return metrics
+
+  shapes = jax.eval_shape(metrics_of_a_step)
+  zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+  return Window(np.zeros((), np.int32), zeros, np.full((), -1, np.int32), zeros)
+
+
+def _add_to_window(window: Window, step: jax.Array, metrics: Metrics) -> Window:
+  finite = jnp.all(jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))))
+  is_first_bad = ~finite & (window.bad_step < 0)
+
+  def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(is_first_bad, new, old)
+
+  return Window(
+    window.num_steps + 1,
+    jax.tree.map(jnp.add, window.sums, metrics),
+    keep(step, window.bad_step),
+    {name: keep(value, window.bad_metrics[name]) for name, value in metrics.items()},
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=('step_function', 'mesh'), donate_argnames=('state', 'window')
+)
+def train_steps(
+  step_function: StepFunction,
+  mesh: Mesh,
+  state: Any,
+  window: Window,
+  args: Any,
+  images: jax.Array,
+  examples: jax.Array,
+  count: jax.typing.ArrayLike,
+) -> tuple[Any, Window]:
+  """Takes `count` training steps in one dispatch.
+
+  Args:
+    step_function: the training step.
+    mesh: the devices.
+    state: replicated; donated.
+    window: replicated; donated.
+    args: further arguments of the step, replicated.
+    images: uint8 `[K, B, H, W, C]`, the batches, split along B.
+    examples: int32 `[K, B]`, their places in the training set, split along B.
+    count: how many of the K steps to take, traced: any number of them shares one compilation.
+
+  Returns:
+    The new state and window.
+  """
+
+  def on_device(
+    carry: tuple[Any, Window], args: Any, images: jax.Array, examples: jax.Array, count: jax.Array
+  ) -> tuple[Any, Window]:
+    def step(i: jax.Array, carry: tuple[Any, Window]) -> tuple[Any, Window]:
+      state, window = carry
+      after, metrics = step_function(state, args, pixels(images[i]), examples[i])
+      return after, _add_to_window(window, state.step, metrics)
+
+    return jax.lax.fori_loop(0, count, step, carry)
+
+  parallel = sharding.per_device(mesh, on_device, (None, None, 1, 1, None))
+  after: tuple[Any, Window] = parallel((state, window), args, images, examples, count)
+  return after
+
+
+class NotFiniteError(FloatingPointError):
+  """A training step had a NaN or an infinity among its metrics.
+
+  Attributes:
+    step: the step.
+    metrics: its metrics.
+    examples: `[B]`, the training examples of its batch.
+  """
+
+  def __init__(self, step: int, metrics: dict[str, float], examples: np.ndarray) -> None:
+    bad = ', '.join(f'{name} {value}' for name, value in metrics.items() if not np.isfinite(value))
+    super().__init__(f'step {step} is not finite: {bad}')
+    self.step = step
+    self.metrics = metrics
+    self.examples = examples
+
+
+class Progress(NamedTuple):
+  """The state of a run after a dispatch.
+
+  Attributes:
+    state: valid until the next dispatch.
+    window: the metrics since the last row, valid until the next dispatch.
+    row: the metrics averaged over the row that this dispatch completed; None within a row.
+  """
+
+  state: Any
+  window: Window
+  row: dict[str, float] | None
+
+
+def run(
+  step_function: StepFunction,
+  state: Any,
+  args: Any,
+  images: np.ndarray,
+  indices_for: input_pipeline.IndicesFor,
+  *,
+  num_steps: int,
+  steps_per_row: int,
+  mesh: Mesh,
+  window: Window | None = None,
+  seconds_per_dispatch: float = 1.0,
+) -> Iterator[Progress]:
+  """Trains from `state` to step `num_steps`, and yields the progress about once a second.
+
+  How the steps fall into dispatches changes neither the state nor the rows. A row ends at every
+  multiple of `steps_per_row` and at the last step. Its sums are carried from one dispatch to the
+  next, or through a checkpoint.
+
+  Args:
+    step_function: the training step.
+    state: the state to start from.
+    args: further arguments of the step.
+    images: the training set `[N, H, W, C]`, uint8.
+    indices_for: maps (first step, number of steps) to example indices `[steps, B]`, as
+      `data.batch_indices` does.
+    num_steps: the step to end at.
+    steps_per_row: number of steps that a row of metrics averages over.
+    mesh: the devices, whose number must divide the batch size.
+    window: the window that was saved with `state`.
+    seconds_per_dispatch: how long a dispatch should take, at most.
+
+  Raises:
+    NotFiniteError: after a dispatch in which a metric was not finite.
+  """
+  step, dispatch_steps = int(state.step), 1
+  window = empty_window(step_function, state, args, images) if window is None else window
+  empty = jax.tree.map(np.zeros_like, window)._replace(bad_step=np.full((), -1, np.int32))
+  batch_size = indices_for(step, 1).shape[1]
+  chunk_steps = input_pipeline.steps_per_chunk(images, batch_size, at_most=steps_per_row)
+  state, window = sharding.replicate_copy(mesh, (state, window))
+  args = sharding.replicate(mesh, args)
+  chunk = input_pipeline.read_chunk(mesh, images, indices_for(step, chunk_steps))
+  while step < num_steps:
+    row_end = min((step // steps_per_row + 1) * steps_per_row, num_steps)
+    count = min(dispatch_steps, chunk_steps, row_end - step)
+    began = time.monotonic()
+    state, window = train_steps(
+      step_function, mesh, state, window, args, chunk.images, chunk.examples, np.int32(count)
+    )
+    # The next batches are read while the devices work.
+    current, first_step, step = chunk, step, step + count
+    chunk = input_pipeline.read_chunk(mesh, images, indices_for(step, chunk_steps))
+    bad_step = int(window.bad_step)  # waits for the devices
+    steps_per_second = count / (time.monotonic() - began)
+    if bad_step >= 0:
+      examples = current.host_examples[bad_step - first_step]
+      raise NotFiniteError(bad_step, _to_floats(window.bad_metrics), examples)
+    row = None
+    if step == row_end:
+      steps_in_row = int(window.num_steps)
+      row = {name: total / steps_in_row for name, total in _to_floats(window.sums).items()}
+      window = sharding.replicate_copy(mesh, empty)
+    yield Progress(state, window, row)
+    # The first dispatch includes the compilation, and is followed by one of a step again.
+    fitting = max(1, int(steps_per_second * seconds_per_dispatch))
+    dispatch_steps = processes.largest(fitting)  # one clock for all processes
+
+
+def _to_floats(metrics: Metrics) -> dict[str, float]:
+  return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def fit(
+  model: VAE,
+  config: TrainConfig,
+  images: np.ndarray,
+  *,
+  params: Params | None = None,
+  optimizer: optax.GradientTransformation | None = None,
+  seed: int = 0,
+  batch_size: int = 64,
+  steps_per_row: int = 100,
+  mesh: Mesh | None = None,
+) -> tuple[Params, list[dict[str, float]]]:
+  """Trains a model in memory, as for a notebook.
+
+  The parameters are those that `experiments.pretrain` gives with the same settings and devices.
+
+  Example:
+    >>> from se_vae import make_vae
+    >>> images = np.zeros((8, 2, 2, 1), np.uint8)
+    >>> model = make_vae((2, 2, 1), latent_dim=3, hidden_units=4, num_layers=1)
+    >>> params, rows = fit(model, TrainConfig(num_steps=5), images, batch_size=4, steps_per_row=2)
+    >>> [row['step'] for row in rows]
+    [2, 4, 5]
+
+  Args:
+    model: the model.
+    config: the settings.
+    images: the training set `[N, H, W, C]`, uint8.
+    params: parameters to start with, as of a VAE whose encoder is to become smoother; fresh ones if
+      None.
+    optimizer: in place of the one that `config` names; it then sets the learning rate too.
+    seed: seed of the initialisation, the order of the batches and the noise.
+    batch_size: examples a step, at most N.
+    steps_per_row: number of steps that a row of metrics averages over.
+    mesh: the devices, whose number must divide the batch size; the first device if None.
+
+  Returns:
+    The parameters, and a row of metrics for every `steps_per_row` steps, each with its last step.
+
+  Raises:
+    ArgumentError: for a frozen decoder without `params`: it would stay as it was drawn.
+    NotFiniteError: if a metric is not finite.
+    TypeError: for images that are not uint8.
+  """
+  if config.freeze_decoder and params is None:
+    raise ArgumentError('params', 'is needed for freeze_decoder: its decoder is kept')
+  init_key, key, _ = jax.random.split(jax.random.key(seed), 3)
+  # As one program, and not as dozens of small ones to compile.
+  init = jax.jit(init_state, static_argnames=('model', 'num_examples', 'optimizer'))
+  state = init(model, config, init_key, num_examples=len(images), optimizer=optimizer)
+  state = state if params is None else state._replace(params=params)
+  params, rows = state.params, []
+  for progress in run(
+    TrainStep(model, optimizer),
+    state,
+    (config, key),
+    images,
+    lambda step, count: data.batch_indices(seed, step, count, batch_size, len(images)),
+    num_steps=config.num_steps,
+    steps_per_row=steps_per_row,
+    mesh=sharding.data_mesh(1) if mesh is None else mesh,
+  ):
+    params = progress.state.params
+    if progress.row is not None:
+      rows.append({'step': int(progress.state.step), **progress.row})
+  return params, rows
