@@ -252,7 +252,7 @@ def test_a_preset_names_every_encoder_once(tmp_path, flags, count):
   assert len({piece.pretraining.workdir for piece in pieces}) == len(pieces) == count
   for piece in pieces:
     assert piece.pretraining.workdir.endswith(f'latent{piece.latent_dim}_seed{piece.seed}')
-    assert piece.pretraining.dataset == ('color_mnist' if piece.encoders.color else 'mnist')
+    assert piece.pretraining.data.dataset == ('color_mnist' if piece.encoders.color else 'mnist')
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
