@@ -32,7 +32,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae import data, training
   from se_vae.models import vae
   from se_vae.parallel import processes
-  from se_vae.storage import checkpoints
+  from se_vae.storage import checkpoints, model_store
 
 # Seconds to wait for a dispatch once a signal has come; a dispatch takes about one.
 _PATIENCE = 60.0
@@ -182,7 +182,7 @@ def run(
   with recorder, jax.default_matmul_precision(config.matmul_precision):
     processes.on_first(recorder.lock)
     result = processes.on_first(recorder.result, config.train.num_steps) or {}
-    if processes.largest(bool(result)):
+    if processes.maximum(bool(result)):
       return result
     return _train(config, dataset, recorder, stop, description)
 
@@ -239,7 +239,7 @@ def _train(
       mesh=mesh,
       window=window,
     ):
-      signum = processes.largest(stop.requested() or 0)
+      signum = processes.maximum(stop.requested() or 0)
       processes.on_first(recorder.record, progress, signum > 0)
       if signum:
         raise signals.Interrupted(signum)
@@ -290,12 +290,12 @@ def _model_arguments(config: PretrainConfig, dataset: data.Dataset) -> dict[str,
   return {'image_shape': tuple(dataset.train.images.shape[1:]), **flags.to_dict(config.model)}
 
 
-def _load_source(config: PretrainConfig, dataset: data.Dataset) -> checkpoints.Run | None:
+def _load_source(config: PretrainConfig, dataset: data.Dataset) -> model_store.SavedModel | None:
   """Returns the run that `init_from` names, whose model must be this one's."""
   if config.init_from is None:
     return None
   try:
-    source = checkpoints.load_run(config.init_from)
+    source = model_store.load_saved(config.init_from)
   except checkpoints.CheckpointError as error:
     raise ArgumentError('init_from', str(error)) from None
   here = _model_arguments(config, dataset)

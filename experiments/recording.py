@@ -27,7 +27,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
   from experiments.visual import image_grids, tensorboard
   from se_vae import training
-  from se_vae.evaluation import diagnostics, linear_probe
+  from se_vae.evaluation import linear_probe, metrics
   from se_vae.models import vae
   from se_vae.storage import atomic_files, checkpoints
 
@@ -75,11 +75,11 @@ class Examiner:
       num_images: number of images to measure.
     """
     images = self.images[:num_images]
-    figures = diagnostics.held_out(
+    figures = metrics.held_out(
       self.model, params, self.key, images, obs_var=self.config.obs_var, mesh=self.mesh
     )
     means = linear_probe.encoder_means(self.model, params, images, mesh=self.mesh)
-    figures['active_latents'] = diagnostics.active_latents(means)
+    figures['active_latents'] = metrics.active_latents(means)
     pages = image_grids.pages(self.model, self.config, params, self.key, images[:10], means)
     return figures, pages
 

@@ -27,6 +27,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
   import optax
 
+  from experiments.visual import probe_results
   from se_vae import attacks, data, training
   from se_vae.attacks import losses
   from se_vae.evaluation import linear_probe
@@ -175,7 +176,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     )
     result = {
       'step': config.num_steps,
-      **probe.claim(attack, outcome),
+      **probe_results.claim(attack.task, outcome),
       'config': flags.to_dict(config),
       'evaluation': outcome.config,
       'data': dataset.provenance(),

@@ -12,8 +12,8 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
   from se_vae.attacks.projected_gradient import pgd
   from se_vae.config import ArgumentError, TrainConfig
   from se_vae.data.transforms import pixels
+  from se_vae.evaluation.latent_shift import joint_accuracy, max_latent_shift
   from se_vae.evaluation.linear_probe import LinearProbe, ProbedEncoder, encoder_means, fit_probe
-  from se_vae.evaluation.maxima import joint_accuracy, representation_moves
   from se_vae.evaluation.robustness import adversarial_accuracy, evaluate
   from se_vae.gaussians import (
     DiagonalGaussian,
@@ -24,7 +24,7 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
   )
   from se_vae.models.vae import VAE, make_vae
   from se_vae.objectives import elbo, log_normalizer, se_elbo
-  from se_vae.storage.checkpoints import load_model, save_model
+  from se_vae.storage.model_store import load_model, save_model
   from se_vae.training import (
     EncodingShift,
     TrainState,
@@ -78,13 +78,13 @@ __all__ = [
   'load_model',
   'log_normalizer',
   'make_vae',
+  'max_latent_shift',
   'optimal_coupling',
   'optimal_coupling_full',
   'optimal_map',
   'optimal_map_full',
   'pgd',
   'pixels',
-  'representation_moves',
   'save_model',
   'se_elbo',
   'select',

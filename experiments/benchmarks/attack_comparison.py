@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -158,6 +157,7 @@ def _ours(
     'radii': config.radii,
     'num_steps': config.pgd_steps,
     'restarts': config.restarts,
+    'seed': config.seed,
     'batch_size': config.batch_size,
     'args': (prepared.params, fitted),
     'mesh': prepared.mesh,
@@ -165,8 +165,7 @@ def _ours(
   }
 
   def pgd(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    key = jax.random.key(config.seed)
-    return robustness.adversarial_accuracy(classifier, key, x, labels, **options).correct
+    return robustness.adversarial_accuracy(classifier, x, labels, **options).correct
 
   def evaluate(attack: str, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return robustness.evaluate(
@@ -174,7 +173,6 @@ def _ours(
       x,
       labels,
       attack=attack,
-      seed=config.seed,
       latents_fn=linear_probe.GaussianLatents(prepared.model),
       check_examples=0,
       **options,

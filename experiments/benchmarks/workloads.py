@@ -281,10 +281,10 @@ def evaluation(case: Case, dataset: data.Dataset, num_examples: int, num_steps: 
   attack = functools.partial(
     robustness.adversarial_accuracy,
     linear_probe.ProbedEncoder(model),
-    jax.random.key(2),
     x,
     labels,
     radii=(0.1,),
+    seed=2,
     num_steps=num_steps,
     batch_size=min(256, num_examples),
     args=args,

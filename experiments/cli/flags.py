@@ -37,7 +37,7 @@ class UsageError(ArgumentError):
     return self.message
 
 
-def error_line(error: ArgumentError) -> str:
+def name_flags(error: ArgumentError) -> str:
   """Returns the message of an error in one line, with `--` before the name of every argument."""
   flags = ', '.join(f'--{name}' for name in error.arguments)
   return ' '.join((f'{flags}: {error.message}' if flags else error.message).split())
@@ -127,7 +127,7 @@ def _errors_begin_with(flag: str) -> Iterator[None]:
   try:
     yield
   except ArgumentError as error:
-    raise UsageError(f'{flag}: {error_line(error)}') from None
+    raise UsageError(f'{flag}: {name_flags(error)}') from None
   except (absl_flags.Error, ValueError) as error:
     raise UsageError(f'{flag}: {" ".join(str(error).split())}') from None
 

@@ -238,7 +238,7 @@ def run(
     yield Progress(state, window, row)
     # The first dispatch includes the compilation, and is followed by one of a step again.
     fitting = max(1, int(steps_per_second * seconds_per_dispatch))
-    dispatch_steps = processes.largest(fitting)  # one clock for all processes
+    dispatch_steps = processes.maximum(fitting)  # one clock for all processes
 
 
 def _to_floats(metrics: Metrics) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""End to end, as a user runs it: pretrain, checkpoint, probe, figure; killed and resumed."""
+"""End to end, as a user runs it: pretrain, checkpoint, probe; killed and resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import se_vae
-from experiments import figure1, pretrain, probe, report
+from experiments import pretrain, probe
 from experiments.cli import devices, flags, signals
 from se_vae import data, training
 from se_vae.config import ArgumentError
@@ -195,64 +195,6 @@ def test_full_covariance_encoders_train_and_are_probed(tmp_path):
     signals.StopSignal(),
   )
   assert 0.0 <= result['accuracy'][1] <= result['accuracy'][0] <= 1.0
-
-
-def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
-  small = {'hidden_units': 16, 'conv_channels': 2, 'pgd_steps': 2, 'tensorboard': False}
-  preset = figure1.PRESETS['quick']
-  # Both plain pairs are ConvNets here, so that what the one compiles serves the other.
-  encoders = tuple(
-    dataclasses.replace(
-      pair, num_steps=20, overrides=small, arch='mlp' if pair.color else 'convnet'
-    )
-    for pair in preset.encoders
-  )
-  attack = {
-    'num_examples': 20,
-    'pgd_steps': 2,
-    'restarts': 1,
-    'radii': (0.0, 0.1),
-    'check_examples': 0,
-  }
-  monkeypatch.setitem(
-    figure1.PRESETS, 'quick', dataclasses.replace(preset, encoders=encoders, attack=attack)
-  )
-  settings = figure1.Figure1Config(workdir=str(tmp_path))
-  first = figure1.run(settings, signals.StopSignal())
-  assert picture_size(tmp_path / 'figure1.png')[0] > 1000
-  with (tmp_path / 'figure1.csv').open() as file:
-    table = list(csv.DictReader(file))
-  assert len(table) == 4 * 2 * 2  # panels x objectives x radii
-  assert {(row['encoders'], row['task']) for row in table} == {
-    ('mnist_mlp', 'digit'),
-    ('color_mlp', 'digit'),
-    ('color_mlp', 'color'),
-    ('mnist_convnet', 'digit'),
-  }
-  assert '(d) MNIST, digit task, ConvNet' in capsys.readouterr().out
-
-  # What is finished is not run again: a training or an attack would raise.
-  monkeypatch.setattr(training, 'run', pytest.fail)
-  monkeypatch.setattr(probe, 'run', pytest.fail)
-  second = figure1.run(settings, signals.StopSignal())
-  assert second['results'] == first['results']
-
-  page = report.run(report.ReportConfig(workdir=str(tmp_path))).read_text()
-  for number in ('(a)', '(b)', '(c)', '(d)', '6 runs side by side', 'finished: 20 steps'):
-    assert number in page
-
-
-@pytest.mark.parametrize(
-  ('flags', 'count'),
-  [({}, 26), ({'latent_dims': (64,), 'seeds': 2}, 12), ({'latent_dims': (9, 9), 'seeds': 1}, 6)],
-)
-def test_a_preset_names_every_encoder_once(tmp_path, flags, count):
-  settings = figure1.Figure1Config(workdir=str(tmp_path), preset='cpu', **flags)
-  pieces = list(figure1._pieces(settings, figure1._with_overrides(settings), tmp_path))
-  assert len({piece.pretraining.workdir for piece in pieces}) == len(pieces) == count
-  for piece in pieces:
-    assert piece.pretraining.workdir.endswith(f'latent{piece.latent_dim}_seed{piece.seed}')
-    assert piece.pretraining.data.dataset == ('color_mnist' if piece.encoders.color else 'mnist')
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):

@@ -15,7 +15,7 @@ from experiments import pretrain, probe
 from experiments.benchmarks import attack_comparison
 from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
-from se_vae.evaluation import check_evidence, robustness
+from se_vae.evaluation import robustness, sanity_evidence
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -51,11 +51,11 @@ def test_the_evidence_lies_beside_the_curve(workdir, result):
   assert written['digit']['accuracy'] == result['accuracy']
   saved = np.load(workdir / 'probe_digit.npz')
   offsets = np.abs(np.float64(saved['images']) - prepared_images(workdir))
-  broken = saved['broken_radius']
-  allowed = np.where(np.isfinite(broken), broken, 0.0)[:, None, None, None]
+  radius = saved['broken_radius']
+  allowed = np.where(np.isfinite(radius), radius, 0.0)[:, None, None, None]
   assert np.all(offsets <= allowed + np.spacing(np.float32(1.0)))
   assert saved['images'].min() >= 0.0 and saved['images'].max() <= 1.0
-  np.testing.assert_array_equal(saved['correct'], broken[None] > np.array(RADII)[:, None])
+  np.testing.assert_array_equal(saved['correct'], radius[None] > np.array(RADII)[:, None])
   with Image.open(workdir / 'probe_digit_images.png') as picture:
     assert picture.size[1] == 2 * 28 * 4  # original, adversarial, and both reconstructed
     assert picture.size[0] % (2 * 28) == 0
@@ -86,7 +86,7 @@ def test_an_interrupted_attack_goes_on(config, workdir, result):
   assert not list(workdir.glob('*.state.npz'))
 
 
-@pytest.mark.parametrize('damage', [b'', b'not a ledger', None])
+@pytest.mark.parametrize('damage', [b'', b'not an attack log', None])
 def test_a_damaged_or_foreign_state_is_warned_about_and_started_afresh(
   config, workdir, result, capsys, monkeypatch, damage
 ):
@@ -117,7 +117,7 @@ def colored(tmp_path_factory):
   return paths
 
 
-def test_surrogate_joint_attack_and_moves_stand_beside_the_curve(colored, capsys, monkeypatch):
+def test_surrogate_joint_attack_and_latent_shift_are_written_too(colored, capsys, monkeypatch):
   workdir, surrogate = colored
   config = probe.ProbeConfig(
     workdir=str(workdir),
@@ -133,13 +133,14 @@ def test_surrogate_joint_attack_and_moves_stand_beside_the_curve(colored, capsys
   monkeypatch.setattr(flags, 'from_flags', lambda _: config)
   probe.main()
   output = capsys.readouterr().out
-  assert 'digit and color together: ' in output and 'mean squared W2 of moves: ' in output
+  assert 'digit and color together (checks: not run): ' in output
+  assert 'mean latent shift, squared W2: ' in output
   result = json.loads((workdir / 'probe_digit.json').read_text())
   transfer = result['checks'][7]['values']['transfer']
   assert len(transfer) == len(RADII) and transfer[0] == result['checks'][2]['values']['accuracy'][0]
   assert result['surrogate']['seed'] == 1
 
-  # One image must break both: never easier than the easier of the two.
+  # One image must mislead both probes, which is never easier than the easier of the two.
   joint, moves = result['joint'], result['moves']
   assert joint['tasks'] == ['digit', 'color'] and joint['accuracy'][0] > result['accuracy'][0]
   assert np.all(np.diff(joint['accuracy']) <= 0.0)
@@ -172,13 +173,13 @@ def test_a_signal_stops_the_other_attacks_too(colored, flag, monkeypatch):
 
 
 def test_a_signal_stops_the_checks_too(config, monkeypatch, workdir):
-  stop, real = signals.StopSignal(), check_evidence.audit
+  stop, real = signals.StopSignal(), sanity_evidence.run_checks
 
   def signalled(*operands, **options):
     stop.signum = signal.SIGTERM
     return real(*operands, **options)
 
-  monkeypatch.setattr(check_evidence, 'audit', signalled)
+  monkeypatch.setattr(sanity_evidence, 'run_checks', signalled)
   with pytest.raises(signals.Interrupted):
     probe.run(dataclasses.replace(config, num_queries=21), stop)
   (state,) = workdir.glob('*.state.npz')  # the attacks are not repeated
@@ -208,7 +209,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_fitted(
 
 @pytest.mark.slow
 @pytest.mark.parametrize('attack', ['standard', 'worst_case'])
-def test_an_undefended_encoder_falls(tmp_path, attack):
+def test_an_undefended_encoder_is_not_robust(tmp_path, attack):
   pretrain.run(
     pretrain.PretrainConfig(
       workdir=str(tmp_path),
@@ -231,7 +232,8 @@ def test_an_undefended_encoder_falls(tmp_path, attack):
 def test_a_failed_check_is_an_exit_code_where_that_is_asked_for(
   config, result, monkeypatch, capsys, strict, passed, code
 ):
-  checks = [{**check, 'passed': passed} for check in result['checks']]
+  verdict = 'pass' if passed else 'fail'
+  checks = [{**check, 'verdict': verdict, 'passed': passed} for check in result['checks']]
   monkeypatch.setattr(flags, 'from_flags', lambda _: dataclasses.replace(config, strict=strict))
   monkeypatch.setattr(probe, 'run', lambda *_: {**result, 'checks': checks})
   if code:
@@ -241,7 +243,9 @@ def test_a_failed_check_is_an_exit_code_where_that_is_asked_for(
   else:
     probe.main()
   output = capsys.readouterr().out
-  assert ('FAIL' in output) != passed and 'representation is alive' in output
+  assert ('FAIL' in output) != passed and 'representation is informative' in output
+  summary = 'checks: 12 passed, 0 failed, 0 skipped\n' if passed else '12 failed'
+  assert summary in output.splitlines(keepends=True)[-1]
 
 
 def test_the_comparison_says_what_is_missing(workdir, monkeypatch):
