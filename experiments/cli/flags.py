@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import shlex
 import types
 import typing
@@ -180,13 +181,16 @@ def replace(config: Config, **changes: Any) -> Config:
 
 def reference(config_type: type[Any]) -> str:
   """Returns a Markdown table of the flags: their defaults, meanings and allowed values."""
-  lines = ['| flag | default | meaning |', '|---|---|---|']
+  lines = ['| Flag | Default | Meaning |', '|---|---|---|']
   for field, _ in _settings(config_type):
     default = field.default
     if isinstance(default, tuple):
       default = ','.join(map(str, default))
-    shown = '' if default in (None, '') else f'`{default}`'
-    lines.append(f'| `--{field.name}` | {shown} | {field.metadata["help"]}{_limits(field)} |')
+    elif isinstance(default, bool):
+      default = str(default).lower()
+    shown = '' if default in (None, '') else f'`{default}` '
+    meaning = f'{field.metadata["help"]}{_limits(field)}'.replace('|', '\\|')
+    lines.append(f'| `--{field.name}` | {shown}| {meaning} |')
   return '\n'.join(lines)
 
 
@@ -223,17 +227,19 @@ def _parse_list(name: str, items: Sequence[str], kind: Callable[[str], Any]) -> 
     raise ArgumentError(name, f'must be numbers separated by commas, got {items}') from None
 
 
-def _print_references() -> None:
-  from experiments import pretrain, probe
-  from experiments.cli import app, distributed
-
-  for title, config_types in (
-    ('pretrain', (pretrain.PretrainConfig, distributed.Cluster, app.RuntimeConfig)),
-    ('probe', (probe.ProbeConfig, app.RuntimeConfig)),
+def references() -> str:
+  """Returns the tables of `pretrain`, of several processes and of `probe`, with headings."""
+  sections = []
+  for title, module, name in (
+    ('`experiments.pretrain`', 'experiments.pretrain', 'PretrainConfig'),
+    ('`experiments.pretrain` in several processes', 'experiments.cli.distributed', 'Cluster'),
+    ('`experiments.probe`', 'experiments.probe', 'ProbeConfig'),
   ):
-    tables = '\n\n'.join(reference(config_type) for config_type in config_types)
-    print(f'## {title}\n\n{tables}\n')
+    # By name: the modules of the command line stand below the binaries.
+    config_type = getattr(importlib.import_module(module), name)
+    sections.append(f'## {title}\n\n{reference(config_type)}\n')
+  return '\n'.join(sections)
 
 
 if __name__ == '__main__':
-  _print_references()
+  print(references(), end='')
