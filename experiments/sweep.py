@@ -146,13 +146,10 @@ def variants_of(
   for values in itertools.product(*varied.values()):
     own = dict(zip(varied, values, strict=True))
     directory = str(workdir / '_'.join(f'{name}{value}' for name, value in own.items()))
-    yield Variant(
-      own,
-      flags.from_dict(
-        pretrain.PretrainConfig, shared | own | {'workdir': directory, 'cache_dir': cache_dir}
-      ),
-      dataclasses.replace(attack, workdir=directory),
-    )
+    places = {'workdir': directory, 'cache_dir': cache_dir}
+    with flags.errors_begin_with('--vary'):
+      pretraining = flags.from_dict(pretrain.PretrainConfig, shared | own | places)
+    yield Variant(own, pretraining, dataclasses.replace(attack, workdir=directory))
 
 
 def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
