@@ -78,10 +78,12 @@ def save(
   from matplotlib.figure import Figure
 
   count = len(panels) + (latent_shifts is not None)
-  figure = Figure(figsize=(4.2 * count, 3.8), layout='constrained')
+  captions = [_wrapped(caption(curves)) for _, curves in panels]
+  height = 3.6 + 0.13 * max(text.count('\n') + 1 for text in captions)
+  figure = Figure(figsize=(4.2 * count, height), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots(1, count, squeeze=False)[0]
-  for axis, (title, curves) in zip(axes, panels, strict=False):
+  for axis, (title, curves), text in zip(axes, panels, captions, strict=False):
     variants = sorted({curve.variant for curve in curves}, key=lambda name: (len(name), name))
     for curve in curves:
       color, style = _look(curve.objective, variants.index(curve.variant), len(variants))
@@ -91,7 +93,16 @@ def save(
       axis.fill_between(curve.radii, *curve.interval.T, color=color, alpha=0.2, linewidth=0)
     axis.set(title=title, ylim=(-0.02, 1.02))
     axis.tick_params(labelleft=axis is axes[0])
-    _add_caption(axis, caption(curves))
+    axis.annotate(
+      text,
+      (0.0, 0.0),
+      xycoords='axes fraction',
+      xytext=(0, -36),
+      textcoords='offset points',
+      va='top',
+      fontsize=7.5,
+      parse_math=False,
+    )
   axes[0].set_ylabel('adversarial accuracy')
   if latent_shifts is not None:
     _draw_latent_shifts(axes[-1], latent_shifts)
@@ -109,10 +120,8 @@ def caption(curves: Sequence[Curve]) -> list[str]:
   return [f'{curve.label}, {curve.checks}' for curve in curves]
 
 
-def _add_caption(axis: Any, lines: Sequence[str]) -> None:
-  text = '\n'.join(textwrap.fill(line, 64, subsequent_indent='  ') for line in lines)
-  place = {'xytext': (0, -36), 'textcoords': 'offset points', 'va': 'top', 'fontsize': 7.5}
-  axis.annotate(text, (0.0, 0.0), xycoords='axes fraction', parse_math=False, **place)
+def _wrapped(lines: Sequence[str]) -> str:
+  return '\n'.join(textwrap.fill(line, 68, subsequent_indent='  ') for line in lines)
 
 
 def _look(objective: str, number: int, count: int) -> tuple[Any, str]:

@@ -151,7 +151,7 @@ def chart(
     lines: what to draw; in the SVG, line number i and its band have the ids `line_i`, `band_i`.
     x_label: text under the horizontal axis.
     x_limits: ends of the horizontal axis; those of the lines if None.
-    y_limits: ends of the vertical axis, likewise.
+    y_limits: ends of the vertical axis; those of the lines if None.
     size: width and height, in inches.
   """
   import matplotlib as mpl  # slow to import

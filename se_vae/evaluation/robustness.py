@@ -23,8 +23,7 @@ from jax.sharding import Mesh
 from se_vae.attacks import losses
 from se_vae.attacks.losses import Model
 from se_vae.attacks.projections import Norm
-from se_vae.choices import SUITES
-from se_vae.config import ArgumentError
+from se_vae.config import SUITES, ArgumentError
 from se_vae.evaluation import attack_suite, attacked_classifier, sanity_checks, sanity_evidence
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.evaluation.attack_suite import Suite

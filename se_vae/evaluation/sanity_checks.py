@@ -86,7 +86,7 @@ def summary(checks: Iterable[SanityCheck | Mapping[str, Any]]) -> str:
     'checks: 0 passed, 0 failed, 1 skipped (7: Square does not beat gradients)'
 
   Args:
-    checks: checks, or their JSON values.
+    checks: checks, or their JSON values; of several evaluations one after the other too.
   """
   found = [
     each if isinstance(each, SanityCheck) else SanityCheck.from_json(each) for each in checks
@@ -96,7 +96,9 @@ def summary(checks: Iterable[SanityCheck | Mapping[str, Any]]) -> str:
   parts = []
   for verdict, word in (('pass', 'passed'), ('fail', 'failed'), ('skipped', 'skipped')):
     named = [f'{check.number}: {check.name}' for check in found if check.verdict == verdict]
-    names = f' ({"; ".join(named)})' if named and verdict != 'pass' else ''
+    times = {name: named.count(name) for name in named}  # more than one for several evaluations
+    texts = (name if count == 1 else f'{name}, {count} times' for name, count in times.items())
+    names = f' ({"; ".join(texts)})' if named and verdict != 'pass' else ''
     parts.append(f'{len(named)} {word}{names}')
   return f'checks: {", ".join(parts)}'
 

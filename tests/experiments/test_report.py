@@ -357,10 +357,10 @@ def test_a_figure(tmp_path):
   assert 'the figure is not finished' in text and 'mnist_mlp_vae' in text
   panels = [dataclasses.asdict(figure1.PANELS[2])]
   figure = tmp_path / 'figure1.json'
-  figure.write_text(json.dumps({'panels': panels, 'results': results}))
+  figure.write_text(json.dumps({'panels': panels, 'results': results, 'optimizer': 'Adam, ours'}))
   text = report.run(report.ReportConfig(workdir=directory)).read_text()
   assert 'the figure is not finished' not in text
-  assert '(c) MNIST, digit task, MLP' in text
+  assert '(c) MNIST, digit task, MLP' in text and 'Adam, ours' in text
   page = Page(text)
   first = page.rows.index(page.row('Radius')) + 1
   for row, result in zip(page.rows[first : first + 2], results, strict=True):
