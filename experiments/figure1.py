@@ -22,7 +22,7 @@ from etils import epy
 
 from experiments import pipeline, pretrain, probe
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import setting
+from se_vae.config import setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.visual import plots
@@ -179,7 +179,7 @@ def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
     UsageError: for wrong settings, before anything is compiled or written.
     Interrupted: when `stop` has a signal, after a checkpoint.
   """
-  flags.check(config)
+  validate(config)
   workdir = workdirs.check_workdir(config.workdir)
   pieces = list(_pieces(config, _with_overrides(config), workdir))
   for piece in pieces:

@@ -27,8 +27,8 @@ from etils import epy
 
 from experiments import pretrain
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError, setting
-from se_vae import choices
+from experiments.cli.flags import UsageError
+from se_vae.config import SUITES, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -59,7 +59,7 @@ class ProbeConfig:
   data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
   task: str = setting('digit', 'What the probe predicts.', choices=TASKS)
   attack: str = setting(
-    'standard', "The paper's PGD, or a suite of strong and varied attacks.", choices=choices.SUITES
+    'standard', "The paper's PGD, or a suite of strong and varied attacks.", choices=SUITES
   )
   radii: tuple[float, ...] = setting(
     RADII, 'linf radii of the attack, for pixels in [0, 1].', at_least=0, at_most=1
@@ -120,14 +120,13 @@ def prepare(config: ProbeConfig) -> Prepared:
   Raises:
     UsageError: naming the flag.
   """
-  flags.check(config)
+  validate(config)
   workdir = workdirs.check_workdir(config.workdir, _LOCK)
   model, params, metadata, _ = _load('--workdir', workdir)
-  pretraining = flags.from_dict(pretrain.PretrainConfig, metadata['config'])
+  pretraining = pretrain.stored_config(metadata['config'])
   # The directories of the run and of its data may have moved since.
-  data_dir = config.data_dir or pretraining.data_dir
-  pretraining = dataclasses.replace(pretraining, workdir=str(workdir), data_dir=data_dir)
-  dataset = pretrain.load_dataset(pretraining)
+  data_dir = config.data_dir or pretraining.data.data_dir
+  dataset = pretrain.load_dataset(dataclasses.replace(pretraining.data, data_dir=data_dir), workdir)
   check_fits(config, dataset)
   if dataset.digest != metadata['data']['digest']:
     raise UsageError('--data_dir: holds other data than the encoder was trained on')
@@ -380,7 +379,7 @@ def file_stem(config: ProbeConfig) -> str:
 
 def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
   """Raises UsageError, naming the flag, unless a data set has what the settings ask of it."""
-  flags.check(config)
+  validate(config)
   if config.task not in dataset.num_classes:
     raise UsageError(
       f'--task: {dataset.name} has no {config.task} labels; its tasks are '

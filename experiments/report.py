@@ -18,11 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from experiments import figure1, pretrain
+from experiments import figure1, pretrain, recording
 from experiments.cli import app, flags
-from experiments.cli.flags import UsageError, setting
+from experiments.cli.flags import UsageError
 from experiments.visual import plots, report_page
 from experiments.visual.report_page import CurveRow, Picture, Series, Style, Table
+from se_vae.config import setting, validate
 from se_vae.evaluation.sanity_checks import SanityCheck
 from se_vae.storage import atomic_files
 
@@ -96,7 +97,7 @@ def run(config: ReportConfig) -> Path:
   Raises:
     UsageError: for a wrong flag or a damaged file, before anything is written.
   """
-  flags.check(config)
+  validate(config)
   directories = [_directory('--workdir', config.workdir)]
   directories += [_directory('--compare', name) for name in config.compare or ()]
   output = _check_output(Path(config.output) if config.output else directories[0] / 'report.html')
@@ -127,8 +128,8 @@ def _check_output(path: Path) -> Path:
 
 def runs_in(directory: Path) -> list[Path]:
   """The directory itself if it is a run's, else the runs in it, in the order of their names."""
-  candidates = [directory] if (directory / pretrain.CONFIG).exists() else directory.iterdir()
-  return sorted(path for path in candidates if (path / pretrain.CONFIG).exists())
+  candidates = [directory] if (directory / recording.CONFIG).exists() else directory.iterdir()
+  return sorted(path for path in candidates if (path / recording.CONFIG).exists())
 
 
 def render(directories: Sequence[Path]) -> str:
@@ -192,7 +193,7 @@ def _checked(path: Path, read: Callable[[], T]) -> T:
 
 def _metadata(path: Path) -> dict[str, Any]:
   def parse(content: Any) -> dict[str, Any]:
-    config = flags.to_dict(flags.from_dict(pretrain.PretrainConfig, content['config']))
+    config = flags.to_dict(pretrain.stored_config(content['config']))
     texts = {name: str(config[name]) for name in ('dataset', 'objective')}
     return {
       'config': config | texts | {'num_steps': int(config['num_steps'])},
@@ -204,23 +205,23 @@ def _metadata(path: Path) -> dict[str, Any]:
       },
     }
 
-  return _parsed(path / pretrain.CONFIG, parse)
+  return _parsed(path / recording.CONFIG, parse)
 
 
 def _load_run(path: Path, label: str, style: Style, metadata: dict[str, Any]) -> Run:
-  rows = _load_rows(path / pretrain.METRICS)
+  rows = _load_rows(path / recording.METRICS)
   num_steps = metadata['config']['num_steps']
   step, test = 0, None
-  if (path / pretrain.RESULT).exists():
+  if (path / recording.RESULT).exists():
     step, test = _parsed(
-      path / pretrain.RESULT, lambda content: (int(content['step']), _floats(content['test']))
+      path / recording.RESULT, lambda content: (int(content['step']), _floats(content['test']))
     )
   state = f'finished: {num_steps:,} steps'
   if step != num_steps:
     test, step = None, int(rows[-1]['step']) if rows else 0
     state = f'not finished: {step:,} of {num_steps:,} steps'
-    if (path / pretrain.NOT_FINITE).exists():
-      bad = _parsed(path / pretrain.NOT_FINITE, lambda content: int(content['step']))
+    if (path / recording.NOT_FINITE).exists():
+      bad = _parsed(path / recording.NOT_FINITE, lambda content: int(content['step']))
       state += f'; step {bad:,} was not finite'
   files = sorted(path.glob('probe_*.json'))
   probes = [_parsed(file, _parse_probe) for file in files]

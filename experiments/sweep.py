@@ -21,7 +21,8 @@ from etils import epy
 
 from experiments import pipeline, pretrain, probe
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError, setting
+from experiments.cli.flags import UsageError
+from se_vae.config import setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
@@ -76,7 +77,7 @@ def run(
     UsageError: for wrong settings, before anything is compiled or written.
     Interrupted: when `stop` has a signal, after a checkpoint.
   """
-  flags.check(config)
+  validate(config)
   workdir = workdirs.check_workdir(base.workdir)
   variants = list(variants_of(config, base, workdir))
   for each in variants:
@@ -167,7 +168,7 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
     if name in found:
       raise UsageError(f'--vary: {name} is there twice')
     parsed = tuple(
-      flags.to_dict(flags.parse(pretrain.PretrainConfig, f'--{name}={value}', '--vary'))[name]
+      flags.parse_value(pretrain.PretrainConfig, name, value, '--vary')
       for value in values.split(',')
     )
     if len(set(parsed)) < len(parsed):

@@ -10,6 +10,7 @@ __version__ = '0.2.0.dev0'
 
 with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is first used
   from se_vae.attacks.projected_gradient import pgd
+  from se_vae.config import ArgumentError, TrainConfig
   from se_vae.data.transforms import pixels
   from se_vae.evaluation.latent_shift import joint_accuracy, max_latent_shift
   from se_vae.evaluation.linear_probe import LinearProbe, ProbedEncoder, encoder_means, fit_probe
@@ -25,8 +26,7 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
   from se_vae.objectives import elbo, log_normalizer, se_elbo
   from se_vae.storage.model_store import load_model, save_model
   from se_vae.training import (
-    LatentMove,
-    TrainConfig,
+    EncodingShift,
     TrainState,
     fit,
     init_state,
@@ -50,9 +50,10 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
 
 __all__ = [
   'VAE',
+  'ArgumentError',
   'DiagonalGaussian',
+  'EncodingShift',
   'FullGaussian',
-  'LatentMove',
   'LinearProbe',
   'ProbedEncoder',
   'TrainConfig',

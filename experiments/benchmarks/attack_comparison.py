@@ -29,8 +29,8 @@ import numpy as np
 
 from experiments import probe
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError, setting
-from se_vae import choices
+from experiments.cli.flags import UsageError
+from se_vae.config import SUITES, setting, validate
 from se_vae.evaluation import linear_probe, robustness
 from se_vae.models import vae
 
@@ -79,7 +79,7 @@ def run(config: ComparisonConfig, stop: signals.StopSignal) -> dict[str, Any]:
     UsageError: for settings that are wrong, a model that is no MLP, or where a package is missing.
     Interrupted: when `stop` says so; nothing is kept.
   """
-  flags.check(config)
+  validate(config)
   try:
     torch, foolbox, torchattacks = (importlib.import_module(name) for name in _PACKAGES)
   except ImportError as error:
@@ -178,7 +178,7 @@ def _ours(
       **options,
     ).curve.correct
 
-  suites = {f'our {name}': functools.partial(evaluate, name) for name in choices.SUITES}
+  suites = {f'our {name}': functools.partial(evaluate, name) for name in SUITES}
   return {'our PGD': pgd, **suites}
 
 

@@ -15,10 +15,10 @@ from absl import flags as absl_flags
 from etils import epy
 
 from experiments.cli import flags
-from experiments.cli.flags import UsageError, setting
+from experiments.cli.flags import UsageError
 from experiments.cli.signals import Interrupted
 from experiments.cli.workdirs import check_directory
-from se_vae.config import ArgumentError
+from se_vae.config import ArgumentError, setting
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -53,10 +53,8 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
       raise UsageError(f'unexpected argument {argv[1]!r}; settings are given as --flag=value')
     _use_compilation_cache(flags.from_flags(RuntimeConfig).compilation_cache_dir)
     main()
-  except UsageError as error:
-    _fail(2, str(error))
   except ArgumentError as error:
-    _fail(2, name_flags(error))
+    _fail(2, flags.name_flags(error))
   except KeyboardInterrupt:  # before a binary listens to signals, or after it has finished
     print('SIGINT', file=sys.stderr)
     sys.exit(128 + signal.SIGINT)
@@ -66,12 +64,6 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
     sys.exit(128 + interrupted.signum)
   except failures() as error:
     _fail(1, str(error))
-
-
-def name_flags(error: ArgumentError) -> str:
-  """Returns the message of a library's error with flags in place of the arguments."""
-  named = ', '.join(f'--{argument}' for argument in error.arguments)
-  return f'{named}: {error.message}'
 
 
 def failures() -> tuple[type[Exception], ...]:

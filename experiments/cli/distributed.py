@@ -14,9 +14,9 @@ from collections.abc import Iterator
 
 from etils import epy
 
-from experiments.cli import app, flags, signals
-from experiments.cli.flags import UsageError, setting
-from se_vae.config import ArgumentError
+from experiments.cli import app, signals
+from experiments.cli.flags import UsageError
+from se_vae.config import ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -46,7 +46,7 @@ def check_cluster(cluster: Cluster) -> None:
   Raises:
     UsageError: naming the flag.
   """
-  flags.check(cluster)
+  validate(cluster)
   named = {name: getattr(cluster, name) for name in ('coordinator', 'num_processes', 'process_id')}
   missing = [f'--{name}' for name, value in named.items() if value is None]
   if cluster.coordinator is None or cluster.num_processes is None or cluster.process_id is None:
@@ -78,7 +78,6 @@ def joined(cluster: Cluster) -> Iterator[None]:
   _check_port(cluster)
   _join(cluster)
   shared: tuple[type[Exception], ...] = (
-    UsageError,
     ArgumentError,
     signals.Interrupted,
     *app.failures(),

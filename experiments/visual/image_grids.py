@@ -50,7 +50,7 @@ def pages(
   return {name: np.asarray(page) for name, page in drawn.items()}
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'config'))
+@functools.partial(jax.jit, static_argnames='model')
 def _pages(
   model: vae.VAE,
   config: training.TrainConfig,
@@ -93,7 +93,7 @@ def squared_w2(model: vae.VAE, params: vae.Params, reconstructions: np.ndarray) 
 
 @functools.partial(jax.jit, static_argnames='model')
 def _mean_shift(model: vae.VAE, params: vae.Params, x: jax.Array, x_adv: jax.Array) -> jax.Array:
-  return jnp.mean(training.LatentMove(model)(x_adv, params, model.encode(params, x)))
+  return jnp.mean(training.EncodingShift(model)(x_adv, params, model.encode(params, x)))
 
 
 def encode_png(page: np.ndarray, scale: int = 1) -> bytes:

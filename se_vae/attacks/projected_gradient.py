@@ -34,7 +34,7 @@ def pgd(
   *,
   radius: jax.typing.ArrayLike,
   num_steps: int,
-  step_size: jax.typing.ArrayLike | None = None,
+  relative_step_size: jax.typing.ArrayLike | None = None,
   norm: Norm = 'linf',
   bounds: tuple[float, float] = (0.0, 1.0),
   start: jax.Array | None = None,
@@ -60,7 +60,8 @@ def pgd(
     x: clean images `[B, ...]`, inside `bounds`.
     radius: radius of the ball, a scalar >= 0, traced: one compilation serves a whole curve.
     num_steps: number of gradient steps L >= 1.
-    step_size: length of a step in the ball's norm, a scalar; `2.5 * radius / num_steps` if None.
+    relative_step_size: length of a step as a share of the radius, a scalar; `2.5 / num_steps` if
+      None.
     norm: 'linf' (sign steps; the paper's) or 'l2' (normalised gradient steps).
     bounds: lowest and highest pixel value.
     start: images to start from, projected; a uniform draw from the ball if None. An objective that
@@ -79,8 +80,8 @@ def pgd(
   """
   projections.check(x, radius, num_steps, norm, bounds)
   radius = jnp.asarray(radius, x.dtype)
-  step_size = _RELATIVE_STEP * radius / num_steps if step_size is None else step_size
-  step_size = jnp.asarray(step_size, x.dtype)
+  share = _RELATIVE_STEP / num_steps if relative_step_size is None else relative_step_size
+  step_size = radius * jnp.asarray(share, x.dtype)
   shape, (objective, x) = x.shape, on_columns(objective, x)
   project = functools.partial(projections.project, x=x, radius=radius, norm=norm, bounds=bounds)
 
@@ -177,7 +178,7 @@ def fgsm(
     x,
     radius=radius,
     num_steps=1,
-    step_size=radius,
+    relative_step_size=1.0,
     norm=norm,
     bounds=bounds,
     start=x,

@@ -132,10 +132,15 @@ class PGD(GradientAttack):
 
   def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
     """The best iterates."""
-    if self.relative_step_size is not None:
-      options['step_size'] = self.relative_step_size * options['radius']
-    options |= {'num_steps': self.num_steps, 'keep_best': True}
-    return attacks.pgd(self.objective, key, x, **options)
+    return attacks.pgd(
+      self.objective,
+      key,
+      x,
+      num_steps=self.num_steps,
+      relative_step_size=self.relative_step_size,
+      keep_best=True,
+      **options,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,7 @@ from jax.sharding import Mesh
 from se_vae.attacks import losses
 from se_vae.attacks.losses import Model
 from se_vae.attacks.projections import Norm
-from se_vae.choices import SUITES
-from se_vae.config import ArgumentError
+from se_vae.config import SUITES, ArgumentError
 from se_vae.evaluation import attack_suite, attacked_classifier, sanity_checks, sanity_evidence
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.evaluation.attack_suite import Suite
@@ -196,7 +195,7 @@ def evaluate(
     args: further arguments of `logits_fn`, `latents_fn` and `reconstruct_fn`, such as parameters.
     latents_fn: images (and `args`) to representations `[B, E]`, for attacks that aim there.
     reconstruct_fn: images (and `args`) to their reconstructions, for check 12.
-    surrogate: another classifier and its arguments. Check 8 attacks it, and tries the images here.
+    surrogate: another classifier and its arguments. Check 8 uses its adversarial images here.
     check_examples: how many of the first examples the checks attack again; 0 for no checks.
     mesh: devices to spread a batch over; all of them if None.
     state_path: npz file that keeps the attack log, for an evaluation that is interrupted and

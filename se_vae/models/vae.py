@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from se_vae.choices import ARCHS, COVARIANCES
+from se_vae.config import ARCHS, COVARIANCES
 from se_vae.gaussians import Gaussian
 from se_vae.models import networks
 

@@ -93,7 +93,7 @@ def test_result_is_legal_for_absurd_step_sizes(images, weights, norm, step_size)
     images,
     radius=0.1,
     num_steps=3,
-    step_size=step_size,
+    relative_step_size=step_size,
     norm=norm,
     args=(weights,),
   )
@@ -118,7 +118,7 @@ def test_l2_reaches_the_maximum_of_a_linear_objective_away_from_the_bounds(weigh
     x,
     radius=radius,
     num_steps=30,
-    step_size=radius,  # each step halves what the random start had across the gradient
+    relative_step_size=1.0,  # each step halves what the random start had across the gradient
     norm='l2',
     args=(weights,),
   )
@@ -163,7 +163,7 @@ def test_random_starts_fill_the_ball(norm):
 
 
 def test_keep_best_never_returns_less_than_the_last_iterate(images, weights):
-  options = dict(radius=0.2, num_steps=9, step_size=0.3, args=(weights,))
+  options = dict(radius=0.2, num_steps=9, relative_step_size=1.5, args=(weights,))
   last = attacks.pgd(wavy, jax.random.key(0), images, **options)
   best = attacks.pgd(wavy, jax.random.key(0), images, keep_best=True, **options)
   assert np.all(wavy(best, weights) >= wavy(last, weights))
@@ -195,13 +195,13 @@ def test_radius_and_step_size_do_not_recompile(images, weights):
       jax.random.key(0),
       images,
       radius=radius,
-      step_size=radius / 2,
+      relative_step_size=radius / 2,
       num_steps=3,
       args=(weights,),
     )
   first = len(traces)
   attacks.pgd(
-    objective, jax.random.key(0), images, radius=0.7, step_size=0.1, num_steps=3, args=(weights,)
+    objective, jax.random.key(0), images, radius=0.7, relative_step_size=0.1, num_steps=3, args=(weights,)
   )
   assert len(traces) == first > 0
 

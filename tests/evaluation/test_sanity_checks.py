@@ -40,10 +40,10 @@ def test_1_legality_of_what_is_not_a_number():
 
 
 def test_2_rescoring():
-  broken = np.array([True, False, True, False])
-  assert sanity_checks.rescoring(broken, broken, 0.75, 0.75).passed
-  assert not sanity_checks.rescoring(broken, ~broken, 0.75, 0.75).passed
-  assert not sanity_checks.rescoring(broken, broken, 0.75, 0.5).passed
+  misclassified = np.array([True, False, True, False])
+  assert sanity_checks.rescoring(misclassified, misclassified, 0.75, 0.75).passed
+  assert not sanity_checks.rescoring(misclassified, ~misclassified, 0.75, 0.75).passed
+  assert not sanity_checks.rescoring(misclassified, misclassified, 0.75, 0.5).passed
 
 
 def test_3_monotone():

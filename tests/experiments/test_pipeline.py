@@ -20,9 +20,9 @@ from PIL import Image
 
 import se_vae
 from experiments import pretrain, probe
-from experiments.cli import devices, signals
-from experiments.cli.flags import UsageError
+from experiments.cli import devices, flags, signals
 from se_vae import data, training
+from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -33,7 +33,7 @@ TINY |= {'tensorboard': False}  # test_watch.py is about it
 
 
 def config(workdir: Path, **changes) -> pretrain.PretrainConfig:
-  return pretrain.PretrainConfig(workdir=str(workdir), **{**TINY, **changes})
+  return flags.from_dict(pretrain.PretrainConfig, {'workdir': str(workdir), **TINY, **changes})
 
 
 def command(binary: str, **flags) -> list[str]:
@@ -62,8 +62,7 @@ def check_fit_gives_the_same(workdir: Path, params=None) -> None:
   """As the binary that left this directory, from these parameters or fresh ones."""
   model, expected = se_vae.load_model(workdir)
   values = json.loads((workdir / 'result.json').read_text())['config']
-  fields = [field.name for field in dataclasses.fields(se_vae.TrainConfig)]
-  train_config = se_vae.TrainConfig(**{name: values[name] for name in fields})
+  train_config = pretrain.stored_config(values).train
   images = data.load('color_mnist_5k').train.images
   options = {'steps_per_row': values['log_every'], 'mesh': devices.mesh_for(values['batch_size'])}
   fitted, losses = se_vae.fit(model, train_config, images, params=params, **options)
@@ -123,11 +122,11 @@ def test_probe_writes_what_it_promises(trained):
 def test_probe_refuses_what_the_run_cannot_answer(trained, tmp_path):
   stop = signals.StopSignal()
   pretrain.run(config(tmp_path, num_steps=1), stop)
-  with pytest.raises(UsageError, match='--task: mnist_5k has no color labels'):
+  with pytest.raises(ArgumentError, match='task: mnist_5k has no color labels'):
     probe.run(probe.ProbeConfig(workdir=str(tmp_path), task='color'), stop)
-  with pytest.raises(UsageError, match='--num_examples: must be at most the 1000'):
+  with pytest.raises(ArgumentError, match='num_examples: must be at most the 1000'):
     probe.run(probe.ProbeConfig(workdir=str(tmp_path), num_examples=1001), stop)
-  with pytest.raises(UsageError, match='--workdir: holds no pretrained encoder'):
+  with pytest.raises(ArgumentError, match='workdir: holds no pretrained encoder'):
     probe.run(probe.ProbeConfig(workdir=str(tmp_path / 'empty')), stop)
 
 
@@ -137,8 +136,8 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(trained):
   settings = config(trained, dataset='color_mnist_5k', num_steps=60)
   assert pretrain.run(settings, stop)['step'] == 60
   assert (trained / 'result.json').stat().st_mtime_ns == before
-  with pytest.raises(UsageError, match=r'--gamma: .*gamma was 1.0, now 2.0'):
-    pretrain.run(dataclasses.replace(settings, gamma=2.0), stop)
+  with pytest.raises(ArgumentError, match=r'gamma: .*gamma was 1.0, now 2.0'):
+    pretrain.run(flags.replace(settings, gamma=2.0), stop)
 
 
 def test_an_interrupted_run_ends_bitwise_equal(tmp_path):
@@ -219,8 +218,8 @@ def test_a_kept_program_changes_no_bit(tmp_path):
   """Without a cache, filling one, and with a full one."""
   cache = {'compilation_cache_dir': tmp_path / 'cache'}
   metrics = []
-  for name, flags in (('none', {}), ('empty', cache), ('full', cache)):
-    line = command('pretrain', workdir=tmp_path / name, **TINY, **flags)
+  for name, options in (('none', {}), ('empty', cache), ('full', cache)):
+    line = command('pretrain', workdir=tmp_path / name, **TINY, **options)
     subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
     metrics.append(rows(tmp_path / name))
   assert len(list((tmp_path / 'cache').iterdir())) > 10
@@ -249,7 +248,7 @@ def test_help_waits_for_nothing_heavy(binary):
 def test_no_data_is_answered_at_once(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   started = time.monotonic()
-  with pytest.raises(UsageError, match='--data_dir') as error:
+  with pytest.raises(ArgumentError, match='data_dir') as error:
     pretrain.prepare(config(tmp_path / 'w', dataset='mnist'))
   assert time.monotonic() - started < 5.0
   assert '_5k' in str(error.value) and 'IDX' in str(error.value)
@@ -348,21 +347,20 @@ def test_what_init_from_refuses(trained, smoothed, tmp_path):
   for changes, message in (
     (
       {'latent_dim': 3, 'hidden_units': 8},
-      r'--latent_dim, --hidden_units: .*latent_dim 4 there, 3',
+      r'latent_dim, hidden_units: .*latent_dim 4 there, 3',
     ),
-    ({'arch': 'convnet'}, '--arch: not that of the run'),
-    ({'dataset': 'mnist_5k'}, '--dataset: not that of the run'),
-    ({'init_from': str(tmp_path)}, '--init_from: .*there is no checkpoint'),
-    ({'init_from': None, 'freeze_decoder': True}, '--freeze_decoder: needs --init_from'),
+    ({'arch': 'convnet'}, 'arch: not that of the run'),
+    ({'dataset': 'mnist_5k'}, 'dataset: not that of the run'),
+    ({'init_from': str(tmp_path)}, 'init_from: .*there is no checkpoint'),
+    ({'init_from': None, 'freeze_decoder': True}, 'freeze_decoder: needs init_from'),
     ({'workdir': str(smoothed), 'freeze_decoder': True}, None),
-    ({'workdir': str(smoothed), 'freeze_decoder': True, 'init_from': 'x'}, '--init_from: not what'),
+    ({'workdir': str(smoothed), 'freeze_decoder': True, 'init_from': 'x'}, 'init_from: not what'),
   ):
-    changed = dataclasses.replace(settings, **changes)
     if message is None:
-      pretrain.prepare(changed)
+      pretrain.prepare(flags.replace(settings, **changes))
     else:
-      with pytest.raises(UsageError, match=message):
-        pretrain.prepare(changed)
+      with pytest.raises(ArgumentError, match=message):
+        pretrain.prepare(flags.replace(settings, **changes))
   # What an MLP does not use may differ.
-  pretrain.prepare(dataclasses.replace(settings, conv_channels=3))
+  pretrain.prepare(flags.replace(settings, conv_channels=3))
   assert not (tmp_path / 'w').exists()

@@ -67,20 +67,21 @@ def prepared_images(workdir):
 
 
 class DuringTheAttack(signals.StopSignal):
-  """A SIGTERM that comes once the probe has been fitted, after which it is looked for twice."""
+  """A SIGTERM that comes during the second attempt of the attack."""
 
   looks = 0
 
   def requested(self):
     self.looks += 1
-    return signal.SIGTERM if self.looks > 2 else None
+    return signal.SIGTERM if self.looks > 3 else None
 
 
 def test_an_interrupted_attack_goes_on(config, workdir, result):
-  again = dataclasses.replace(config, batch_size=16)
+  again = dataclasses.replace(config, num_queries=19)
   with pytest.raises(signals.Interrupted):
     probe.run(again, DuringTheAttack())
-  assert len(list(workdir.glob('*.state.npz'))) == 1
+  (state,) = workdir.glob('*.state.npz')
+  assert np.load(state)['done'] == 1
   resumed = probe.run(again, signals.StopSignal())
   assert resumed['accuracy'] == result['accuracy'] and resumed['cost'] == result['cost']
   assert not list(workdir.glob('*.state.npz'))

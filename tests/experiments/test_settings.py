@@ -12,7 +12,8 @@ from absl import flags as absl_flags
 
 from experiments import figure1, pretrain, probe
 from experiments.cli import distributed, flags
-from experiments.cli.flags import UsageError, setting
+from experiments.cli.flags import UsageError
+from se_vae.config import setting, validate
 
 BINARIES = {'pretrain': pretrain.PretrainConfig, 'probe': probe.ProbeConfig}
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ class Example:
 
 def test_defaults_are_within_their_limits():
   for config_type in (Example, *BINARIES.values(), figure1.Figure1Config, distributed.Cluster):
-    flags.check(config_type())
+    validate(config_type())
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_defaults_are_within_their_limits():
 )
 def test_values_outside_their_limits_are_named(change, message):
   with pytest.raises(UsageError) as error:
-    flags.check(Example(**change))
+    validate(Example(**change))
   assert str(error.value) == message
 
 
