@@ -176,7 +176,7 @@ def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
   """Runs every piece that is not finished, and draws the figure; returns the content of its JSON.
 
   Raises:
-    UsageError: for wrong settings, before anything is compiled or written.
+    ArgumentError: for wrong settings, before anything is compiled or written.
     Interrupted: when `stop` has a signal, after a checkpoint.
   """
   validate(config)
