@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.cli import flags
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')]
 
@@ -35,3 +37,8 @@ def test_python_blocks_are_python(page):
 
 def test_the_readme_is_short():
   assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
+
+
+def test_the_flag_reference_is_that_of_the_settings(capsys):
+  flags._print_references()
+  assert capsys.readouterr().out.strip() in (ROOT / 'docs' / 'flags.md').read_text()
