@@ -3,15 +3,12 @@
 A binary has one frozen dataclass of settings, whose fields are made by `se_vae.config.setting` or
 are dataclasses of settings themselves. All of them become flags, with one flat list of names, and
 `to_dict` gives the flat JSON object that config.json and result.json hold.
-
-`python -m experiments.cli.flags` prints the flag reference of `pretrain` and `probe` as Markdown.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import shlex
 import types
 import typing
@@ -225,21 +222,3 @@ def _parse_list(name: str, items: Sequence[str], kind: Callable[[str], Any]) -> 
     return tuple(kind(item) for item in items)
   except ValueError:
     raise ArgumentError(name, f'must be numbers separated by commas, got {items}') from None
-
-
-def references() -> str:
-  """Returns the tables of `pretrain`, of several processes and of `probe`, with headings."""
-  sections = []
-  for title, module, name in (
-    ('`experiments.pretrain`', 'experiments.pretrain', 'PretrainConfig'),
-    ('`experiments.pretrain` in several processes', 'experiments.cli.distributed', 'Cluster'),
-    ('`experiments.probe`', 'experiments.probe', 'ProbeConfig'),
-  ):
-    # By name: the modules of the command line stand below the binaries.
-    config_type = getattr(importlib.import_module(module), name)
-    sections.append(f'## {title}\n\n{reference(config_type)}\n')
-  return '\n'.join(sections)
-
-
-if __name__ == '__main__':
-  print(references(), end='')

@@ -174,13 +174,6 @@ def test_wrong_commands_fail_in_one_line_and_leave_no_trace(outcomes, command):
   assert left == ['file']
 
 
-def test_the_documentation_has_the_flag_reference():
-  assert flags.references() in (ROOT / 'docs' / 'flags.md').read_text()
-  for config_type in (*BINARIES.values(), distributed.Cluster):
-    for name in flags.names(config_type):
-      assert f'| `--{name}` |' in flags.references()
-
-
 def test_limits_are_part_of_the_flag_reference():
   assert flags.reference(Example).splitlines()[2:] == [
     '| `--count` | `3` | A number. At least 1. |',
