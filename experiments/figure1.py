@@ -109,7 +109,9 @@ _UNWATCHED = {'tensorboard': False}
 #     26.9 for Adam with the rate 1e-3 and a cosine schedule.
 #   ConvNet of 16 channels, 400 steps: -188.8, -51.8 and -259.0 for 1e-4, 3e-4 and 1e-3; -78.8 for
 #     Adam.
-# No latent is active after the rates 3e-3 (MLP) and 1e-3 (ConvNet). The rate 3e-4 trains both.
+# No latent is active after the rates 3e-3 (MLP) and 1e-3 (ConvNet). The rate 3e-4 trains both. In
+# 4,000 steps of the MLP it reaches 45.2 and a digit probe's adversarial accuracy of .568 at radius
+# 0.05 (600 images, PGD-20); Adam reaches 60.8 and .542.
 _SGD = {'optimizer': 'sgd', 'momentum': 0.9, 'learning_rate': 3e-4, 'schedule': 'constant'}
 
 PRESETS = {
@@ -174,7 +176,7 @@ def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
   """Runs every piece that is not finished, and draws the figure; returns the content of its JSON.
 
   Raises:
-    UsageError: for wrong settings, before anything is compiled or written.
+    ArgumentError: for wrong settings, before anything is compiled or written.
     Interrupted: when `stop` has a signal, after a checkpoint.
   """
   validate(config)

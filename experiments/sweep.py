@@ -74,7 +74,7 @@ def run(
   """Runs every variant that is not finished, and writes the tables; returns the JSON's content.
 
   Raises:
-    UsageError: for wrong settings, before anything is compiled or written.
+    ArgumentError: for wrong settings, before anything is compiled or written.
     Interrupted: when `stop` has a signal, after a checkpoint.
   """
   validate(config)
@@ -113,7 +113,7 @@ def _run(
     results.append(
       {
         'varied': each.varied,
-        'objective': encoder['config']['objective'],
+        'objective': each.pretraining.train.objective,
         'held_out': encoder['test'],
         'seconds': seconds.get(str(each.varied)),  # None for a variant that was interrupted
         **attacked,
@@ -140,30 +140,26 @@ def variants_of(
   Raises:
     UsageError: for flags that do not exist or cannot have such a value.
   """
-  attack, shared = probe.parse(config.probe), flags.to_dict(base)
-  cache_dir = shared['cache_dir'] or str(workdir / 'data')
+  attack = probe.parse(config.probe)
+  cache_dir = base.data.cache_dir or str(workdir / 'data')
   varied = _parse(config.vary)
   for values in itertools.product(*varied.values()):
     own = dict(zip(varied, values, strict=True))
     directory = str(workdir / '_'.join(f'{name}{value}' for name, value in own.items()))
-    yield Variant(
-      own,
-      flags.from_dict(
-        pretrain.PretrainConfig, shared | own | {'workdir': directory, 'cache_dir': cache_dir}
-      ),
-      dataclasses.replace(attack, workdir=directory),
-    )
+    with flags.errors_begin_with('--vary'):
+      pretraining = flags.replace(base, **own, workdir=directory, cache_dir=cache_dir)
+    yield Variant(own, pretraining, dataclasses.replace(attack, workdir=directory))
 
 
 def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
   """The settings that vary, each with its values, parsed as flags of pretrain."""
   if not vary:
     raise UsageError("--vary: is required: settings and their values, such as 'gamma=0.3,1,3'")
-  defaults = flags.to_dict(pretrain.PretrainConfig())
+  known = flags.names(pretrain.PretrainConfig)
   found = {}
   for item in vary.split():
     name, _, values = item.partition('=')
-    if name in _SHARED or name not in defaults:
+    if name in _SHARED or name not in known:
       raise UsageError(f'--vary: {name!r} is no setting of pretrain that can vary')
     if name in found:
       raise UsageError(f'--vary: {name} is there twice')

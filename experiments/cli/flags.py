@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import shlex
 import types
 import typing
@@ -94,7 +95,7 @@ def parse(config_type: type[Config], text: str, flag: str) -> Config:
   Raises:
     UsageError: if they are wrong; the message begins with `flag`.
   """
-  with _errors_begin_with(flag):
+  with errors_begin_with(flag):
     config = from_dict(config_type, _parse(config_type, shlex.split(text), flag))
     validate(config)
     return config
@@ -108,7 +109,7 @@ def parse_value(config_type: type[Any], name: str, text: str, flag: str) -> Any:
   Raises:
     UsageError: if the text is no value of the setting; the message begins with `flag`.
   """
-  with _errors_begin_with(flag):
+  with errors_begin_with(flag):
     return _parse(config_type, [f'--{name}={text}'], flag)[name]
 
 
@@ -123,7 +124,8 @@ def _parse(config_type: type[Any], arguments: list[str], flag: str) -> dict[str,
 
 
 @contextlib.contextmanager
-def _errors_begin_with(flag: str) -> Iterator[None]:
+def errors_begin_with(flag: str) -> Iterator[None]:
+  """Raises a UsageError whose message begins with `flag` for errors in the context."""
   try:
     yield
   except ArgumentError as error:
@@ -179,13 +181,16 @@ def replace(config: Config, **changes: Any) -> Config:
 
 def reference(config_type: type[Any]) -> str:
   """Returns a Markdown table of the flags: their defaults, meanings and allowed values."""
-  lines = ['| flag | default | meaning |', '|---|---|---|']
+  lines = ['| Flag | Default | Meaning |', '|---|---|---|']
   for field, _ in _settings(config_type):
     default = field.default
     if isinstance(default, tuple):
       default = ','.join(map(str, default))
-    shown = '' if default in (None, '') else f'`{default}`'
-    lines.append(f'| `--{field.name}` | {shown} | {field.metadata["help"]}{_limits(field)} |')
+    elif isinstance(default, bool):
+      default = str(default).lower()
+    shown = '' if default in (None, '') else f'`{default}` '
+    meaning = f'{field.metadata["help"]}{_limits(field)}'.replace('|', '\\|')
+    lines.append(f'| `--{field.name}` | {shown}| {meaning} |')
   return '\n'.join(lines)
 
 
@@ -222,17 +227,19 @@ def _parse_list(name: str, items: Sequence[str], kind: Callable[[str], Any]) -> 
     raise ArgumentError(name, f'must be numbers separated by commas, got {items}') from None
 
 
-def _print_references() -> None:
-  from experiments import pretrain, probe
-  from experiments.cli import app, distributed
-
-  for title, config_types in (
-    ('pretrain', (pretrain.PretrainConfig, distributed.Cluster, app.RuntimeConfig)),
-    ('probe', (probe.ProbeConfig, app.RuntimeConfig)),
+def references() -> str:
+  """Returns the tables of `pretrain`, of several processes and of `probe`, with headings."""
+  sections = []
+  for title, module, name in (
+    ('`experiments.pretrain`', 'experiments.pretrain', 'PretrainConfig'),
+    ('`experiments.pretrain` in several processes', 'experiments.cli.distributed', 'Cluster'),
+    ('`experiments.probe`', 'experiments.probe', 'ProbeConfig'),
   ):
-    tables = '\n\n'.join(reference(config_type) for config_type in config_types)
-    print(f'## {title}\n\n{tables}\n')
+    # By name: the modules of the command line stand below the binaries.
+    config_type = getattr(importlib.import_module(module), name)
+    sections.append(f'## {title}\n\n{reference(config_type)}\n')
+  return '\n'.join(sections)
 
 
 if __name__ == '__main__':
-  _print_references()
+  print(references(), end='')
