@@ -94,7 +94,7 @@ def parse(config_type: type[Config], text: str, flag: str) -> Config:
   Raises:
     UsageError: if they are wrong; the message begins with `flag`.
   """
-  with _errors_begin_with(flag):
+  with errors_begin_with(flag):
     config = from_dict(config_type, _parse(config_type, shlex.split(text), flag))
     validate(config)
     return config
@@ -108,7 +108,7 @@ def parse_value(config_type: type[Any], name: str, text: str, flag: str) -> Any:
   Raises:
     UsageError: if the text is no value of the setting; the message begins with `flag`.
   """
-  with _errors_begin_with(flag):
+  with errors_begin_with(flag):
     return _parse(config_type, [f'--{name}={text}'], flag)[name]
 
 
@@ -123,7 +123,8 @@ def _parse(config_type: type[Any], arguments: list[str], flag: str) -> dict[str,
 
 
 @contextlib.contextmanager
-def _errors_begin_with(flag: str) -> Iterator[None]:
+def errors_begin_with(flag: str) -> Iterator[None]:
+  """Raises a UsageError whose message begins with `flag` for errors in the context."""
   try:
     yield
   except ArgumentError as error:

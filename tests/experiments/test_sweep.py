@@ -13,8 +13,9 @@ import pytest
 
 from experiments import pretrain, probe, supervised, sweep
 from experiments.cli import signals
-from experiments.cli.flags import UsageError, from_dict, to_dict
+from experiments.cli.flags import from_dict, to_dict
 from se_vae import training
+from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -124,7 +125,7 @@ def test_every_combination_is_a_variant(tmp_path):
 )
 def test_what_a_sweep_refuses_before_it_writes(tmp_path, vary, attack, message):
   base = dataclasses.replace(BASE, workdir=str(tmp_path / 'w'))
-  with pytest.raises(UsageError, match=message):
+  with pytest.raises(ArgumentError, match=message):
     sweep.run(config_of(vary, attack), base, signals.StopSignal())
   assert not (tmp_path / 'w').exists()
 
@@ -133,7 +134,7 @@ def supervised_config(workdir: Path, **changes) -> supervised.SupervisedConfig:
   sizes = {'hidden_units': 16, 'latent_dim': 8, 'pgd_steps': 2, 'num_steps': 120}
   attack = '--radii=0,0.05 --num_examples=200 --pgd_steps=5 --check_examples=0'
   options = {**sizes, 'radius': 0.05, 'learning_rate': 1e-2, 'probe': attack, **changes}
-  return supervised.SupervisedConfig(workdir=str(workdir), **options)
+  return from_dict(supervised.SupervisedConfig, {'workdir': str(workdir), **options})
 
 
 def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(tmp_path, monkeypatch):
@@ -142,7 +143,7 @@ def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(tmp_pat
   assert clean > 0.4 and 0.2 < attacked <= clean  # chance is a tenth
   with pytest.raises(signals.Interrupted):
     supervised.run(supervised_config(tmp_path / 'b'), stopped())
-  with pytest.raises(UsageError, match=r'--workdir: .*other settings'):
+  with pytest.raises(ArgumentError, match=r'workdir: .*other settings'):
     supervised.run(supervised_config(tmp_path / 'b', radius=0.1), signals.StopSignal())
   resumed = supervised.run(supervised_config(tmp_path / 'b'), signals.StopSignal())
   assert resumed['accuracy'] == straight['accuracy']
