@@ -50,22 +50,25 @@ class PretrainConfig:
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-  batch_size: int = setting(64, 'Examples a step.', at_least=1)
+  batch_size: int = setting(64, 'Training examples a step.', at_least=1)
   init_from: str | None = setting(
     None, 'Directory of a run of the same architecture, whose parameters to start with.'
   )
   matmul_precision: str = setting(
-    'default', "Of all matrix products, as JAX's setting of that name.", choices=PRECISIONS
+    'default',
+    "Precision of all matrix products, as JAX's setting of that name.",
+    choices=PRECISIONS,
   )
   seed: int = setting(
     0, 'Seed of initialisation, batch order and noise.', at_least=0, at_most=2**31 - 1
   )
-  log_every: int = setting(100, 'Steps a row of metrics averages over.', at_least=1)
+  log_every: int = setting(100, 'Steps that a row of metrics averages over.', at_least=1)
   checkpoint_every: int = setting(2000, 'Steps between checkpoints.', at_least=1)
   tensorboard: bool = setting(True, 'Write TensorBoard event files.')
   num_devices: int | None = setting(
     None,
-    'Devices of each process to use; if not given, as many as divide the batch.',
+    'Devices of each process. If not given, as many as divide the batch, and of CPU cores as many '
+    'as have 16 examples each.',
     at_least=1,
   )
 

@@ -113,7 +113,7 @@ def _run(
     results.append(
       {
         'varied': each.varied,
-        'objective': encoder['config']['objective'],
+        'objective': each.pretraining.train.objective,
         'held_out': encoder['test'],
         'seconds': seconds.get(str(each.varied)),  # None for a variant that was interrupted
         **attacked,
@@ -140,15 +140,14 @@ def variants_of(
   Raises:
     UsageError: for flags that do not exist or cannot have such a value.
   """
-  attack, shared = probe.parse(config.probe), flags.to_dict(base)
-  cache_dir = shared['cache_dir'] or str(workdir / 'data')
+  attack = probe.parse(config.probe)
+  cache_dir = base.data.cache_dir or str(workdir / 'data')
   varied = _parse(config.vary)
   for values in itertools.product(*varied.values()):
     own = dict(zip(varied, values, strict=True))
     directory = str(workdir / '_'.join(f'{name}{value}' for name, value in own.items()))
-    places = {'workdir': directory, 'cache_dir': cache_dir}
     with flags.errors_begin_with('--vary'):
-      pretraining = flags.from_dict(pretrain.PretrainConfig, shared | own | places)
+      pretraining = flags.replace(base, **own, workdir=directory, cache_dir=cache_dir)
     yield Variant(own, pretraining, dataclasses.replace(attack, workdir=directory))
 
 

@@ -188,7 +188,10 @@ class TrainConfig:
   )
   gamma: float = setting(1.0, 'Coupling strength of the SE-ELBO.', at_least=0, traced=True)
   obs_var: float = setting(
-    0.1, 'Observation noise variance v of the decoder.', above=0, traced=True
+    0.1,
+    'Observation noise variance v of the decoder; the paper does not give it.',
+    above=0,
+    traced=True,
   )
   radius: float = setting(
     0.2,
@@ -211,9 +214,11 @@ class TrainConfig:
   attack_dtype: str = setting(
     'float32', 'Precision of the encoder within the selection.', choices=ATTACK_DTYPES
   )
-  optimizer: str = setting('adam', 'Update rule.', choices=OPTIMIZERS)
+  optimizer: str = setting('adam', 'Optimizer; the paper uses SGD.', choices=OPTIMIZERS)
   momentum: float = setting(0.9, 'Momentum of sgd.', at_least=0, at_most=1, traced=True)
-  learning_rate: float = setting(1e-3, 'Learning rate, at its peak.', above=0, traced=True)
+  learning_rate: float = setting(
+    1e-3, 'Largest learning rate of the schedule.', above=0, traced=True
+  )
   schedule: str = setting(
     'cosine', 'Learning rate over time: constant, or a cosine to 0.', choices=SCHEDULES
   )

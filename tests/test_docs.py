@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import flag_reference
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')]
 
@@ -35,3 +37,7 @@ def test_python_blocks_are_python(page):
 
 def test_the_readme_is_short():
   assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
+
+
+def test_the_flag_reference_is_that_of_the_settings():
+  assert flag_reference.references() in (ROOT / 'docs' / 'flags.md').read_text()

@@ -9,7 +9,7 @@ import se_vae
 # Forms of what has an example, what needs none, and what stands in the examples of others.
 WITHOUT = {
   'FullGaussian',
-  'LatentMove',
+  'EncodingShift',
   'TrainState',
   'VAE',
   'init_state',

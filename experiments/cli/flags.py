@@ -3,8 +3,6 @@
 A binary has one frozen dataclass of settings, whose fields are made by `se_vae.config.setting` or
 are dataclasses of settings themselves. All of them become flags, with one flat list of names, and
 `to_dict` gives the flat JSON object that config.json and result.json hold.
-
-`python -m experiments.cli.flags` prints the flag reference of `pretrain` and `probe` as Markdown.
 """
 
 from __future__ import annotations
@@ -180,13 +178,16 @@ def replace(config: Config, **changes: Any) -> Config:
 
 def reference(config_type: type[Any]) -> str:
   """Returns a Markdown table of the flags: their defaults, meanings and allowed values."""
-  lines = ['| flag | default | meaning |', '|---|---|---|']
+  lines = ['| Flag | Default | Meaning |', '|---|---|---|']
   for field, _ in _settings(config_type):
     default = field.default
     if isinstance(default, tuple):
       default = ','.join(map(str, default))
-    shown = '' if default in (None, '') else f'`{default}`'
-    lines.append(f'| `--{field.name}` | {shown} | {field.metadata["help"]}{_limits(field)} |')
+    elif isinstance(default, bool):
+      default = str(default).lower()
+    shown = '' if default in (None, '') else f'`{default}` '
+    meaning = f'{field.metadata["help"]}{_limits(field)}'.replace('|', '\\|')
+    lines.append(f'| `--{field.name}` | {shown}| {meaning} |')
   return '\n'.join(lines)
 
 
@@ -221,19 +222,3 @@ def _parse_list(name: str, items: Sequence[str], kind: Callable[[str], Any]) -> 
     return tuple(kind(item) for item in items)
   except ValueError:
     raise ArgumentError(name, f'must be numbers separated by commas, got {items}') from None
-
-
-def _print_references() -> None:
-  from experiments import pretrain, probe
-  from experiments.cli import app, distributed
-
-  for title, config_types in (
-    ('pretrain', (pretrain.PretrainConfig, distributed.Cluster, app.RuntimeConfig)),
-    ('probe', (probe.ProbeConfig, app.RuntimeConfig)),
-  ):
-    tables = '\n\n'.join(reference(config_type) for config_type in config_types)
-    print(f'## {title}\n\n{tables}\n')
-
-
-if __name__ == '__main__':
-  _print_references()

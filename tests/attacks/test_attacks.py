@@ -201,7 +201,13 @@ def test_radius_and_step_size_do_not_recompile(images, weights):
     )
   first = len(traces)
   attacks.pgd(
-    objective, jax.random.key(0), images, radius=0.7, relative_step_size=0.1, num_steps=3, args=(weights,)
+    objective,
+    jax.random.key(0),
+    images,
+    radius=0.7,
+    relative_step_size=0.1,
+    num_steps=3,
+    args=(weights,),
   )
   assert len(traces) == first > 0
 

@@ -13,6 +13,7 @@ from PIL import Image
 from experiments import pretrain, probe
 from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
+from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
 from se_vae.training import input_pipeline
 from tests.data.tiny_tfds import write_tfds
@@ -71,18 +72,18 @@ def run_probe(workdir: Path, **changes) -> dict:
 
 @pytest.fixture(scope='module')
 def trained(cifar_like, tmp_path_factory) -> Path:
-  """A run whose training set was on the devices from beginning to end."""
-  workdir = tmp_path_factory.mktemp('resident')
+  """A run that was not interrupted."""
+  workdir = tmp_path_factory.mktemp('trained')
   pretrain.run(config(workdir, cifar_like), signals.StopSignal())
   return workdir
 
 
-def test_a_streamed_run_that_was_interrupted_is_the_resident_run(
+def test_a_run_that_was_interrupted_is_the_uninterrupted_run(
   trained, cifar_like, tmp_path, monkeypatch
 ):
-  """To the bit, with pools of three steps, where a row has five, and stops after steps 1 and 2."""
-  monkeypatch.setattr(input_pipeline, '_POOL_BYTES', 3 * TINY['batch_size'] * 32 * 32 * 3)
-  settings = config(tmp_path, cifar_like, device_data_limit=0)
+  """To the bit, with chunks of three steps, where a row has five, and stops after steps 1 and 2."""
+  monkeypatch.setattr(input_pipeline, '_CHUNK_BYTES', 3 * TINY['batch_size'] * 32 * 32 * 3)
+  settings = config(tmp_path, cifar_like)
   for _ in range(2):
     stop = signals.StopSignal()
     stop.signum = signal.SIGTERM
@@ -106,7 +107,7 @@ def test_a_convnet_takes_large_images_of_odd_sides_and_more_classes(tmp_path):
   """Also where the set does not promise their size."""
   data_dir = prepared(tmp_path / 'set', (37, 50, 1), 12, declared=(None, None, 1))
   workdir = tmp_path / 'run'
-  changes = {'arch': 'convnet', 'objective': 'vae', 'device_data_limit': 0, 'num_steps': 3}
+  changes = {'arch': 'convnet', 'objective': 'vae', 'num_steps': 3}
   result = pretrain.run(config(workdir, data_dir, **changes), signals.StopSignal())
   assert np.isfinite(result['test']['elbo'])
   with Image.open(workdir / 'traversals.png') as picture:
@@ -116,23 +117,20 @@ def test_a_convnet_takes_large_images_of_odd_sides_and_more_classes(tmp_path):
 def test_what_cannot_be_is_said_before_anything_is_written(cifar_like, tmp_path):
   workdir = tmp_path / 'w'
   settings = config(workdir, cifar_like, cache_dir=str(tmp_path / 'cache'))
-  changes = {'warm_start': True, 'device_data_limit': 0}
   for changed, message in (
-    ({'device_data_limit': -1}, '--device_data_limit: must be >= 0'),
-    (changes, '--warm_start, --device_data_limit: .* 245760 bytes'),
-    ({'dataset': 'tfds:others'}, "--data_dir: .*a prepared TFDS set 'others'"),
-    ({'data_dir': None}, '--data_dir: '),
-    ({'batch_size': 81}, '--batch_size: must be at most the 80 training examples'),
+    ({'dataset': 'tfds:others'}, "data_dir: .*a prepared TFDS set 'others'"),
+    ({'data_dir': None}, 'data_dir: '),
+    ({'batch_size': 81}, 'batch_size: must be at most the 80 training examples'),
   ):
-    with pytest.raises(UsageError, match=message):
-      pretrain.prepare(dataclasses.replace(settings, **changed))
+    with pytest.raises(ArgumentError, match=message):
+      pretrain.prepare(flags.replace(settings, **changed))
   assert not workdir.exists()
-  pretrain.prepare(dataclasses.replace(settings, warm_start=True))
+  pretrain.prepare(flags.replace(settings, warm_start=True))
 
 
 def test_a_class_without_examples_is_named(trained, cifar_like, monkeypatch):
-  dataset = pretrain.load_dataset(config(trained, cifar_like))
+  dataset = pretrain.load_dataset(config(trained, cifar_like).data, trained)
   fewer = dataclasses.replace(dataset, num_classes={'label': 12})
-  monkeypatch.setattr(pretrain, 'load_dataset', lambda _: fewer)
+  monkeypatch.setattr(pretrain, 'load_dataset', lambda *_: fewer)
   with pytest.raises(UsageError, match=r'--task: .* no training example of label 10, 11'):
     run_probe(trained)

@@ -67,7 +67,7 @@ def header(*numbers: int) -> bytes:
 
 @pytest.mark.parametrize('compress', [bytes, gzip.compress])
 @pytest.mark.parametrize(
-  ('content', 'problem'),
+  ('content', 'wrong'),
   [
     (b'', 'truncated'),
     (header(0x803, 2), 'truncated'),
@@ -81,10 +81,10 @@ def header(*numbers: int) -> bytes:
     (header(0x803, 3 * 10**6, 28, 28) + bytes(8), 'implausible'),
   ],
 )
-def test_malformed_images_are_refused(tmp_path, compress, content, problem):
+def test_malformed_images_are_refused(tmp_path, compress, content, wrong):
   path = tmp_path / ('x.gz' if compress is gzip.compress else 'x')
   path.write_bytes(compress(content))
-  assert_raises(lambda: data.read_idx(str(path), 3), str(path), problem)
+  assert_raises(lambda: data.read_idx(str(path), 3), str(path), wrong)
 
 
 def corrupt_gzips() -> dict[str, bytes]:

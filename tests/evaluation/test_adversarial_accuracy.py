@@ -58,7 +58,7 @@ def wavy_problem():
 
 @pytest.mark.parametrize(('norm', 'dual'), [('linf', 1), ('l2', 2)])
 def test_two_linear_classes_are_robust_as_far_as_the_closed_form_says(norm, dual):
-  """An example is misclassified once the radius times the dual norm of w_a - w_b exceeds its margin."""
+  """An example is misclassified where radius times dual norm of w_a - w_b exceeds its margin."""
   x, labels, (weights, bias) = linear_problem()
   radii = (0.0, 0.02, 0.05, 0.1, 0.2)
   logits = np.float64(x).reshape(60, 6) @ np.float64(weights) + np.float64(bias)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from se_vae.evaluation import attack_suite
+from se_vae.evaluation import attack_suite, attacked_classifier
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.parallel import sharding
 from tests.evaluation.linear_classifier import (
@@ -39,6 +39,37 @@ def test_worst_case_is_the_closed_form_of_a_linear_encoder_and_probe():
   counts = result.curve.correct.sum(axis=1)
   assert counts[0] > 40 and counts[-1] < 5 and np.all(np.diff(counts) < 0)
   assert_legal(result.attack_log, examples()[0])
+
+
+def test_every_attack_of_a_suite_stays_in_its_ball():
+  """All images, not only those in the log."""
+  x, labels, args = examples()
+  mesh, options = sharding.data_mesh(1), dict(norm='linf', num_steps=10, num_queries=150)
+  classifier, _ = attacked_classifier.prepare(
+    linear,
+    x,
+    labels,
+    radii=(0.1,),
+    seed=0,
+    norm='linf',
+    bounds=(0.0, 1.0),
+    batch_size=16,
+    args=args,
+    mesh=mesh,
+    latents_fn=latents,
+  )
+  build = functools.partial(attack_suite.worst_case, linear, latents, classes=3, num_classes=3)
+  suite = build(restarts=1, **options)
+  assert suite == build(restarts=1, **options)  # or every evaluation would compile anew
+  assert len({attack.name for attack in suite.attacks}) == len(suite.attacks) == 15
+  for attack in suite.attacks:
+    for attempt in range(attack.restarts):
+      images, correct = classifier.attack(attack, 0.1, attempt, np.arange(COUNT))
+      offset = np.abs(images.astype(np.float64) - x)
+      assert offset.max() <= 0.1 * (1.0 + 1e-6) + np.spacing(np.float32(1.0)), attack.name
+      assert images.min() >= 0.0 and images.max() <= 1.0, attack.name
+      predicted = np.argmax(linear(jnp.asarray(images), *args), axis=1)
+      np.testing.assert_array_equal(correct, predicted == labels, attack.name)
 
 
 @pytest.mark.parametrize('attack', ['standard', 'worst_case'])

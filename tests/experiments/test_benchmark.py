@@ -94,7 +94,7 @@ def test_the_twin_takes_the_same_step(arch, objective, memory_format):
   q_a = model.encode(params, x)
   keys = attacks.example_keys(key, index)
   offsets = projections.random_offsets(keys, projections.columns(x), config.radius, 'linf')
-  ours = np.asarray(training.select(model, config, params, key, x, q_a, index))
+  ours = np.asarray(training.select(model, config, params, key, x, q_a, index=index))
 
   def place(images):
     return twin.place(np.asarray(images).reshape(x.shape))

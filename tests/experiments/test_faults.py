@@ -22,6 +22,7 @@ import pytest
 from experiments import figure1, pretrain, probe
 from experiments.cli import flags, signals, workdirs
 from experiments.cli.flags import UsageError
+from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
 from tests.experiments.test_app import exit_code
 
@@ -288,7 +289,7 @@ def test_damaged_results_and_rows_are_named_and_made_again(tmp_path, capsys):
   result = tmp_path / 'result.json'
   result.write_bytes(kept[result].replace(b'"step"', b'"stfp"'))
   (tmp_path / 'config.json').write_bytes(b'\xff')
-  with pytest.raises(UsageError, match='--gamma'):  # the checkpoint knows too
+  with pytest.raises(ArgumentError, match='gamma'):  # the checkpoint knows too
     run(tmp_path, gamma=2.0, **few)
   rows = kept[tmp_path / 'metrics.jsonl'].splitlines(keepends=True)
   (tmp_path / 'metrics.jsonl').write_bytes(b''.join([rows[0], b'\0\n', *rows[2:]]))
@@ -332,7 +333,7 @@ def test_a_constant_rate_may_train_on_and_a_cosine_may_not(tmp_path):
   for name, tensor in theirs.items():
     if not name.startswith('window/'):
       np.testing.assert_array_equal(mine[name], tensor, err_msg=name)
-  with pytest.raises(UsageError, match='--num_steps'):
+  with pytest.raises(ArgumentError, match='num_steps'):
     run(tmp_path, **{**longer, 'num_steps': 15})
-  with pytest.raises(UsageError, match='--schedule'):
+  with pytest.raises(ArgumentError, match='schedule'):
     run(tmp_path, **{**longer, 'schedule': 'cosine'})

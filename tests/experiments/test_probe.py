@@ -27,7 +27,9 @@ TINY |= {'tensorboard': False}
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   path = tmp_path_factory.mktemp('run')
-  config = pretrain.PretrainConfig(workdir=str(path), objective='vae', **TINY)
+  config = flags.from_dict(
+    pretrain.PretrainConfig, {'workdir': str(path), 'objective': 'vae', **TINY}
+  )
   pretrain.run(config, signals.StopSignal())
   return path
 
@@ -110,8 +112,15 @@ def colored(tmp_path_factory):
   paths = [tmp_path_factory.mktemp(name) for name in ('first', 'second')]
   for seed, path in enumerate(paths):
     pretrain.run(
-      pretrain.PretrainConfig(
-        workdir=str(path), dataset='color_mnist_5k', objective='vae', seed=seed, **TINY
+      flags.from_dict(
+        pretrain.PretrainConfig,
+        {
+          'workdir': str(path),
+          'dataset': 'color_mnist_5k',
+          'objective': 'vae',
+          'seed': seed,
+          **TINY,
+        },
       ),
       signals.StopSignal(),
     )
@@ -212,13 +221,16 @@ def test_what_does_not_fit_is_refused_before_anything_is_fitted(
 @pytest.mark.parametrize('attack', ['standard', 'worst_case'])
 def test_an_undefended_encoder_is_not_robust(tmp_path, attack):
   pretrain.run(
-    pretrain.PretrainConfig(
-      workdir=str(tmp_path),
-      objective='vae',
-      hidden_units=100,
-      latent_dim=16,
-      num_steps=800,
-      tensorboard=False,
+    flags.from_dict(
+      pretrain.PretrainConfig,
+      {
+        'workdir': str(tmp_path),
+        'objective': 'vae',
+        'hidden_units': 100,
+        'latent_dim': 16,
+        'num_steps': 800,
+        'tensorboard': False,
+      },
     ),
     signals.StopSignal(),
   )

@@ -40,15 +40,15 @@ def zeros(shapes):
   return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def train_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, streamed: bool = False) -> tuple:
+def train_arguments(model: vae.VAE, mesh: jax.sharding.Mesh) -> tuple:
   """Of `training.train_steps`, as `training.run` places them."""
+  step, args = training.TrainStep(model), (CONFIG, KEY)
   state = zeros(jax.eval_shape(lambda: training.init_state(model, CONFIG, KEY)))
-  carry = state, zeros(training.empty_window(model, CONFIG, state))
-  feeds = input_pipeline.streamed if streamed else input_pipeline.resident
   images, indices = np.zeros((20, *SHAPE), np.uint8), np.zeros((5, BATCH), np.int32)
-  (feed,) = feeds(mesh, images, lambda *_: indices, range(0, 5, 5))
-  replicated = sharding.replicate(mesh, (carry, KEY))
-  return model, CONFIG, mesh, *replicated, feed.images, feed.places, np.int32(0), np.int32(5)
+  window = training.empty_window(step, state, args, images)
+  chunk = input_pipeline.read_chunk(mesh, images, indices)
+  state, window, args = sharding.replicate(mesh, (state, window, args))
+  return step, mesh, state, window, args, chunk.images, chunk.examples, np.int32(5)
 
 
 def attack_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, kind: type) -> tuple:
@@ -73,10 +73,9 @@ def attack_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, kind: type) -> tup
   return attack, KEY, x, aim, index, jnp.float32(0.1), args
 
 
-@pytest.mark.parametrize('streamed', [False, True])
-def test_a_step_averages_once_and_its_selection_not_at_all(streamed):
+def test_a_step_averages_once_and_its_selection_not_at_all():
   """One all-reduce a step, of gradients and metrics together; everything else is a device's own."""
-  arguments = train_arguments(tiny('mlp'), sharding.data_mesh(4), streamed)
+  arguments = train_arguments(tiny('mlp'), sharding.data_mesh(4))
   assert collectives(training.train_steps.lower(*arguments)) == {'all-reduce': 1}
 
 

@@ -22,6 +22,7 @@ import pytest
 from experiments import pretrain
 from experiments.cli import devices, distributed, flags, signals, workdirs
 from experiments.cli.flags import UsageError
+from se_vae.config import ArgumentError
 from se_vae.parallel import processes
 from se_vae.storage import checkpoints
 from tests.experiments.test_app import exit_code
@@ -164,8 +165,8 @@ def test_two_processes_train_as_one_and_write_everything_once(tmp_path, alone):
 
 
 def test_sigterm_to_one_stops_both_and_one_process_goes_on(tmp_path, alone):
-  """The two read their shares of the batches, the one has all images on its device."""
-  with pair(tmp_path, device_data_limit=0) as processes:
+  """The two read their shares of the batches, the one reads whole ones."""
+  with pair(tmp_path) as processes:
     wait_for(tmp_path / 'config.json', processes)  # training begins: it compiles
     processes[1].send_signal(signal.SIGTERM)
     found = ends(processes)
@@ -318,15 +319,15 @@ def test_accelerators_share_every_batch_and_idle_ones_are_told_of(monkeypatch, c
 
 def test_a_batch_is_a_multiple_of_the_processes(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 3)
-  with pytest.raises(UsageError, match='--batch_size: must be a multiple of the 3 processes'):
+  with pytest.raises(ArgumentError, match='batch_size: must be a multiple of the 3 processes'):
     devices.mesh_for(64)
 
 
 @pytest.mark.parametrize(
   ('batch_size', 'num_devices', 'message'),
   [
-    (64, 3, '--batch_size, --num_devices: 64 examples cannot be split evenly over 3 devices'),
-    (64, 8, '--num_devices: must be <= 4, the devices here; got 8'),
+    (64, 3, 'batch_size, num_devices: 64 examples cannot be split evenly over 3 devices'),
+    (64, 8, 'num_devices: must be <= 4, the devices here; got 8'),
   ],
 )
 def test_devices_that_do_not_fit_are_named_before_anything_is_written(
@@ -335,7 +336,7 @@ def test_devices_that_do_not_fit_are_named_before_anything_is_written(
   config = pretrain.PretrainConfig(
     workdir=str(tmp_path / 'w'), batch_size=batch_size, num_devices=num_devices
   )
-  with pytest.raises(UsageError) as error:
+  with pytest.raises(ArgumentError) as error:
     pretrain.run(config, signals.StopSignal())
   assert str(error.value) == message
   assert list(tmp_path.iterdir()) == []

@@ -63,7 +63,7 @@ def test_file_is_plain_safetensors_with_json_metadata(tmp_path: pathlib.Path) ->
   assert document == {'format': 1, 'step': 3, 'config': {'objective': 'se'}}
 
 
-def test_metadata_survives(tmp_path: pathlib.Path) -> None:
+def test_metadata_round_trip(tmp_path: pathlib.Path) -> None:
   metadata = {'text': 'é\n"\\', 'list': [1, 2.5, None, True], 'nested': {'a': {}}, 'versions': {}}
   path = checkpoints.save(tmp_path, 3, small(3), metadata)
   assert checkpoints.load(path)[1] == {**metadata, 'format': 1, 'step': 3}
