@@ -101,22 +101,16 @@ class Claim:
       attack_suite.Noise(name='noise'),
       attack_suite.Noise(name='signs', extreme=True),
     )
-    return {
-      attack.name: AdversarialAccuracy(
-        self.radii,
-        np.stack(
-          [
-            np.isin(self.rows, self.classifier.robust((attack,), radius, self.rows))
-            for radius in self.radii
-          ]
-        ),
-      )
-      for attack in compared
-    }
+
+    def raw_curve(attack: Attack) -> AdversarialAccuracy:
+      robust = (self.classifier.robust((attack,), radius, self.rows) for radius in self.radii)
+      return AdversarialAccuracy(self.radii, np.stack([np.isin(self.rows, r) for r in robust]))
+
+    return {attack.name: raw_curve(attack) for attack in compared}
 
   @property
   def middle_radius(self) -> float:
-    """The radius above 0 at which about half of what is right is misclassified; 0 if none is."""
+    """The radius at which about half of the clean accuracy is left; 0 if no radius is above 0."""
     radii = self.radii[self.radii > 0.0]
     if not len(radii):
       return 0.0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import pretrain, probe
+from experiments import pipeline, pretrain, probe
 from experiments.benchmarks import attack_comparison
 from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
@@ -24,13 +24,15 @@ TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 40}
 TINY |= {'tensorboard': False}
 
 
+def train(workdir, **changes):
+  values = {'workdir': str(workdir), 'objective': 'vae', **TINY, **changes}
+  pretrain.run(flags.from_dict(pretrain.PretrainConfig, values), signals.StopSignal())
+
+
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   path = tmp_path_factory.mktemp('run')
-  config = flags.from_dict(
-    pretrain.PretrainConfig, {'workdir': str(path), 'objective': 'vae', **TINY}
-  )
-  pretrain.run(config, signals.StopSignal())
+  train(path)
   return path
 
 
@@ -66,6 +68,19 @@ def test_the_evidence_lies_beside_the_curve(workdir, result):
 
 def prepared_images(workdir):
   return probe.prepare(probe.ProbeConfig(workdir=str(workdir), num_examples=48)).images
+
+
+def test_a_result_with_the_old_name_of_the_step_size_is_not_attacked_again(
+  config, result, tmp_path
+):
+  content = json.loads(json.dumps(result))
+  content['config'] |= {'workdir': str(tmp_path), 'pgd_step_size': None}
+  del content['config']['relative_step_size']
+  (tmp_path / 'probe_digit.json').write_text(json.dumps(content))
+  encoder = {'config': content['pretraining'], 'step': content['step']}
+  attack = dataclasses.replace(config, workdir=str(tmp_path))
+  assert pipeline._finished(attack, encoder) == content
+  assert pipeline._finished(dataclasses.replace(attack, relative_step_size=0.1), encoder) is None
 
 
 class DuringTheAttack(signals.StopSignal):
@@ -111,19 +126,7 @@ def colored(tmp_path_factory):
   """Two runs on coloured digits, with different seeds."""
   paths = [tmp_path_factory.mktemp(name) for name in ('first', 'second')]
   for seed, path in enumerate(paths):
-    pretrain.run(
-      flags.from_dict(
-        pretrain.PretrainConfig,
-        {
-          'workdir': str(path),
-          'dataset': 'color_mnist_5k',
-          'objective': 'vae',
-          'seed': seed,
-          **TINY,
-        },
-      ),
-      signals.StopSignal(),
-    )
+    train(path, dataset='color_mnist_5k', seed=seed)
   return paths
 
 
@@ -220,20 +223,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_fitted(
 @pytest.mark.slow
 @pytest.mark.parametrize('attack', ['standard', 'worst_case'])
 def test_an_undefended_encoder_is_not_robust(tmp_path, attack):
-  pretrain.run(
-    flags.from_dict(
-      pretrain.PretrainConfig,
-      {
-        'workdir': str(tmp_path),
-        'objective': 'vae',
-        'hidden_units': 100,
-        'latent_dim': 16,
-        'num_steps': 800,
-        'tensorboard': False,
-      },
-    ),
-    signals.StopSignal(),
-  )
+  train(tmp_path, hidden_units=100, latent_dim=16, num_steps=800)
   config = probe.ProbeConfig(
     workdir=str(tmp_path), attack=attack, radii=(0.0, 0.3), num_examples=100, check_examples=0
   )
