@@ -13,8 +13,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready-$(VERSION)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-LOCK := $(BIN)/uv pip compile setup.cfg --extra=test --universal --python-version=3.11 \
-  --generate-hashes --no-emit-index-url --custom-compile-command='make lock' --output-file=requirements.txt
+UV := .venv-uv/bin/uv
+LOCK := $(UV) pip compile setup.cfg --extra=test --universal --python-version=3.11 \
+  --generate-hashes --no-emit-index-url --quiet --custom-compile-command='make lock' --output-file=requirements.txt
 WORKDIR ?= runs/figure1
 
 .PHONY: figure1 test notebook check lint types soak lowest lock upgrade format python clean
@@ -35,6 +36,7 @@ notebook: $(READY)  ## Runs the notebook from top to bottom.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(READY)
 	$(BIN)/mypy
@@ -45,15 +47,15 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lowest: $(READY)  ## The tests with the lowest versions that setup.cfg allows: make lowest PYTHON=python3.11.
-	$(BIN)/uv venv --quiet --clear --python=$(BIN)/python .venv-lowest
-	$(BIN)/uv pip install --quiet --python=.venv-lowest --resolution=lowest-direct --editable '.[test]'
+lowest: $(UV)  ## The tests with the lowest versions that setup.cfg allows: make lowest PYTHON=python3.11.
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(UV) pip install --quiet --python=.venv-lowest --resolution=lowest-direct --editable '.[test]'
 	.venv-lowest/bin/python -m pytest -m "not slow" --numprocesses=auto --dist=loadfile tests se_vae
 
-lock: $(READY)  ## Writes requirements.txt from setup.cfg, and keeps the versions that still fit.
+lock: $(UV)  ## Writes requirements.txt from setup.cfg, and keeps the versions that still fit.
 	$(LOCK)
 
-upgrade: $(READY)  ## The same with the versions that setup.cfg allows.
+upgrade: $(UV)  ## The same with the versions that setup.cfg allows.
 	$(LOCK) --upgrade
 
 python:  ## Says which Python make would take.
@@ -69,5 +71,9 @@ $(READY): requirements.txt setup.cfg pyproject.toml
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
+$(UV):
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+
 clean:
-	rm -rf .venv .venv-lowest build dist *.egg-info
+	rm -rf .venv .venv-uv .venv-lowest build dist *.egg-info

@@ -1,4 +1,4 @@
-"""From an encoder's settings to its curves: pretrain and probe, each unless it is done already."""
+"""Pretrains an encoder, then probes and attacks it; skips each part that is already finished."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ def run(
   stop: signals.StopSignal,
   name: str,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """Results of an encoder and of every attack on it, each made unless it is there already."""
+  """The results of an encoder's training and of every attack on it.
+
+  Args:
+    pretraining: settings of the encoder.
+    attacks: settings of the probes and attacks.
+    stop: raises when a signal has come.
+    name: text in front of the progress bars.
+  """
   encoder = pretrain.run(pretraining, stop, name)
   return encoder, [
     _finished(attack, encoder) or probe.run(attack, stop, f'{name}, attack on {attack.task}')
@@ -24,12 +31,12 @@ def run(
 
 
 def _finished(attack: probe.ProbeConfig, pretraining: dict[str, Any]) -> dict[str, Any] | None:
-  """The result of an attack that was run before with these very settings, on this very encoder."""
+  """The result of an attack that has already run with equal settings on the same encoder."""
   path = Path(str(attack.workdir)) / f'{probe.file_stem(attack)}.json'
   used = ('task', 'num_examples', 'radii', 'accuracy', 'interval', 'config', 'pretraining', 'step')
   result = workdirs.read_json(path, *used)
   if result is None:
     return None
-  found = (result['config'], result['pretraining'], result['step'])
+  found = (probe.stored_config(result['config']), result['pretraining'], result['step'])
   wanted = (flags.to_dict(attack), pretraining['config'], pretraining['step'])
   return result if found == wanted else None

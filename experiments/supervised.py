@@ -3,8 +3,9 @@ r"""Trains a classifier adversarially, with labels: how robust the same network 
   python -m experiments.supervised --workdir=runs/supervised --dataset=mnist_5k --num_steps=4000
 
 The network is the encoder's, up to its means, with a linear layer on top: what `experiments.probe`
-attacks, trained as one on PGD's images (Madry et al., 2018). No smooth encoder, which sees no
-label, is expected to reach it. Writes result.json, and goes on where it was interrupted.
+attacks, trained as one on PGD's images (Madry et al., 2018). A smooth encoder, which sees no label,
+is not expected to reach it. Writes result.json. The same command continues a run that was
+interrupted.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from experiments import pretrain, probe
+from experiments import pretrain, probe, recording
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError, setting
-from se_vae import choices
-from se_vae.data.transforms import pixels
+from se_vae.config import ArgumentError, DataConfig, ModelConfig, TrainConfig, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -28,30 +27,29 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
   import optax
 
-  from se_vae import attacks, data
+  from experiments.visual import probe_results
+  from se_vae import attacks, data, training
   from se_vae.attacks import losses
-  from se_vae.evaluation import linear_probe
+  from se_vae.evaluation import linear_probe, sanity_checks
   from se_vae.models import vae
   from se_vae.parallel import sharding
   from se_vae.storage import checkpoints
 
-_STEPS_PER_DISPATCH = 50
-
 # Flags of probe that are about a frozen encoder, or about printing.
 _UNUSED = ('surrogate', 'joint', 'moves', 'strict', 'standardize', 'l2')
+
+# Settings that may differ when a run is resumed, since the trained classifier does not depend on
+# them.
+_FREE_SETTINGS = ('workdir', 'data_dir', 'cache_dir', 'probe')
 
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedConfig:
-  """The flags of this binary."""
+  """The settings of this binary, all of them flags."""
 
   workdir: str | None = setting(None, 'Directory of this run; everything it writes goes there.')
-  dataset: str = setting('mnist_5k', f'One of: {", ".join(choices.DATASETS)}, or tfds:NAME.')
-  data_dir: str | None = setting(None, 'Directory of the IDX files or the TFDS data set.')
-  arch: str = setting('mlp', 'Architecture of the network.', choices=choices.ARCHS)
-  latent_dim: int = setting(64, 'Units below the linear layer.', at_least=1)
-  hidden_units: int = setting(200, 'Units of each of the 4 layers of an MLP.', at_least=1)
-  conv_channels: int = setting(200, 'Channels of each of the 4 layers of a ConvNet.', at_least=1)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   radius: float = setting(0.2, 'linf radius of the attack in training.', at_least=0, at_most=1)
   growth: float = setting(
     0.3, 'Share of the steps in which the radius grows to its size.', at_least=0, at_most=1
@@ -59,191 +57,213 @@ class SupervisedConfig:
   pgd_steps: int = setting(20, 'Gradient steps of the attack in training.', at_least=1)
   num_steps: int = setting(10_000, 'Training steps.', at_least=1)
   batch_size: int = setting(64, 'Examples a step.', at_least=1)
-  learning_rate: float = setting(1e-3, "Adam's, at its peak; a cosine from there.", above=0)
-  seed: int = setting(0, 'Of everything random.', at_least=0, at_most=2**31 - 1)
+  learning_rate: float = setting(
+    1e-3, 'Peak learning rate of Adam, with a cosine schedule.', above=0
+  )
+  seed: int = setting(
+    0, 'Seed of initialisation, batch order and attacks.', at_least=0, at_most=2**31 - 1
+  )
   checkpoint_every: int = setting(2000, 'Steps between checkpoints.', at_least=1)
   probe: str = setting('', "Flags of probe, for the attack: '--attack=worst_case --restarts=3'.")
 
+  def __post_init__(self) -> None:
+    validate(self)
+
+  def train_config(self) -> TrainConfig:
+    """Returns the settings of the attack and of the optimiser: Adam with a cosine schedule."""
+    return TrainConfig(
+      radius=self.radius,
+      pgd_steps=self.pgd_steps,
+      learning_rate=self.learning_rate,
+      num_steps=self.num_steps,
+    )
+
 
 class State(NamedTuple):
-  """Everything that a step changes."""
+  """Everything that a training step changes."""
 
   step: jax.Array
   params: tuple[vae.Params, linear_probe.LinearProbe]
   opt_state: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class SupervisedStep:
+  """A step of adversarial training, as `training.run` takes it.
+
+  Attributes:
+    classifier: the encoder's means with a linear layer.
+  """
+
+  classifier: linear_probe.ProbedEncoder
+
+  def __call__(
+    self,
+    state: State,
+    args: tuple[TrainConfig, float, jax.Array, jax.Array],
+    x: jax.Array,
+    examples: jax.Array,
+  ) -> tuple[State, dict[str, jax.Array]]:
+    """Returns the state after the step and its loss.
+
+    Args:
+      state: the state before the step.
+      args: the settings of the attack and of the optimiser, the share of the steps in which the
+        radius grows, the run's PRNG key, and the labels of the training set `[N]`.
+      x: this device's images `[B, H, W, C]` in [0, 1].
+      examples: `[B]`, their places in the training set.
+    """
+    config, growth, key, labels = args
+    objective, aim = losses.CrossEntropy(self.classifier), losses.Aim(labels[examples])
+    size = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1.0, growth * config.num_steps))
+    x_adv = attacks.pgd(
+      objective,
+      jax.random.fold_in(key, state.step),
+      x,
+      radius=config.radius * size,
+      num_steps=config.pgd_steps,
+      args=(aim, *state.params),
+      index=sharding.share_of_batch(len(x)),
+    )
+
+    def loss(params: Any) -> jax.Array:
+      return jnp.mean(objective(x_adv, aim, *params))
+
+    value, gradients = sharding.mean_over_devices(jax.value_and_grad(loss)(state.params))
+    optimizer = training.make_optimizer(config)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    after = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    return after, {'loss': value}
+
+
 def main() -> None:
-  """Entry point."""
+  """Runs the binary."""
   config = flags.from_flags(SupervisedConfig)
   devices.use_all_cores(config.batch_size)
   with signals.StopSignal().listening() as stop:
     result = run(config, stop)
   for radius, accuracy in zip(result['radii'], result['accuracy'], strict=True):
     print(f'{radius:6.3f}  {accuracy:.3f}')
+  print(sanity_checks.summary(result.get('checks', ())))
 
 
 def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   """Trains and attacks; returns the result's JSON.
 
   Raises:
-    UsageError: for settings that are wrong, before anything is compiled or written.
+    ArgumentError: if a setting cannot be used, before anything is compiled or written.
     Interrupted: when `stop` says so, after a checkpoint.
+    NotFiniteError: if the loss is not finite; the last good checkpoint stays.
   """
-  flags.check(config)
   workdir = workdirs.check_workdir(config.workdir)
   attack = probe.parse(config.probe, unused=_UNUSED)
-  dataset = pretrain.load_dataset(
-    pretrain.PretrainConfig(config.workdir, config.dataset, config.data_dir)
-  )
+  dataset = pretrain.load_dataset(config.data, workdir)
   pretrain.check_batch_size(config.batch_size, dataset)
   probe.check_fits(attack, dataset)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
-  with workdirs.lock(workdir, pretrain.RESULT):
-    finished = _finished(config, dataset)
+  with workdirs.lock(workdir, recording.RESULT):
+    finished = _finished(config, workdir, dataset)
     if finished is not None:
       return finished
-    classifier, state = _train(config, attack.task, dataset, mesh, stop)
+    classifier, params = _train(config, workdir, attack.task, dataset, mesh, stop)
     outcome = probe.evaluate(
       attack,
       attack_mesh,
       classifier,
       dataset.test.images[: attack.num_examples].astype(np.float32) / 255.0,
       dataset.test.labels[attack.task][: attack.num_examples],
-      args=state.params,
+      args=params,
       progress=lambda *_: stop.check(),
     )
     result = {
-      'step': int(state.step),
-      **probe.claim(attack, outcome),
+      'step': config.num_steps,
+      **probe_results.claim(attack.task, outcome),
       'config': flags.to_dict(config),
       'evaluation': outcome.config,
       'data': dataset.provenance(),
       'versions': devices.versions(),
       'devices': devices.device_kinds(),
     }
-    workdirs.write_json(workdir / pretrain.RESULT, result)
+    workdirs.write_json(workdir / recording.RESULT, result)
   return result
 
 
-def _finished(config: SupervisedConfig, dataset: data.Dataset) -> dict[str, Any] | None:
-  """The result of these very settings on this very data, if it is there already."""
-  path = Path(str(config.workdir)) / pretrain.RESULT
-  result = workdirs.read_json(path, 'radii', 'accuracy', 'config')
-  if result is None:
+def _finished(
+  config: SupervisedConfig, workdir: Path, dataset: data.Dataset
+) -> dict[str, Any] | None:
+  """Returns the result of these very settings on this very data, if it is there already."""
+  result = workdirs.read_json(workdir / recording.RESULT, 'radii', 'accuracy', 'config')
+  if result is None or result.get('data') != dataset.provenance():
     return None
-  found = (result['config'], result.get('data'))
-  wanted = (flags.to_dict(config), dataset.provenance())
-  return result if found == wanted else None
+  return result if _with_defaults(result['config']) == flags.to_dict(config) else None
+
+
+def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+  """Returns stored settings with the defaults of those that have been added since."""
+  return flags.to_dict(SupervisedConfig()) | stored
 
 
 def _train(
   config: SupervisedConfig,
+  workdir: Path,
   task: str,
   dataset: data.Dataset,
   mesh: jax.sharding.Mesh,
   stop: signals.StopSignal,
-) -> tuple[linear_probe.ProbedEncoder, State]:
-  """The classifier at its last step, from the newest checkpoint if there is one."""
+) -> tuple[linear_probe.ProbedEncoder, Any]:
+  """Returns the trained classifier and its parameters.
+
+  Training starts from the newest checkpoint if there is one.
+  """
   images, labels = dataset.train.images, dataset.train.labels[task]
-  model = vae.make_vae(
-    tuple(images.shape[1:]),
-    **{
-      name: getattr(config, name)
-      for name in ('arch', 'latent_dim', 'hidden_units', 'conv_channels')
-    },
-  )
+  model = vae.make_vae(tuple(images.shape[1:]), **flags.to_dict(config.model))
   classifier = linear_probe.ProbedEncoder(model)
   init_key, key = jax.random.split(jax.random.key(config.seed))
-  init = functools.partial(_init, config, classifier, num_classes=dataset.num_classes[task])
+  init = functools.partial(_init, config, model, num_classes=dataset.num_classes[task])
+  settings = {**flags.to_dict(config), **dict.fromkeys(_FREE_SETTINGS)}
+  metadata = {'config': settings, 'digest': dataset.digest}
+  directory = workdir / recording.CHECKPOINTS
   template = jax.eval_shape(init, init_key)._asdict()
-  saved = {**flags.to_dict(config), 'workdir': None, 'data_dir': None, 'probe': None}
-  directory = Path(str(config.workdir)) / pretrain.CHECKPOINTS
   restored = checkpoints.restore_latest(directory, template, on_damage=messages.warn)
   if restored is None:
     state = jax.jit(init)(init_key)
   else:
-    tree, metadata = restored
-    if metadata['config'] != saved or metadata['digest'] != dataset.digest:
-      raise UsageError(f'--workdir: the run in {config.workdir} was started with other settings')
+    tree, saved = restored
+    saved_settings = _with_defaults(saved['config']) | dict.fromkeys(_FREE_SETTINGS)
+    if saved_settings != settings or saved['digest'] != dataset.digest:
+      raise ArgumentError('workdir', f'the run in {workdir} was started with other settings')
     state = State(**tree)
-  state = sharding.replicate_copy(mesh, state)
-  key, device_images, device_labels = sharding.replicate(mesh, (key, images, labels))
   step = int(state.step)
   with messages.progress_bar(config.num_steps, 'supervised', initial=step) as bar:
-    while step < config.num_steps:
-      count = min(_STEPS_PER_DISPATCH - step % _STEPS_PER_DISPATCH, config.num_steps - step)
-      indices = data.batch_indices(config.seed, step, count, config.batch_size, len(images))
-      indices = sharding.split(mesh, indices, axis=1)
-      state = _steps(classifier, config, mesh, state, key, device_images, device_labels, indices)
+    for progress in training.run(
+      SupervisedStep(classifier),
+      state,
+      (config.train_config(), config.growth, key, labels),
+      images,
+      lambda step, count: data.batch_indices(
+        config.seed, step, count, config.batch_size, len(images)
+      ),
+      num_steps=config.num_steps,
+      steps_per_row=config.checkpoint_every,
+      mesh=mesh,
+    ):
+      state = progress.state
       before, step = step, int(state.step)
       bar.update(step - before)
-      due = step // config.checkpoint_every > before // config.checkpoint_every
-      if due or step == config.num_steps or stop.requested():
-        metadata = {'config': saved, 'digest': dataset.digest}
+      if progress.row is not None or stop.requested():
         checkpoints.save(directory, step, state._asdict(), metadata)
       stop.check()
-  return classifier, state
+  return classifier, state.params
 
 
-def _optimizer(config: SupervisedConfig) -> optax.GradientTransformation:
-  return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps))
-
-
-def _init(
-  config: SupervisedConfig, classifier: linear_probe.ProbedEncoder, key: jax.Array, num_classes: int
-) -> State:
-  """Step 0; the linear layer starts at zero."""
+def _init(config: SupervisedConfig, model: vae.VAE, key: jax.Array, num_classes: int) -> State:
+  """Returns the state at step 0; the linear layer starts at zero."""
   layer = linear_probe.LinearProbe(
-    jnp.zeros((config.latent_dim, num_classes)), jnp.zeros(num_classes)
+    jnp.zeros((config.model.latent_dim, num_classes)), jnp.zeros(num_classes)
   )
-  params = {'encoder': classifier.model.init(key)['encoder']}, layer
-  return State(jnp.zeros((), jnp.int32), params, _optimizer(config).init(params))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def _steps(
-  classifier: linear_probe.ProbedEncoder,
-  config: SupervisedConfig,
-  mesh: jax.sharding.Mesh,
-  state: State,
-  key: jax.Array,
-  images: jax.Array,
-  labels: jax.Array,
-  indices: jax.Array,
-) -> State:
-  """One training step for each row of `indices` `[K, B]`."""
-  objective = losses.CrossEntropy(classifier)
-
-  def loss(params: Any, x_adv: jax.Array, aim: losses.Aim) -> jax.Array:
-    return jnp.mean(objective(x_adv, aim, *params))
-
-  def step(
-    state: State, examples: jax.Array, key: jax.Array, images: jax.Array, labels: jax.Array
-  ) -> State:
-    x, aim = pixels(images[examples]), losses.Aim(labels[examples])
-    growth = jnp.minimum(1.0, (state.step + 1) / max(1.0, config.growth * config.num_steps))
-    x_adv = attacks.pgd(
-      objective,
-      jax.random.fold_in(key, state.step),
-      x,
-      radius=config.radius * growth,
-      num_steps=config.pgd_steps,
-      args=(aim, *state.params),
-      index=sharding.share_of_batch(len(examples)),
-    )
-    gradients = sharding.mean_over_devices(jax.grad(loss)(state.params, x_adv, aim))
-    updates, opt_state = _optimizer(config).update(gradients, state.opt_state, state.params)
-    return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-
-  def on_device(state: State, indices: jax.Array, *rest: jax.Array) -> State:
-    return jax.lax.fori_loop(
-      0, len(indices), lambda i, state: step(state, indices[i], *rest), state
-    )
-
-  parallel = sharding.per_device(mesh, on_device, (None, 1, None, None, None))
-  after: State = parallel(state, indices, key, images, labels)
-  return after
+  params = {'encoder': model.init(key)['encoder']}, layer
+  optimizer = training.make_optimizer(config.train_config())
+  return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 if __name__ == '__main__':

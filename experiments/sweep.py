@@ -2,9 +2,10 @@ r"""Pretrains, probes and attacks an encoder for every combination of some setti
 
   python -m experiments.sweep --workdir=runs/gamma --vary='gamma=0.3,1,3 seed=0,1' --num_steps=4000
 
-All flags of `experiments.pretrain` are here too, and hold for every run; --probe has those of
-`experiments.probe`. Leaves a directory for each run, and sweep.json, sweep.csv, sweep.md and
-sweep.png with all of them in --workdir. Runs that are finished are not repeated.
+All flags of `experiments.pretrain` are flags of this binary too, and hold for every variant;
+--probe holds flags of `experiments.probe`. Writes a directory for each variant, and sweep.json,
+sweep.csv, sweep.md and sweep.png with all of them to --workdir. Every curve stands beside the
+summary of its sanity checks. Finished variants are not repeated.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from etils import epy
 
 from experiments import pipeline, pretrain, probe
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError, setting
+from experiments.cli.flags import UsageError
+from se_vae.config import setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
+  import numpy as np
+
   from experiments.visual import plots
   from se_vae.storage import atomic_files
 
-# What a sweep says for all of its runs.
+# Settings that the variants of a sweep share.
 _SHARED = ('workdir', 'data_dir', 'cache_dir')
 
 
@@ -35,19 +39,19 @@ class SweepConfig:
   """The flags of this binary, beside those of `experiments.pretrain`."""
 
   vary: str | None = setting(
-    None, "Settings of pretrain and their values: 'gamma=0.3,1,3 seed=0,1' makes six runs."
+    None, "Settings of pretrain and their values: 'gamma=0.3,1,3 seed=0,1' makes six variants."
   )
-  probe: str = setting('', "Flags of probe, for every run: '--attack=worst_case --restarts=3'.")
+  probe: str = setting('', "Flags of probe, for every variant: '--attack=worst_case --restarts=3'.")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """One encoder.
+class Variant:
+  """One encoder of a sweep.
 
   Attributes:
-    varied: its own settings.
-    pretraining: all of them.
-    attack: what attacks it.
+    varied: the settings that vary, with this encoder's values.
+    pretraining: all settings of its training.
+    attack: the settings of its probe and of the attack on it.
   """
 
   varied: dict[str, Any]
@@ -67,26 +71,26 @@ def main() -> None:
 def run(
   config: SweepConfig, base: pretrain.PretrainConfig, stop: signals.StopSignal
 ) -> dict[str, Any]:
-  """Runs what is not finished, and writes the tables; returns the JSON.
+  """Runs every variant that is not finished, and writes the tables; returns the JSON's content.
 
   Raises:
-    UsageError: for settings that are wrong, before anything is compiled or written.
-    Interrupted: when `stop` says so, after a checkpoint.
+    ArgumentError: for wrong settings, before anything is compiled or written.
+    Interrupted: when `stop` has a signal, after a checkpoint.
   """
-  flags.check(config)
+  validate(config)
   workdir = workdirs.check_workdir(base.workdir)
-  runs = list(runs_of(config, base, workdir))
-  for each in runs:
+  variants = list(variants_of(config, base, workdir))
+  for each in variants:
     probe.check_fits(each.attack, pretrain.prepare(each.pretraining))
   with workdirs.lock(workdir, 'sweep.*') as check_place:
-    return _run(config, base, workdir, runs, stop, check_place)
+    return _run(config, base, workdir, variants, stop, check_place)
 
 
 def _run(
   config: SweepConfig,
   base: pretrain.PretrainConfig,
   workdir: Path,
-  runs: list[Run],
+  variants: list[Variant],
   stop: signals.StopSignal,
   check_place: Callable[[], None],
 ) -> dict[str, Any]:
@@ -99,9 +103,9 @@ def _run(
   before = workdirs.read_json(path, 'results') or {'results': []}
   seconds = {str(result['varied']): result['seconds'] for result in before['results']}
   results: list[dict[str, Any]] = []
-  for number, each in enumerate(runs, start=1):
-    name = f'[{number}/{len(runs)}] {_label(each.varied)}'
-    check_place()  # a run would make it anew
+  for number, each in enumerate(variants, start=1):
+    name = f'[{number}/{len(variants)}] {_label(each.varied)}'
+    check_place()  # raises if the directory has vanished, which the variant would make anew
     started, fresh = time.monotonic(), not Path(str(each.pretraining.workdir)).exists()
     encoder, (attacked,) = pipeline.run(each.pretraining, (each.attack,), stop, name)
     if fresh:
@@ -109,61 +113,58 @@ def _run(
     results.append(
       {
         'varied': each.varied,
-        'objective': each.pretraining.objective,
+        'objective': each.pretraining.train.objective,
         'held_out': encoder['test'],
-        'seconds': seconds.get(str(each.varied)),  # not known of a run that was interrupted
+        'seconds': seconds.get(str(each.varied)),  # None for a variant that was interrupted
         **attacked,
+        'checks_summary': plots.checks_summary(attacked),
       }
     )
     workdirs.write_json(path, {**content, 'results': results})
   groups = list(_over_seeds(results))
   with atomic_files.replacing(workdir / 'sweep.png') as file:
-    plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve, _ in groups])])
-  rows = list(_table(groups))
-  workdirs.write_csv(workdir / 'sweep.csv', rows)
-  header, *cells = (map(_cell, row) for row in rows)
-  text = messages.markdown_table(header, cells)
+    plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve in groups])])
+  workdirs.write_csv(workdir / 'sweep.csv', _table(groups, with_intervals=True))
+  header, *rows = (map(_cell, row) for row in _table(groups, with_intervals=False))
+  text = messages.markdown_table(header, rows)
   atomic_files.write(workdir / 'sweep.md', f'{text}\n'.encode())
   print(text)
   return {**content, 'results': results}
 
 
-def runs_of(config: SweepConfig, base: pretrain.PretrainConfig, workdir: Path) -> Iterator[Run]:
-  """Every combination, the last setting varying fastest.
+def variants_of(
+  config: SweepConfig, base: pretrain.PretrainConfig, workdir: Path
+) -> Iterator[Variant]:
+  """Every combination of the values in --vary; the last setting varies fastest.
 
   Raises:
     UsageError: for flags that do not exist or cannot have such a value.
   """
   attack = probe.parse(config.probe)
+  cache_dir = base.data.cache_dir or str(workdir / 'data')
   varied = _parse(config.vary)
   for values in itertools.product(*varied.values()):
     own = dict(zip(varied, values, strict=True))
     directory = str(workdir / '_'.join(f'{name}{value}' for name, value in own.items()))
-    yield Run(
-      own,
-      dataclasses.replace(
-        base,
-        **own,
-        workdir=directory,
-        cache_dir=base.cache_dir or str(workdir / 'data'),
-      ),
-      dataclasses.replace(attack, workdir=directory),
-    )
+    with flags.errors_begin_with('--vary'):
+      pretraining = flags.replace(base, **own, workdir=directory, cache_dir=cache_dir)
+    yield Variant(own, pretraining, dataclasses.replace(attack, workdir=directory))
 
 
 def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
-  """The settings that vary, each with its values, parsed as flags of pretrain are."""
+  """The settings that vary, each with its values, parsed as flags of pretrain."""
   if not vary:
     raise UsageError("--vary: is required: settings and their values, such as 'gamma=0.3,1,3'")
+  known = flags.names(pretrain.PretrainConfig)
   found = {}
   for item in vary.split():
     name, _, values = item.partition('=')
-    if name in _SHARED or name not in _names():
+    if name in _SHARED or name not in known:
       raise UsageError(f'--vary: {name!r} is no setting of pretrain that can vary')
     if name in found:
       raise UsageError(f'--vary: {name} is there twice')
     parsed = tuple(
-      getattr(flags.parse(pretrain.PretrainConfig, f'--{name}={value}', '--vary'), name)
+      flags.parse_value(pretrain.PretrainConfig, name, value, '--vary')
       for value in values.split(',')
     )
     if len(set(parsed)) < len(parsed):
@@ -172,38 +173,35 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
   return found
 
 
-def _names() -> set[str]:
-  return {field.name for field in dataclasses.fields(pretrain.PretrainConfig)}
-
-
-def _over_seeds(
-  results: list[dict[str, Any]],
-) -> Iterator[tuple[dict[str, Any], plots.Curve, list[dict[str, Any]]]]:
-  """Settings, curve and results of the runs that differ in nothing but the seed."""
+def _over_seeds(results: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], plots.Curve]]:
+  """The varied settings but the seed, each with the curve of the variants that share them."""
   groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
   for result in results:
     key = tuple((name, value) for name, value in result['varied'].items() if name != 'seed')
     groups.setdefault(key, []).append(result)
   for key, members in groups.items():
-    own = dict(key)
-    variant = _label({name: value for name, value in own.items() if name != 'objective'})
-    yield own, plots.Curve(members[0]['objective'], members, variant), members
+    variant = _label({name: value for name, value in key if name != 'objective'})
+    yield dict(key), plots.Curve(members[0]['objective'], members, variant)
 
 
 def _table(
-  groups: list[tuple[dict[str, Any], plots.Curve, list[dict[str, Any]]]],
+  groups: list[tuple[dict[str, Any], plots.Curve]], *, with_intervals: bool
 ) -> Iterator[tuple[Any, ...]]:
-  """A row for each group, the header first: means over the seeds."""
-  own, curve, _ = groups[0]
+  """A row for each group, the header first: means over the seeds, and the summary of the checks."""
+  own, curve = groups[0]
   figures = ('elbo', 'squared_error', 'active_latents')
-  yield (*own, 'seeds', *figures, *(f'at {radius:g}' for radius in curve.radii))
-  for own, curve, members in groups:
-    held_out = (sum(m['held_out'][f] for m in members) / len(members) for f in figures)
+  radii = [f'{radius:g}' for radius in curve.radii]
+  ends = [f'{end} at {radius}' for radius in radii for end in ('low', 'high') if with_intervals]
+  yield (*own, 'seeds', *figures, *(f'at {radius}' for radius in radii), *ends, 'checks')
+  for own, curve in groups:
+    held_out = (np.mean([result['held_out'][name] for result in curve.results]) for name in figures)
+    intervals = curve.interval.ravel() if with_intervals else ()
     yield (
       *own.values(),
-      len(members),
+      len(curve.results),
       *(f'{value:.1f}' for value in held_out),
-      *(f'{value:.3f}' for value in curve.accuracy),
+      *(f'{value:.3f}' for value in (*curve.accuracy, *intervals)),
+      curve.checks,
     )
 
 

@@ -1,8 +1,11 @@
 """Gaussian encodings: densities, entropies, divergences and samples (paper Sec. 1 and Eq. 8).
 
 Two families share one interface. `DiagonalGaussian` is the factorised encoder of the paper's
-Sec. 6; `FullGaussian` has a dense covariance, held as a square root. Leading axes are batch axes,
-the last axis of the mean is the latent dimension D, and every value is in nats, one per example.
+Sec. 6. `FullGaussian` has a dense covariance, stored as a Cholesky factor. The last axis of a mean
+is the latent dimension D and all axes before it are batch axes: functions return one value for each
+Gaussian of the batch, of shape `[...]`. Densities, entropies and divergences are in nats.
+
+All functions raise AssertionError where shapes do not fit, also under `jit`; nothing is broadcast.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ import jax
 import jax.numpy as jnp
 
 LOG_2PI = math.log(2.0 * math.pi)
-_SERIES_ORDER = 18  # 1/18! is below float64's resolution
+_SERIES_ORDER = 18  # 1/18! is below the resolution of float64
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DiagonalGaussian:
-  """N(mean, diag(exp(log_var))), batched over the leading axes.
+  """The factorised Gaussian N(mean, diag(exp(log_var))), batched over the leading axes.
 
   Example:
     >>> q = DiagonalGaussian(jnp.zeros((4, 2)), jnp.zeros((4, 2)))
@@ -30,8 +33,8 @@ class DiagonalGaussian:
     (2, (4, 2), 0.0)
 
   Attributes:
-    mean: `[..., D]`.
-    log_var: `[..., D]`, the logarithms of the variances.
+    mean: `[..., D]`, in latent units.
+    log_var: `[..., D]`, logarithms of the variances.
   """
 
   mean: jax.Array
@@ -44,44 +47,44 @@ class DiagonalGaussian:
 
   @property
   def var(self) -> jax.Array:
-    """Variances, `[..., D]`."""
+    """The variances, `[..., D]`."""
     return jnp.exp(self.log_var)
 
   @property
   def stddev(self) -> jax.Array:
-    """Standard deviations, `[..., D]`."""
+    """The standard deviations, `[..., D]`."""
     return jnp.exp(0.5 * self.log_var)
 
   def sample(self, key: jax.Array) -> jax.Array:
-    """Reparameterised sample `mean + stddev * noise`, `[..., D]`."""
+    """Draws the reparameterised sample `mean + stddev * noise`, `[..., D]`."""
     check_gaussian(self)
     return self.mean + self.stddev * jax.random.normal(key, self.mean.shape, self.mean.dtype)
 
   def log_prob(self, z: jax.Array) -> jax.Array:
-    """Log-density at `z` `[..., D]`, in nats, `[...]`."""
+    """Returns the log-density at `z` `[..., D]`, in nats, `[...]`."""
     check_gaussian(self)
     chex.assert_equal_shape([self.mean, z])
     whitened = (z - self.mean) * jnp.exp(-0.5 * self.log_var)
     return -0.5 * jnp.sum(whitened**2 + self.log_var + LOG_2PI, axis=-1)
 
   def log_det(self) -> jax.Array:
-    """Log-determinant of the covariance, `[...]`."""
+    """Returns the log-determinant of the covariance, `[...]`."""
     return jnp.sum(self.log_var, axis=-1)
 
   def trace(self) -> jax.Array:
-    """Trace of the covariance, `[...]`."""
+    """Returns the trace of the covariance, `[...]`."""
     return jnp.sum(self.var, axis=-1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FullGaussian:
-  """N(mean, scale_tril @ scale_tril^T), batched over the leading axes.
+  """The Gaussian N(mean, scale_tril @ scale_tril^T), batched over the leading axes.
 
   Attributes:
-    mean: `[..., D]`.
-    scale_tril: `[..., D, D]`, lower triangular with a positive diagonal (a Cholesky factor). What
-      lies above the diagonal must be zero.
+    mean: `[..., D]`, in latent units.
+    scale_tril: `[..., D, D]`, Cholesky factor of the covariance: lower triangular with a positive
+      diagonal. The entries above the diagonal must be zero; this is not checked.
   """
 
   mean: jax.Array
@@ -89,7 +92,7 @@ class FullGaussian:
 
   @classmethod
   def from_covariance(cls, mean: jax.Array, cov: jax.Array) -> FullGaussian:
-    """The Gaussian with positive definite covariance `cov` `[..., D, D]`."""
+    """Returns the Gaussian with mean `[..., D]` and positive definite covariance `[..., D, D]`."""
     check_moments(mean, cov)
     return cls(mean, jnp.linalg.cholesky(cov))
 
@@ -100,29 +103,29 @@ class FullGaussian:
 
   @property
   def cov(self) -> jax.Array:
-    """Covariances, `[..., D, D]`."""
+    """The covariances, `[..., D, D]`."""
     return self.scale_tril @ jnp.swapaxes(self.scale_tril, -1, -2)
 
   def sample(self, key: jax.Array) -> jax.Array:
-    """Reparameterised sample `mean + scale_tril @ noise`, `[..., D]`."""
+    """Draws the reparameterised sample `mean + scale_tril @ noise`, `[..., D]`."""
     check_gaussian(self)
     noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
     return self.mean + (self.scale_tril @ noise[..., None])[..., 0]
 
   def log_prob(self, z: jax.Array) -> jax.Array:
-    """Log-density at `z` `[..., D]`, in nats, `[...]`."""
+    """Returns the log-density at `z` `[..., D]`, in nats, `[...]`."""
     check_gaussian(self)
     chex.assert_equal_shape([self.mean, z])
     whitened = _solve_tril(self.scale_tril, (z - self.mean)[..., None])[..., 0]
     return -0.5 * (jnp.sum(whitened**2, axis=-1) + self.log_det() + self.dim * LOG_2PI)
 
   def log_det(self) -> jax.Array:
-    """Log-determinant of the covariance, `[...]`."""
+    """Returns the log-determinant of the covariance, `[...]`."""
     diagonal = jnp.diagonal(self.scale_tril, axis1=-2, axis2=-1)
     return 2.0 * jnp.sum(jnp.log(diagonal), axis=-1)
 
   def trace(self) -> jax.Array:
-    """Trace of the covariance, `[...]`."""
+    """Returns the trace of the covariance, `[...]`."""
     return jnp.sum(self.scale_tril**2, axis=(-2, -1))
 
 
@@ -130,15 +133,20 @@ Gaussian: TypeAlias = DiagonalGaussian | FullGaussian
 
 
 def sample_each(q: Gaussian, keys: jax.Array) -> jax.Array:
-  """One sample for each Gaussian of a batch `[B]`, `[B, D]`, each from its own key of `keys` `[B]`.
+  """Draws one sample `[B, D]` for a batch of B Gaussians, each with its own key.
 
-  Unlike one draw for the whole batch, an example's sample does not depend on its neighbours.
+  Each sample depends on its own key and Gaussian only. In `q.sample(key)`, which draws for the
+  whole batch at once, it depends on the batch size too.
+
+  Args:
+    q: Gaussians with means `[B, D]`.
+    keys: PRNG keys `[B]`.
   """
   return jax.vmap(lambda one, key: one.sample(key))(q, keys)
 
 
 def entropy(q: Gaussian) -> jax.Array:
-  """Differential entropy H[q], in nats, `[...]` (the Gaussian case of Eq. 15).
+  """Returns the differential entropy H[q], in nats, `[...]` (the Gaussian case of Eq. 15).
 
   Example:
     >>> print(entropy(DiagonalGaussian(jnp.zeros((1, 2)), jnp.full((1, 2), -LOG_2PI - 1.0))))
@@ -149,7 +157,7 @@ def entropy(q: Gaussian) -> jax.Array:
 
 
 def kl_divergence(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
-  """KL(q_a || q_b) >= 0 between two Gaussians of one family, in nats, `[...]` (Eq. 8).
+  """Returns KL(q_a || q_b) >= 0 of two Gaussians of one family, in nats, `[...]` (Eq. 8).
 
   Example:
     >>> q_a = DiagonalGaussian(jnp.full((1, 2), 3.0), jnp.zeros((1, 2)))
@@ -169,7 +177,7 @@ def kl_divergence(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
   assert isinstance(q_a, FullGaussian) and isinstance(q_b, FullGaussian)
   whitened = _solve_tril(q_b.scale_tril, q_a.scale_tril)
   shift = _solve_tril(q_b.scale_tril, (q_a.mean - q_b.mean)[..., None])[..., 0]
-  # The covariance part, split so that its diagonal loses no digit when q_a is near q_b.
+  # The covariance part is split, so that its diagonal loses no digits where q_a is near q_b.
   log_ratio = 2.0 * jnp.log(jnp.diagonal(whitened, axis1=-2, axis2=-1))
   off_diagonal = jnp.tril(whitened, -1)
   return 0.5 * (
@@ -178,7 +186,7 @@ def kl_divergence(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
 
 
 def kl_to_standard_normal(q: Gaussian) -> jax.Array:
-  """KL(q || N(0, I)) >= 0, in nats, `[...]`: the regulariser of the VAE's ELBO (Eq. 8).
+  """Returns KL(q || N(0, I)) >= 0, in nats, `[...]`: the KL term of the VAE's ELBO (Eq. 8).
 
   Example:
     >>> print(kl_to_standard_normal(DiagonalGaussian(jnp.full((1, 2), 3.0), jnp.zeros((1, 2)))))
@@ -192,13 +200,13 @@ def kl_to_standard_normal(q: Gaussian) -> jax.Array:
 
 
 def expected_log_standard_normal(q: Gaussian) -> jax.Array:
-  """E_{z ~ q} log N(z; 0, I), in nats, `[...]` (the prior terms of Eq. 6 and Sec. 6)."""
+  """Returns E_{z ~ q} log N(z; 0, I), in nats, `[...]` (the prior terms of Eq. 6 and Sec. 6)."""
   check_gaussian(q)
   return -0.5 * (jnp.sum(q.mean**2, axis=-1) + q.trace() + q.dim * LOG_2PI)
 
 
 def check_gaussian(q: Gaussian) -> None:
-  """Raises AssertionError unless the parameters of `q` have fitting shapes."""
+  """Raises AssertionError unless the shapes of the parameters of `q` fit each other."""
   if isinstance(q, DiagonalGaussian):
     if q.mean.ndim < 1 or q.mean.shape != q.log_var.shape:
       raise AssertionError(
@@ -210,7 +218,7 @@ def check_gaussian(q: Gaussian) -> None:
 
 
 def check_pair(q_a: Gaussian, q_b: Gaussian) -> None:
-  """Raises TypeError unless both are of one family, AssertionError unless of one shape."""
+  """Raises TypeError unless both have one family, and AssertionError unless both have one shape."""
   if type(q_a) is not type(q_b):
     raise TypeError(
       f'q_a and q_b must be of one family, got {type(q_a).__name__} and {type(q_b).__name__}'
@@ -237,18 +245,19 @@ def _check_square(what: str, name: str, mean: jax.Array, matrix: jax.Array) -> N
 
 
 def exp_remainder(t: jax.Array) -> jax.Array:
-  """exp(t) - 1 - t >= 0, elementwise, to float resolution everywhere.
+  """Returns exp(t) - 1 - t >= 0, elementwise, accurate to float resolution for every t.
 
-  With t = log r it is r - log r - 1: Eq. 8's divergence (Itakura-Saito) of variances of ratio r.
+  For t = log r this is r - log r - 1, twice the KL divergence (Eq. 8) of two centred Gaussians of
+  one dimension whose variances have the ratio r.
   """
   near_zero = jnp.abs(t) < 1.0
-  # Each branch is evaluated only where it is safe: a gradient must not meet 0 * inf in the other.
+  # `where` evaluates both branches, and the gradient of the unused one must not be 0 * inf.
   small = jnp.where(near_zero, t, 0.0)
   return jnp.where(near_zero, exp_remainder_near_zero(small), jnp.expm1(t) - t)
 
 
 def exp_remainder_near_zero(t: jax.Array) -> jax.Array:
-  """`exp_remainder` for |t| < 1 alone, without an exponential."""
+  """Returns exp(t) - 1 - t for |t| < 1 by a power series, without an exponential."""
   series = jnp.zeros_like(t)
   for k in range(_SERIES_ORDER, 1, -1):  # Horner: t^2/2! (1 + t/3 (1 + t/4 (...)))
     series = (1.0 + series) * t / k

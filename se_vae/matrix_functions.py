@@ -1,8 +1,9 @@
 """Differentiable matrix functions: symmetric square roots and the polar factor.
 
-Their derivatives solve Sylvester equations, and so stay finite where a derivative taken through the
-eigenvectors or singular vectors would divide by the gap between two equal ones. Each derivative is
-itself written with these functions, so that derivatives of every order exist.
+The derivatives solve Sylvester equations. They stay finite where eigenvalues or singular values are
+equal; derivatives through the eigenvectors would divide by the difference of the two values there.
+The rules for the derivatives call these same functions, so derivatives of every order exist. All
+matrices are `[..., D, D]`, with batch axes first.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import jax.numpy as jnp
 
 
 def transpose(matrix: jax.Array) -> jax.Array:
-  """Transposes the last two axes."""
+  """Returns the matrices with their last two axes exchanged."""
   return jnp.swapaxes(matrix, -1, -2)
 
 
 @jax.custom_jvp
 def sqrtm(matrix: jax.Array) -> jax.Array:
-  """Symmetric square root of symmetric positive semidefinite matrices `[..., D, D]`.
+  """Returns the symmetric square root of positive semidefinite matrices `[..., D, D]`.
 
-  Eigenvalues that rounding made negative count as zero. The derivative along the null space of a
-  singular matrix, unbounded in truth, is returned as zero.
+  Negative eigenvalues, which rounding can produce, count as zero. The derivative along the null
+  space of a singular matrix is unbounded; zero is returned in its place.
   """
   eigenvalues, vectors = jnp.linalg.eigh(matrix)
   roots = jnp.sqrt(jnp.maximum(eigenvalues, 0.0))
@@ -41,9 +42,9 @@ def _sqrtm_jvp(
 
 @jax.custom_jvp
 def hypotenuse(matrix: jax.Array) -> jax.Array:
-  """The symmetric (I + M^T M)^(1/2) for any square M, `[..., D, D]`.
+  """Returns the symmetric matrix (I + M^T M)^(1/2) for any square M `[..., D, D]`.
 
-  From the singular values of M: the small ones would not survive the squaring of M in float32.
+  It is computed from the singular values of M, because M^T M loses the small ones in float32.
   """
   _, singular, right = jnp.linalg.svd(matrix)
   return (transpose(right) * jnp.sqrt(1.0 + singular**2)[..., None, :]) @ right
@@ -61,10 +62,10 @@ def _hypotenuse_jvp(
 
 @jax.custom_jvp
 def polar_factor(matrix: jax.Array) -> jax.Array:
-  """The orthogonal factor O of the polar decomposition M = O (M^T M)^(1/2), `[..., D, D]`.
+  """Returns the orthogonal factor O of the polar decomposition M = O (M^T M)^(1/2), `[..., D, D]`.
 
-  It is the rotation that maximises Tr(O^T M). For a singular M one of the maximisers is returned,
-  and the derivative is zero along the part of O that M leaves free.
+  O maximises Tr(O^T M) over the orthogonal matrices. A singular M has several maximisers: one of
+  them is returned, and the derivative along the undetermined part of O is zero.
   """
   left, _, right = jnp.linalg.svd(matrix)
   return left @ right
@@ -83,9 +84,12 @@ def _polar_factor_jvp(
 
 
 def solve_sylvester(psd: jax.Array, rhs: jax.Array) -> jax.Array:
-  """Solves P X + X P = R for X, with P symmetric positive semidefinite, all `[..., D, D]`.
+  """Returns the solution X of P X + X P = R, all `[..., D, D]`.
 
-  Where P is singular, the part of X that the equation leaves free is zero.
+  Args:
+    psd: P, symmetric positive semidefinite. If it is singular, the equation does not determine all
+      of X, and the undetermined part of the result is zero.
+    rhs: R, any matrix.
   """
 
   def operator(x: jax.Array) -> jax.Array:
@@ -99,5 +103,6 @@ def solve_sylvester(psd: jax.Array, rhs: jax.Array) -> jax.Array:
     inverse = jnp.where(solvable, 1.0 / jnp.where(solvable, sums, 1.0), 0.0)
     return vectors @ (inverse * (transpose(vectors) @ rhs @ vectors)) @ transpose(vectors)
 
-  # Differentiates the equation, not the solver, and transposes it as the self-adjoint map it is.
+  # JAX then differentiates the equation rather than the solver. The map X -> P X + X P is
+  # symmetric, so JAX may use the same solver for its transpose.
   return jax.lax.custom_linear_solve(operator, rhs, solve, symmetric=True)

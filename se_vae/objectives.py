@@ -1,6 +1,7 @@
 """The training objectives: the VAE's ELBO and the Smooth Encoder ELBO (paper Eq. 1, 4-7, Sec. 6).
 
-Both are lower bounds to be maximised, returned per example and term by term, in nats.
+Both are lower bounds, which training maximises. The functions return every term of them, in nats,
+one value for each example, `[B]`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from se_vae.gaussians import Gaussian
 
 
 class ElboTerms(NamedTuple):
-  """The ELBO and its terms, each `[B]`, in nats: `elbo = log_likelihood - kl`."""
+  """The ELBO and its terms, in nats: `elbo = log_likelihood - kl` (Sec. 1).
+
+  Attributes:
+    elbo: `[B]`, a lower bound on log p(x), estimated with the decoded sample.
+    log_likelihood: `[B]`, E log p(x | z), estimated with the decoded sample.
+    kl: `[B]`, KL(q(z | x) || N(0, I)) >= 0, in closed form.
+  """
 
   elbo: jax.Array
   log_likelihood: jax.Array
@@ -25,17 +32,19 @@ class ElboTerms(NamedTuple):
 
 
 class SEElboTerms(NamedTuple):
-  """The SE-ELBO and its terms, in nats.
+  """The SE-ELBO and its terms, in nats (Eq. 6-7, Sec. 6).
 
   `elbo = log_likelihood + log_prior_a + log_prior_b - transport_cost`.
 
   Attributes:
-    elbo: `[B]`, B_SE of Sec. 6: a bound on the *unnormalised* model of Eq. 2.
-    log_likelihood: `[B]`, E log p(x | z_a), estimated with the sample the caller decoded.
-    log_prior_a: `[B]`, E log p(z_a).
-    log_prior_b: `[B]`, E log p(z_b).
-    transport_cost: `[B]`, the entropic transport cost WD, which contains -H[Q].
-    normalized_elbo: `[B]`, `elbo` minus the log-normaliser of Eq. 2: a true bound on log p~(x).
+    elbo: `[B]`, B_SE of Sec. 6: a bound for the *unnormalised* model of Eq. 2.
+    log_likelihood: `[B]`, E log p(x | z_a), estimated with the decoded sample.
+    log_prior_a: `[B]`, E log p(z_a), in closed form.
+    log_prior_b: `[B]`, E log p(z_b), in closed form.
+    transport_cost: `[B]`, the entropic transport cost WD. It contains -H[Q], the negative entropy
+      of the coupling.
+    normalized_elbo: `[B]`, `elbo - log_normalizer(gamma, D)`: a lower bound on log p~(x), the
+      log-density of x under the normalised model of Eq. 2.
   """
 
   elbo: jax.Array
@@ -49,15 +58,19 @@ class SEElboTerms(NamedTuple):
 def gaussian_log_likelihood(
   x: jax.Array, x_mean: jax.Array, obs_var: jax.typing.ArrayLike
 ) -> jax.Array:
-  """log N(x; x_mean, obs_var I), summed over all axes but the first (Sec. 6).
+  """Returns log N(x; x_mean, obs_var I), summed over all axes but the first (Sec. 6).
 
   Args:
     x: observations, `[B, ...]`.
     x_mean: decoder means, the same shape.
-    obs_var: observation noise variance v, a scalar > 0.
+    obs_var: observation noise variance v, a scalar > 0. It may be traced.
 
   Returns:
-    `[B]`, in nats.
+    The log-likelihoods `[B]`, in nats.
+
+  Raises:
+    AssertionError: if the shapes differ, or obs_var is not a scalar.
+    ValueError: if the value of obs_var is known, and it is not finite or not > 0.
   """
   if x.shape != x_mean.shape or x.ndim < 1:
     raise AssertionError(
@@ -71,8 +84,8 @@ def gaussian_log_likelihood(
 
 
 def squared_error(x: jax.Array, x_mean: jax.Array) -> jax.Array:
-  """||x - x_mean||^2 of each example, `[B]`."""
-  # Flattened first: the last axis, along which a CPU vectorises, may have length 1.
+  """Returns ||x - x_mean||^2 of each example `[B]`, for x and x_mean of one shape `[B, ...]`."""
+  # XLA's CPU backend vectorises along the last axis, which has length 1 in grey images.
   flat = (x.shape[0], math.prod(x.shape[1:]))
   return jnp.sum((x.reshape(flat) - x_mean.reshape(flat)) ** 2, axis=-1)
 
@@ -80,7 +93,7 @@ def squared_error(x: jax.Array, x_mean: jax.Array) -> jax.Array:
 def elbo(
   x: jax.Array, x_mean: jax.Array, q: Gaussian, *, obs_var: jax.typing.ArrayLike
 ) -> ElboTerms:
-  """The VAE's evidence lower bound (Sec. 1), one term per example.
+  """Returns the VAE's evidence lower bound and its terms for each example (Sec. 1).
 
   Example:
     >>> x, zeros = jnp.full((1, 4), 0.5), jnp.zeros((1, 2))
@@ -91,11 +104,15 @@ def elbo(
   Args:
     x: observations, `[B, ...]`.
     x_mean: decoder mean at one sample z ~ q(z | x), the same shape as x.
-    q: encoding q(z | x), means `[B, D]`.
-    obs_var: observation noise variance v, a scalar > 0.
+    q: encoding q(z | x), with means `[B, D]`.
+    obs_var: observation noise variance v, a scalar > 0. It may be traced.
 
   Returns:
     `ElboTerms`, each `[B]`, in nats.
+
+  Raises:
+    AssertionError: if shapes do not fit, or obs_var is not a scalar.
+    ValueError: if the value of obs_var is known, and it is not finite or not > 0.
   """
   _check_batch(x, 'q', q)
   log_likelihood = gaussian_log_likelihood(x, x_mean, obs_var)
@@ -112,10 +129,10 @@ def se_elbo(
   gamma: jax.typing.ArrayLike,
   obs_var: jax.typing.ArrayLike,
 ) -> SEElboTerms:
-  """The Smooth Encoder ELBO (Eq. 6-7, Sec. 6), one term per example.
+  """Returns the Smooth Encoder ELBO and its terms for each example (Eq. 6-7, Sec. 6).
 
-  The gradient in the decoder's parameters is that of `elbo`. `gamma = 0` is not the plain VAE: it
-  gives `elbo(x) - KL(q_b || p)`.
+  Its gradient in the decoder's parameters equals the gradient of `elbo`. With gamma = 0 it does not
+  become the ELBO of a VAE: it is `elbo(x) - KL(q_b || N(0, I))` then.
 
   Example:
     >>> x, zeros = jnp.full((1, 4), 0.5), jnp.zeros((1, 2))
@@ -126,13 +143,18 @@ def se_elbo(
   Args:
     x: observations, `[B, ...]`.
     x_mean: decoder mean at one sample z_a ~ q_a, the same shape as x.
-    q_a: encoding q(z | x) of the observation, means `[B, D]`.
-    q_b: encoding q(z | x') of the selected fictive observation, the same family and shape.
-    gamma: coupling strength, a scalar >= 0.
-    obs_var: observation noise variance v, a scalar > 0.
+    q_a: encoding q(z | x) of the observation, with means `[B, D]`.
+    q_b: encoding q(z | x') of the selected fictive observation, of the same family and shape.
+    gamma: coupling strength, a scalar >= 0, in inverse squared latent units. It may be traced.
+    obs_var: observation noise variance v, a scalar > 0. It may be traced.
 
   Returns:
     `SEElboTerms`, each `[B]`, in nats.
+
+  Raises:
+    AssertionError: if shapes do not fit, or gamma or obs_var is not a scalar.
+    TypeError: if q_a and q_b are of different families.
+    ValueError: if the value of gamma or obs_var is known and outside its range.
   """
   _check_batch(x, 'q_a', q_a)
   log_likelihood = gaussian_log_likelihood(x, x_mean, obs_var)
@@ -151,14 +173,23 @@ def se_elbo(
 
 
 def log_normalizer(gamma: jax.typing.ArrayLike, dim: int) -> jax.Array:
-  """log of the integral of Eq. 3's psi(z_a, z_b) for squared distance and standard normal priors.
+  """Returns the log-normaliser of the paired prior (Eq. 2-3), a scalar <= 0, in nats.
 
-  `-dim / 2 log(1 + 2 gamma)` nats, a scalar <= 0. The paper drops this constant; subtracting it
-  from the SE-ELBO makes that a bound on a normalised log-density.
+  It is the logarithm of E exp(-gamma / 2 ||z_a - z_b||^2) under two independent standard normals,
+  `-dim / 2 log(1 + 2 gamma)`. The paper drops this constant. The SE-ELBO minus it is a lower bound
+  on a normalised log-density.
 
   Example:
     >>> print(log_normalizer(gamma=0.0, dim=64) == 0.0)
     True
+
+  Args:
+    gamma: coupling strength, a scalar >= 0. It may be traced.
+    dim: latent dimension D of each of z_a and z_b.
+
+  Raises:
+    AssertionError: if gamma is not a scalar.
+    ValueError: if the value of gamma is known, and it is negative or not finite.
   """
   wasserstein.check_gamma(gamma)
   return -0.5 * dim * jnp.log1p(2.0 * gamma)

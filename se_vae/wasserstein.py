@@ -1,8 +1,12 @@
 """Optimal and entropic transport between Gaussians (paper Sec. 5, Eq. 10-24 and Sec. 6).
 
-Every function comes twice: for factorised Gaussians, and `*_full` for full covariance. Both rest on
-one observation. With square roots S_a = A A^T and S_b = B B^T, let g_1..g_D be the singular values
-of B^T A (for factorised Gaussians, g_k = sd_a^k sd_b^k). Then with t = 2 gamma g, u = sqrt(1 + t^2)
+`squared_w2`, `entropic_squared_w2`, `entropic_transport_cost` and `optimal_map` take two Gaussians
+of one family. The functions whose names end in `_full` take means and covariance matrices instead;
+`optimal_coupling` and `entropic_coupling` take the variances of factorised Gaussians.
+
+One form covers both families. With square roots S_a = A A^T and S_b = B B^T of the covariances, let
+g_1..g_D be the singular values of B^T A (for factorised Gaussians g is sd_a sd_b, elementwise), and
+let t = 2 gamma g and u = sqrt(1 + t^2). Then
 
     squared_w2             = ||m_a - m_b||^2 + min_O ||A - B O||_F^2                 (Eq. 12)
     entropic_squared_w2    = squared_w2 + 2 sum_k g_k (1 + 1/(u_k + t_k)) / (u_k + 1)   (Eq. 19)
@@ -10,16 +14,19 @@ of B^T A (for factorised Gaussians, g_k = sd_a^k sd_b^k). Then with t = 2 gamma 
         + 1/2 sum_k (1 - 1/(u_k + t_k) + log((u_k + 1) / 2))
         - 1/2 log|S_a| - 1/2 log|S_b| - D (log(2 pi) + 1)                         (Eq. 20-24)
 
-over orthogonal O. These are the paper's expressions, rearranged so that none of them subtracts two
-large numbers: Eq. 24's `(u - 1) / (2 gamma)` loses every digit for small gamma, and Sec. 6's
-`gamma/2 (S_a + S_b) - (u - 1)/2` loses them for large gamma.
+with the minimum over orthogonal matrices O. These are the paper's expressions, rearranged so that
+none of them subtracts two large numbers: `(u - 1) / (2 gamma)` of Eq. 24 loses every digit for
+small gamma, and `gamma/2 (S_a + S_b) - (u - 1)/2` of Sec. 6 loses them for large gamma.
 
-Conventions: variances and covariances in, nats (costs) or squared latent units (distances) out;
-leading axes are batch axes; gamma >= 0 is a scalar, traced or not. The entropic cost *contains* the
-negative entropy of the coupling (Eq. 20-21), so it is not zero at q_a = q_b and may be negative.
-`gamma = 0` gives -H[q_a] - H[q_b]; as gamma grows the cost grows without bound while
-`entropic_squared_w2` falls to `squared_w2`. In float32 that holds as long as t^2 does not overflow:
-gamma g below 2e18.
+Distances are in squared latent units and costs in nats, one value for each pair of Gaussians, of
+shape `[...]`. gamma >= 0 is a scalar, in inverse squared latent units; it may be traced. The
+entropic transport cost contains the negative entropy of the coupling (Eq. 20-21): it is not zero at
+q_a = q_b, and it may be negative. At gamma = 0 it is -H[q_a] - H[q_b]. As gamma grows, the cost
+grows without bound and `entropic_squared_w2` decreases to `squared_w2`. In float32 all this holds
+while t^2 does not overflow, which is for gamma g below 2e18.
+
+Shapes that do not fit raise AssertionError, also under `jit`; nothing is broadcast. A gamma whose
+value is known must be finite and >= 0, or ValueError is raised.
 """
 
 from __future__ import annotations
@@ -30,18 +37,15 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from se_vae import gaussians
 from se_vae.gaussians import LOG_2PI, DiagonalGaussian, FullGaussian, Gaussian
 from se_vae.matrix_functions import hypotenuse, polar_factor, sqrtm, transpose
 
-# ---------------------------------------------------------------------------------------------
-# Either family
-# ---------------------------------------------------------------------------------------------
-
 
 def squared_w2(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
-  """Squared l2-Wasserstein distance between two Gaussians of one family (Eq. 12).
+  """Returns the squared l2-Wasserstein distance of two Gaussians of one family (Eq. 12).
 
   Example:
     >>> q_a = DiagonalGaussian(jnp.zeros((1, 2)), jnp.zeros((1, 2)))
@@ -50,13 +54,14 @@ def squared_w2(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
     [18.]
 
   Args:
-    q_a: Gaussian with batch shape `[...]`.
-    q_b: Gaussian of the same family and shape.
+    q_a: Gaussians with means `[..., D]`.
+    q_b: Gaussians of the same family and shape.
 
   Returns:
-    `[...]`, >= 0, in squared latent units. Exactly 0, with zero gradient, at q_a = q_b when both
-    are factorised (so an attack that starts there needs a random start). float32 holds it to 3e-6
-    of itself when factorised, and to 5e-7 of `||m_a - m_b||^2 + Tr S_a + Tr S_b` in general.
+    Distances `[...]`, >= 0, in squared latent units. For factorised Gaussians the value and the
+    gradient are exactly zero at q_a = q_b, so an attack that maximises this distance needs a random
+    start. The error in float32 is at most 3e-6 of the value for factorised Gaussians, and 5e-7 of
+    `||m_a - m_b||^2 + Tr S_a + Tr S_b` for full covariance.
 
   Raises:
     AssertionError: if shapes differ.
@@ -69,17 +74,32 @@ def squared_w2(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
   return shift + _spread_full(*_roots(q_a, q_b))[2]
 
 
-def entropic_squared_w2(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.ArrayLike) -> jax.Array:
-  """E||z_a - z_b||^2 under the entropic coupling, W^2_{2,gamma} (Eq. 19), `[...]`.
+def entropic_squared_w2(q_a: Gaussian, q_b: Gaussian, gamma: ArrayLike) -> jax.Array:
+  """Returns E||z_a - z_b||^2 under the entropic coupling, W^2_{2,gamma} (Eq. 19).
 
-  Non-increasing in gamma: from ||m_a - m_b||^2 + Tr S_a + Tr S_b (independent z_a and z_b) at
-  gamma = 0 to `squared_w2` as gamma grows. Unlike the cost it holds no entropy. float32 holds it to
-  3e-6 of itself when factorised, and to 1.5e-6 of its value at gamma = 0 in general.
+  It does not increase with gamma. At gamma = 0, where z_a and z_b are independent, it is
+  ||m_a - m_b||^2 + Tr S_a + Tr S_b; as gamma grows it decreases to `squared_w2`. It contains no
+  entropy.
 
   Example:
     >>> q = DiagonalGaussian(jnp.zeros((1, 2)), jnp.zeros((1, 2)))
     >>> print(entropic_squared_w2(q, q, gamma=0.0))  # of independent z_a and z_b
     [4.]
+
+  Args:
+    q_a: Gaussians with means `[..., D]`.
+    q_b: Gaussians of the same family and shape.
+    gamma: coupling strength, a scalar >= 0.
+
+  Returns:
+    Expected squared distances `[...]`, >= 0, in squared latent units. The error in float32 is at
+    most 3e-6 of the value for factorised Gaussians, and 1.5e-6 of the value at gamma = 0 for full
+    covariance.
+
+  Raises:
+    AssertionError: if shapes differ or gamma is not a scalar.
+    TypeError: if the families differ.
+    ValueError: if the value of gamma is known, and it is negative or not finite.
   """
   gaussians.check_pair(q_a, q_b)
   check_gamma(gamma)
@@ -90,10 +110,11 @@ def entropic_squared_w2(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.ArrayLik
   return shift + _entropic_spread_full(*_roots(q_a, q_b), gamma)
 
 
-def entropic_transport_cost(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.ArrayLike) -> jax.Array:
-  """Entropic transport cost WD = gamma/2 E||z_a - z_b||^2 - H[Q*] (Eq. 20-24, Sec. 6).
+def entropic_transport_cost(q_a: Gaussian, q_b: Gaussian, gamma: ArrayLike) -> jax.Array:
+  """Returns the entropic transport cost WD = gamma/2 E||z_a - z_b||^2 - H[Q*] (Eq. 20-24, Sec. 6).
 
-  The minimum of Eq. 13 over all joint distributions Q with marginals q_a and q_b.
+  It is the minimum of Eq. 13 over all joint distributions Q with marginals q_a and q_b; Q* is the
+  minimiser.
 
   Example:
     >>> q = DiagonalGaussian(jnp.zeros((1, 2)), jnp.zeros((1, 2)))
@@ -102,21 +123,21 @@ def entropic_transport_cost(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.Arra
     [0.]
 
   Args:
-    q_a: Gaussian with batch shape `[...]`.
-    q_b: Gaussian of the same family and shape.
+    q_a: Gaussians with means `[..., D]`.
+    q_b: Gaussians of the same family and shape.
     gamma: coupling strength, a scalar >= 0.
 
   Returns:
-    `[...]`, in nats, of either sign; symmetric in (q_a, q_b); non-decreasing in gamma. float32
-    holds the factorised cost to `2e-6 + 1e-5 |cost|` a dimension for gamma in [1e-6, 1e6] and
-    variances in [1e-8, 1e4]. With full covariance the accuracy is that of a float32
-    singular value decomposition: relative to the *largest* g, so keep float64 for gradients with
-    condition numbers above 1e3.
+    Costs `[...]`, in nats, of either sign. They are symmetric in (q_a, q_b) and do not decrease
+    with gamma. For factorised Gaussians the error in float32 is at most `2e-6 + 1e-5 |cost|` for
+    each dimension, for gamma in [1e-6, 1e6] and variances in [1e-8, 1e4]. For full covariance it is
+    the error of a float32 singular value decomposition, which is relative to the largest g: use
+    float64 for gradients where condition numbers exceed 1e3.
 
   Raises:
     AssertionError: if shapes differ or gamma is not a scalar.
     TypeError: if the families differ.
-    ValueError: if gamma is a concrete negative number.
+    ValueError: if the value of gamma is known, and it is negative or not finite.
   """
   gaussians.check_pair(q_a, q_b)
   check_gamma(gamma)
@@ -124,7 +145,7 @@ def entropic_transport_cost(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.Arra
   shift = jnp.sum((q_a.mean - q_b.mean) ** 2, axis=-1)
   if isinstance(q_a, DiagonalGaussian) and isinstance(q_b, DiagonalGaussian):
     g, spread = _spread(q_a, q_b)
-    # The two terms that may be large and of opposite sign meet first.
+    # These two terms may be large and of opposite sign, so they are added first.
     cost = 0.5 * gamma * spread - 0.5 * (q_a.log_var + q_b.log_var)
     cost = jnp.sum(cost + (_excess_cost(g, gamma) - (LOG_2PI + 1.0)), axis=-1)
   else:
@@ -134,13 +155,10 @@ def entropic_transport_cost(q_a: Gaussian, q_b: Gaussian, gamma: jax.typing.Arra
   return 0.5 * gamma * shift + cost
 
 
-# ---------------------------------------------------------------------------------------------
-# Couplings
-# ---------------------------------------------------------------------------------------------
-
-
 def optimal_coupling(var_a: jax.Array, var_b: jax.Array) -> jax.Array:
-  """Cross-covariance psi = sd_a sd_b of the optimal plan, elementwise (Eq. 11, scalar case).
+  """Returns the cross-covariance psi = sd_a sd_b of the optimal plan, elementwise (Eq. 11).
+
+  var_a and var_b are variances of one shape `[...]`, as is the result. Eq. 11 has the general case.
 
   Example:
     >>> print(optimal_coupling(jnp.array([4.0]), jnp.array([9.0])))
@@ -150,8 +168,8 @@ def optimal_coupling(var_a: jax.Array, var_b: jax.Array) -> jax.Array:
   return jnp.sqrt(var_a) * jnp.sqrt(var_b)
 
 
-def entropic_coupling(var_a: jax.Array, var_b: jax.Array, gamma: jax.typing.ArrayLike) -> jax.Array:
-  """Cross-covariance psi of the entropic plan, elementwise (Eq. 22-24).
+def entropic_coupling(var_a: jax.Array, var_b: jax.Array, gamma: ArrayLike) -> jax.Array:
+  """Returns the cross-covariance psi of the entropic plan, elementwise (Eq. 22-24).
 
   Args:
     var_a: variances, `[...]`, positive.
@@ -159,8 +177,12 @@ def entropic_coupling(var_a: jax.Array, var_b: jax.Array, gamma: jax.typing.Arra
     gamma: coupling strength, a scalar >= 0.
 
   Returns:
-    psi `[...]` in [0, sd_a sd_b): the feasible root of psi^2 + psi / gamma - var_a var_b = 0;
+    psi `[...]` in [0, sd_a sd_b), the feasible root of psi^2 + psi / gamma - var_a var_b = 0. It is
     0 at gamma = 0, where z_a and z_b are independent.
+
+  Raises:
+    AssertionError: if shapes differ or gamma is not a scalar.
+    ValueError: if the value of gamma is known, and it is negative or not finite.
 
   Example:
     >>> print(entropic_coupling(jnp.array([1.5]), jnp.array([1.0]), gamma=2.0).round(3))
@@ -174,19 +196,30 @@ def entropic_coupling(var_a: jax.Array, var_b: jax.Array, gamma: jax.typing.Arra
 
 
 def optimal_coupling_full(cov_a: jax.Array, cov_b: jax.Array) -> jax.Array:
-  """Cross-covariance Psi = Cov(z_a, z_b) of the optimal plan, `[..., D, D]` (Eq. 11)."""
+  """Returns the cross-covariance Psi = Cov(z_a, z_b) of the optimal plan, `[..., D, D]` (Eq. 11).
+
+  cov_a and cov_b are covariances `[..., D, D]` of one shape; they may be singular.
+  """
   _check_covariances(cov_a, cov_b)
   a, b = sqrtm(cov_a), sqrtm(cov_b)
   return a @ transpose(polar_factor(b @ a)) @ b
 
 
-def entropic_coupling_full(
-  cov_a: jax.Array, cov_b: jax.Array, gamma: jax.typing.ArrayLike
-) -> jax.Array:
-  """Cross-covariance Psi = Cov(z_a, z_b) of the entropic plan, `[..., D, D]` (Eq. 18).
+def entropic_coupling_full(cov_a: jax.Array, cov_b: jax.Array, gamma: ArrayLike) -> jax.Array:
+  """Returns the cross-covariance Psi = Cov(z_a, z_b) of the entropic plan, `[..., D, D]` (Eq. 18).
 
-  Psi = A (I + (I + N^T N)^(1/2))^(-1) N^T B with A = S_a^(1/2), B = S_b^(1/2) and N = 2 gamma B A:
-  a solution of the Riccati equation that needs no inverse of a covariance and is 0 at gamma = 0.
+  It is Psi = A (I + (I + N^T N)^(1/2))^(-1) N^T B with A = S_a^(1/2), B = S_b^(1/2) and
+  N = 2 gamma B A. This form of the solution of the Riccati equation inverts no covariance, and it
+  is 0 at gamma = 0.
+
+  Args:
+    cov_a: covariances `[..., D, D]`, which may be singular.
+    cov_b: covariances, the same shape.
+    gamma: coupling strength, a scalar >= 0.
+
+  Raises:
+    AssertionError: if shapes do not fit or gamma is not a scalar.
+    ValueError: if the value of gamma is known, and it is negative or not finite.
   """
   _check_covariances(cov_a, cov_b)
   check_gamma(gamma)
@@ -197,10 +230,10 @@ def entropic_coupling_full(
 
 
 def optimal_map(q_a: Gaussian, q_b: Gaussian, z_b: jax.Array) -> jax.Array:
-  """The z_a to which the optimal plan sends `z_b` `[..., D]` (Sec. 5.1).
+  """Returns the z_a `[..., D]` to which the optimal plan sends `z_b` `[..., D]` (Sec. 5.1).
 
-  m_a + (sd_a / sd_b) (z_b - m_b) for factorised Gaussians; in general m_a + A O^T B^-1 (z_b - m_b)
-  with the O of the module's docstring.
+  It is m_a + (sd_a / sd_b) (z_b - m_b) for factorised Gaussians, and m_a + A O^T B^-1 (z_b - m_b)
+  for full covariance, with the minimising O of the module's docstring.
 
   Example:
     >>> q_a = DiagonalGaussian(jnp.full((1, 2), 3.0), jnp.zeros((1, 2)))
@@ -220,15 +253,12 @@ def optimal_map(q_a: Gaussian, q_b: Gaussian, z_b: jax.Array) -> jax.Array:
 
 
 def optimal_map_full(
-  mean_a: jax.Array,
-  cov_a: jax.Array,
-  mean_b: jax.Array,
-  cov_b: jax.Array,
-  z_b: jax.Array,
+  mean_a: jax.Array, cov_a: jax.Array, mean_b: jax.Array, cov_b: jax.Array, z_b: jax.Array
 ) -> jax.Array:
-  """The z_a to which the optimal plan sends `z_b` `[..., D]`: m_a + Psi S_b^-1 (z_b - m_b).
+  """Returns the z_a `[..., D]` to which the optimal plan sends `z_b` `[..., D]` (Sec. 5.1).
 
-  `cov_b` must be positive definite; `cov_a` may be singular.
+  It is m_a + Psi S_b^-1 (z_b - m_b), for means `[..., D]` and covariances `[..., D, D]`. `cov_b`
+  must be positive definite; `cov_a` may be singular.
   """
   _check_moments(mean_a, cov_a, mean_b, cov_b)
   _check_same_shape('z_b', z_b, 'mean_b', mean_b)
@@ -237,19 +267,15 @@ def optimal_map_full(
   return mean_a + (psi @ shift)[..., 0]
 
 
-# ---------------------------------------------------------------------------------------------
-# Full covariance, from moments
-# ---------------------------------------------------------------------------------------------
-
-
 def squared_w2_full(
   mean_a: jax.Array, cov_a: jax.Array, mean_b: jax.Array, cov_b: jax.Array
 ) -> jax.Array:
-  """`squared_w2` for means `[..., D]` and covariances `[..., D, D]`, singular ones included.
+  """Returns the squared W2 of Gaussians with means `[..., D]`, covariances `[..., D, D]` (Eq. 12).
 
-  At a singular covariance the value is right (an eigenvalue that is zero up to rounding has a root
-  that is zero up to the root of rounding, so float32 holds three digits there) and the gradient
-  finite, but the true gradient is unbounded along the null space; zero is returned for that part.
+  The covariances may be singular. The value is right there, to three digits in float32: the square
+  root of an eigenvalue of the size of the rounding error is far larger than that error. The true
+  gradient is unbounded along the null space of a singular covariance; zero is returned for that
+  part, and the rest is finite.
 
   Example:
     >>> mean, cov = jnp.zeros((1, 2)), jnp.eye(2)[None]
@@ -262,13 +288,12 @@ def squared_w2_full(
 
 
 def entropic_squared_w2_full(
-  mean_a: jax.Array,
-  cov_a: jax.Array,
-  mean_b: jax.Array,
-  cov_b: jax.Array,
-  gamma: jax.typing.ArrayLike,
+  mean_a: jax.Array, cov_a: jax.Array, mean_b: jax.Array, cov_b: jax.Array, gamma: ArrayLike
 ) -> jax.Array:
-  """`entropic_squared_w2` for means `[..., D]` and covariances `[..., D, D]` (Eq. 19)."""
+  """Returns W^2_{2,gamma} of Gaussians with means `[..., D]`, covariances `[..., D, D]` (Eq. 19).
+
+  This is `entropic_squared_w2`, `[...]`, in squared latent units. The covariances may be singular.
+  """
   _check_moments(mean_a, cov_a, mean_b, cov_b)
   check_gamma(gamma)
   shift = jnp.sum((mean_a - mean_b) ** 2, axis=-1)
@@ -276,15 +301,12 @@ def entropic_squared_w2_full(
 
 
 def entropic_transport_cost_full(
-  mean_a: jax.Array,
-  cov_a: jax.Array,
-  mean_b: jax.Array,
-  cov_b: jax.Array,
-  gamma: jax.typing.ArrayLike,
+  mean_a: jax.Array, cov_a: jax.Array, mean_b: jax.Array, cov_b: jax.Array, gamma: ArrayLike
 ) -> jax.Array:
-  """`entropic_transport_cost` for means `[..., D]` and positive definite covariances (Eq. 20-21).
+  """Returns WD of Gaussians with means `[..., D]` and covariances `[..., D, D]` (Eq. 20-21).
 
-  A singular covariance has no density: the cost is then +inf or, past float resolution, NaN.
+  This is `entropic_transport_cost`, `[...]`, in nats. The covariances must be positive definite: a
+  Gaussian with a singular covariance has no density, and the cost is +inf or NaN then.
   """
   _check_moments(mean_a, cov_a, mean_b, cov_b)
   return entropic_transport_cost(
@@ -292,27 +314,22 @@ def entropic_transport_cost_full(
   )
 
 
-def check_gamma(gamma: jax.typing.ArrayLike) -> None:
-  """Raises unless `gamma` is a scalar and, where its value is known, finite and >= 0."""
+def check_gamma(gamma: ArrayLike) -> None:
+  """Raises an error unless `gamma` is a scalar and, if its value is known, finite and >= 0."""
   if jnp.ndim(gamma) != 0:
     raise AssertionError(f'gamma must be a scalar, got shape {jnp.shape(gamma)}')
   if not isinstance(gamma, jax.core.Tracer) and not 0.0 <= float(np.asarray(gamma)) < math.inf:
     raise ValueError(f'gamma must be finite and >= 0, got {gamma}')
 
 
-# ---------------------------------------------------------------------------------------------
-# The shared core: two terms of each quantity, as in the module's docstring
-# ---------------------------------------------------------------------------------------------
-
-
 def _spread(q_a: DiagonalGaussian, q_b: DiagonalGaussian) -> tuple[jax.Array, jax.Array]:
-  """g = sd_a sd_b and (sd_a - sd_b)^2, both `[..., D]`."""
+  """Returns g = sd_a sd_b and (sd_a - sd_b)^2, both `[..., D]`."""
   return q_a.stddev * q_b.stddev, _squared_difference(q_a.log_var, q_b.log_var)
 
 
 @jax.custom_jvp
 def _squared_difference(log_var_a: jax.Array, log_var_b: jax.Array) -> jax.Array:
-  """(sd_a - sd_b)^2."""
+  """Returns (sd_a - sd_b)^2 `[..., D]`, accurate also where the two deviations are nearly equal."""
   near, ratio_less_1, log_ratio = _ratio_less_1(log_var_a, log_var_b)
   far_value = jnp.exp(jnp.maximum(log_var_a, log_var_b)) * (1.0 - jnp.exp(-jnp.abs(log_ratio))) ** 2
   return jnp.where(near, jnp.exp(log_var_b) * ratio_less_1**2, far_value)
@@ -322,7 +339,7 @@ def _squared_difference(log_var_a: jax.Array, log_var_b: jax.Array) -> jax.Array
 def _squared_difference_jvp(
   primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-  # Written, as an attack takes no value, and what it takes of it needs two exponentials alone.
+  # An attack needs the derivative and not the value. This form of it takes two exponentials only.
   sd_a, sd_b = (jnp.exp(0.5 * log_var) for log_var in primals)
   near, ratio_less_1, _ = _ratio_less_1(*primals)
   difference = jnp.where(near, sd_b * ratio_less_1, sd_a - sd_b)
@@ -332,61 +349,58 @@ def _squared_difference_jvp(
 def _ratio_less_1(
   log_var_a: jax.Array, log_var_b: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Where sd_a - sd_b cancels; sd_a / sd_b - 1 there, and 0 elsewhere; log(sd_a / sd_b)."""
+  """Returns where sd_a - sd_b cancels, sd_a / sd_b - 1 there (else 0), and log(sd_a / sd_b)."""
   log_ratio = 0.5 * (log_var_a - log_var_b)
   near = jnp.abs(log_ratio) < 0.5
   small = jnp.where(near, log_ratio, 0.0)
-  # The series holds more digits than XLA's expm1.
+  # The series is more accurate than XLA's expm1.
   return near, small + gaussians.exp_remainder_near_zero(small), log_ratio
 
 
 def _roots(q_a: Gaussian, q_b: Gaussian) -> tuple[jax.Array, jax.Array]:
-  """Square roots A and B of the covariances."""
+  """Returns square roots A and B of the covariances, `[..., D, D]`."""
   assert isinstance(q_a, FullGaussian) and isinstance(q_b, FullGaussian)
   return q_a.scale_tril, q_b.scale_tril
 
 
 def _spread_full(root_a: jax.Array, root_b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """N = B^T A, its polar factor O, and min_O ||A - B O||_F^2: a sum of squares, Eq. 12's trace."""
+  """Returns N = B^T A, its polar factor O, and ||A - B O||_F^2, the covariance part of Eq. 12."""
   cross = transpose(root_b) @ root_a
   rotation = polar_factor(cross)
   return cross, rotation, jnp.sum((root_a - root_b @ rotation) ** 2, axis=(-2, -1))
 
 
-def _t_and_u(g: jax.Array, gamma: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+def _t_and_u(g: jax.Array, gamma: ArrayLike) -> tuple[jax.Array, jax.Array]:
+  """Returns t = 2 gamma g and u = sqrt(1 + t^2), both of the shape of g."""
   t = 2.0 * jnp.asarray(gamma, g.dtype) * g
   return t, jnp.sqrt(1.0 + t**2)
 
 
-def _excess_squared_distance(g: jax.Array, gamma: jax.typing.ArrayLike) -> jax.Array:
-  """2 (g - psi) >= 0: what the entropic coupling adds to one dimension of squared W2."""
+def _excess_squared_distance(g: jax.Array, gamma: ArrayLike) -> jax.Array:
+  """Returns 2 (g - psi) >= 0, the difference of Eq. 19 and Eq. 12 in one dimension."""
   t, u = _t_and_u(g, gamma)
   return 2.0 * g * (1.0 + 1.0 / (u + t)) / (u + 1.0)
 
 
-def _excess_cost(g: jax.Array, gamma: jax.typing.ArrayLike) -> jax.Array:
-  """1/2 (1 - 1/(u + t) + log((u + 1) / 2)) >= 0 for one dimension, from u - 1 = t^2 / (u + 1)."""
+def _excess_cost(g: jax.Array, gamma: ArrayLike) -> jax.Array:
+  """Returns 1/2 (1 - 1/(u + t) + log((u + 1) / 2)) >= 0, using u - 1 = t^2 / (u + 1)."""
   t, u = _t_and_u(g, gamma)
   u_minus_1 = t * (t / (u + 1.0))
   return 0.5 * ((t + u_minus_1) / (u + t) + jnp.log1p(0.5 * u_minus_1))
 
 
-def _entropic_spread_full(
-  root_a: jax.Array, root_b: jax.Array, gamma: jax.typing.ArrayLike
-) -> jax.Array:
-  """Tr(S_a + S_b - 2 Psi), the covariance part of Eq. 19, `[...]`."""
+def _entropic_spread_full(root_a: jax.Array, root_b: jax.Array, gamma: ArrayLike) -> jax.Array:
+  """Returns Tr(S_a + S_b - 2 Psi) `[...]`, the covariance part of Eq. 19."""
   cross, rotation, spread = _spread_full(root_a, root_b)
   gradient = _excess_gradient(cross, rotation, gamma)
   return spread + 2.0 * jnp.sum(gradient * cross, axis=(-2, -1))
 
 
-def _excess_gradient(
-  cross: jax.Array, rotation: jax.Array, gamma: jax.typing.ArrayLike
-) -> jax.Array:
-  """O - 2 gamma N (I + U)^(-1) with U = (I + 4 gamma^2 N^T N)^(1/2), `[..., D, D]`.
+def _excess_gradient(cross: jax.Array, rotation: jax.Array, gamma: ArrayLike) -> jax.Array:
+  """Returns G = O - 2 gamma N (I + U)^(-1) with U = (I + 4 gamma^2 N^T N)^(1/2), `[..., D, D]`.
 
-  The derivative of sum_k `_excess_cost(g_k)` is gamma times this in N, and its inner product with
-  N in gamma.
+  The derivative of sum_k `_excess_cost(g_k)` in N is gamma G, and its derivative in gamma is the
+  inner product of G and N.
   """
   gamma = jnp.asarray(gamma, cross.dtype)
   identity = jnp.broadcast_to(jnp.eye(cross.shape[-1], dtype=cross.dtype), cross.shape)
@@ -396,7 +410,7 @@ def _excess_gradient(
 
 @jax.custom_jvp
 def _excess_cost_full(cross: jax.Array, rotation: jax.Array, gamma: jax.Array) -> jax.Array:
-  """sum_k `_excess_cost(g_k)` over the singular values g of N = `cross`, `[...]`."""
+  """Returns sum_k `_excess_cost(g_k)` `[...]` over the singular values g of N = `cross`."""
   g = jnp.linalg.svd(cross, compute_uv=False)
   return jnp.sum(_excess_cost(g, gamma), axis=-1)
 
@@ -405,7 +419,7 @@ def _excess_cost_full(cross: jax.Array, rotation: jax.Array, gamma: jax.Array) -
 def _excess_cost_full_jvp(
   primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-  # Derivatives of singular values divide by their gaps; this form of the sum's does not.
+  # Derivatives of single singular values divide by differences of them. That of the sum need not.
   (cross, rotation, gamma), (d_cross, _, d_gamma) = primals, tangents
   gradient = _excess_gradient(cross, rotation, gamma)
   d_scaled = gamma * d_cross + d_gamma * cross

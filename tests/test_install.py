@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import se_vae
 from tests.tools import licences
 
 ROOT = Path(__file__).parents[1]
@@ -29,14 +30,20 @@ def run(*line: str | Path, cwd: Path) -> str:
 def test_the_wheel_works_outside_the_repository(tmp_path):
   source = tmp_path / 'source'
   source.mkdir()
-  for name in ('README.md', 'setup.cfg', 'pyproject.toml', 'se_vae', 'experiments'):
+  for name in ('README.md', 'LICENSE', 'setup.cfg', 'pyproject.toml', 'se_vae', 'experiments'):
     (source / name).symlink_to(ROOT / name)  # what a build leaves behind stays here
   pip = (sys.executable, '-m', 'pip', '--disable-pip-version-check')
   wheel_options = ('--no-deps', '--no-build-isolation', '--quiet', '--wheel-dir', tmp_path)
   run(*pip, 'wheel', *wheel_options, source, cwd=tmp_path)
   (wheel,) = tmp_path.glob('*.whl')
   with zipfile.ZipFile(wheel) as archive:
-    assert {'se_vae/py.typed', 'experiments/visual/report.html'} <= {*archive.namelist()}
+    names = {*archive.namelist()}
+    assert {'se_vae/py.typed', 'experiments/visual/report.html'} <= names
+    (licence,) = (name for name in names if name.endswith('/LICENSE'))
+    assert archive.read(licence) == (ROOT / 'LICENSE').read_bytes()
+    (metadata,) = (name for name in names if name.endswith('/METADATA'))
+    stated = archive.read(metadata).decode()
+  assert f'\nVersion: {se_vae.__version__}\n' in stated and '\nLicense: Apache-2.0\n' in stated
 
   # An environment with the dependencies of this one, but without the repository's own entry.
   run(sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'venv', cwd=tmp_path)
@@ -96,3 +103,21 @@ def test_build_lists_the_direct_dependencies_and_their_licences():
   build = (ROOT / 'BUILD.md').read_text()
   for line in licences.table()[2:]:
     assert line.rsplit('|', 2)[0] + '| ' in build, line
+
+
+def test_the_lock_has_a_hash_for_every_package_and_names_no_index():
+  lines = (ROOT / 'requirements.txt').read_text().splitlines()
+  packages = [line for line in lines if re.match(r'[a-z0-9]', line)]
+  assert len(packages) > 100
+  assert all('==' in line and line.endswith('\\') for line in packages)  # a hash comes next
+  assert not [line for line in lines if '://' in line or line.startswith('--')]
+
+
+@pytest.mark.parametrize('python', ['false', 'nonsense'])
+def test_make_names_the_supported_versions_where_a_python_is_none_of_them(python):
+  line = ('make', '--silent', 'lint', f'PYTHON={python}', 'VENV=.venv-none')
+  done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 2 and not done.stdout
+  message = done.stderr.splitlines()[0]
+  assert message.startswith(f'error: {python} is not a Python that runs')
+  assert all(version in message for version in ('3.11', '3.12', '3.13', '3.14'))

@@ -24,14 +24,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import probe
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError, setting
-from se_vae import choices
+from experiments.cli.flags import UsageError
+from se_vae.config import SUITES, setting, validate
 from se_vae.evaluation import linear_probe, robustness
 from se_vae.models import vae
 
@@ -80,7 +79,7 @@ def run(config: ComparisonConfig, stop: signals.StopSignal) -> dict[str, Any]:
     UsageError: for settings that are wrong, a model that is no MLP, or where a package is missing.
     Interrupted: when `stop` says so; nothing is kept.
   """
-  flags.check(config)
+  validate(config)
   try:
     torch, foolbox, torchattacks = (importlib.import_module(name) for name in _PACKAGES)
   except ImportError as error:
@@ -158,6 +157,7 @@ def _ours(
     'radii': config.radii,
     'num_steps': config.pgd_steps,
     'restarts': config.restarts,
+    'seed': config.seed,
     'batch_size': config.batch_size,
     'args': (prepared.params, fitted),
     'mesh': prepared.mesh,
@@ -165,8 +165,7 @@ def _ours(
   }
 
   def pgd(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    key = jax.random.key(config.seed)
-    return robustness.adversarial_accuracy(classifier, key, x, labels, **options).correct
+    return robustness.adversarial_accuracy(classifier, x, labels, **options).correct
 
   def evaluate(attack: str, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return robustness.evaluate(
@@ -174,13 +173,12 @@ def _ours(
       x,
       labels,
       attack=attack,
-      seed=config.seed,
       latents_fn=linear_probe.GaussianLatents(prepared.model),
       check_examples=0,
       **options,
     ).curve.correct
 
-  suites = {f'our {name}': functools.partial(evaluate, name) for name in choices.SUITES}
+  suites = {f'our {name}': functools.partial(evaluate, name) for name in SUITES}
   return {'our PGD': pgd, **suites}
 
 

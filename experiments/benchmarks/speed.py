@@ -37,8 +37,8 @@ from typing import Any
 from etils import epy
 
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError, setting
-from se_vae import choices
+from experiments.cli.flags import UsageError
+from se_vae.config import ARCHS, OBJECTIVES, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
@@ -60,10 +60,8 @@ class BenchmarkConfig:
   sections: tuple[str, ...] = setting(
     ('steps', 'profile', 'evaluation', 'startup'), 'What to measure.', choices=SECTIONS
   )
-  archs: tuple[str, ...] = setting(choices.ARCHS, 'Architectures.', choices=choices.ARCHS)
-  objectives: tuple[str, ...] = setting(
-    choices.OBJECTIVES, 'Training objectives.', choices=choices.OBJECTIVES
-  )
+  archs: tuple[str, ...] = setting(ARCHS, 'Architectures.', choices=ARCHS)
+  objectives: tuple[str, ...] = setting(OBJECTIVES, 'Training objectives.', choices=OBJECTIVES)
   batch_sizes: tuple[int, ...] = setting((64, 256), 'Batch sizes of the MLP.', at_least=1)
   conv_batch_sizes: tuple[int, ...] = setting((64,), 'Batch sizes of the ConvNet.', at_least=1)
   latent_dim: int = setting(64, 'Latent dimensions.', at_least=1)
@@ -100,7 +98,7 @@ def run(config: BenchmarkConfig, stop: signals.StopSignal) -> dict[str, Any]:
     UsageError: for settings that are wrong, or where PyTorch is asked for and missing.
     Interrupted: when `stop` says so; nothing is kept.
   """
-  flags.check(config)
+  validate(config)
   workdir = workdirs.check_workdir(config.workdir)
   dataset = data.load('mnist_5k')
   largest = max(*config.batch_sizes, *config.conv_batch_sizes, *config.growth_batch_sizes)

@@ -24,7 +24,7 @@ from se_vae.gaussians import DiagonalGaussian
 from se_vae.models import vae
 from se_vae.models.vae import VAE, Params
 from se_vae.parallel import sharding
-from se_vae.training import TrainConfig
+from se_vae.training import TrainConfig, input_pipeline
 
 # Batches that a workload goes round.
 _ROWS = 1000
@@ -110,26 +110,28 @@ class Benched:
     self.config = case.train_config()
     self.mesh = devices.mesh_for(case.batch_size)
     init_key, key = jax.random.split(jax.random.key(0))
-    self.state = jax.jit(training.init_state, static_argnums=(0, 1))(
-      self.model, self.config, init_key
-    )
+    self.state = jax.jit(training.init_state, static_argnums=0)(self.model, self.config, init_key)
     self.host_indices = data.batch_indices(0, 0, _ROWS, case.batch_size, len(images))
+    self.host_images = images
     self.key, self.images = sharding.replicate(self.mesh, (key, images))
     self.indices = sharding.split(self.mesh, self.host_indices, axis=1)
 
   def train_steps(self) -> Workload:
     """Whole steps, many to a dispatch, as `training.run` takes them."""
-    window = training.empty_window(self.model, self.config, self.state)
+    step, args, images = training.TrainStep(self.model), (self.config, self.key), self.host_images
+    window = training.empty_window(step, self.state, args, images)
     carry = sharding.replicate_copy(self.mesh, (self.state, window))
-    arrays = (self.key, self.images, self.indices, np.int32(0))
-    lowered = training.train_steps.lower(
-      self.model, self.config, self.mesh, carry, *arrays, np.int32(1)
-    )
+    chunk_steps = input_pipeline.steps_per_chunk(images, self.case.batch_size, at_most=_ROWS)
+    chunk = input_pipeline.read_chunk(self.mesh, images, self.host_indices[:chunk_steps])
+    arrays = (args, chunk.images, chunk.examples)
+    lowered = training.train_steps.lower(step, self.mesh, *carry, *arrays, np.int32(1))
     compiled = lowered.compile()
 
     def run(steps: int) -> None:
       nonlocal carry
-      carry = jax.block_until_ready(compiled(carry, *arrays, np.int32(steps)))
+      for start in range(0, steps, chunk_steps):
+        carry = compiled(*carry, *arrays, np.int32(min(chunk_steps, steps - start)))
+      jax.block_until_ready(carry)
 
     operations = flops.train_step(self.model, self.config, self.case.batch_size)
     memory = compiled.memory_analysis()
@@ -147,12 +149,13 @@ class Benched:
     def attack(batch: _Batch, total: jax.Array) -> jax.Array:
       zeros = jnp.zeros((len(batch.index), model.latent_dim))
       q_a = DiagonalGaussian(zeros, zeros)
-      x_adv = training.select(model, config, params, batch.key, batch.x, q_a, batch.index)
+      x_adv = training.select(model, config, params, batch.key, batch.x, q_a, index=batch.index)
       return total + jnp.sum(x_adv)
 
     def gradient(batch: _Batch, _: Params) -> Params:
-      arguments = (model, config, batch.key, batch.x, batch.other, batch.index)
-      gradients, _ = jax.grad(training.loss, has_aux=True)(params, *arguments)
+      x_adv = batch.other if config.objective == 'se' else None
+      arguments = (model, config, params, batch.key, batch.x, x_adv)
+      gradients, _ = jax.grad(training.loss, argnums=2, has_aux=True)(*arguments, index=batch.index)
       return gradients
 
     def update(_: _Batch, carry: tuple[Params, Params, Any]) -> tuple[Params, Params, Any]:
@@ -256,8 +259,11 @@ def twin_error(
   zeros = jnp.zeros((len(images), model.latent_dim))
   sample_keys = attacks.example_keys(key, index)
   noise = gaussians.sample_each(DiagonalGaussian(zeros, zeros), sample_keys)
-  gradient_of = jax.jit(jax.value_and_grad(training.loss, has_aux=True), static_argnums=(1, 2))
-  (loss, _), gradients = gradient_of(params, model, config, key, x, other, index)
+  gradient_of = jax.jit(
+    jax.value_and_grad(training.loss, argnums=2, has_aux=True), static_argnums=0
+  )
+  x_adv = other if config.objective == 'se' else None
+  (loss, _), gradients = gradient_of(model, config, params, key, x, x_adv)
   arrays = twin.place(np.asarray(x)), twin.place(np.asarray(other))
   their_loss, norms = twin.loss_and_norms(*arrays, np.asarray(noise))
   ours = np.array([float(loss), *(float(optax.tree.norm(gradients[part])) for part in gradients)])
@@ -275,10 +281,10 @@ def evaluation(case: Case, dataset: data.Dataset, num_examples: int, num_steps: 
   attack = functools.partial(
     robustness.adversarial_accuracy,
     linear_probe.ProbedEncoder(model),
-    jax.random.key(2),
     x,
     labels,
     radii=(0.1,),
+    seed=2,
     num_steps=num_steps,
     batch_size=min(256, num_examples),
     args=args,

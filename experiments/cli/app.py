@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import app, logging
 from absl import flags as absl_flags
 from etils import epy
 
 from experiments.cli import flags
-from experiments.cli.flags import UsageError, setting
+from experiments.cli.flags import UsageError
 from experiments.cli.signals import Interrupted
 from experiments.cli.workdirs import check_directory
+from se_vae.config import ArgumentError, setting
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -36,7 +40,7 @@ class RuntimeConfig:
 
 
 def run(main: Callable[[], None]) -> None:
-  """Runs a binary: 2 for a usage error, 1 for a failure, 130 or 143 when interrupted."""
+  """Runs a binary and exits: 2 for a usage error, 1 for a failure, 130 or 143 when interrupted."""
   flags.define_flags(RuntimeConfig)
   app.run(functools.partial(_guarded, main), flags_parser=_parse_flags)
 
@@ -49,35 +53,47 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
       raise UsageError(f'unexpected argument {argv[1]!r}; settings are given as --flag=value')
     _use_compilation_cache(flags.from_flags(RuntimeConfig).compilation_cache_dir)
     main()
-  except UsageError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
-  except failures() as error:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    sys.exit(1)
+  except ArgumentError as error:
+    _fail(2, flags.name_flags(error))
+  except KeyboardInterrupt:  # before a binary listens to signals, or after it has finished
+    print('SIGINT', file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
   except Interrupted as interrupted:
     kept = 'saved. Run the same command again to go on.' if interrupted.saved else 'nothing is kept'
     print(f'{interrupted}: {kept}', file=sys.stderr)
     sys.exit(128 + interrupted.signum)
+  except failures() as error:
+    _fail(1, str(error))
 
 
 def failures() -> tuple[type[Exception], ...]:
-  """What can go wrong with the machine or the numbers: told in a line, not in a traceback."""
+  """Returns the errors of the machine and of the numbers, which are told in one line."""
   return (OSError, ArithmeticError, checkpoints.CheckpointError, processes.OtherProcessError)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
-    return list(absl_flags.FLAGS(argv))
+    return list(absl_flags.FLAGS([argv[0], *map(_expand_home, argv[1:])]))
   except absl_flags.Error as error:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    sys.exit(2)
+    _fail(2, str(error))
+
+
+def _expand_home(argument: str) -> str:
+  """Returns `--flag=~/path` with the home directory, which shells leave as it is."""
+  name, equals, value = argument.partition('=')
+  return f'{name}{equals}{os.path.expanduser(value)}'
+
+
+def _fail(code: int, message: str) -> NoReturn:
+  """Ends the process with an error in one line."""
+  print(f'error: {" ".join(message.split())}', file=sys.stderr)
+  sys.exit(code)
 
 
 def _use_compilation_cache(directory: str | None) -> None:
   """Keeps every compiled program in `directory`, however small, and looks for it there first.
 
-  XLA compiles for the very CPU that it runs on: a directory is for one host.
+  XLA compiles for the very CPU that it runs on, so a directory is for one host.
   """
   if directory is None:
     return

@@ -10,8 +10,8 @@ from typing import Any
 
 from etils import epy
 
-from experiments.cli.flags import UsageError
 from experiments.cli.messages import warn
+from se_vae.config import ArgumentError
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -50,23 +50,23 @@ def mesh_for(batch_size: int, num_devices: int | None = None) -> Any:
   Of CPU devices as many as have some examples each.
 
   Raises:
-    UsageError: if they do not divide it, or are not there. Compiles nothing.
+    ArgumentError: if they do not divide it, or are not there. Compiles nothing.
   """
   num_processes, most = jax.process_count(), jax.local_device_count()
   if batch_size % num_processes:
-    raise UsageError(
-      f'--batch_size: must be a multiple of the {num_processes} processes; got {batch_size}'
+    raise ArgumentError(
+      'batch_size', f'must be a multiple of the {num_processes} processes; got {batch_size}'
     )
   share = batch_size // num_processes
   if num_devices is None:
     split = _cores_worth if jax.default_backend() == 'cpu' else _even_split
     num_devices = split(share, most)
   elif num_devices > most:
-    raise UsageError(f'--num_devices: must be <= {most}, the devices here; got {num_devices}')
+    raise ArgumentError('num_devices', f'must be <= {most}, the devices here; got {num_devices}')
   elif share % num_devices:
-    raise UsageError(
-      f'--batch_size, --num_devices: {batch_size} examples cannot be split evenly over '
-      f'{num_processes * num_devices} devices'
+    raise ArgumentError(
+      ('batch_size', 'num_devices'),
+      f'{batch_size} examples cannot be split evenly over {num_processes * num_devices} devices',
     )
   return sharding.data_mesh(num_devices)
 

@@ -1,4 +1,4 @@
-"""A binary that several processes run together: their flags, how they meet, and how they part."""
+"""Binaries that several processes run together: their flags, how they join and how they end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from collections.abc import Iterator
 
 from etils import epy
 
-from experiments.cli import app, flags, signals
-from experiments.cli.flags import UsageError, setting
+from experiments.cli import app, signals
+from experiments.cli.flags import UsageError
+from se_vae.config import ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -40,8 +41,12 @@ class Cluster:
 
 
 def check_cluster(cluster: Cluster) -> None:
-  """Raises UsageError for flags that contradict each other."""
-  flags.check(cluster)
+  """Checks the flags against their limits and each other.
+
+  Raises:
+    UsageError: naming the flag.
+  """
+  validate(cluster)
   named = {name: getattr(cluster, name) for name in ('coordinator', 'num_processes', 'process_id')}
   missing = [f'--{name}' for name, value in named.items() if value is None]
   if cluster.coordinator is None or cluster.num_processes is None or cluster.process_id is None:
@@ -56,15 +61,15 @@ def check_cluster(cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def joined(cluster: Cluster) -> Iterator[None]:
-  """One process alone, or one of several while the context is open. Precedes any use of JAX.
+  """Joins the other processes that the flags name, if any. Must be entered before JAX is used.
 
-  An error that not all of them raise together (a bug, an accelerator out of memory, the death of
-  another process) ends this process at once: at an ordinary exit it would wait for the others, and
-  they for it.
+  Some errors are not raised by all processes together: a bug, an accelerator out of memory, the
+  death of another process. They end this process at once, because at an ordinary exit the processes
+  would wait for each other.
 
   Raises:
-    UsageError: for flags that contradict each other, a port in use, or where the scheduler has said
-      nothing.
+    UsageError: if the flags contradict each other, the port is in use, or the environment does not
+      describe the processes.
   """
   check_cluster(cluster)
   if not cluster.distributed and cluster.coordinator is None:
@@ -72,7 +77,11 @@ def joined(cluster: Cluster) -> Iterator[None]:
     return
   _check_port(cluster)
   _join(cluster)
-  shared: tuple[type[Exception], ...] = (UsageError, signals.Interrupted, *app.failures())
+  shared: tuple[type[Exception], ...] = (
+    ArgumentError,
+    signals.Interrupted,
+    *app.failures(),
+  )
   try:
     yield
   except shared:
@@ -86,7 +95,7 @@ def joined(cluster: Cluster) -> Iterator[None]:
 
 
 def _check_port(cluster: Cluster) -> None:
-  """Raises UsageError where process 0 cannot listen: JAX would end with a segmentation fault."""
+  """Raises UsageError if process 0 cannot listen: JAX would end with a segmentation fault."""
   if cluster.coordinator is None or cluster.process_id != 0:
     return
   with socket.socket() as listener:
@@ -98,6 +107,7 @@ def _check_port(cluster: Cluster) -> None:
 
 
 def _join(cluster: Cluster) -> None:
+  """Joins the other processes, and ends this one if they do not come in time."""
   late = threading.Timer(
     cluster.join_timeout,
     _leave,
@@ -126,7 +136,7 @@ def _join(cluster: Cluster) -> None:
 
 
 def _leave(code: int, message: str = '') -> None:
-  """Ends the process without taking leave of the others."""
+  """Ends the process without waiting for the others."""
   print(message, end='\n' if message else '', file=sys.stderr, flush=True)
   sys.stdout.flush()
   os._exit(code)

@@ -1,16 +1,23 @@
-"""One frozen dataclass is a binary's flags, their help and limits, and its configuration."""
+"""Command-line flags that are derived from dataclasses of settings.
+
+A binary has one frozen dataclass of settings, whose fields are made by `se_vae.config.setting` or
+are dataclasses of settings themselves. All of them become flags, with one flat list of names, and
+`to_dict` gives the flat JSON object that config.json and result.json hold.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
 import shlex
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from absl import flags as absl_flags
+
+from se_vae.config import ArgumentError, validate
 
 Config = TypeVar('Config')
 
@@ -18,33 +25,29 @@ Config = TypeVar('Config')
 absl_flags.disclaim_key_flags()
 
 
-class UsageError(Exception):
-  """Something the user can put right; one line that names the flag and what is allowed."""
+class UsageError(ArgumentError):
+  """The command line is wrong in a way that one message explains; it names the flags itself."""
+
+  def __init__(self, message: str) -> None:
+    super().__init__((), message)
+
+  def __str__(self) -> str:
+    return self.message
 
 
-def setting(
-  default: Any,
-  description: str,
-  *,
-  choices: Sequence[str] | None = None,
-  at_least: float | None = None,
-  above: float | None = None,
-  at_most: float | None = None,
-) -> Any:
-  """A dataclass field that is also a flag, with the values it allows."""
-  limits = {'choices': choices, 'at_least': at_least, 'above': above, 'at_most': at_most}
-  return dataclasses.field(default=default, metadata={'help': description, **limits})
+def name_flags(error: ArgumentError) -> str:
+  """Returns the message of an error in one line, with `--` before the name of every argument."""
+  flags = ', '.join(f'--{name}' for name in error.arguments)
+  return ' '.join((f'{flags}: {error.message}' if flags else error.message).split())
 
 
 def define_flags(
   config_type: type[Any], flag_values: absl_flags.FlagValues = absl_flags.FLAGS
 ) -> None:
-  """Defines one absl flag for each field of `config_type`."""
-  types_by_name = typing.get_type_hints(config_type)
-  for field in dataclasses.fields(config_type):
+  """Defines one absl flag for each setting of `config_type`."""
+  for field, kind in _settings(config_type):
     default: Any = field.default
     description = field.metadata['help']
-    kind = _value_type(types_by_name[field.name])
     if field.metadata['choices'] is not None:
       description += f' One of: {", ".join(field.metadata["choices"])}.'
     if kind is bool:
@@ -63,80 +66,159 @@ def define_flags(
 def from_flags(
   config_type: type[Config], flag_values: absl_flags.FlagValues = absl_flags.FLAGS
 ) -> Config:
-  """The configuration that the parsed flags describe, checked."""
-  types_by_name = typing.get_type_hints(config_type)
-  values: dict[str, Any] = {}
-  for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
-    value = flag_values[field.name].value
-    kind = _value_type(types_by_name[field.name])
-    if typing.get_origin(kind) is tuple and value is not None:
-      value = _parse_list(field.name, value, typing.get_args(kind)[0])
-    values[field.name] = value
-  config = config_type(**values)
-  check(config)
+  """Returns the configuration that the parsed flags describe.
+
+  Raises:
+    ArgumentError: if a value is outside its limits.
+  """
+  config = from_dict(config_type, _values(config_type, flag_values))
+  validate(config)
   return config
 
 
+def _values(config_type: type[Any], flag_values: absl_flags.FlagValues) -> dict[str, Any]:
+  values: dict[str, Any] = {}
+  for field, kind in _settings(config_type):
+    value = flag_values[field.name].value
+    if typing.get_origin(kind) is tuple and value is not None:
+      value = _parse_list(field.name, value, typing.get_args(kind)[0])
+    values[field.name] = value
+  return values
+
+
 def parse(config_type: type[Config], text: str, flag: str) -> Config:
-  """The configuration that the flags in `text` describe, checked; errors name `flag`."""
-  values = absl_flags.FlagValues()
-  define_flags(config_type, values)
+  """Returns the configuration that the flags in `text` describe.
+
+  Raises:
+    UsageError: if they are wrong; the message begins with `flag`.
+  """
+  with errors_begin_with(flag):
+    config = from_dict(config_type, _parse(config_type, shlex.split(text), flag))
+    validate(config)
+    return config
+
+
+def parse_value(config_type: type[Any], name: str, text: str, flag: str) -> Any:
+  """Returns the value of one setting, of which `text` is the value on a command line.
+
+  Limits are not checked, since they may depend on other settings.
+
+  Raises:
+    UsageError: if the text is no value of the setting; the message begins with `flag`.
+  """
+  with errors_begin_with(flag):
+    return _parse(config_type, [f'--{name}={text}'], flag)[name]
+
+
+def _parse(config_type: type[Any], arguments: list[str], flag: str) -> dict[str, Any]:
+  """Returns all settings by name, as these command line arguments give them."""
+  flag_values = absl_flags.FlagValues()
+  define_flags(config_type, flag_values)
+  rest = flag_values([flag, *arguments])[1:]
+  if rest:
+    raise UsageError(f'unexpected argument {rest[0]!r}')
+  return _values(config_type, flag_values)
+
+
+@contextlib.contextmanager
+def errors_begin_with(flag: str) -> Iterator[None]:
+  """Raises a UsageError whose message begins with `flag` for errors in the context."""
   try:
-    rest = values([flag, *shlex.split(text)])[1:]
-    if rest:
-      raise UsageError(f'unexpected argument {rest[0]!r}')
-    return from_flags(config_type, values)
-  except (absl_flags.Error, UsageError, ValueError) as error:
+    yield
+  except ArgumentError as error:
+    raise UsageError(f'{flag}: {name_flags(error)}') from None
+  except (absl_flags.Error, ValueError) as error:
     raise UsageError(f'{flag}: {" ".join(str(error).split())}') from None
 
 
-def check(config: Any) -> None:
-  """Raises UsageError, naming the flag, unless every field is within its limits."""
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    for item in value if isinstance(value, tuple) else (value,):
-      _check_value(f'--{field.name}', item, field.metadata)
-    if value == ():
-      raise UsageError(f'--{field.name}: needs at least one value')
+def names(config_type: type[Any]) -> list[str]:
+  """Returns the names of all settings, in the order of the flags."""
+  return [field.name for field, _ in _settings(config_type)]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-  """The configuration as JSON values."""
-  return {
-    name: list(value) if isinstance(value, tuple) else value
-    for name, value in dataclasses.asdict(config).items()
-  }
+  """Returns all settings by name, as JSON values."""
+  values: dict[str, Any] = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      values |= to_dict(value)
+    else:
+      values[field.name] = list(value) if isinstance(value, tuple) else value
+  return values
 
 
-def from_dict(config_type: Callable[..., Config], values: dict[str, Any]) -> Config:
-  """The inverse of `to_dict`."""
-  return config_type(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+def from_dict(config_type: type[Config], values: dict[str, Any]) -> Config:
+  """Returns the configuration with these settings, and defaults for the others.
+
+  Raises:
+    ArgumentError: if a value is outside the limits that the configuration checks itself.
+    TypeError: if there is no setting of a name.
+  """
+  unknown = values.keys() - names(config_type)
+  if unknown:
+    raise TypeError(f'{config_type.__name__} has no setting {", ".join(sorted(unknown))}')
+  annotations: dict[str, Any] = typing.get_type_hints(config_type)
+  arguments: dict[str, Any] = {}
+  for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
+    kind = annotations[field.name]
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+      part = {name: values[name] for name in names(kind) if name in values}
+      arguments[field.name] = from_dict(kind, part)
+    elif field.name in values:
+      value = values[field.name]
+      arguments[field.name] = tuple(value) if isinstance(value, list) else value
+  return config_type(**arguments)
 
 
-def _value_type(annotation: Any) -> Any:
-  """The T of `T` or `T | None`."""
-  if isinstance(annotation, types.UnionType):
-    return next(kind for kind in typing.get_args(annotation) if kind is not type(None))
-  return annotation
+def replace(config: Config, **changes: Any) -> Config:
+  """Returns the configuration with some settings changed, whichever part of it they are in."""
+  return from_dict(type(config), to_dict(config) | changes)
+
+
+def reference(config_type: type[Any]) -> str:
+  """Returns a Markdown table of the flags: their defaults, meanings and allowed values."""
+  lines = ['| Flag | Default | Meaning |', '|---|---|---|']
+  for field, _ in _settings(config_type):
+    default = field.default
+    if isinstance(default, tuple):
+      default = ','.join(map(str, default))
+    elif isinstance(default, bool):
+      default = str(default).lower()
+    shown = '' if default in (None, '') else f'`{default}` '
+    meaning = f'{field.metadata["help"]}{_limits(field)}'.replace('|', '\\|')
+    lines.append(f'| `--{field.name}` | {shown}| {meaning} |')
+  return '\n'.join(lines)
+
+
+def _limits(field: dataclasses.Field[Any]) -> str:
+  """Returns the allowed values in words, after a space; nothing where all are allowed."""
+  limits = field.metadata
+  if limits['choices'] is not None:
+    return f' One of `{"`, `".join(limits["choices"])}`.'
+  bounds = [
+    f'{words} {limits[name]}'
+    for name, words in (('at_least', 'at least'), ('above', 'above'), ('at_most', 'at most'))
+    if limits[name] is not None
+  ]
+  return f' {" and ".join(bounds).capitalize()}.' if bounds else ''
+
+
+def _settings(config_type: type[Any]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+  """Yields each setting's field and the T of its type `T` or `T | None`, nested ones in place."""
+  annotations: dict[str, Any] = typing.get_type_hints(config_type)
+  for field in dataclasses.fields(config_type):
+    kind = annotations[field.name]
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+      yield from _settings(kind)
+    elif isinstance(kind, types.UnionType):
+      yield field, next(part for part in typing.get_args(kind) if part is not type(None))
+    else:
+      yield field, kind
 
 
 def _parse_list(name: str, items: Sequence[str], kind: Callable[[str], Any]) -> tuple[Any, ...]:
   try:
     return tuple(kind(item) for item in items)
   except ValueError:
-    raise UsageError(f'--{name}: must be numbers separated by commas, got {items}') from None
-
-
-def _check_value(flag: str, value: Any, limits: Any) -> None:
-  if value is None:
-    return
-  if limits['choices'] is not None and value not in limits['choices']:
-    raise UsageError(f'{flag}: must be one of {", ".join(limits["choices"])}; got {value!r}')
-  if isinstance(value, float) and not math.isfinite(value):
-    raise UsageError(f'{flag}: must be finite; got {value}')
-  if limits['at_least'] is not None and value < limits['at_least']:
-    raise UsageError(f'{flag}: must be >= {limits["at_least"]}; got {value}')
-  if limits['above'] is not None and value <= limits['above']:
-    raise UsageError(f'{flag}: must be > {limits["above"]}; got {value}')
-  if limits['at_most'] is not None and value > limits['at_most']:
-    raise UsageError(f'{flag}: must be <= {limits["at_most"]}; got {value}')
+    raise ArgumentError(name, f'must be numbers separated by commas, got {items}') from None

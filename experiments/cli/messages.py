@@ -1,4 +1,4 @@
-"""What a binary tells its user as it goes: progress, warnings, tables."""
+"""What a binary prints for its user: progress, warnings and tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ _LINE = '{desc}: {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left, {rate_fm
 
 
 def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 'step') -> Any:
-  """A bar with rate and time left on a terminal, and a line every now and then in a log file."""
+  """Returns a progress bar for a terminal, or one that writes a line every 15 s to a log file.
+
+  Args:
+    total: the number of units of work.
+    description: what the bar is called.
+    initial: how many units are done already.
+    unit: the name of a unit.
+  """
   terminal = sys.stderr.isatty()
   return tqdm(
     total=total,
@@ -28,7 +35,7 @@ def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 
 
 
 class _Lines:
-  """A file that puts every state of a bar into a line of its own, instead of over the last."""
+  """A file that writes every state of a bar on a line of its own, and not over the last one."""
 
   def write(self, text: str) -> None:
     line = text.strip('\r\n ')
@@ -40,12 +47,12 @@ class _Lines:
 
 
 def warn(message: str) -> None:
-  """Tells the user of something that the run can go on without."""
+  """Prints a warning to standard error."""
   print(f'warning: {message}', file=sys.stderr)
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-  """The lines of a Markdown table."""
+  """Returns a Markdown table, without a newline at the end."""
   header = list(header)
   lines = [header, ['---'] * len(header), *rows]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)

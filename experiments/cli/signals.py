@@ -16,7 +16,7 @@ class Interrupted(Exception):
   """The user or the scheduler asked the process to stop.
 
   Attributes:
-    signum: how.
+    signum: the number of the signal.
     saved: whether finished work has been saved.
   """
 
@@ -27,15 +27,15 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-  """Remembers a request to stop (Ctrl-C, SIGTERM), to be honoured at a point of one's choice.
+  """Remembers a request to stop (Ctrl-C, SIGTERM) until the binary looks for it.
 
   Args:
-    saves: whether what is finished by then is saved.
+    saves: whether the binary saves what it has finished when it stops.
 
   Attributes:
-    signum: of the request; None if there is none.
-    patience: seconds to wait for that point. The process ends without it afterwards, with what was
-      saved before: a device at work cannot be interrupted.
+    signum: the number of the signal; None if there was none.
+    patience: seconds in which the binary must look. Afterwards the process ends with what was saved
+      before, because a device at work cannot be interrupted.
   """
 
   def __init__(self, saves: bool = True) -> None:
@@ -45,26 +45,26 @@ class StopSignal:
     self._honoured = threading.Event()
 
   def requested(self) -> int | None:
-    """The request, if there is one; who is told of it may take all the time that saving needs."""
+    """Returns the signal's number, or None. From then on the binary has all the time it needs."""
     if self.signum is not None:
       self._honoured.set()
     return self.signum
 
   def check(self) -> None:
-    """Raises Interrupted if a request has come in."""
+    """Raises Interrupted if there was a request."""
     signum = self.requested()
     if signum is not None:
       raise Interrupted(signum, self._saves)
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[StopSignal]:
-    """Listens while the context is open; a second request kills the process at once."""
+    """Listens for signals while the context is open. A second signal ends the process at once."""
 
     def handler(signum: int, _: FrameType | None) -> None:
       self.signum = signum
 
-    # Python runs handlers between two of its instructions, not while the device is waited for. The
-    # interpreter writes the signal's number to the wakeup descriptor at once, for a thread to read.
+    # Python runs handlers between two of its instructions, and not while it waits for the device.
+    # It writes the signal's number to the wakeup descriptor at once, and a thread reads it there.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wakeup = signal.set_wakeup_fd(writer)
@@ -85,7 +85,7 @@ class StopSignal:
       os.close(reader)
 
   def _watch(self, reader: int) -> None:
-    """Ends the process for a second request, and for a first that is not honoured in time."""
+    """Ends the process at a second signal, or if a first one is not honoured in time."""
     for signum in os.read(reader, 1):
       self.signum = signum
       again, _, _ = select.select([reader], [], [], self.patience)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from etils import epy
 
@@ -19,24 +17,39 @@ from experiments.cli.flags import UsageError
 from experiments.cli.messages import warn
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
-  from se_vae.storage import atomic_files
+  from se_vae.storage import atomic_files, locks
 
 LOCK = '.lock'
 
 
 def check_workdir(workdir: str | None, lock_name: str = LOCK) -> Path:
-  """The work directory as a path, if it is or can become a writable directory that is free."""
+  """Returns the work directory as a path.
+
+  Args:
+    workdir: the value of --workdir.
+    lock_name: the lock that no other process may hold.
+
+  Raises:
+    UsageError: unless it is or can become a writable directory in which no other process works.
+  """
   if not workdir:
     raise UsageError('--workdir: is required; everything the run writes goes there')
   path = check_directory('--workdir', workdir)
-  if (path / lock_name).exists():
-    with (path / lock_name).open() as file:
-      _lock_or_refuse(file, path, fcntl.LOCK_SH)
+  with _in_use_errors(path):
+    locks.check_free(path / lock_name)
   return path
 
 
 def check_directory(flag: str, directory: str) -> Path:
-  """A directory as a path; raises UsageError unless it is or can become a writable one."""
+  """Returns a directory as a path.
+
+  Args:
+    flag: the flag that names the directory, for the error.
+    directory: may be missing.
+
+  Raises:
+    UsageError: unless it is or can become a writable directory.
+  """
   path = Path(directory)
   nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
   if not nearest.is_dir():
@@ -50,49 +63,49 @@ def check_directory(flag: str, directory: str) -> Path:
 def lock(workdir: Path, *patterns: str, name: str = LOCK) -> Iterator[Callable[[], None]]:
   """Makes the directory if need be, and keeps every other process with this lock out of it.
 
-  The system drops the lock of a process that dies, however it dies.
-
   Args:
     workdir: the directory.
-    *patterns: of the files that the lock is for; what dead processes left of them is removed.
+    *patterns: the names of the files that only the owner of the lock writes. Whatever killed
+      processes left of half-written ones is removed.
     name: of the lock.
 
   Yields:
-    A function that raises FileNotFoundError once the directory has vanished, even where another one
+    A function that raises FileNotFoundError once the directory has vanished, even if another one
     is in its place.
 
   Raises:
-    UsageError: if another process is at work there; names it.
+    UsageError: if another process works in the directory; the message names it.
   """
   atomic_files.make_directory(workdir)
   path = workdir / name
-  with path.open('a+') as file:
-    _lock_or_refuse(file, workdir, fcntl.LOCK_EX)
-    file.truncate(0)
-    file.write(f'process {os.getpid()} on {platform.node()}')
-    file.flush()
+  with contextlib.ExitStack() as held:
+    with _in_use_errors(workdir):
+      file = held.enter_context(locks.hold(path))
     atomic_files.remove_leftovers(workdir, *patterns)
 
-    def check() -> None:
+    def check_place() -> None:
       if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
         raise FileNotFoundError(f'{workdir}: the work directory has vanished')
 
-    yield check
+    yield check_place
 
 
-def _lock_or_refuse(file: TextIO, workdir: Path, mode: int) -> None:
+@contextlib.contextmanager
+def _in_use_errors(workdir: Path) -> Iterator[None]:
   try:
-    fcntl.flock(file, mode | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.seek(0)
-    owner = file.read().strip() or 'another process'
+    yield
+  except locks.InUseError as owner:
     raise UsageError(f'--workdir: {workdir} is in use by {owner}') from None
 
 
 def read_json(path: Path, *names: str) -> dict[str, Any] | None:
-  """The object in a JSON file, with these names in it; None if it is missing.
+  """Returns the object in a JSON file; None if the file is missing or damaged.
 
-  None also if it is damaged, with a warning: what is written as JSON can be made again.
+  A damaged file gives a warning. It is no error, because a run can write it again.
+
+  Args:
+    path: the file.
+    *names: the object must have them.
   """
   try:
     content = json.loads(path.read_bytes())

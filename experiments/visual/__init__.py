@@ -1,1 +1,1 @@
-"""What a run leaves to look at: plots, image grids, TensorBoard files and the report page."""
+"""Plots, image grids, TensorBoard event files, and the layout of the report."""

@@ -1,12 +1,15 @@
-"""Curves of adversarial accuracy against radius, and pages of images."""
+"""Plots of adversarial accuracy and of latent shifts against the radius of the attack."""
 
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from se_vae.evaluation import sanity_checks
 
 _LABELS = {'vae': 'VAE', 'se': 'SE'}
 _COLORS = {'vae': '#d95f02', 'se': '#1b6ca8'}
@@ -15,7 +18,7 @@ _STYLES = ('-', '--', ':', '-.')
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """Results of one objective, one for each seed.
+  """Adversarial accuracy of one objective, from one result a seed.
 
   Attributes:
     objective: 'vae' or 'se'.
@@ -34,12 +37,12 @@ class Curve:
 
   @property
   def radii(self) -> np.ndarray:
-    """`[R]`."""
+    """Radii of the attack, `[R]`."""
     return np.array(self.results[0]['radii'])
 
   @property
   def accuracy(self) -> np.ndarray:
-    """Mean over the seeds, `[R]`."""
+    """Adversarial accuracy, averaged over the seeds, `[R]`."""
     return np.mean([result['accuracy'] for result in self.results], axis=0)
 
   @property
@@ -48,21 +51,39 @@ class Curve:
     intervals = np.array([result['interval'] for result in self.results])
     return np.stack([intervals[..., 0].min(axis=0), intervals[..., 1].max(axis=0)], axis=-1)
 
+  @property
+  def checks(self) -> str:
+    """The summary of the sanity checks of all seeds."""
+    return checks_summary(*self.results)
+
+
+def checks_summary(*results: dict[str, Any]) -> str:
+  """The summary line of the sanity checks of these results, such as 'checks: not run'."""
+  return sanity_checks.summary([check for result in results for check in result.get('checks', ())])
+
 
 def save(
   file: BinaryIO,
   panels: Sequence[tuple[str, Sequence[Curve]]],
-  moves: dict[str, Any] | None = None,
+  latent_shifts: dict[str, Any] | None = None,
 ) -> None:
-  """Draws panels (title, curves) side by side into a PNG file; the moves of the encoding last."""
+  """Draws panels side by side into a PNG file, each with the verdict of its curves' checks.
+
+  Args:
+    file: where to write.
+    panels: title and curves of each panel.
+    latent_shifts: the radii, means and quantiles that `experiments.probe` writes, for a last panel.
+  """
   from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
   from matplotlib.figure import Figure
 
-  count = len(panels) + (moves is not None)
-  figure = Figure(figsize=(4.2 * count, 3.6), layout='constrained')
+  count = len(panels) + (latent_shifts is not None)
+  captions = [_wrapped(caption(curves)) for _, curves in panels]
+  height = 3.6 + 0.13 * max(text.count('\n') + 1 for text in captions)
+  figure = Figure(figsize=(4.2 * count, height), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots(1, count, squeeze=False)[0]
-  for axis, (title, curves) in zip(axes, panels, strict=False):
+  for axis, (title, curves), text in zip(axes, panels, captions, strict=False):
     variants = sorted({curve.variant for curve in curves}, key=lambda name: (len(name), name))
     for curve in curves:
       color, style = _look(curve.objective, variants.index(curve.variant), len(variants))
@@ -72,14 +93,35 @@ def save(
       axis.fill_between(curve.radii, *curve.interval.T, color=color, alpha=0.2, linewidth=0)
     axis.set(title=title, ylim=(-0.02, 1.02))
     axis.tick_params(labelleft=axis is axes[0])
+    axis.annotate(
+      text,
+      (0.0, 0.0),
+      xycoords='axes fraction',
+      xytext=(0, -36),
+      textcoords='offset points',
+      va='top',
+      fontsize=7.5,
+      parse_math=False,
+    )
   axes[0].set_ylabel('adversarial accuracy')
-  if moves is not None:
-    _draw_moves(axes[-1], moves)
+  if latent_shifts is not None:
+    _draw_latent_shifts(axes[-1], latent_shifts)
   for axis in axes:
     axis.set_xlabel('attack radius (l-inf, pixels in [0, 1])')
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
   figure.savefig(file, dpi=150, format='png')
+
+
+def caption(curves: Sequence[Curve]) -> list[str]:
+  """The checks' verdict of every curve, or one line where all curves have the same."""
+  if len({curve.checks for curve in curves}) == 1:
+    return [curves[0].checks]
+  return [f'{curve.label}, {curve.checks}' for curve in curves]
+
+
+def _wrapped(lines: Sequence[str]) -> str:
+  return '\n'.join(textwrap.fill(line, 68, subsequent_indent='  ') for line in lines)
 
 
 def _look(objective: str, number: int, count: int) -> tuple[Any, str]:
@@ -91,22 +133,10 @@ def _look(objective: str, number: int, count: int) -> tuple[Any, str]:
   return colormaps['viridis'](number / (count - 1) * 0.9), _STYLES[objective == 'vae']
 
 
-def _draw_moves(axis: Any, moves: dict[str, Any]) -> None:
-  radii, levels = moves['radii'], list(moves['quantiles'])
-  lowest, highest = (moves['quantiles'][level] for level in (levels[0], levels[-1]))
+def _draw_latent_shifts(axis: Any, shifts: dict[str, Any]) -> None:
+  radii, levels = shifts['radii'], list(shifts['quantiles'])
+  lowest, highest = (shifts['quantiles'][level] for level in (levels[0], levels[-1]))
   band = f'{levels[0]} to {levels[-1]} of the images'
-  axis.plot(radii, moves['mean'], marker='o', ms=3.5, color='k', label='mean')
+  axis.plot(radii, shifts['mean'], marker='o', ms=3.5, color='k', label='mean')
   axis.fill_between(radii, lowest, highest, color='k', alpha=0.15, linewidth=0, label=band)
-  axis.set(title='largest move of the encoding', ylabel='squared W2')
-
-
-def save_images(file: BinaryIO, rows: Sequence[np.ndarray], scale: int = 2) -> None:
-  """Rows of images `[N, H, W, C]` in [0, 1] as one PNG file, each pixel `scale` wide."""
-  from PIL import Image
-
-  grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-  pixels = np.round(np.clip(grid, 0.0, 1.0) * 255.0).astype(np.uint8)
-  pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-  if pixels.shape[-1] not in (1, 3):
-    raise ValueError(f'images must have 1 or 3 channels, got {pixels.shape[-1]}')
-  Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, 'PNG')
+  axis.set(title='latent shift under attack', ylabel='squared W2')

@@ -1,8 +1,8 @@
-"""TensorBoard event files, without TensorFlow: what one sees of a run while it runs.
+"""TensorBoard event files of a run, written without TensorFlow.
 
-A run has one file for each process that worked on it. Whatever a process wrote after the
-checkpoint that the next one starts from is dropped there, as in metrics.jsonl: no step is missing
-and none is there twice.
+Each process that trains a run writes a file of its own. A process that resumes from a checkpoint
+first removes the events of later steps from the earlier files, as metrics.jsonl drops its later
+rows. Together the files then have every step exactly once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from experiments.visual import image_grids
 from se_vae.storage import atomic_files
 
-# TensorBoard knows them by this beginning, and reads them in the order of their names.
+# TensorBoard recognises event files by this prefix, and reads them in the order of their names.
 _NAME = 'events.out.tfevents.{:06d}'
 _ANY = _NAME.replace('{:06d}', '[0-9]' * 6)
 
@@ -28,10 +28,10 @@ _CHECKSUM = struct.Struct('<I')
 
 
 class EventWriter:
-  """Writes what happens after step `step` of a run; a context."""
+  """Context manager that writes the events of a run after step `step`."""
 
   def __init__(self, directory: Path, step: int) -> None:
-    """Drops what the directory's files tell of later steps, and begins a file of its own."""
+    """Removes the events of later steps from the directory's files, and begins a new file."""
     directory.mkdir(exist_ok=True)
     before = sorted(directory.glob(_ANY))
     for path in before:
@@ -41,7 +41,7 @@ class EventWriter:
     self._file = self._path.open('xb')
     self._step, self._time = step, time.monotonic()
     self._write(0, file_version='brain.Event:2')
-    # A TensorBoard that was watching forgets what was dropped.
+    # It makes a running TensorBoard drop the removed events too.
     self._write(step + 1, session_log={'status': 'START'})
 
   def __enter__(self) -> EventWriter:
@@ -51,7 +51,7 @@ class EventWriter:
     self._file.close()
 
   def row(self, step: int, metrics: Mapping[str, float]) -> None:
-    """A row of metrics, up to `step`, and the steps a second since the one before."""
+    """Writes a row of metrics that ends at `step`, and the steps per second since the last row."""
     now = time.monotonic()
     self.scalars(step, 'train', metrics)
     self.scalars(step, 'speed', {'steps_per_second': (step - self._step) / (now - self._time)})
@@ -60,12 +60,12 @@ class EventWriter:
       self._file.flush()
 
   def scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
-    """Points of the curves `group/name`, rounded to float32."""
+    """Writes a point of each curve `group/name`, rounded to float32."""
     summary = [{'tag': f'{group}/{name}', 'simple_value': float(v)} for name, v in values.items()]
     self._write(step, summary={'value': summary})
 
   def images(self, step: int, pages: Mapping[str, np.ndarray]) -> None:
-    """Pages of images `[rows, columns, H, W, C]` in [0, 1]."""
+    """Writes pages of images `[rows, columns, H, W, C]` in [0, 1]."""
     summary = []
     for name, page in pages.items():
       rows, columns, height, width, channels = page.shape
@@ -79,7 +79,7 @@ class EventWriter:
     self._write(step, summary={'value': summary})
 
   def sync(self) -> None:
-    """Returns when all of it is on the disk."""
+    """Flushes the file, and returns when all of it is on the disk."""
     with atomic_files.naming(self._path):
       self._file.flush()
       os.fsync(self._file.fileno())
@@ -91,7 +91,7 @@ class EventWriter:
 
 
 def read(path: Path) -> Iterator[Any]:
-  """The events of a file, up to its end or the record that a kill cut short."""
+  """The events of a file, up to its end or to an incomplete or damaged record."""
   content, start = path.read_bytes(), 0
   while len(content) >= (begin := start + _LENGTH.size + _CHECKSUM.size):
     length = content[start : start + _LENGTH.size]
@@ -110,7 +110,7 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def _record(event: Any) -> bytes:
-  """An event as TFRecord frames it."""
+  """An event as a TFRecord: length, checksum, data, checksum."""
   data = event.SerializeToString()
   length = _LENGTH.pack(len(data))
   return b''.join(

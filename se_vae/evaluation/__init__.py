@@ -1,4 +1,39 @@
 """Linear probes, adversarial accuracy against radius, and the sanity checks beside it.
 
-Takes any JAX callable as a model, and never imports the training code.
+`robustness.evaluate` attacks any JAX function that gives logits: `attacked_classifier` holds it and
+its examples, `attack_suite` and `targets` the attacks, `attack_log` what they found,
+`sanity_evidence` and `sanity_checks` the checks of the result. `linear_probe` makes a classifier of
+an encoder. `latent_shift` measures how far an attack moves a representation, without labels.
 """
+
+from etils import epy as _epy
+
+with _epy.lazy_api_imports(globals()):  # the checks of a file are read without loading JAX
+  from se_vae.evaluation.latent_shift import joint_accuracy, max_latent_shift
+  from se_vae.evaluation.linear_probe import (
+    GaussianLatents,
+    LinearProbe,
+    ProbedEncoder,
+    Reconstruction,
+    encoder_means,
+    fit_probe,
+  )
+  from se_vae.evaluation.metrics import AdversarialAccuracy
+  from se_vae.evaluation.robustness import Evaluation, adversarial_accuracy, evaluate
+  from se_vae.evaluation.sanity_checks import SanityCheck
+
+__all__ = [
+  'AdversarialAccuracy',
+  'Evaluation',
+  'GaussianLatents',
+  'LinearProbe',
+  'ProbedEncoder',
+  'Reconstruction',
+  'SanityCheck',
+  'adversarial_accuracy',
+  'encoder_means',
+  'evaluate',
+  'fit_probe',
+  'joint_accuracy',
+  'max_latent_shift',
+]

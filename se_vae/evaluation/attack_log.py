@@ -1,4 +1,4 @@
-"""Who broke which example, at what radius, with which image, at what cost; kept across stops."""
+"""The attack log of an evaluation: what misclassified each example, and at what cost."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 from se_vae.storage import atomic_files
 
 
-class LedgerError(ValueError):
-  """A file that is no ledger, or one of another evaluation."""
+class AttackLogError(ValueError):
+  """A file that is no attack log, or the log of another evaluation."""
 
 
 @dataclasses.dataclass
-class Ledger:
-  """Grows as an evaluation goes on.
+class AttackLog:
+  """The result of every attack so far, for N examples; `evaluate` fills it in.
 
   Attributes:
-    names: of the attacks; the first is 'clean', the image as it is.
-    done: tries that are finished.
-    radius: `[N]`, the smallest broken radius; inf where none is.
-    attack: `[N]`, index into `names` of what broke it first; -1 where nothing did.
-    restart: `[N]`, which of its tries.
+    names: names of the attacks; the first is 'clean', the image as it is.
+    done: number of finished attempts.
+    radius: `[N]`, the smallest radius at which the example is misclassified; inf if there is none.
+    attack: `[N]`, index into `names` of the attack that found it; -1 if none did.
+    restart: `[N]`, which of the attack's attempts found it.
     forwards: `[N]`, forward passes spent on the example, without those that come with a gradient.
-    gradients: `[N]`, gradients spent on it.
-    images: `[N, ...]`, the adversarial image; the clean one where there is none.
+    gradients: `[N]`, gradients spent on the example.
+    images: `[N, ...]`, the adversarial image; the clean image of a robust example.
   """
 
   names: tuple[str, ...]
@@ -40,46 +40,49 @@ class Ledger:
   images: np.ndarray
 
   @classmethod
-  def empty(cls, names: tuple[str, ...], x: np.ndarray) -> Ledger:
-    """Nothing is attacked yet."""
+  def empty(cls, names: tuple[str, ...], x: np.ndarray) -> AttackLog:
+    """The log of clean images `[N, ...]` before the first attack."""
     count = len(x)
     zeros = lambda: np.zeros(count, np.int64)  # noqa: E731
-    nobody = np.full(count, -1)
-    return cls(names, 0, np.full(count, np.inf), nobody, zeros(), zeros(), zeros(), x.copy())
+    none = np.full(count, -1)
+    return cls(names, 0, np.full(count, np.inf), none, zeros(), zeros(), zeros(), x.copy())
 
-  def survives(self, radii: np.ndarray) -> np.ndarray:
-    """Bool `[R, N]`: a success at a small radius is one at every larger one."""
+  def robust(self, radii: np.ndarray) -> np.ndarray:
+    """Whether each example is robust at each radius, bool `[R, N]`.
+
+    An example that is misclassified at one radius counts as misclassified at every larger one.
+    """
     return self.radius[None] > np.asarray(radii, np.float64)[:, None]
 
   def record(
-    self, rows: np.ndarray, images: np.ndarray, *, radius: float, attack: int, restart: int
+    self, rows: np.ndarray, images: np.ndarray, *, radius: np.ndarray, attack: int, restart: int
   ) -> None:
-    """Enters broken examples."""
+    """Enters misclassified examples `rows` `[M]`, with their images and the radii `[M]`."""
     self.radius[rows] = radius
     self.attack[rows] = attack
     self.restart[rows] = restart
     self.images[rows] = images
 
   def save(self, path: Path, fingerprint: str) -> None:
-    """Writes an npz file, whole or not at all; `fingerprint` says what it belongs to."""
+    """Writes an npz file atomically; `fingerprint` identifies the evaluation."""
     with atomic_files.replacing(path) as file:
       np.savez(file, fingerprint=np.array(fingerprint), **vars(self))
 
   @classmethod
-  def load(cls, path: Path, fingerprint: str) -> Ledger:
+  def load(cls, path: Path, fingerprint: str) -> AttackLog:
     """Reads what `save` wrote.
 
     Raises:
-      LedgerError: if it is damaged, or belongs to another evaluation.
+      AttackLogError: if the file is damaged, or belongs to another evaluation.
     """
     try:
       with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
         content = dict(arrays)
       stored = str(content.pop('fingerprint'))
       names = tuple(map(str, content.pop('names')))
-      ledger = cls(names, int(content.pop('done')), **content)
+      log = cls(names, int(content.pop('done')), **content)
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-      raise LedgerError(f'{path}: is not a ledger: {error}') from error
+      raise AttackLogError(f'{path}: is not an attack log: {error}') from error
     if stored != fingerprint:
-      raise LedgerError(f'{path}: belongs to another evaluation; remove it to start afresh')
-    return ledger
+      raise AttackLogError(f'{path}: belongs to another evaluation; remove it to start afresh')
+    return log

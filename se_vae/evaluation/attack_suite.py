@@ -1,80 +1,215 @@
-"""The attacks of an evaluation, as a table: what runs, from what start, how often, at what cost."""
+"""The attacks of an evaluation: what each maximises, from what start, how often, at what cost.
+
+An attack is a frozen, hashable object that maps a batch of images to adversarial images. `standard`
+and `worst_case` build the suites that `robustness.evaluate` offers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from se_vae import attacks
-from se_vae.attacks import auto_pgd, losses, projections, square_attack
+from se_vae.attacks import losses, projections
 from se_vae.attacks.losses import Aim, Model
 from se_vae.attacks.projections import Norm
+from se_vae.evaluation import targets
+from se_vae.evaluation.targets import Targets
 
-# Classes that a latent-targeted attack tries, nearest first: each is a whole attack of its own.
+# Attacks on the representation aim at this many other classes, the nearest first.
 _LATENT_TARGETS = 3
-_GREYS = 5
 
 
-@dataclasses.dataclass(frozen=True)
+class Cost(NamedTuple):
+  """What one attempt of an attack spends on each example.
+
+  Attributes:
+    forwards: forward passes without a gradient, with the one that scores the result.
+    gradients: gradients.
+  """
+
+  forwards: int
+  gradients: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Attack:
-  """One row of the table. Hashable: a static argument of `run`.
+  """One attack of a suite.
 
   Attributes:
     name: unique in a suite; part of the attack's randomness.
-    method: 'pgd', 'apgd', 'fgsm', 'square', 'noise', 'extreme_noise' or 'image' (`aim.image`
-      clipped to the ball).
-    objective: what it maximises, unless it is noise or an image.
-    warm_start: what PGD maximises first, to find the start of 'apgd'; a random start if None.
-    num_steps: gradient steps, or queries of 'square'.
-    tries: how many times, each with a key and a target of its own.
-    target: what the tries aim at: '', 'class', 'centroid', 'encoding', 'self' or 'candidate'.
-    step_share: length of a step of 'pgd' as a share of the radius; `attacks.pgd`'s rule if None.
+    restarts: how often it runs at each radius, each time with a key and an aim of its own.
+    aim: what one of these attempts aims at.
+    num_steps: gradient steps, or queries of an attack without gradients.
   """
 
   name: str
-  method: str
-  objective: Model | None = None
-  warm_start: Model | None = None
+  restarts: int = 1
+  aim: Callable[[Targets, np.ndarray, int], Aim] = targets.own_label
   num_steps: int = 1
-  tries: int = 1
-  target: str = ''
-  step_share: float | None = None
 
   @property
-  def gradients(self) -> int:
-    """Gradients that one try takes on each example."""
-    if self.method in ('square', 'noise', 'extreme_noise', 'image'):
-      return 0
-    warm = self.num_steps if self.warm_start is not None else 0
-    return warm + self.num_steps + (self.method == 'apgd')
+  def cost(self) -> Cost:
+    """The cost of one attempt."""
+    return Cost(forwards=1, gradients=0)
+
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """Adversarial images of one attempt, `[B, ...]`, inside the ball and the bounds.
+
+    Args:
+      key: key of the attempt.
+      x: clean images `[B, ...]`.
+      **options: `radius`, `norm`, `bounds`, `args` and `index` of `attacks.pgd`; the first of the
+        `args` is the aim.
+    """
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noise(Attack):
+  """A uniform draw from the ball, or from its corners (l2: its surface) if `extreme`."""
+
+  extreme: bool = False
+
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """Noisy images."""
+    del options['args']
+    return attacks.noise(key, x, extreme=self.extreme, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherImage(Attack):
+  """Another image, that of the aim, projected to the ball."""
+
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """The projected images."""
+    del options['index']
+    aim, *_ = options.pop('args')
+    return projections.Ball(x, **options).project(aim.image)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientAttack(Attack):
+  """An attack that climbs the gradient of `objective(x_adv, aim, *args)`."""
+
+  objective: Model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FGSM(GradientAttack):
+  """One gradient step, to the edge of the ball."""
 
   @property
-  def forwards(self) -> int:
-    """Forward passes without a gradient that one try takes, that which scores it included."""
-    extra = {'pgd': 1, 'square': self.num_steps}.get(self.method, 0)
-    return 1 + extra + (self.warm_start is not None)
+  def cost(self) -> Cost:
+    """One gradient."""
+    return Cost(forwards=1, gradients=1)
+
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """Images after the step."""
+    del options['index']
+    return attacks.fgsm(self.objective, key, x, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PGD(GradientAttack):
+  """Projected gradient ascent; `relative_step_size` is `attacks.pgd`'s, a share of the radius."""
+
+  relative_step_size: float | None = None
+
+  @property
+  def cost(self) -> Cost:
+    """A gradient for each step, and a forward pass for the last iterate."""
+    return Cost(forwards=2, gradients=self.num_steps)
+
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """The best iterates."""
+    return attacks.pgd(
+      self.objective,
+      key,
+      x,
+      num_steps=self.num_steps,
+      relative_step_size=self.relative_step_size,
+      keep_best=True,
+      **options,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class APGD(GradientAttack):
+  """Auto-PGD, from where PGD on `start_objective` ends, or from a random start if None."""
+
+  start_objective: Model | None = None
+
+  @property
+  def cost(self) -> Cost:
+    """A gradient at the start and for each step, and the cost of the PGD before."""
+    if self.start_objective is None:
+      return Cost(forwards=1, gradients=1 + self.num_steps)
+    return Cost(forwards=2, gradients=1 + 2 * self.num_steps)
+
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """The best iterates."""
+    options['num_steps'] = self.num_steps
+    start = None
+    if self.start_objective is not None:
+      start = attacks.pgd(self.start_objective, key, x, keep_best=True, **options)
+    return attacks.apgd(self.objective, key, x, start=start, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Square(Attack):
+  """Random search for the largest `objective(x_adv, aim, *args)`, without gradients; linf alone."""
+
+  objective: Model
+
+  @property
+  def cost(self) -> Cost:
+    """A forward pass for each query."""
+    return Cost(forwards=1 + self.num_steps, gradients=0)
+
+  def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """The best images."""
+    assert options.pop('norm') == 'linf'
+    return attacks.square(self.objective, key, x, num_queries=self.num_steps, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+  """The attacks that an evaluation rests on.
+
+  Attributes:
+    attacks: in the order in which they run.
+    doubled: names of the attacks that check 6 repeats with twice the steps. Each is compiled again,
+      so a long suite names those of its strongest method alone.
+  """
+
+  attacks: tuple[Attack, ...]
+  doubled: tuple[str, ...]
+
+  @property
+  def gradient_attacks(self) -> tuple[GradientAttack, ...]:
+    """Those that use gradients."""
+    return tuple(attack for attack in self.attacks if isinstance(attack, GradientAttack))
 
 
 def standard(
-  logits_fn: Model, *, num_steps: int, restarts: int, step_share: float | None = None
-) -> tuple[Attack, ...]:
-  """The paper's attack: PGD on the cross-entropy."""
-  objective = losses.CrossEntropy(logits_fn)
-  return (
-    Attack(
-      'pgd_cross_entropy',
-      'pgd',
-      _until(objective),
-      num_steps=num_steps,
-      tries=restarts,
-      step_share=step_share,
-    ),
+  logits_fn: Model, *, num_steps: int, restarts: int, relative_step_size: float | None = None
+) -> Suite:
+  """The paper's attack: PGD on the cross-entropy. Arguments as in `robustness.evaluate`."""
+  pgd = PGD(
+    name='pgd_cross_entropy',
+    objective=_until_misclassified(losses.CrossEntropy(logits_fn)),
+    num_steps=num_steps,
+    restarts=restarts,
+    relative_step_size=relative_step_size,
   )
+  return Suite((pgd,), doubled=(pgd.name,))
 
 
 def worst_case(
@@ -87,71 +222,80 @@ def worst_case(
   num_steps: int,
   restarts: int,
   num_queries: int,
-  step_share: float | None = None,
-) -> tuple[Attack, ...]:
-  """Everything there is, the cheap first: what they break, the dear need not attack.
+  relative_step_size: float | None = None,
+) -> Suite:
+  """Noise, other images, FGSM, PGD and APGD on several losses, attacks on latents, and Square.
+
+  The cheap attacks run first: the expensive ones need not attack what those misclassify.
 
   Args:
     logits_fn: the classifier.
-    latents_fn: its representation, for attacks that aim there; none of them if None.
-    classes: how many classes the evaluated examples have.
-    num_classes: K, how many the classifier knows.
+    latents_fn: its representation; no attacks on latents if None.
+    classes: C, how many classes the evaluated examples have.
+    num_classes: K, how many the classifier knows; the DLR loss needs three.
     norm: of the ball; Square is for 'linf' alone.
-    num_steps: gradient steps of each try.
-    restarts: tries of the untargeted attacks.
+    num_steps: gradient steps of each attempt.
+    restarts: attempts of each untargeted attack.
     num_queries: of Square.
-    step_share: of PGD.
+    relative_step_size: of PGD, as a share of the radius; 2.5 / num_steps if None.
   """
-  by_name: dict[str, Model] = {
+  by_name: dict[str, Any] = {
     'cross_entropy': losses.CrossEntropy(logits_fn),
     'margin': losses.Margin(logits_fn),
   }
   if num_classes >= 3:
     by_name['dlr'] = losses.DLR(logits_fn)
-  steps: dict[str, Any] = {'num_steps': num_steps}
-  table = [
-    Attack('noise', 'noise'),
-    Attack('extreme_noise', 'extreme_noise'),
-    Attack('candidates', 'image', tries=_GREYS + classes - 1, target='candidate'),
-    Attack('fgsm', 'fgsm', by_name['cross_entropy']),
+  found: list[Attack] = [
+    Noise(name='noise'),
+    Noise(name='extreme_noise', extreme=True),
+    OtherImage(
+      name='candidates', restarts=targets.NUM_GREYS + classes - 1, aim=targets.other_image
+    ),
+    FGSM(name='fgsm', objective=by_name['cross_entropy']),
   ]
-  for method in ('pgd', 'apgd'):
-    table += [
-      Attack(
-        f'{method}_{name}', method, _until(loss), tries=restarts, step_share=step_share, **steps
-      )
-      for name, loss in by_name.items()
-    ]
-  table.append(
-    Attack(
-      'apgd_targeted',
-      'apgd',
-      _until(losses.Targeted(logits_fn)),
-      tries=num_classes - 1,
-      target='class',
-      **steps,
+  steps: dict[str, Any] = {'num_steps': num_steps, 'restarts': restarts}
+  objectives = {name: _until_misclassified(loss) for name, loss in by_name.items()}
+  found += [
+    PGD(name=f'pgd_{name}', objective=loss, relative_step_size=relative_step_size, **steps)
+    for name, loss in objectives.items()
+  ]
+  auto = [APGD(name=f'apgd_{name}', objective=loss, **steps) for name, loss in objectives.items()]
+  auto.append(
+    APGD(
+      name='apgd_targeted',
+      objective=_until_misclassified(losses.Targeted(logits_fn)),
+      num_steps=num_steps,
+      restarts=num_classes - 1,
+      aim=targets.other_class,
     )
   )
+  found += auto
   if latents_fn is not None:
     nearest = min(classes - 1, _LATENT_TARGETS)
-    move = losses.LatentShift(latents_fn)
-    towards = losses.LatentTarget(latents_fn)
-    for name, warm_start, tries, target in (
-      ('latent_centroid', towards, nearest, 'centroid'),
-      ('latent_encoding', towards, nearest, 'encoding'),
-      ('latent_w2', move, restarts, 'self'),
-    ):
-      if tries:
-        loss = _until(by_name['margin'])
-        table.append(Attack(name, 'apgd', loss, warm_start, tries=tries, target=target, **steps))
+    towards, away = losses.LatentTarget(latents_fn), losses.LatentShift(latents_fn)
+    found += [
+      APGD(
+        name=name,
+        objective=objectives['margin'],
+        start_objective=start,
+        num_steps=num_steps,
+        restarts=attempts,
+        aim=aim,
+      )
+      for name, start, attempts, aim in (
+        ('latent_centroid', towards, nearest, targets.other_centroid),
+        ('latent_encoding', towards, nearest, targets.other_encoding),
+        ('latent_w2', away, restarts, targets.own_encoding),
+      )
+    ]
   if norm == 'linf':
-    table.append(square_margin(logits_fn, num_queries))
-  return tuple(table)
+    found.append(square_margin(logits_fn, num_queries))
+  return Suite(tuple(found), doubled=tuple(attack.name for attack in auto))
 
 
-def square_margin(logits_fn: Model, num_queries: int) -> Attack:
+def square_margin(logits_fn: Model, num_queries: int) -> Square:
   """Square on the margin."""
-  return Attack('square', 'square', losses.Margin(logits_fn), num_steps=num_queries)
+  return Square(name='square', objective=losses.Margin(logits_fn), num_steps=num_queries)
 
 
 @functools.partial(jax.jit, static_argnames=('attack', 'norm', 'bounds'))
@@ -167,123 +311,17 @@ def run(
   norm: Norm,
   bounds: tuple[float, float],
 ) -> jax.Array:
-  """One try on a batch: x_adv of x's shape, legal as `attacks.pgd`'s. Radius and key are traced."""
-  options: dict[str, Any] = {'radius': radius, 'bounds': bounds}
-  if attack.method in ('noise', 'extreme_noise'):
-    extreme = attack.method == 'extreme_noise'
-    return attacks.noise(key, x, extreme=extreme, norm=norm, index=index, **options)
-  if attack.method == 'image':
-    assert aim.image is not None
-    return projections.Ball(x, radius, norm, bounds).project(aim.image)
-  assert attack.objective is not None
-  options['args'] = (aim, *args)
-  if attack.method == 'square':
-    return square_attack.square(
-      attack.objective, key, x, num_queries=attack.num_steps, index=index, **options
-    )
-  options['norm'] = norm
-  if attack.method == 'fgsm':
-    return attacks.fgsm(attack.objective, key, x, **options)
-  options |= {'num_steps': attack.num_steps, 'index': index}
-  if attack.method == 'pgd':
-    return attacks.pgd(
-      attack.objective, key, x, relative_step_size=attack.step_share, keep_best=True, **options
-    )
-  start = None
-  if attack.warm_start is not None:
-    start = attacks.pgd(attack.warm_start, key, x, keep_best=True, **options)
-  return auto_pgd.apgd(attack.objective, key, x, start=start, **options)
+  """One attempt on a batch, compiled once for all radii and keys: `[B, ...]`, of x's shape."""
+  options = {'radius': radius, 'norm': norm, 'bounds': bounds, 'index': index}
+  return attack(key, x, args=(aim, *args), **options)
 
 
-def try_key(key: jax.Array, attack: Attack, radius: float, attempt: int) -> jax.Array:
-  """The key of one try, whatever other attacks, radii and tries there are."""
+def attempt_key(key: jax.Array, attack: Attack, radius: float, attempt: int) -> jax.Array:
+  """The key of one attempt, whatever other attacks, radii and attempts there are."""
   for number in (zlib.crc32(attack.name.encode()), np.float32(radius).view(np.uint32), attempt):
     key = jax.random.fold_in(key, np.uint32(number))
   return key
 
 
-class Aims(NamedTuple):
-  """What the attacks of a suite aim at, for N examples of C classes; see `find_aims`.
-
-  Attributes:
-    latents: `[N, E]`.
-    centroids: `[C, E]`, of the classes in ascending order.
-    by_centroid: `[N, C - 1]`, rows of centroids of other classes, nearest first.
-    by_encoding: `[N, C - 1]`, of each other class the nearest example, nearest first.
-    greys: `[G, ...]`, uniform images.
-  """
-
-  latents: np.ndarray
-  centroids: np.ndarray
-  by_centroid: np.ndarray
-  by_encoding: np.ndarray
-  greys: np.ndarray
-
-
-def find_aims(
-  x: np.ndarray, labels: np.ndarray, latents: np.ndarray, bounds: tuple[float, float]
-) -> Aims:
-  """Targets for every example.
-
-  Args:
-    x: images `[N, ...]`.
-    labels: `[N]`.
-    latents: representations `[N, E]`; of a classifier that has none, the pixels.
-    bounds: lowest and highest pixel value.
-  """
-  latents = latents.reshape(len(x), -1)
-  classes, own = np.unique(labels, return_inverse=True)
-  members = [np.flatnonzero(labels == c) for c in classes]
-  centroids = np.stack([latents[rows].mean(axis=0) for rows in members])
-  distances = np.empty((len(x), len(classes)))
-  nearest = np.empty((len(x), len(classes)), np.int64)
-  to_centroid = _squared_distances(latents, centroids)
-  for c, rows in enumerate(members):
-    for start in range(0, len(x), 1000):  # all pairs at once would not fit into memory
-      some = slice(start, start + 1000)
-      squared = _squared_distances(latents[some], latents[rows])
-      closest = squared.argmin(axis=1)
-      nearest[some, c] = rows[closest]
-      distances[some, c] = squared.min(axis=1)
-  everyone = np.arange(len(x))
-  distances[everyone, own] = to_centroid[everyone, own] = np.inf
-  by_encoding = np.take_along_axis(nearest, distances.argsort(axis=1)[:, :-1], axis=1)
-  levels = np.linspace(*bounds, _GREYS, dtype=x.dtype)
-  greys = np.stack([np.full(x.shape[1:], level, x.dtype) for level in levels])
-  by_centroid = to_centroid.argsort(axis=1)[:, :-1]
-  return Aims(latents, centroids, by_centroid, by_encoding, greys)
-
-
-def aim_at(
-  aims: Aims | None,
-  attack: Attack,
-  attempt: int,
-  rows: np.ndarray,
-  x: np.ndarray,
-  labels: np.ndarray,
-  num_classes: int,
-) -> Aim:
-  """The aim of one try on the examples `rows`; `aims` may be None where it needs none."""
-  labels = labels[rows]
-  if not attack.target:
-    return Aim(labels)
-  if attack.target == 'class':
-    return Aim(labels, target=(labels + 1 + attempt) % num_classes)
-  assert aims is not None
-  if attack.target == 'centroid':
-    return Aim(labels, latent=aims.centroids[aims.by_centroid[rows, attempt]])
-  if attack.target == 'encoding':
-    return Aim(labels, latent=aims.latents[aims.by_encoding[rows, attempt]])
-  if attack.target == 'self':
-    return Aim(labels, latent=aims.latents[rows])
-  if attempt < len(aims.greys):
-    return Aim(labels, image=np.broadcast_to(aims.greys[attempt], x[rows].shape))
-  return Aim(labels, image=x[aims.by_encoding[rows, attempt - len(aims.greys)]])
-
-
-def _until(objective: Any) -> Model:
+def _until_misclassified(objective: Any) -> Model:
   return losses.UntilMisclassified(objective, objective.logits_fn)
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  return (a**2).sum(1)[:, None] - 2.0 * a @ b.T + (b**2).sum(1)[None]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from se_vae.config import ArgumentError
 from se_vae.data.transforms import pixels
 from se_vae.gaussians import DiagonalGaussian
 from se_vae.models.vae import VAE, Params
@@ -21,7 +22,7 @@ from se_vae.parallel import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearProbe:
-  """logits = mean @ weights + bias.
+  """A linear classifier of encoder means: logits = mean @ weights + bias.
 
   Example:
     >>> probe = LinearProbe(jnp.eye(2), jnp.zeros(2))
@@ -37,10 +38,10 @@ class LinearProbe:
   bias: jax.Array
 
   def logits(self, mean: jax.Array) -> jax.Array:
-    """Encoder means `[B, D]` to unnormalised log-probabilities `[B, K]`.
+    """Unnormalised log-probabilities `[B, K]` of encoder means `[B, D]`.
 
     Raises:
-      AssertionError: if `mean` has other dimensions than the probe was made for.
+      AssertionError: if `mean` does not have the D columns that the probe was fitted to.
     """
     if mean.ndim != 2 or mean.shape[1] != len(self.weights):
       raise AssertionError(f'mean must be [B, {len(self.weights)}], got {mean.shape}')
@@ -49,7 +50,7 @@ class LinearProbe:
 
 @dataclasses.dataclass(frozen=True)
 class ProbedEncoder:
-  """The classifier under attack: images, through the encoder's mean, to a probe's logits.
+  """A classifier of images: a linear probe on the encoder's mean.
 
   Example:
     >>> from se_vae import make_vae
@@ -62,21 +63,22 @@ class ProbedEncoder:
   model: VAE
 
   def __call__(self, x: jax.Array, params: Params, probe: LinearProbe) -> jax.Array:
-    """Images `[B, H, W, C]` in [0, 1] to logits `[B, K]`."""
+    """Logits `[B, K]` of images `[B, H, W, C]` in [0, 1]."""
     return probe.logits(self.model.encode(params, x).mean)
 
 
 @dataclasses.dataclass(frozen=True)
 class GaussianLatents:
-  """Means and standard deviations of an encoder, side by side: Euclid's distance is W2 (Eq. 12).
+  """Coordinates of encodings in which the Euclidean distance is W2 (Eq. 12).
 
-  Full covariances have no such coordinates: their means alone, a lower bound of W2.
+  These are the means and standard deviations, side by side. Gaussians with full covariance have no
+  such coordinates: for them the means alone, whose distance is a lower bound of W2.
   """
 
   model: VAE
 
   def __call__(self, x: jax.Array, params: Params, *_: Any) -> jax.Array:
-    """Images `[B, H, W, C]` to `[B, 2 D]`, or `[B, D]`."""
+    """Coordinates `[B, 2 D]`, or `[B, D]` for full covariance, of images `[B, H, W, C]`."""
     q = self.model.encode(params, x)
     if isinstance(q, DiagonalGaussian):
       return jnp.concatenate([q.mean, q.stddev], axis=-1)
@@ -85,12 +87,12 @@ class GaussianLatents:
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-  """Images, through the encoder's mean and the decoder, to images."""
+  """Reconstructions: the decoder's mean at the encoder's mean."""
 
   model: VAE
 
   def __call__(self, x: jax.Array, params: Params, *_: Any) -> jax.Array:
-    """`[B, H, W, C]` to `[B, H, W, C]`."""
+    """Reconstructions `[B, H, W, C]` of images `[B, H, W, C]`."""
     return self.model.decode(params, self.model.encode(params, x).mean)
 
 
@@ -102,10 +104,10 @@ def _encode_means(model: VAE, params: Params, images: jax.Array) -> jax.Array:
 def encoder_means(
   model: VAE, params: Params, images: np.ndarray, *, mesh: Mesh | None = None, batch_size: int = 512
 ) -> np.ndarray:
-  """Means of q(z | x) for uint8 images `[N, H, W, C]`: float32 `[N, D]`.
+  """Means of q(z | x), float32 `[N, D]`, for uint8 images `[N, H, W, C]`.
 
-  They are encoded `batch_size` at a time, or fewer that are large, on all devices unless `mesh`
-  names some.
+  Encodes `batch_size` images at a time, or fewer if they are large, on all devices or on those of
+  `mesh`.
 
   Example:
     >>> from se_vae import make_vae
@@ -131,10 +133,10 @@ def fit_probe(
 ) -> LinearProbe:
   """Fits a probe to convergence, in float64.
 
-  The means come in units of the prior's standard deviation, and the penalty applies to weights in
-  those units. Standardising each latent instead lifts the latents that training has switched off,
-  whose means hardly vary, to the size of the live ones: a little clean accuracy for an attacker's
-  paradise.
+  The means are in units of the prior's standard deviation, and the penalty applies to weights in
+  those units. Standardising each latent scales inactive latents, whose means hardly vary, up to the
+  size of the active ones: clean accuracy rises a little, and small perturbations change the logits
+  much more.
 
   Example:
     >>> means = np.array([[-1.0], [-0.9], [0.9], [1.0]])
@@ -146,16 +148,16 @@ def fit_probe(
     means: training encodings `[N, D]`.
     labels: `[N]` integers in [0, num_classes).
     num_classes: K.
-    l2: weight of the penalty l2 / 2 ||W||^2, added to the *sum* of the cross-entropies.
-    standardize: divide each latent by its standard deviation over the training set first.
-    max_iter: L-BFGS iterations allowed.
+    l2: weight of the penalty l2 / 2 ||W||^2, added to the sum of the cross-entropies.
+    standardize: whether to divide each latent by its standard deviation over the training set.
+    max_iter: maximal number of L-BFGS iterations.
 
   Returns:
-    The probe, for means as they are: any standardisation is folded into its weights.
+    The probe, for means that are not standardised: its weights include the division.
 
   Raises:
-    ValueError: if the means are not finite, a label is not in [0, num_classes), or a class has no
-      example.
+    ArgumentError: if the means are not finite, a label is not in [0, num_classes), or a class has
+      no example.
     RuntimeError: if the fit does not converge.
   """
   from sklearn.exceptions import ConvergenceWarning  # slow to import
@@ -163,27 +165,27 @@ def fit_probe(
   from threadpoolctl import threadpool_limits
 
   if not np.isfinite(means).all():
-    raise ValueError('the encoder means are not finite: the encoder has diverged')
+    raise ArgumentError('means', 'must be finite: the encoder has diverged')
   classes, found = set(range(num_classes)), set(np.unique(labels).tolist())
   if found - classes:
-    raise ValueError(f'labels must lie in [0, {num_classes}), got {sorted(found - classes)}')
+    raise ArgumentError('labels', f'must lie in [0, {num_classes}), got {sorted(found - classes)}')
   missing = sorted(classes - found)
   if missing:
-    raise ValueError(f'no training example of class {", ".join(map(str, missing))}')
+    raise ArgumentError('labels', f'no training example of class {", ".join(map(str, missing))}')
   means = means.astype(np.float64)
   center, scale = means.mean(axis=0), np.ones(means.shape[1])
   if standardize:
     deviation = means.std(axis=0)
-    # A latent that varies by less than float32 can show is a constant, give or take rounding.
+    # A latent that varies by less than float32's resolution is constant up to rounding.
     scale = np.where(deviation > np.finfo(np.float32).eps * np.abs(center), deviation, 1.0)
-  # Of two classes scikit-learn fits the one vector w = W_1 - W_0. The best W has W_0 = -W_1, so
+  # For two classes scikit-learn fits the one vector w = W_1 - W_0. The best W has W_0 = -W_1, so
   # that ||W||^2 = ||w||^2 / 2.
   binary = num_classes == 2
   classifier = LogisticRegression(C=(2.0 if binary else 1.0) / l2, max_iter=max_iter, tol=1e-6)
   with warnings.catch_warnings():
     warnings.simplefilter('error', ConvergenceWarning)
     try:
-      # One thread: faster for matrices this thin, and the same sums in the same order everywhere.
+      # One thread is faster for matrices this thin, and adds in the same order on every machine.
       with threadpool_limits(1):
         classifier.fit((means - center) / scale, labels)
     except ConvergenceWarning as error:
@@ -198,5 +200,5 @@ def fit_probe(
 
 
 def accuracy(probe: LinearProbe, means: np.ndarray, labels: np.ndarray) -> float:
-  """Share of examples whose largest logit is their label's."""
+  """Share of examples `[N, D]` whose largest logit is that of their label, in [0, 1]."""
   return float(np.mean(np.argmax(np.asarray(probe.logits(jnp.asarray(means))), axis=-1) == labels))

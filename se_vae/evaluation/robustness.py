@@ -1,8 +1,8 @@
-"""Adversarial accuracy against radius (paper Sec. 7, Figure 1), and claims that stand up.
+"""Adversarial accuracy against radius (paper Sec. 7, Figure 1), with its evidence.
 
-`adversarial_accuracy` is the paper's curve, each radius attacked apart. `evaluate` is a claim with
-its evidence: each example's worst case over a suite of attacks, the images that prove it, and the
-checks of `se_vae.checks`. Both take any JAX callable.
+`adversarial_accuracy` is the paper's curve: PGD at every radius on its own. `evaluate` attacks with
+a suite of attacks, keeps each example's worst image, and runs the checks of `sanity_checks`. Both
+take any JAX function as a classifier.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ from jax.sharding import Mesh
 from se_vae.attacks import losses
 from se_vae.attacks.losses import Model
 from se_vae.attacks.projections import Norm
-from se_vae.choices import SUITES
-from se_vae.evaluation import attack_suite, check_evidence
-from se_vae.evaluation.attack_log import Ledger
-from se_vae.evaluation.batched_attacks import Problem, attempt, forward, pose, survivors
+from se_vae.config import SUITES, ArgumentError
+from se_vae.evaluation import attack_suite, attacked_classifier, sanity_checks, sanity_evidence
+from se_vae.evaluation.attack_log import AttackLog
+from se_vae.evaluation.attack_suite import Suite
+from se_vae.evaluation.attacked_classifier import AttackedClassifier
 from se_vae.evaluation.metrics import AdversarialAccuracy
-from se_vae.evaluation.sanity_checks import Check
+from se_vae.evaluation.sanity_checks import SanityCheck
 
-# Seconds between two copies of the ledger on disk.
+# Seconds between two copies of the attack log on disk.
 _SAVE_EVERY = 10.0
+
+Progress = Callable[[int, int], Any]
 
 
 def adversarial_accuracy(
   logits_fn: Model,
-  key: jax.Array,
   x: np.ndarray,
   labels: np.ndarray,
   *,
@@ -46,86 +48,94 @@ def adversarial_accuracy(
   relative_step_size: float | None = None,
   norm: Norm = 'linf',
   bounds: tuple[float, float] = (0.0, 1.0),
+  seed: int = 0,
   batch_size: int = 200,
   args: tuple[Any, ...] = (),
   mesh: Mesh | None = None,
-  progress: Callable[[int, int], Any] = lambda done, total: None,
+  progress: Progress = lambda done, total: None,
 ) -> AdversarialAccuracy:
-  """The paper's PGD at every radius apart, whatever it breaks at another.
+  """Accuracy under the paper's PGD, with every radius attacked on its own.
+
+  An example is robust at a radius if the classifier is right after all restarts there, whatever the
+  attack finds at other radii. Radius 0 is the clean accuracy. The result does not depend on the
+  batch size or on the number of devices, beyond rounding.
 
   Example:
     >>> def above_half(x):  # one pixel, two classes
     ...   return jnp.stack([0.5 - x[:, 0], x[:, 0] - 0.5], axis=1)
     >>> x, labels = np.array([[0.2], [0.45]], np.float32), np.array([0, 0])
-    >>> radii = (0.0, 0.1, 0.4)
-    >>> adversarial_accuracy(above_half, jax.random.key(0), x, labels, radii=radii).accuracy
+    >>> adversarial_accuracy(above_half, x, labels, radii=(0.0, 0.1, 0.4)).accuracy
     array([1. , 0.5, 0. ])
 
-  An example survives a radius if it survives all restarts there. Radius 0 is the clean accuracy.
-  The result does not depend on the batch size or on the number of devices, beyond rounding.
-
   Args:
-    logits_fn: as for `evaluate`, as are the others.
-    key: one PRNG key.
-    x: images.
-    labels: their classes, which may be one.
-    radii: radii >= 0.
-    num_steps: PGD steps.
-    restarts: tries at each radius.
-    relative_step_size: step size as a share of the radius.
+    logits_fn: images `[B, ...]` (and `args`) to logits `[B, K]`; hashable, compiled once.
+    x: images `[N, ...]`, float, inside `bounds`.
+    labels: `[N]` integers in [0, K).
+    radii: radii >= 0, in any order.
+    num_steps: gradient steps of each attempt.
+    restarts: attempts at each radius, each from a random start of its own.
+    relative_step_size: step size as a share of the radius; 2.5 / num_steps if None.
     norm: 'linf' or 'l2'.
     bounds: lowest and highest pixel value.
+    seed: seed of every random draw.
     batch_size: examples attacked at a time.
-    args: further arguments of `logits_fn`.
-    mesh: devices.
+    args: further arguments of `logits_fn`, such as parameters.
+    mesh: devices to spread a batch over; all of them if None.
     progress: called after each batch with the number of finished radii and of all.
 
   Raises:
-    ValueError: for input that makes no sense, or clean logits that are not finite.
+    ArgumentError: for an argument out of range, or clean logits that are not finite.
   """
-  counts = {'num_steps': num_steps, 'restarts': restarts, 'batch_size': batch_size}
-  problem, _ = pose(
+  attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts)
+  classifier, _ = attacked_classifier.prepare(
     logits_fn,
-    key,
     x,
     labels,
     radii=radii,
-    counts=counts,
+    seed=seed,
     norm=norm,
     bounds=bounds,
+    batch_size=batch_size,
     args=args,
     mesh=mesh,
   )
-  table = attack_suite.standard(
-    logits_fn, num_steps=num_steps, restarts=restarts, step_share=relative_step_size
+  suite = attack_suite.standard(
+    logits_fn, num_steps=num_steps, restarts=restarts, relative_step_size=relative_step_size
   )
-  correct = np.zeros((len(radii), len(x)), bool)
+  robust = np.zeros((len(radii), len(x)), bool)
   for i, radius in enumerate(radii):
-    problem = dataclasses.replace(problem, on_batch=functools.partial(progress, i, len(radii)))
-    correct[i, survivors(problem, table, float(radius), np.arange(len(x)))] = True
-  return AdversarialAccuracy(np.asarray(radii, np.float64), correct)
+    report = functools.partial(progress, i, len(radii))
+    reporting = dataclasses.replace(classifier, on_batch=report)
+    robust[i, reporting.robust(suite.attacks, float(radius), np.arange(len(x)))] = True
+  return AdversarialAccuracy(np.asarray(radii, np.float64), robust)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Evaluation:
-  """A claim and its evidence.
+  """The result of `evaluate`.
 
   Attributes:
     curve: accuracy at each radius, in the order asked for.
-    ledger: what broke each example, when, with which image, at what cost.
-    checks: in order; none if none were asked for.
+    attack_log: what misclassified each example, at what radius, with which image, at what cost.
+    checks: the sanity checks, in order; empty if `check_examples` was 0.
     config: everything that the numbers depend on, as JSON values.
   """
 
   curve: AdversarialAccuracy
-  ledger: Ledger
-  checks: tuple[Check, ...]
+  attack_log: AttackLog
+  checks: tuple[SanityCheck, ...]
   config: dict[str, Any]
 
   @property
   def passed(self) -> bool:
-    """Whether every check passed."""
-    return all(check.passed for check in self.checks)
+    """Whether no check failed; a skipped check does not count as failed."""
+    return all(check.verdict != 'fail' for check in self.checks)
+
+  def __repr__(self) -> str:
+    curve = zip(self.curve.accuracy, self.curve.radii, strict=True)
+    accuracy = ', '.join(f'{value:.3f} at {radius:g}' for value, radius in curve)
+    count, summary = self.curve.correct.shape[1], sanity_checks.summary(self.checks)
+    return f'Evaluation({self.config["attack"]}, n = {count}: {accuracy}; {summary})'
 
 
 def evaluate(
@@ -150,197 +160,206 @@ def evaluate(
   check_examples: int = 500,
   mesh: Mesh | None = None,
   state_path: str | Path | None = None,
-  progress: Callable[[int, int], Any] = lambda done, total: None,
+  progress: Progress = lambda done, total: None,
 ) -> Evaluation:
-  """Attacks a classifier as hard as it can, and says whether to believe the result.
+  """Accuracy under a suite of attacks, with the images that show it and sanity checks of it.
 
-  Radii are attacked from the smallest up. An example that is broken, by an earlier attack or at a
-  smaller radius, is not attacked again: what is left is compacted into batches of one shape, so
-  that every attack is compiled once. The result depends neither on the batch size nor on the
-  number of devices, beyond rounding.
+  The attacks run from the smallest radius up. An example that is misclassified, by an earlier
+  attack or at a smaller radius, is not attacked again. The remaining examples are compacted into
+  batches of one shape, so every attack compiles once. The result does not depend on the batch size
+  or on the number of devices, beyond rounding.
 
   Example:
     >>> x = np.float32([[[0.9], [0.9]], [[0.1], [0.1]]])
     >>> fn = lambda x: jnp.stack([x.sum(axis=(1, 2)) - 1.0, jnp.zeros(x.shape[0])], axis=1)
     >>> result = evaluate(fn, x, np.array([0, 1]), radii=(0.0, 0.3, 0.5), batch_size=2)
-    >>> print(result.curve.accuracy, result.checks[0].passed)
-    [1. 1. 0.] True
+    >>> print(result.curve.accuracy, result.checks[0].verdict)
+    [1. 1. 0.] pass
 
   Args:
     logits_fn: images `[B, ...]` (and `args`) to logits `[B, K]`; hashable, compiled once for each
       attack.
     x: images `[N, ...]`, float, inside `bounds`.
     labels: `[N]` integers in [0, K), of at least two classes.
-    radii: radii >= 0, in any order, none beyond the pixel range.
-    attack: 'standard' (the paper's PGD) or 'worst_case' (everything in `attack_suite.worst_case`).
-    num_steps: gradient steps of each try.
-    restarts: tries of each untargeted attack.
-    num_queries: queries of Square, in the suite and in the checks.
-    relative_step_size: PGD's step size as a share of the radius; `attacks.pgd`'s rule if None.
+    radii: radii >= 0, in any order, none larger than the pixel range.
+    attack: 'standard' (the paper's PGD) or 'worst_case' (`attack_suite.worst_case`).
+    num_steps: gradient steps of each attempt.
+    restarts: attempts of each untargeted attack at each radius, each from a random start of its
+      own.
+    num_queries: forward passes of the Square attack, in the suite and in the checks.
+    relative_step_size: PGD's step size as a share of the radius; 2.5 / num_steps if None.
     norm: 'linf' or 'l2'.
     bounds: lowest and highest pixel value.
-    seed: of every random draw.
+    seed: seed of every random draw.
     batch_size: examples attacked at a time.
-    args: further arguments of all functions given, such as parameters.
-    latents_fn: images (and `args`) to representations `[B, E]`, for the attacks that aim there.
+    args: further arguments of `logits_fn`, `latents_fn` and `reconstruct_fn`, such as parameters.
+    latents_fn: images (and `args`) to representations `[B, E]`, for attacks that aim there.
     reconstruct_fn: images (and `args`) to their reconstructions, for check 12.
-    surrogate: another classifier and its arguments, whose adversarial examples check 8 tries here.
+    surrogate: another classifier and its arguments. Check 8 uses its adversarial images here.
     check_examples: how many of the first examples the checks attack again; 0 for no checks.
     mesh: devices to spread a batch over; all of them if None.
-    state_path: npz file that keeps the ledger, to go on from after an interruption.
-    progress: called after each batch with the number of finished tries and of all.
-
-  Returns:
-    The curve, the ledger and the checks.
+    state_path: npz file that keeps the attack log, for an evaluation that is interrupted and
+      started again.
+    progress: called after each batch with the number of finished attempts and of all.
 
   Raises:
-    ValueError: for input that makes no sense, clean logits that are not finite, or a state that
-      belongs to another evaluation.
+    ArgumentError: for an argument out of range, or clean logits that are not finite.
+    AttackLogError: for a state that is damaged or belongs to another evaluation.
   """
-  counts = {
-    'num_steps': num_steps,
-    'restarts': restarts,
-    'num_queries': num_queries,
-    'batch_size': batch_size,
-  }
-  problem, logits = pose(
+  attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, num_queries=num_queries)
+  classifier, logits = attacked_classifier.prepare(
     logits_fn,
-    jax.random.key(seed),
     x,
     labels,
     radii=radii,
-    counts=counts,
+    seed=seed,
     norm=norm,
     bounds=bounds,
+    batch_size=batch_size,
     args=args,
     mesh=mesh,
+    latents_fn=latents_fn,
   )
-  x, labels = problem.x, problem.labels
-  _check_claim(problem, radii, attack, check_examples)
-  latents = x.reshape(len(x), -1) if latents_fn is None else forward(problem, latents_fn, x)
-  if not np.isfinite(latents).all():
-    raise ValueError('the representations of clean images are not finite')
-  settings: dict[str, Any] = {
+  _check_arguments(classifier, radii, attack, check_examples)
+  steps: dict[str, Any] = {
     'num_steps': num_steps,
     'restarts': restarts,
-    'step_share': relative_step_size,
+    'relative_step_size': relative_step_size,
   }
   if attack == 'standard':
-    table = attack_suite.standard(logits_fn, **settings)
+    suite = attack_suite.standard(logits_fn, **steps)
   else:
-    table = attack_suite.worst_case(
+    suite = attack_suite.worst_case(
       logits_fn,
       latents_fn,
       classes=len(np.unique(labels)),
-      num_classes=problem.num_classes,
+      num_classes=classifier.num_classes,
       norm=norm,
       num_queries=num_queries,
-      **settings,
+      **steps,
     )
-  if any(row.target for row in table):
-    problem = dataclasses.replace(problem, aims=attack_suite.find_aims(x, labels, latents, bounds))
   config = {
     'attack': attack,
-    'attacks': {row.name: {'steps': row.num_steps, 'tries': row.tries} for row in table},
+    'attacks': {row.name: {'steps': row.num_steps, 'tries': row.restarts} for row in suite.attacks},
     'relative_step_size': relative_step_size,
     'norm': norm,
     'bounds': list(bounds),
     'seed': seed,
     'radii': sorted({0.0, *map(float, radii)}),
   }
-  ledger = _attack_all(
-    problem, table, logits, config, None if state_path is None else Path(state_path), progress
-  )
+  path = None if state_path is None else Path(state_path)
+  log = _attack_all(classifier, suite, logits, config, path, progress)
   radii_asked = np.asarray(radii, np.float64)
-  curve = AdversarialAccuracy(radii_asked, ledger.survives(radii_asked))
+  curve = AdversarialAccuracy(radii_asked, log.robust(radii_asked))
   if not check_examples:
-    return Evaluation(curve, ledger, (), config)
-  checks = check_evidence.audit(
-    dataclasses.replace(problem, on_batch=functools.partial(progress, ledger.done, ledger.done)),
-    table,
-    ledger,
-    curve.accuracy,
-    curve.interval(),
-    radii_asked,
-    config,
-    count=min(check_examples, len(x)),
+    return Evaluation(curve, log, (), config)
+  report = functools.partial(progress, log.done, log.done)
+  claim = sanity_evidence.Claim(
+    classifier=dataclasses.replace(classifier, on_batch=report),
+    suite=suite,
+    attack_log=log,
+    curve=curve,
+    config=config,
+    logits=logits,
+    count=min(check_examples, len(logits)),
     num_steps=num_steps,
     num_queries=num_queries,
-    representation=logits if latents_fn is None else latents,
+    representation=logits if latents_fn is None else classifier.targets.latents,
     reconstruct_fn=reconstruct_fn,
     surrogate=surrogate,
   )
-  return Evaluation(curve, ledger, checks, config)
+  return Evaluation(curve, log, sanity_evidence.run_checks(claim), config)
 
 
 def _attack_all(
-  problem: Problem,
-  table: tuple[attack_suite.Attack, ...],
+  classifier: AttackedClassifier,
+  suite: Suite,
   logits: np.ndarray,
   config: dict[str, Any],
   state_path: Path | None,
-  progress: Callable[[int, int], Any],
-) -> Ledger:
-  """Every try of every attack at every radius, on the examples that are left; resumable."""
-  fingerprint = _fingerprint(problem, config)
+  progress: Progress,
+) -> AttackLog:
+  """Runs every attempt of every attack at every radius on the examples left; can be resumed."""
+  fingerprint = _fingerprint(classifier, config)
   if state_path is not None and state_path.exists():
-    ledger = Ledger.load(state_path, fingerprint)
+    log = AttackLog.load(state_path, fingerprint)
   else:
-    ledger = Ledger.empty(('clean', *(attack.name for attack in table)), problem.x)
-    wrong = ~np.asarray(losses.is_correct(jnp.asarray(logits), jnp.asarray(problem.labels)))
-    ledger.record(np.flatnonzero(wrong), problem.x[wrong], radius=0.0, attack=0, restart=0)
-    ledger.forwards += 1
-  tries = [
+    log = AttackLog.empty(('clean', *(attack.name for attack in suite.attacks)), classifier.x)
+    correct = np.asarray(losses.is_correct(jnp.asarray(logits), jnp.asarray(classifier.labels)))
+    wrong = np.flatnonzero(~correct)
+    log.record(wrong, classifier.x[wrong], radius=np.zeros(len(wrong)), attack=0, restart=0)
+    log.forwards += 1
+  attempts = [
     (radius, number, attack, restart)
     for radius in config['radii']
     if radius > 0.0
-    for number, attack in enumerate(table, start=1)
-    for restart in range(attack.tries)
+    for number, attack in enumerate(suite.attacks, start=1)
+    for restart in range(attack.restarts)
   ]
   saved = time.monotonic()
   try:
-    for radius, number, attack, restart in tries[ledger.done :]:
-      rows = np.flatnonzero(np.isinf(ledger.radius))
+    for radius, number, attack, restart in attempts[log.done :]:
+      rows = np.flatnonzero(np.isinf(log.radius))
       if len(rows):
-        report = functools.partial(progress, ledger.done, len(tries))
-        images, correct = attempt(
-          dataclasses.replace(problem, on_batch=report), attack, radius, restart, rows
-        )
-        broken, images = rows[~correct], images[~correct]
-        ledger.forwards[rows] += attack.forwards
-        ledger.gradients[rows] += attack.gradients
-        ledger.record(broken, images, radius=radius, attack=number, restart=restart)
-      ledger.done += 1
+        report = functools.partial(progress, log.done, len(attempts))
+        reporting = dataclasses.replace(classifier, on_batch=report)
+        images, correct = reporting.attack(attack, radius, restart, rows)
+        wrong, images = rows[~correct], images[~correct]
+        log.forwards[rows] += attack.cost.forwards
+        log.gradients[rows] += attack.cost.gradients
+        reached = _smallest_radii(classifier, wrong, images, config['radii'], radius)
+        log.record(wrong, images, radius=reached, attack=number, restart=restart)
+      log.done += 1
       if state_path is not None and time.monotonic() - saved > _SAVE_EVERY:
-        ledger.save(state_path, fingerprint)
+        log.save(state_path, fingerprint)
         saved = time.monotonic()
   finally:
     if state_path is not None:
-      ledger.save(state_path, fingerprint)
-  progress(len(tries), len(tries))
-  return ledger
+      log.save(state_path, fingerprint)
+  progress(len(attempts), len(attempts))
+  return log
 
 
-def _fingerprint(problem: Problem, config: dict[str, Any]) -> str:
-  """Of everything that the ledger depends on but the functions themselves."""
+def _smallest_radii(
+  classifier: AttackedClassifier,
+  rows: np.ndarray,
+  images: np.ndarray,
+  radii: Sequence[float],
+  radius: float,
+) -> np.ndarray:
+  """The smallest of the radii, at most `radius`, whose ball holds each image, `[len(rows)]`.
+
+  An attack at a large radius can find an image that the attacks at a smaller one have missed.
+  """
+  offsets = images.astype(np.float64) - classifier.x[rows]
+  offsets = offsets.reshape(len(rows), classifier.x[0].size)
+  distances = np.linalg.norm(offsets, {'linf': np.inf, 'l2': 2}[classifier.norm], axis=1)
+  limits = sanity_checks.allowed_distances(
+    np.asarray(radii), classifier.x[0].size, classifier.norm, classifier.bounds
+  )
+  inside = distances[:, None] <= limits[None]
+  return np.minimum(radius, np.where(inside, np.asarray(radii)[None], np.inf).min(axis=1))
+
+
+def _fingerprint(classifier: AttackedClassifier, config: dict[str, Any]) -> str:
+  """A digest of everything that the attack log depends on but the functions themselves."""
   digest = hashlib.sha256(repr(sorted(config.items())).encode())
-  for leaf in (problem.x, problem.labels, *jax.tree.leaves(problem.args)):
+  for leaf in (classifier.x, classifier.labels, *jax.tree.leaves(classifier.args)):
     digest.update(np.ascontiguousarray(leaf).tobytes())
   return digest.hexdigest()
 
 
-def _check_claim(
-  problem: Problem, radii: Sequence[float], attack: str, check_examples: int
+def _check_arguments(
+  classifier: AttackedClassifier, radii: Sequence[float], attack: str, check_examples: int
 ) -> None:
-  """What `evaluate` asks for on top of `pose`."""
+  """Raises ArgumentError for what `evaluate` refuses on top of `attacked_classifier.prepare`."""
   if check_examples < 0:
-    raise ValueError(f'check_examples must be >= 0, got {check_examples}')
+    raise ArgumentError('check_examples', f'must be >= 0, got {check_examples}')
   if attack not in SUITES:
-    raise ValueError(f'attack must be one of {", ".join(SUITES)}, got {attack!r}')
-  largest = problem.bounds[1] - problem.bounds[0]
-  if problem.norm == 'l2':
-    largest *= float(np.sqrt(problem.x[0].size))
-  if max(radii) > largest:
-    raise ValueError(f'radii must be at most the pixel range {largest:g}, got {max(radii)}')
-  if len(np.unique(problem.labels)) < 2:
-    raise ValueError('the labels are all of one class: a constant would be robust')
+    raise ArgumentError('attack', f'must be one of {", ".join(SUITES)}, got {attack!r}')
+  if max(radii) > classifier.diameter:
+    raise ArgumentError(
+      'radii', f'must be at most the pixel range {classifier.diameter:g}, got {max(radii)}'
+    )
+  if len(np.unique(classifier.labels)) < 2:
+    raise ArgumentError('labels', 'must be of at least two classes: a constant would be robust')

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from se_vae.choices import COVARIANCES
+from se_vae.config import COVARIANCES
 from se_vae.gaussians import DiagonalGaussian, FullGaussian, Gaussian
 from se_vae.models import cpu_ops
 

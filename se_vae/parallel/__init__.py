@@ -1,1 +1,1 @@
-"""Devices and processes: how arrays are placed on them, and what several hosts agree on."""
+"""Placement of arrays on devices, and agreement between the processes of several hosts."""

@@ -1,8 +1,8 @@
-"""What several processes, on several hosts, agree on.
+"""Agreement between several processes, on several hosts.
 
-They all run the same program. What one of them alone can know (the time, a signal, a file, an
-error) becomes a decision of all of them by way of `largest`, `together` and `from_first`, which
-every process must call in the same order. Where there is one process they do nothing.
+All processes run the same program. What only one of them can know (the time, a signal, a file, an
+error) becomes a decision of all of them through `maximum`, `together` and `from_first`. Every
+process must call these in the same order. With one process they do nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Value = TypeVar('Value')
 
 
 class OtherProcessError(RuntimeError):
-  """Another process failed, and says itself why; this one has stopped with it."""
+  """Another process failed, and reports the reason; this one has stopped with it."""
 
 
 def join(
@@ -32,21 +32,24 @@ def join(
   timeout: int = 60,
   heartbeat_timeout: int = 100,
 ) -> None:
-  """Makes the devices of several processes one machine. Must come before JAX is first used.
+  """Joins several processes, so that JAX sees the devices of all of them.
+
+  This must happen before JAX is first used.
 
   Args:
-    coordinator: `host:port` of process 0; None to find all three in the environment (SLURM,
-      Kubernetes, Open MPI, Cloud TPU).
-    num_processes: how many there are.
-    process_id: this one's number.
-    timeout: seconds. A process that cannot reach the others until then is killed by JAX.
-    heartbeat_timeout: seconds of silence after which a process is taken for dead, and the others
-      are killed by JAX.
+    coordinator: `host:port` of process 0; None to find it, the number of processes and this
+      process's number in the environment (SLURM, Kubernetes, Open MPI, Cloud TPU).
+    num_processes: the number of processes.
+    process_id: the number of this process, in [0, num_processes).
+    timeout: seconds after which JAX kills a process that cannot reach the others.
+    heartbeat_timeout: seconds of silence after which JAX takes a process for dead, and kills the
+      others.
 
   Raises:
-    ValueError: if the environment does not say, or the processes differ in number of devices.
+    ValueError: if the environment lacks the values, or the processes have different numbers of
+      devices.
   """
-  # This service would silently take SIGTERM away from the program.
+  # This service would silently replace the program's handler of SIGTERM.
   jax.config.update('jax_enable_preemption_service', False)
   jax.distributed.initialize(
     coordinator,
@@ -61,17 +64,17 @@ def join(
 
 
 def is_first() -> bool:
-  """Whether this process is the one that writes files; a process alone is."""
+  """Returns whether this process is the one that writes files. A single process is."""
   return not _several() or jax.process_index() == 0
 
 
-def largest(value: int) -> int:
-  """The largest of all processes' values."""
+def maximum(value: int) -> int:
+  """Returns the maximum over the values of all processes, each an int32."""
   return int(_gather(np.int32(value)).max())
 
 
 def differing(values: Mapping[str, Any]) -> list[str]:
-  """The names whose values (by their `repr`) are not the same in every process."""
+  """Returns the names whose values, compared by `repr`, are not the same in every process."""
   digests = [zlib.crc32(repr(value).encode()) for value in values.values()]
   rows = _gather(np.array(digests, np.uint32))
   differs = (rows != rows[:1]).any(axis=0)
@@ -79,28 +82,35 @@ def differing(values: Mapping[str, Any]) -> list[str]:
 
 
 def together(function: Callable[..., Value], *args: Any) -> Value:
-  """`function(*args)`, which must call nothing of several processes, in each of them.
+  """Returns `function(*args)`, if no process raises an error.
+
+  The function must not communicate with other processes.
 
   Raises:
-    OtherProcessError: if it raised in another one; what it raised, where it did.
+    OtherProcessError: if the function raised an error in another process only.
+    Exception: the function's own error.
   """
   try:
     value = function(*args)
   except Exception:
-    largest(1)
+    maximum(1)
     raise
-  if largest(0):
-    raise OtherProcessError('another process has failed, and says why')
+  if maximum(0):
+    raise OtherProcessError('another process has failed, and reports the reason')
   return value
 
 
 def on_first(function: Callable[..., Value], *args: Any) -> Value | None:
-  """`together`, but in process 0 alone: None in the others."""
+  """Returns `function(*args)` in process 0 and None in the others, with errors as in `together`."""
   return together(function, *args) if is_first() else together(lambda: None)
 
 
 def from_first(tree: Tree) -> Tree:
-  """Process 0's leaves, NumPy arrays and numbers of the same shapes everywhere, bit for bit."""
+  """Returns process 0's tree, bit for bit.
+
+  Args:
+    tree: NumPy arrays and numbers, of the same structure, shapes and dtypes in every process.
+  """
   if not _several():
     return tree
   leaves, structure = jax.tree.flatten(jax.device_get(tree))
@@ -120,5 +130,5 @@ def _several() -> bool:
 
 
 def _gather(value: Any) -> np.ndarray:
-  """Every process's value, by process."""
+  """Returns the values of all processes, stacked in the order of the processes."""
   return multihost_utils.process_allgather(value) if _several() else np.asarray(value)[None]

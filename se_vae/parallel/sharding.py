@@ -1,8 +1,8 @@
-"""Placement of arrays on devices: the only module that knows how many there are, and whose.
+"""Placement of arrays on devices. Only this module knows how many there are, and in which process.
 
-Parameters are replicated, batches are split along one mesh axis, and each device works on its share
-alone until the gradients are averaged. A program never branches on the number of devices, and draws
-no random number that depends on it.
+Parameters are replicated, batches are split along one mesh axis, and each device works on its own
+share until the gradients are averaged. No program branches on the number of devices or draws a
+random number that depends on it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = 'data'
 
-# Pixel values of a batch of images, beyond which `fitting` makes it smaller.
+# The most pixel values of a batch of images that `fitting` allows.
 _BATCH_VALUES = 2**21
 
 Tree = TypeVar('Tree')
@@ -28,7 +28,10 @@ Value = TypeVar('Value')
 
 
 def data_mesh(num_devices: int | None = None) -> Mesh:
-  """A one-axis mesh over the first `num_devices` devices of each process, or over all of them.
+  """Returns a one-axis mesh over the first devices of each process.
+
+  Args:
+    num_devices: devices of each process; None takes all.
 
   Raises:
     ValueError: if this process has fewer devices.
@@ -46,15 +49,15 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
-  """Puts a copy of every leaf on every device."""
+  """Returns the tree with a copy of every leaf on every device."""
   return _place(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def replicate_copy(mesh: Mesh, tree: Tree) -> Tree:
-  """`replicate` into fresh buffers, which may be donated.
+  """Returns what `replicate` returns, in fresh buffers that may be donated.
 
-  `replicate` may leave a host array's memory where it is, shared by all devices, or hand back the
-  very buffer it was given; a donated buffer is overwritten.
+  The leaves of `replicate` may share memory with a host array, with each other, or with the
+  argument. A donated buffer is overwritten.
   """
   copied: Tree = _copier(mesh)(tree)
   return copied
@@ -62,7 +65,7 @@ def replicate_copy(mesh: Mesh, tree: Tree) -> Tree:
 
 @functools.lru_cache
 def _copier(mesh: Mesh) -> Callable[[Any], Any]:
-  """One function object for a mesh: a fresh one would be compiled at every call."""
+  """Returns one function object for each mesh: a fresh one would be compiled at every call."""
   return jax.jit(
     lambda leaves: jax.tree.map(jnp.copy, leaves),
     out_shardings=NamedSharding(mesh, PartitionSpec()),
@@ -70,42 +73,46 @@ def _copier(mesh: Mesh) -> Callable[[Any], Any]:
 
 
 def per_device(mesh: Mesh, function: Callable[..., Tree], axes: Sequence[int | None]) -> Any:
-  """`function` on each device's share of its arguments, to a replicated result.
+  """Returns a function that runs on every device's share of its arguments.
 
   Args:
     mesh: the devices.
-    function: takes shares, gives the same values on every device: by way of `mean_over_devices`.
-    axes: for each argument the axis along which it is split, or None where it is replicated.
+    function: takes shares, and returns the same values on every device, as `mean_over_devices`
+      and `gather_over_devices` give them.
+    axes: for each argument the axis along which it is split, or None if it is replicated.
+
+  Returns:
+    A function of whole arrays, whose result is replicated.
   """
   specs = tuple(map(_spec, axes))
-  # Not checked: the check wants every value marked as varying over devices or not.
+  # Not checked, since the check wants every value marked as varying over devices or not.
   return jax.shard_map(
     function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
   )
 
 
 def mean_over_devices(tree: Tree) -> Tree:
-  """The mean of each leaf over the devices of `per_device`, all leaves in one all-reduce."""
+  """Returns the mean of each leaf over the devices of `per_device`, in one all-reduce."""
   flat, restore = jax.flatten_util.ravel_pytree(tree)
   mean: Tree = restore(jax.lax.pmean(flat, DATA_AXIS))
   return mean
 
 
 def gather_over_devices(rows: jax.Array) -> jax.Array:
-  """The rows of all devices of `per_device`, in the order of the batch."""
+  """Returns the rows `[B, ...]` of all devices of `per_device`, in the order of the batch."""
   return jax.lax.all_gather(rows, DATA_AXIS, tiled=True)
 
 
 def share_of_batch(size: int) -> jax.Array:
-  """Inside `per_device`: the places in the whole batch of this device's `size` examples."""
+  """Returns the positions in the whole batch of this device's `size` examples, in `per_device`."""
   return jax.lax.axis_index(DATA_AXIS) * size + jnp.arange(size)
 
 
 def split(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:
-  """Splits every leaf along `axis`, whose length the number of devices must divide.
+  """Returns the tree with every leaf split over the devices along `axis`.
 
   Raises:
-    ValueError: if it does not.
+    ValueError: if the number of devices does not divide the length of the axis.
   """
   for leaf in jax.tree.leaves(tree):
     if leaf.shape[axis] % mesh.size:
@@ -116,7 +123,9 @@ def split(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:
 
 
 def split_rows(mesh: Mesh, array: np.ndarray, indices: np.ndarray) -> jax.Array:
-  """`array[indices]` `[K, B, ...]`, split along B; a process reads its own devices' share alone.
+  """Returns `array[indices]` `[K, B, ...]`, split over the devices along B.
+
+  Each process reads only the rows of its own devices.
 
   Args:
     mesh: the devices, whose number divides B.
@@ -132,7 +141,7 @@ def split_rows(mesh: Mesh, array: np.ndarray, indices: np.ndarray) -> jax.Array:
 
 
 def _place(tree: Tree, sharding: NamedSharding) -> Tree:
-  """The leaves, whole in every process, as arrays that are spread out as `sharding` says."""
+  """Returns leaves, which are whole in every process, as arrays with a sharding."""
   if sharding.is_fully_addressable:
     return jax.device_put(tree, sharding)
   # `device_put` would first compare the values of all processes, by sending them to all.
@@ -143,12 +152,16 @@ def _place(tree: Tree, sharding: NamedSharding) -> Tree:
 
 
 def _spec(axis: int | None) -> PartitionSpec:
-  """Split along `axis`, or replicated."""
+  """Returns the specification that splits along `axis`, or that replicates for None."""
   return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, DATA_AXIS)
 
 
 def fitting(batch_size: int, rows: np.ndarray) -> int:
-  """`batch_size`, or fewer where each row is large: as much as any device has memory for.
+  """Returns `batch_size`, or less if each row is large, so that a batch fits into any device.
+
+  Args:
+    batch_size: the number of rows wanted.
+    rows: `[N, ...]`, of which only the shape is used.
 
   Example:
     >>> fitting(512, np.zeros((1000, 28, 28, 3), np.uint8))
@@ -160,14 +173,15 @@ def fitting(batch_size: int, rows: np.ndarray) -> int:
 
 
 def map_batches(mesh: Mesh, function: Callable[[Any], Any], arrays: Any, batch_size: int) -> Any:
-  """A function of a batch, split over the devices, on all rows of host arrays.
+  """Applies a function of a batch, split over the devices, to all rows of host arrays.
 
-  Every batch has one shape, so that `function` is compiled once: rows from the beginning fill the
-  last one, and what they give is dropped.
+  Every batch has the same shape, so that `function` is compiled once. Rows from the beginning fill
+  the last batch, and their results are dropped.
 
   Args:
-    mesh: devices.
-    function: a tree of `[B, ...]` to a tree of `[B, ...]`, each row of its own row alone.
+    mesh: the devices.
+    function: maps a tree of `[B, ...]` to a tree of `[B, ...]`; each row of the result depends on
+      the same row of the argument only.
     arrays: tree of `[N, ...]`, N >= 1.
     batch_size: B, rounded up to a multiple of the number of devices.
 

@@ -1,1 +1,1 @@
-"""Files that are there whole or not at all, and verified checkpoints made of them."""
+"""Files that are written whole or not at all, locks, verified checkpoints and saved models."""

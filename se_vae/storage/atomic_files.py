@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens: a power cut, a kill, a full disk."""
+"""Files that are written whole or not at all, even after a kill, a full disk or a power cut."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-  """A file to write, which takes the place of `path` when the block ends, and durably so.
+  """Yields a file to write, which durably takes the place of `path` when the block ends.
 
-  Readers see what was there before, or all that is new. Where the block or the disk fails, what
-  was there before stays, and nothing else is left behind.
+  Readers see either the old content or all of the new one. If the block or the disk fails, the old
+  content stays, and nothing else is left behind.
 
   Raises:
-    OSError: naming `path`, where it cannot be written.
+    OSError: if `path` cannot be written; the error names it.
   """
   temporary = path.with_name(_temporary(path.name, os.getpid()))
   try:
@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-  """Puts `path` into the OSError of a write, which knows no name."""
+  """Adds `path` to an OSError of the block, since the error of a write names no file."""
   try:
     yield
   except OSError as error:
@@ -43,13 +43,17 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, content: bytes) -> None:
-  """`replacing` with what is known beforehand."""
+  """Writes a file as `replacing` does.
+
+  Raises:
+    OSError: if `path` cannot be written; the error names it.
+  """
   with replacing(path) as file:
     file.write(content)
 
 
 def make_directory(path: Path) -> None:
-  """Makes a directory and its parents where they are missing, durably."""
+  """Makes a directory and its missing parents, durably."""
   missing = [place for place in (path, *path.parents) if not place.exists()]
   path.mkdir(parents=True, exist_ok=True)
   for place in missing:
@@ -57,7 +61,12 @@ def make_directory(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path, *patterns: str) -> None:
-  """Removes what killed writers left of the files that match; nobody else may be writing them."""
+  """Removes half-written files that killed processes left.
+
+  Args:
+    directory: where they are.
+    *patterns: glob patterns of the files' names. No other process may be writing such files.
+  """
   for pattern in patterns:
     for path in directory.glob(_temporary(pattern, '*')):
       path.unlink(missing_ok=True)
@@ -68,7 +77,7 @@ def _temporary(name: str, process: int | str) -> str:
 
 
 def _sync(directory: Path) -> None:
-  """Makes the names in a directory survive a power cut."""
+  """Writes the names in a directory to the disk."""
   descriptor = os.open(directory, os.O_RDONLY)
   try:
     os.fsync(descriptor)

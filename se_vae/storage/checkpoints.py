@@ -1,11 +1,11 @@
 """Checkpoints: one safetensors file each, written atomically and verified in every byte.
 
-`checkpoint_{step:08d}_{digest}.safetensors` carries in its name the SHA-256 of all of its bytes, so
-that damage to any of them shows, while the file stays plain safetensors. Tensors are named by their
-pytree path, `params/encoder/...`, and the safetensors header holds one JSON document of metadata.
-Nothing is pickled.
+The name `checkpoint_{step:08d}_{digest}.safetensors` holds the SHA-256 of the file, so that damage
+to any byte shows, while the file stays plain safetensors. Tensors are named by their pytree path,
+`params/encoder/...`, and the safetensors header holds one JSON document of metadata. Nothing is
+pickled.
 
-One process at a time writes a directory; any number may read it meanwhile.
+One process at a time may write to a directory of checkpoints. Any number may read it meanwhile.
 """
 
 from __future__ import annotations
@@ -16,18 +16,15 @@ import json
 import os
 import platform
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from se_vae.models import vae
 from se_vae.storage import atomic_files
 
 FORMAT = 1
@@ -45,19 +42,19 @@ _NAME = re.compile(r'checkpoint_([0-9]{8,})_([0-9a-f]{64})\.safetensors')
 
 
 class CheckpointError(RuntimeError):
-  """A checkpoint that cannot be written, read or used; one line that says which and why."""
+  """A checkpoint that cannot be written, read or used. The one-line message says which and why."""
 
 
 def save(
   directory: str | Path, step: int, tree: Any, metadata: Mapping[str, Any], *, keep: int = 2
 ) -> Path:
-  """Writes a checkpoint, then removes those that it makes superfluous.
+  """Writes a checkpoint, then removes those that are no longer needed.
 
-  At every moment, a power cut included, the directory holds the checkpoint before this one or this
-  one, complete. Older checkpoints are read again before they count towards `keep`.
+  At every moment the directory holds the previous checkpoint or this one, complete, even after a
+  power cut. Older checkpoints are read again before they count towards `keep`.
 
   Args:
-    directory: made if need be.
+    directory: is made if it is missing.
     step: >= 0; another checkpoint of the same step is replaced.
     tree: a pytree of arrays and numbers of `DTYPES`.
     metadata: JSON values; tuples come back as lists. 'format', 'step' and, where it is missing,
@@ -65,10 +62,10 @@ def save(
     keep: how many good checkpoints to keep, >= 1.
 
   Returns:
-    The new file.
+    The path of the new file.
 
   Raises:
-    CheckpointError: if the file cannot be written; the older ones are still there.
+    CheckpointError: if the file cannot be written; the older ones stay.
     TypeError, ValueError: if step or keep is out of range, or tree or metadata cannot be stored.
   """
   if step < 0 or keep < 1:
@@ -77,7 +74,8 @@ def save(
   path = Path(directory) / f'checkpoint_{step:08d}_{hashlib.sha256(data).hexdigest()}.safetensors'
   try:
     atomic_files.make_directory(path.parent)
-    atomic_files.remove_leftovers(path.parent, 'checkpoint_*')  # of dead ones: there is one writer
+    # Only one process writes at a time, so these are of killed ones.
+    atomic_files.remove_leftovers(path.parent, 'checkpoint_*')
     with atomic_files.replacing(path) as file:
       file.write(data)
   except OSError as error:
@@ -87,7 +85,9 @@ def save(
 
 
 def steps(directory: str | Path) -> list[tuple[int, Path]]:
-  """The checkpoints of a directory by name alone, newest first; links and other names are ignored.
+  """Returns steps and paths of the checkpoints of a directory, newest first.
+
+  Only names are looked at. Links and other names are ignored.
 
   Raises:
     CheckpointError: if the directory exists but cannot be listed.
@@ -104,7 +104,7 @@ def steps(directory: str | Path) -> list[tuple[int, Path]]:
 
 
 def load(path: str | Path) -> tuple[Tensors, Metadata]:
-  """The tensors of one checkpoint by name, and its metadata.
+  """Returns the tensors of one checkpoint by name, and its metadata.
 
   Raises:
     CheckpointError: if the file is missing or damaged.
@@ -131,155 +131,107 @@ def load(path: str | Path) -> tuple[Tensors, Metadata]:
 
 
 def restore(path: str | Path, template: Any) -> tuple[Any, Metadata]:
-  """One checkpoint as a pytree of NumPy arrays, and its metadata.
+  """Returns one checkpoint as a pytree of NumPy arrays, and its metadata.
 
   Args:
     path: the file.
-    template: a pytree of arrays or `jax.ShapeDtypeStruct`; every leaf must be there with its shape
-      and dtype, and no other.
+    template: a pytree of arrays or `jax.ShapeDtypeStruct`; the checkpoint must hold every
+      leaf with its shape and dtype, and no other.
 
   Raises:
     CheckpointError: if the file is missing or damaged, or does not fit the template.
   """
   tensors, metadata = load(path)
-  return _fill(path, template, tensors), metadata
+  return unflatten(path, template, tensors), metadata
+
+
+def newest_good(
+  directory: str | Path, *, on_damage: Callable[[str], None]
+) -> tuple[Path, Tensors, Metadata] | None:
+  """Returns path, tensors and metadata of the newest good checkpoint; None if there is none at all.
+
+  Args:
+    directory: may be missing.
+    on_damage: called with one line for each newer checkpoint that is damaged.
+
+  Raises:
+    CheckpointError: if there are checkpoints but none is good.
+  """
+  candidates = steps(directory)
+  for _, path in candidates:
+    try:
+      return path, *load(path)
+    except CheckpointError as error:
+      on_damage(str(error))
+  if not candidates:
+    return None
+  # Beside a writer, newer checkpoints may have replaced all that were listed.
+  if steps(directory) != candidates:
+    return newest_good(directory, on_damage=on_damage)
+  raise CheckpointError(f'{directory}: none of its {len(candidates)} checkpoints is good')
 
 
 def load_latest(
   directory: str | Path, *, on_damage: Callable[[str], None]
 ) -> tuple[Tensors, Metadata] | None:
-  """`load` of the newest good checkpoint; None where there is no checkpoint at all.
-
-  Args:
-    directory: may be missing.
-    on_damage: called with one line for each checkpoint that had to be passed over.
-
-  Raises:
-    CheckpointError: if there are checkpoints but none is good.
-  """
-  found = _newest_good(directory, on_damage)
+  """Returns what `newest_good` returns, without the path."""
+  found = newest_good(directory, on_damage=on_damage)
   return None if found is None else found[1:]
 
 
 def restore_latest(
   directory: str | Path, template: Any, *, on_damage: Callable[[str], None]
 ) -> tuple[Any, Metadata] | None:
-  """`restore` of the newest good checkpoint; None where there is no checkpoint at all.
+  """Returns the newest good checkpoint as `restore` does; None if there is none at all.
 
-  A checkpoint that is whole but does not fit the template is the wrong one, not a damaged one: no
-  older one is tried.
+  A checkpoint that is whole but does not fit the template is the wrong one, not a damaged one.
+  An older checkpoint is not used instead.
 
   Args:
-    directory: may be missing.
-    template: as for `restore`.
-    on_damage: called with one line for each checkpoint that had to be passed over.
+    directory: as in `newest_good`.
+    template: as in `restore`.
+    on_damage: as in `newest_good`.
 
   Raises:
-    CheckpointError: if there are checkpoints but none is good, or the one found does not fit.
+    CheckpointError: as in `newest_good` and `restore`.
   """
-  found = _newest_good(directory, on_damage)
+  found = newest_good(directory, on_damage=on_damage)
   if found is None:
     return None
   path, tensors, metadata = found
-  return _fill(path, template, tensors), metadata
+  return unflatten(path, template, tensors), metadata
 
 
-class Run(NamedTuple):
-  """What a run's newest good checkpoint says of it."""
-
-  model: vae.VAE
-  params: vae.Params
-  metadata: Metadata
-  path: Path
-
-
-def save_model(workdir: str | Path, params: vae.Params, **arguments: Any) -> Path:
-  """Saves parameters for `load_model`, in place of what an earlier call saved there.
+def unflatten(path: str | Path, template: Any, tensors: Tensors) -> Any:
+  """Returns a pytree with the structure of a template and the tensors of a checkpoint for leaves.
 
   Args:
-    workdir: made if need be.
-    params: the parameters.
-    **arguments: those of `vae.make_vae` that made the model; none for networks of your own.
-
-  Returns:
-    The checkpoint.
+    path: the file, which an error names.
+    template: a pytree of arrays or `jax.ShapeDtypeStruct`.
+    tensors: one for each leaf of the template, by the leaf's path.
 
   Raises:
-    ValueError: if `vae.make_vae` does not take the arguments, or its model other parameters.
+    CheckpointError: naming every leaf that is missing, superfluous or of another shape or dtype.
   """
-  if arguments:
-    _, expected = _model_of(arguments)
-    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
-      raise ValueError(f'the parameters are not those of make_vae with {arguments}')
-  metadata = {'model': arguments or None}
-  return save(Path(workdir) / 'checkpoints', 0, {'params': params}, metadata, keep=1)
-
-
-def load_model(workdir: str | Path, model: vae.VAE | None = None) -> tuple[vae.VAE, vae.Params]:
-  """The model of a run and its newest good parameters: the first two of `load_run`.
-
-  Example:
-    >>> import tempfile
-    >>> arguments = {'image_shape': (2, 2, 1), 'latent_dim': 3, 'num_layers': 1}
-    >>> params = vae.make_vae(**arguments).init(jax.random.key(0))
-    >>> with tempfile.TemporaryDirectory() as workdir:
-    ...   path = save_model(workdir, params, **arguments)
-    ...   model, params = load_model(workdir)
-    >>> model.encode(params, jnp.zeros((5, 2, 2, 1))).mean.shape
-    (5, 3)
-  """
-  return load_run(workdir, model)[:2]
-
-
-def load_run(workdir: str | Path, model: vae.VAE | None = None) -> Run:
-  """The model of a run, its newest good parameters, and the metadata they were saved with.
-
-  Damaged checkpoints are passed over with a warning.
-
-  Args:
-    workdir: of the run, with its checkpoints in `checkpoints/`, whose tensors `params/...` are the
-      parameters.
-    model: with networks of your own; if None, the checkpoint's metadata['model'] holds the
-      arguments of `vae.make_vae`.
-
-  Raises:
-    CheckpointError: if there is no good checkpoint, or it does not hold such a model.
-  """
-  directory = Path(workdir) / 'checkpoints'
-  found = _newest_good(directory, lambda damage: warnings.warn(damage, stacklevel=2))
-  if found is None:
-    raise CheckpointError(f'{directory}: there is no checkpoint')
-  path, tensors, metadata = found
-  if model is not None:
-    template = _shapes_of(model)
-  elif metadata.get('model', {}) is None:
-    raise CheckpointError(
-      f'{path}: is of networks of your own, which it does not hold: hand them over'
-    )
-  else:
-    try:
-      model, template = _model_of(metadata['model'])
-    except (KeyError, TypeError, ValueError) as error:
-      reason = f'{type(error).__name__} {_one_line(error)}'
-      message = f"{path}: its metadata['model'] describes no model: {reason}"
-      raise CheckpointError(message) from error
-  stored = {name: tensor for name, tensor in tensors.items() if name.startswith('params/')}
-  params = jax.tree.map(jnp.asarray, _fill(path, {'params': template}, stored)['params'])
-  return Run(model, params, metadata, path)
-
-
-def _model_of(arguments: Mapping[str, Any]) -> tuple[vae.VAE, vae.Params]:
-  """The model that `vae.make_vae` makes of these, and its parameters' shapes."""
-  model = vae.make_vae(**{**arguments, 'image_shape': tuple(arguments['image_shape'])})
-  return model, _shapes_of(model)
-
-
-def _shapes_of(model: vae.VAE) -> vae.Params:
-  return jax.eval_shape(model.init, jax.random.key(0))
+  expected = _named_leaves(template)
+  differences = [f'{name!r} is not in the template' for name in sorted(tensors.keys() - expected)]
+  for name, leaf in expected.items():
+    wanted = f'{_dtype(leaf)}{list(np.shape(leaf))}'
+    if name not in tensors:
+      differences.append(f'{name!r} is missing')
+    elif (stored := f'{tensors[name].dtype}{list(tensors[name].shape)}') != wanted:
+      differences.append(f'{name!r} is {stored}, not {wanted}')
+  if differences:
+    raise CheckpointError(f'{path}: does not fit: {"; ".join(differences)}')
+  return jax.tree.unflatten(jax.tree.structure(template), [tensors[name] for name in expected])
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-  """The leaves by path, in the order of `jax.tree.leaves`; ValueError where two share a name."""
+  """Returns the leaves by path, in the order of `jax.tree.leaves`.
+
+  Raises:
+    ValueError: if two leaves have the same path.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   named = {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
   if len(named) < len(leaves):
@@ -288,12 +240,12 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def _dtype(leaf: Any) -> str:
-  """The name of the dtype of an array, a `jax.ShapeDtypeStruct` or a number."""
+  """Returns the name of the dtype of an array, a `jax.ShapeDtypeStruct` or a number."""
   return str(leaf.dtype if hasattr(leaf, 'dtype') else np.asarray(leaf).dtype)
 
 
 def _serialise(step: int, tree: Any, metadata: Mapping[str, Any]) -> bytes:
-  """The bytes of the file."""
+  """Returns the content of a checkpoint's file."""
   tensors = {}
   for name, leaf in _named_leaves(jax.device_get(tree)).items():
     if _dtype(leaf) not in DTYPES or name == '__metadata__':
@@ -311,9 +263,9 @@ def _serialise(step: int, tree: Any, metadata: Mapping[str, Any]) -> bytes:
 
 
 def _prune(written: Path, step: int, keep: int) -> None:
-  """Removes what is older than the `keep` newest good checkpoints, and others of this step.
+  """Removes others of this step, and all that are older than the `keep` newest good checkpoints.
 
-  `written` stays even if newer names exist: they may all be damaged, which is why they are read.
+  `written` stays even if newer checkpoints exist, since those may be damaged. They are read.
   """
   good = 0
   for other_step, path in steps(written.parent):
@@ -342,36 +294,3 @@ def _digest(path: str | Path) -> str:
 
 def _one_line(error: Exception) -> str:
   return ' '.join(str(error).split())
-
-
-def _newest_good(
-  directory: str | Path, on_damage: Callable[[str], None]
-) -> tuple[Path, Tensors, Metadata] | None:
-  """The newest checkpoint that loads; None if there is none, CheckpointError if none loads."""
-  candidates = steps(directory)
-  for _, path in candidates:
-    try:
-      return path, *load(path)
-    except CheckpointError as error:
-      on_damage(str(error))
-  if not candidates:
-    return None
-  # Reading beside a writer, all that was listed may have been replaced by newer ones.
-  if steps(directory) != candidates:
-    return _newest_good(directory, on_damage)
-  raise CheckpointError(f'{directory}: none of its {len(candidates)} checkpoints is good')
-
-
-def _fill(path: str | Path, template: Any, tensors: Tensors) -> Any:
-  """The template's structure with the tensors for leaves; CheckpointError names all that differ."""
-  expected = _named_leaves(template)
-  problems = [f'{name!r} is not in the template' for name in sorted(tensors.keys() - expected)]
-  for name, leaf in expected.items():
-    wanted = f'{_dtype(leaf)}{list(np.shape(leaf))}'
-    if name not in tensors:
-      problems.append(f'{name!r} is missing')
-    elif (stored := f'{tensors[name].dtype}{list(tensors[name].shape)}') != wanted:
-      problems.append(f'{name!r} is {stored}, not {wanted}')
-  if problems:
-    raise CheckpointError(f'{path}: does not fit: {"; ".join(problems)}')
-  return jax.tree.unflatten(jax.tree.structure(template), [tensors[name] for name in expected])

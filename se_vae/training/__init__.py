@@ -1,29 +1,39 @@
-"""Training: select x', evaluate the bound, follow its gradient (paper Sec. 2.1 and 6)."""
+"""Training: select x', evaluate the bound, follow its gradient (paper Sec. 2.1 and 6).
 
+`step` is one training step, `loop` takes many of them, and `input_pipeline` feeds it with batches.
+The settings are `se_vae.config.TrainConfig`.
+"""
+
+from se_vae.config import TrainConfig
 from se_vae.training.loop import (
-  LatentMove,
   NotFiniteError,
   Progress,
-  TrainConfig,
-  TrainState,
+  StepFunction,
   Window,
   empty_window,
   fit,
+  run,
+  train_steps,
+)
+from se_vae.training.step import (
+  EncodingShift,
+  TrainState,
+  TrainStep,
   init_state,
   loss,
   make_optimizer,
-  run,
   select,
   train_step,
-  train_steps,
 )
 
 __all__ = [
-  'LatentMove',
+  'EncodingShift',
   'NotFiniteError',
   'Progress',
+  'StepFunction',
   'TrainConfig',
   'TrainState',
+  'TrainStep',
   'Window',
   'empty_window',
   'fit',

@@ -1,138 +1,235 @@
-"""Any TFDS set, end to end: shapes beyond MNIST's, streamed as it is read, interrupted, probed."""
+"""TFDS sets: found, opened, decoded or downloaded, and refused with the reason."""
 
 from __future__ import annotations
 
-import dataclasses
-import signal
-from pathlib import Path
+import functools
+import json
+import pathlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from experiments import pretrain, probe
-from experiments.cli import signals
-from experiments.cli.flags import UsageError
-from se_vae.storage import checkpoints
-from se_vae.training import input_pipeline
+from se_vae import data
+from se_vae.data import tfds
+from tests.data.tiny_idx import assert_raises, examples, tiny_arrays, write_idx
 from tests.data.tiny_tfds import write_tfds
 
-DTYPE_PROMOTION = 'standard'  # optax takes part
 
-TINY = {
-  'dataset': 'tfds:objects',
-  'conv_channels': 2,
-  'hidden_units': 8,
-  'latent_dim': 4,
-  'pgd_steps': 1,
-  'num_steps': 13,
-  'log_every': 5,
-  'batch_size': 32,
-  'tensorboard': False,
-}
+def test_online_gives_up_in_time(monkeypatch):
+  monkeypatch.undo()  # the real `_is_online`
+  finish = threading.Event()
 
+  def hang(*_):  # like a name server that does not answer
+    finish.wait(30)
+    raise OSError
 
-def prepared(directory: Path, shape: tuple[int, ...], num_classes: int, declared=None) -> Path:
-  """A set of noise on a grey that tells the class."""
-  rng = np.random.default_rng(0)
-  examples = {}
-  for split, each in (('train', 8), ('test', 2)):
-    labels = np.repeat(np.arange(num_classes), each)
-    greys = (200 * labels / num_classes).astype(np.uint8)
-    noise = rng.integers(0, 50, (len(labels), *shape), np.uint8)
-    examples[split] = greys[:, None, None, None] + noise, labels
-  shape = declared or shape
-  write_tfds(directory, examples, name='objects', num_classes=num_classes, image_shape=shape)
-  return directory
+  monkeypatch.setattr(socket, 'create_connection', hang)
+  start = time.monotonic()
+  assert not tfds._is_online(timeout=0.1)
+  assert time.monotonic() - start < 5
+  finish.set()
 
 
-@pytest.fixture(scope='module')
-def cifar_like(tmp_path_factory) -> Path:
-  """As CIFAR-10: [32, 32, 3], 10 classes."""
-  return prepared(tmp_path_factory.mktemp('cifar'), (32, 32, 3), 10)
+def test_tfds_and_idx_files_give_the_same_dataset(prepared, tmp_path):
+  data.check('fashion_mnist', str(prepared))
+  from_tfds = data.load('fashion_mnist', data_dir=str(prepared))
+  from_idx = data.load('fashion_mnist', data_dir=write_idx(tmp_path / 'idx', tiny_arrays()))
+  assert from_tfds.digest == from_idx.digest
+  assert from_tfds.source == 'TFDS fashion_mnist:3.0.1'
 
 
-def config(workdir: Path, data_dir: Path, **changes) -> pretrain.PretrainConfig:
-  settings = {'workdir': str(workdir), 'data_dir': str(data_dir), **TINY, **changes}
-  return pretrain.PretrainConfig(**settings)
+def test_idx_files_come_first(own_copy):
+  directory = write_idx(own_copy, tiny_arrays(1))
+  assert data.load('fashion_mnist', data_dir=directory).source == f'IDX files in {directory}'
 
 
-def bits(workdir: Path) -> dict[str, bytes]:
-  arrays, _ = checkpoints.load_latest(workdir / 'checkpoints', on_damage=pytest.fail)
-  metrics = {'metrics': (workdir / 'metrics.jsonl').read_bytes()}
-  return metrics | {name: array.tobytes() for name, array in arrays.items()}
+def test_tfds_default_directory_is_read(prepared, monkeypatch):
+  monkeypatch.setenv('TFDS_DATA_DIR', str(prepared))
+  data.check('fashion_mnist', None)
+  assert data.load('fashion_mnist').train.images.shape == (30, 5, 4, 1)
 
 
-def run_probe(workdir: Path, **changes) -> dict:
-  few = {'radii': (0.0, 0.1), 'pgd_steps': 1, 'check_examples': 0, 'l2': 1e-4}
-  settings = {'workdir': str(workdir), 'task': 'label', **few, **changes}
-  return probe.run(probe.ProbeConfig(**settings), signals.StopSignal())
+def test_tfds_name_with_other_features_and_a_validation_split(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (8, 3, 4, 3), dtype=np.uint8)
+  write_tfds(
+    tmp_path,
+    {'train': (images[:5], range(5)), 'validation': (images[5:], range(3))},
+    name='objects',
+    version='1.10.0',
+    features=lambda f: {
+      'photo': f.Image(shape=(None, None, 3)),
+      'kind': f.ClassLabel(num_classes=6),
+      'id': f.Scalar(np.int64),
+    },
+  )
+  for name in ('tfds:objects', 'tfds:objects:1.10.0'):
+    data.check(name, str(tmp_path))
+    dataset = data.load(name, data_dir=str(tmp_path))
+    assert dataset.num_classes == {'label': 6}
+    assert dataset.source == 'TFDS objects:1.10.0 (its validation split as test)'
+    np.testing.assert_array_equal(dataset.train.images, images[dataset.train.labels['label']])
+    np.testing.assert_array_equal(dataset.test.images, images[5:][dataset.test.labels['label']])
+  assert_raises(lambda: data.check('tfds:objects:1.9.0', str(tmp_path)), 'objects:1.9.0')
 
 
-@pytest.fixture(scope='module')
-def trained(cifar_like, tmp_path_factory) -> Path:
-  """A run whose training set was on the devices from beginning to end."""
-  workdir = tmp_path_factory.mktemp('resident')
-  pretrain.run(config(workdir, cifar_like), signals.StopSignal())
-  return workdir
+def test_tfds_newest_version_is_read(tmp_path):
+  for version in ('1.9.0', '1.10.0'):
+    xy = examples()
+    write_tfds(tmp_path, {'train': xy, 'test': xy}, name='objects', version=version)
+  assert data.load('tfds:objects', data_dir=str(tmp_path)).source == 'TFDS objects:1.10.0'
+  named = data.load('tfds:objects:1.9.0', data_dir=str(tmp_path))
+  assert named.source == 'TFDS objects:1.9.0'
 
 
-def test_a_streamed_run_that_was_interrupted_is_the_resident_run(
-  trained, cifar_like, tmp_path, monkeypatch
-):
-  """To the bit, with pools of three steps, where a row has five, and stops after steps 1 and 2."""
-  monkeypatch.setattr(input_pipeline, '_POOL_BYTES', 3 * TINY['batch_size'] * 32 * 32 * 3)
-  settings = config(tmp_path, cifar_like, device_data_limit=0)
-  for _ in range(2):
-    stop = signals.StopSignal()
-    stop.signum = signal.SIGTERM
-    with pytest.raises(signals.Interrupted):
-      pretrain.run(settings, stop)
-  pretrain.run(settings, signals.StopSignal())
-  assert bits(tmp_path) == bits(trained)
-  with Image.open(tmp_path / 'samples.png') as picture:
-    assert picture.size == (2 * 32 * 10, 2 * 32 * 10) and picture.mode == 'RGB'
+def test_tfds_unusable_features_are_refused(tmp_path):
+  xy = examples()
+  unusable: tuple[Callable[[Any], dict[str, Any]], ...] = (
+    lambda f: {'image': f.Image(shape=(5, 4, 1)), 'label': f.Scalar(np.int64)},
+    lambda f: {'label': f.ClassLabel(num_classes=10)},
+    lambda f: {
+      'image': f.Image(shape=(5, 4, 1)),
+      **{k: f.ClassLabel(num_classes=10) for k in 'ab'},
+    },
+  )
+  for i, features in enumerate(unusable):
+    root = tmp_path / str(i)
+    root.mkdir()
+    write_tfds(root, {'train': xy, 'test': xy}, name='objects', features=features)
+    assert_raises(lambda root=root: data.check('tfds:objects', str(root)), 'features of type')
 
 
-def test_the_probe_knows_the_labels_of_any_set(trained):
-  result = run_probe(trained)
-  assert result['num_examples'] == 20
-  assert result['accuracy'][0] > 0.3  # the grey tells the class; chance is 0.1
-  with pytest.raises(UsageError, match='--task: tfds:objects has no digit labels'):
-    run_probe(trained, task='digit')
-
-
-def test_a_convnet_takes_large_images_of_odd_sides_and_more_classes(tmp_path):
-  """Also where the set does not promise their size."""
-  data_dir = prepared(tmp_path / 'set', (37, 50, 1), 12, declared=(None, None, 1))
-  workdir = tmp_path / 'run'
-  changes = {'arch': 'convnet', 'objective': 'vae', 'device_data_limit': 0, 'num_steps': 3}
-  result = pretrain.run(config(workdir, data_dir, **changes), signals.StopSignal())
-  assert np.isfinite(result['test']['elbo'])
-  with Image.open(workdir / 'traversals.png') as picture:
-    assert picture.size == (2 * 50 * 10, 2 * 37 * 4)
-
-
-def test_what_cannot_be_is_said_before_anything_is_written(cifar_like, tmp_path):
-  workdir = tmp_path / 'w'
-  settings = config(workdir, cifar_like, cache_dir=str(tmp_path / 'cache'))
-  changes = {'warm_start': True, 'device_data_limit': 0}
-  for changed, message in (
-    ({'device_data_limit': -1}, '--device_data_limit: must be >= 0'),
-    (changes, '--warm_start, --device_data_limit: .* 245760 bytes'),
-    ({'dataset': 'tfds:others'}, "--data_dir: .*a prepared TFDS set 'others'"),
-    ({'data_dir': None}, '--data_dir: '),
-    ({'batch_size': 81}, '--batch_size: must be at most the 80 training examples'),
+def test_tfds_without_a_test_split_holds_out_a_sixth(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (12, 5, 4, 1), dtype=np.uint8)
+  write_tfds(tmp_path, {'train': (images, np.arange(12) % 10)}, name='objects')
+  for options in (
+    {},
+    {'cache_dir': str(tmp_path / 'cache')},
+    {'cache_dir': str(tmp_path / 'cache')},
   ):
-    with pytest.raises(UsageError, match=message):
-      pretrain.prepare(dataclasses.replace(settings, **changed))
-  assert not workdir.exists()
-  pretrain.prepare(dataclasses.replace(settings, warm_start=True))
+    dataset = data.load('tfds:objects', data_dir=str(tmp_path), **options)
+    assert dataset.source.endswith('(a sixth of its train split as test)')
+    assert len(dataset.train.images) == 10 and len(dataset.test.images) == 2
+    found = np.concatenate([dataset.train.images, dataset.test.images])
+    assert {image.tobytes() for image in found} == {image.tobytes() for image in images}
+    labels = np.concatenate([dataset.train.labels['label'], dataset.test.labels['label']])
+    where = [np.flatnonzero((images == image).all(axis=(1, 2, 3)))[0] for image in found]
+    np.testing.assert_array_equal(labels, np.array(where) % 10)
 
 
-def test_a_class_without_examples_is_named(trained, cifar_like, monkeypatch):
-  dataset = pretrain.load_dataset(config(trained, cifar_like))
-  fewer = dataclasses.replace(dataset, num_classes={'label': 12})
-  monkeypatch.setattr(pretrain, 'load_dataset', lambda _: fewer)
-  with pytest.raises(UsageError, match=r'--task: .* no training example of label 10, 11'):
-    run_probe(trained)
+def test_tfds_without_a_test_split_needs_enough_examples(tmp_path):
+  images = np.zeros((5, 5, 4, 1), np.uint8)
+  write_tfds(tmp_path, {'train': (images, range(5))}, name='objects')
+  assert_raises(lambda: data.load('tfds:objects', data_dir=str(tmp_path)), 'too few')
+
+
+def test_tfds_images_of_any_size_are_made_one(tmp_path):
+  rng = np.random.default_rng(0)
+  images = [rng.integers(0, 256, (h, w, 1), np.uint8) for h, w in ((5, 4), (9, 7), (4, 4), (6, 8))]
+  xy = images, range(4)
+  write_tfds(tmp_path, {'train': xy, 'test': xy}, name='objects', image_shape=(None, None, 1))
+  where = {'data_dir': str(tmp_path)}
+  assert_raises(lambda: data.check('tfds:objects', **where), 'image_size')
+  data.check('tfds:objects', **where, image_size=4)
+  cache = str(tmp_path / 'cache')
+  for size, cache_dir in ((4, None), (4, cache), (3, cache), (4, cache)):
+    dataset = data.load('tfds:objects', **where, cache_dir=cache_dir, image_size=size)
+    assert dataset.source == f'TFDS objects:3.0.1-{size}px'
+    assert dataset.train.images.shape == (4, size, size, 1)
+    for image, label in zip(dataset.train.images, dataset.train.labels['label'], strict=True):
+      np.testing.assert_array_equal(image, data.central_square(images[label], size))
+  for name in ('mnist', 'mnist_5k'):
+    assert_raises(lambda name=name: data.check(name, image_size=28), 'image_size')
+  assert_raises(lambda: data.check('tfds:objects', **where, image_size=0), 'image_size')
+
+
+def test_tfds_images_must_have_one_size(tmp_path, monkeypatch):
+  images = [np.zeros((h, 4, 1), np.uint8) for h in (5, 5, 6, 5)]
+  xy = images, range(4)
+  root = tmp_path / 'set'
+  root.mkdir()
+  write_tfds(root, {'train': xy, 'test': xy}, name='objects', image_shape=(None, None, 1))
+  sizes = '(5, 4, 1)', '(6, 4, 1)'
+  assert_raises(lambda: data.check('tfds:objects', str(root)), *sizes)
+  # Where the few that are looked at happen to agree, decoding finds it, and leaves nothing behind.
+  monkeypatch.setattr(tfds, '_NUM_COMPARED', 1)
+  data.check('tfds:objects', str(root))
+  for cache in (None, str(tmp_path / 'cache')):
+    call = functools.partial(data.load, 'tfds:objects', data_dir=str(root), cache_dir=cache)
+    assert_raises(call, *sizes)
+  assert not list((tmp_path / 'cache').glob('[!.]*'))
+
+
+def test_only_gray_images_are_coloured(tmp_path):
+  xy = np.zeros((3, 5, 4, 3), np.uint8), range(3)
+  write_tfds(tmp_path, {'train': xy, 'test': xy}, name='mnist', image_shape=(5, 4, 3))
+  assert_raises(lambda: data.load('color_mnist', data_dir=str(tmp_path)), 'gray')
+
+
+def shards(root: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(root.rglob('*array_record*'))
+
+
+def test_tfds_missing_shard_is_refused_by_the_check_already(own_copy):
+  shards(own_copy)[0].unlink()
+  assert_raises(lambda: data.check('fashion_mnist', str(own_copy)), 'missing')
+
+
+@pytest.mark.parametrize('damage', ['cut', 'flipped'])
+def test_tfds_damaged_shard_is_refused(own_copy, damage):
+  for path in shards(own_copy):
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content if damage == 'flipped' else content[:3000])
+  assert_raises(lambda: data.load('fashion_mnist', data_dir=str(own_copy)), str(own_copy))
+
+
+def test_tfds_damaged_metadata_is_refused(own_copy):
+  for path in own_copy.rglob('*.json'):
+    path.write_text('{\n"a":')
+  assert_raises(lambda: data.check('fashion_mnist', str(own_copy)), str(own_copy))
+
+
+def test_tfds_other_formats_need_tensorflow(own_copy):
+  for path in shards(own_copy):
+    path.rename(path.with_name(path.name.replace('array_record', 'tfrecord')))
+  for path in own_copy.rglob('dataset_info.json'):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'fileFormat': 'tfrecord'}))
+  assert_raises(lambda: data.check('fashion_mnist', str(own_copy)), 'tfrecord', 'TensorFlow')
+
+
+def test_download_needs_tensorflow_a_network_and_a_directory(tmp_path, monkeypatch):
+  import tensorflow_datasets
+
+  class Builder:
+    def __init__(self, name, data_dir, file_format):
+      assert (name, file_format) == ('fashion_mnist', 'array_record')
+      self.root = pathlib.Path(data_dir)
+
+    def download_and_prepare(self):
+      splits = {'train': examples('train'), 'test': examples('t10k')}
+      self.data_path = write_tfds(self.root, splits)
+
+  monkeypatch.setattr(tensorflow_datasets, 'builder', Builder)
+
+  def load():
+    return data.load('fashion_mnist', data_dir=str(tmp_path))
+
+  assert_raises(load)
+  monkeypatch.setattr(tfds, '_has_tensorflow', lambda: True)
+  assert_raises(load)
+  monkeypatch.setattr(tfds, '_is_online', lambda: True)
+  assert_raises(lambda: data.check('fashion_mnist', None))
+  data.check('fashion_mnist', str(tmp_path))
+  assert not any(tmp_path.iterdir())  # a check downloads nothing
+  assert load().source == 'TFDS fashion_mnist:3.0.1'
+
+  def fail(*_, **__):
+    raise OSError('no\nroute')
+
+  monkeypatch.setattr(tensorflow_datasets, 'builder', fail)
+  assert_raises(lambda: data.load('tfds:objects', data_dir=str(tmp_path)), 'objects', 'no route')

@@ -135,7 +135,7 @@ def test_accuracy_is_the_share_of_largest_logits():
 def test_means_that_are_not_finite_raise(bad):
   means, labels = clusters(3)
   means[7, 1] = bad
-  with pytest.raises(ValueError, match='not finite'):
+  with pytest.raises(ValueError, match='means: must be finite'):
     linear_probe.fit_probe(means, labels, 3)
 
 
@@ -143,7 +143,7 @@ def test_means_that_are_not_finite_raise(bad):
 def test_class_without_examples_raises(num_classes):
   means, labels = clusters(num_classes)
   kept = labels != 1
-  with pytest.raises(ValueError, match=r'no training example of class 1$'):
+  with pytest.raises(ValueError, match=r'labels: no training example of class 1$'):
     linear_probe.fit_probe(means[kept], labels[kept], num_classes)
 
 
@@ -152,7 +152,7 @@ def test_labels_out_of_range_raise(bad):
   means, labels = clusters(3)
   labels = labels.copy()
   labels[0] = bad
-  with pytest.raises(ValueError, match=rf'labels must lie in \[0, 3\), got \[{bad}\]'):
+  with pytest.raises(ValueError, match=rf'labels: must lie in \[0, 3\), got \[{bad}\]'):
     linear_probe.fit_probe(means, labels, 3)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -13,7 +17,7 @@ LINF = ('linf', (0.0, 1.0))
 
 
 def moved():
-  """Each image at the very edge of its ball; the last, which nothing broke, as it was."""
+  """Each image at the very edge of its ball; the last, which is robust, as it was."""
   offset = np.where(np.isfinite(RADIUS), RADIUS, 0.0).astype(np.float32)
   return X + offset[:, None, None, None]
 
@@ -36,10 +40,10 @@ def test_1_legality_of_what_is_not_a_number():
 
 
 def test_2_rescoring():
-  broken = np.array([True, False, True, False])
-  assert sanity_checks.rescoring(broken, broken, 0.75, 0.75).passed
-  assert not sanity_checks.rescoring(broken, ~broken, 0.75, 0.75).passed
-  assert not sanity_checks.rescoring(broken, broken, 0.75, 0.5).passed
+  misclassified = np.array([True, False, True, False])
+  assert sanity_checks.rescoring(misclassified, misclassified, 0.75, 0.75).passed
+  assert not sanity_checks.rescoring(misclassified, ~misclassified, 0.75, 0.75).passed
+  assert not sanity_checks.rescoring(misclassified, misclassified, 0.75, 0.5).passed
 
 
 def test_3_monotone():
@@ -98,17 +102,38 @@ def test_10_deterministic():
 
 
 def test_11_mean_of_minima():
-  worst = np.array([[True, False, False, False], [True, True, True, False]])
-  accuracy = np.array([0.75, 0.25])
+  """Of four images, one is misclassified as it is, one within 0.1, one within 0.2 and one not."""
+  radii, images = np.array([0.1, 0.2]), moved()
+  wrong = np.array([True, True, True, False])
+  accuracy = np.array([0.5, 0.25])
   interval = np.stack([accuracy - 0.1, accuracy + 0.1], axis=1)
   config = {'attacks': {}, 'norm': 'linf', 'bounds': [0, 1], 'seed': 0}
-  assert sanity_checks.mean_of_minima(accuracy, interval, worst, 4, config).passed
-  # A minimum of means, which another attack may share out, is another number.
-  means = np.array([0.75, 0.5])
-  assert not sanity_checks.mean_of_minima(means, interval, worst, 4, config).passed
-  assert not sanity_checks.mean_of_minima(accuracy, interval + 0.2, worst, 4, config).passed
-  assert not sanity_checks.mean_of_minima(accuracy, interval, worst, 5, config).passed
-  assert not sanity_checks.mean_of_minima(accuracy, interval, worst, 4, {'norm': 'linf'}).passed
+
+  def passed(images=images, wrong=wrong, accuracy=accuracy, interval=interval, count=4):
+    figures = X, images, wrong, radii, accuracy, interval, count
+    return sanity_checks.mean_of_minima(*figures, config).passed
+
+  assert passed()
+  # A minimum of means, in which attacks share the examples, is another number.
+  assert not passed(accuracy=np.array([0.5, 0.5]))
+  assert not passed(interval=interval + 0.2)
+  assert not passed(count=5)
+  assert not passed(wrong=~wrong)
+  second = np.arange(4)[:, None, None, None] == 1
+  assert passed(images=np.where(second, X + np.float32(0.05), images))
+  assert not passed(images=np.where(second, X + np.float32(0.15), images))
+  del config['seed']
+  assert not passed()
+
+
+def test_11_measures_l2():
+  images = X + np.float32(0.05)  # a distance of 0.1 in l2
+  accuracy = np.array([1.0, 0.0])
+  interval = np.stack([accuracy, accuracy], axis=1)
+  config = {'attacks': {}, 'norm': 'l2', 'bounds': [0, 1], 'seed': 0}
+  figures = X, images, np.ones(4, bool), np.array([0.06, 0.1]), accuracy, interval, 4
+  assert sanity_checks.mean_of_minima(*figures, config).passed
+  assert not sanity_checks.mean_of_minima(*figures, config | {'norm': 'linf'}).passed
 
 
 @pytest.mark.parametrize(
@@ -122,7 +147,7 @@ def test_11_mean_of_minima():
     {'squared_error': np.nan},
   ],
 )
-def test_12_alive(fault):
+def test_12_informative(fault):
   sound = {
     'clean_accuracy': 0.9,
     'active_dimensions': 8.0,
@@ -130,6 +155,56 @@ def test_12_alive(fault):
     'squared_error': 10.0,
     'variance': 50.0,
   }
-  assert sanity_checks.alive(sound, 0.12).passed
-  assert sanity_checks.alive({name: sound[name] for name in list(sound)[:3]}, 0.12).passed
-  assert not sanity_checks.alive(sound | fault, 0.12).passed
+  assert sanity_checks.informative(sound, 0.12).passed
+  assert sanity_checks.informative({name: sound[name] for name in list(sound)[:3]}, 0.12).passed
+  assert not sanity_checks.informative(sound | fault, 0.12).passed
+
+
+# ---------------------------------------------------------------------------------------------
+# JSON values and summary
+# ---------------------------------------------------------------------------------------------
+
+
+def checks():
+  return (
+    sanity_checks.gradient_free(2, 1000),
+    sanity_checks.gradient_free(30, 1000),
+    sanity_checks.skipped(6, 'nothing to attack'),
+  )
+
+
+def test_json_round_trip():
+  for check, passed in zip(checks(), (True, False, None), strict=True):
+    content = json.loads(json.dumps(check.to_json()))
+    assert list(content) == ['number', 'name', 'verdict', 'passed', 'figure', 'values']
+    assert content['passed'] is passed is check.passed
+    assert sanity_checks.SanityCheck.from_json(content) == check
+
+
+def test_checks_of_older_files_have_passed_alone():
+  old = {'number': 6, 'name': 'attack has converged', 'passed': False, 'figure': '5 of 200'}
+  assert sanity_checks.SanityCheck.from_json(old).verdict == 'fail'
+  assert sanity_checks.SanityCheck.from_json(old | {'passed': True}).verdict == 'pass'
+  assert sanity_checks.summary([old]) == (
+    'checks: 0 passed, 1 failed (6: attack has converged), 0 skipped'
+  )
+  with pytest.raises(ValueError, match='verdict must be'):
+    sanity_checks.SanityCheck.from_json(old | {'verdict': 'perhaps'})
+
+
+def test_the_summary_counts_verdicts_and_names_what_did_not_pass():
+  expected = (
+    'checks: 1 passed, 1 failed (7: Square does not beat gradients), '
+    '1 skipped (6: attack has converged)'
+  )
+  assert sanity_checks.summary(checks()) == expected
+  assert sanity_checks.summary([check.to_json() for check in checks()]) == expected
+  assert sanity_checks.summary([]) == 'checks: not run'
+
+
+def test_reading_checks_does_not_load_jax():
+  code = (
+    'import sys\nfrom se_vae.evaluation import sanity_checks\n'
+    'sanity_checks.summary([])\nsys.exit("jax" in sys.modules)'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True)

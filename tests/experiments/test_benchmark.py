@@ -93,9 +93,9 @@ def test_the_twin_takes_the_same_step(arch, objective, memory_format):
   x, key, index = pixels(images), jax.random.key(3), jnp.arange(16)
   q_a = model.encode(params, x)
   keys = attacks.example_keys(key, index)
-  # The whole box, with no bounds: the twin's random start is an offset, which it clips itself.
+  # Wide bounds leave the start unclipped: the twin takes offsets, and clips them itself.
   box = projections.Ball(x, jnp.float32(config.radius), 'linf', (-1.0, 2.0))
-  ours = np.asarray(training.select(model, config, params, key, x, q_a, index))
+  ours = np.asarray(training.select(model, config, params, key, x, q_a, index=index))
 
   def place(images):
     return twin.place(np.asarray(images).reshape(x.shape))

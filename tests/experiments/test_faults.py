@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import figure1, pretrain, probe
-from experiments.cli import app, flags, signals, workdirs
+from experiments.cli import flags, signals, workdirs
 from experiments.cli.flags import UsageError
+from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
+from tests.experiments.test_app import exit_code
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 ROOT = Path(__file__).parents[2]
 FLAGS = {
   'tensorboard': False,
+  'num_devices': 1,
   'hidden_units': 16,
   'latent_dim': 4,
   'pgd_steps': 2,
@@ -36,31 +41,27 @@ FLAGS = {
 }
 
 
-# Runs a module, as -m does, that may write no file larger than so many bytes.
-LIMITED = (
-  'import resource, runpy, sys; '
-  'resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); '
-  'runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)'
-)
+def config(workdir: Path, **changes) -> pretrain.PretrainConfig:
+  values = {'workdir': str(workdir), **FLAGS, **changes}
+  return flags.from_dict(pretrain.PretrainConfig, values)
 
 
-def start(workdir: Path, run_module: tuple[str, ...] = ('-m',), **changes) -> subprocess.Popen:
-  """The binary, as a user starts it."""
+def run(workdir: Path, **changes) -> dict:
+  """The binary's work, in this process."""
+  return pretrain.run(config(workdir, **changes), signals.StopSignal())
+
+
+def start(workdir: Path, **changes) -> subprocess.Popen:
+  """The binary, as a user starts it, with the devices of this process."""
   arguments = {'workdir': workdir, **FLAGS, **changes}
-  flags = (f'--{name}={value}' for name, value in arguments.items())
   return subprocess.Popen(
-    [sys.executable, *run_module, 'experiments.pretrain', *flags],
+    [sys.executable, '-m', 'experiments.pretrain', *(f'--{k}={v}' for k, v in arguments.items())],
     cwd=ROOT,
+    env={**os.environ, 'JAX_NUM_CPU_DEVICES': str(jax.device_count())},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
   )
-
-
-def finish(process: subprocess.Popen) -> str:
-  stdout, stderr = process.communicate(timeout=240)
-  assert process.returncode == 0, stderr
-  return stdout
 
 
 def last_step(workdir: Path) -> int:
@@ -93,7 +94,7 @@ def assert_same_end(workdir: Path, expected: Path) -> None:
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory) -> Path:
   workdir = tmp_path_factory.mktemp('undisturbed')
-  finish(start(workdir))
+  run(workdir)
   assert last_step(workdir) == FLAGS['num_steps']
   return workdir
 
@@ -104,7 +105,7 @@ def test_a_killed_run_ends_bitwise_equal(tmp_path, undisturbed):
   assert process.poll() is None
   process.kill()
   process.communicate()
-  finish(start(tmp_path))
+  run(tmp_path)
   assert_same_end(tmp_path, undisturbed)
 
 
@@ -124,34 +125,18 @@ def test_a_binary_killed_at_random_moments_leaves_the_same_bytes(tmp_path, binar
   assert '20 kills' in done.stdout
 
 
-@pytest.mark.parametrize(('saves', 'says'), [(True, 'SIGINT: saved.'), (False, 'nothing is kept')])
-def test_who_keeps_nothing_does_not_say_saved(monkeypatch, capsys, saves, says):
-  monkeypatch.setattr(app, 'absl_flags', mock.MagicMock())
-  monkeypatch.setattr(flags, 'from_flags', lambda _: app.RuntimeConfig())
-
-  def main():
-    stop = signals.StopSignal(saves)
-    stop.signum = signal.SIGINT
-    stop.check()
-
-  with pytest.raises(SystemExit) as error:
-    app._guarded(main, ['binary'])
-  assert error.value.code == 130 and says in capsys.readouterr().err
-
-
 def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, undisturbed):
   """In the middle of a window as long as the run, so that no row or checkpoint is due."""
   process = start(tmp_path, log_every=1500, checkpoint_every=1500)
   while not (tmp_path / 'metrics.jsonl').exists():  # then training is under way
     time.sleep(0.05)
-  time.sleep(2.0)
   process.send_signal(signal.SIGTERM)
   _, stderr = process.communicate(timeout=60)
   assert process.returncode == 128 + signal.SIGTERM
   assert 'SIGTERM: saved. Run the same command again' in stderr.splitlines()[-1]
   (step, _), *_ = checkpoints.steps(tmp_path / 'checkpoints')
   assert 0 < step < 1500
-  finish(start(tmp_path, log_every=1500, checkpoint_every=1500))
+  run(tmp_path, log_every=1500, checkpoint_every=1500)
   mine, theirs = (
     checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
     for path in (tmp_path, undisturbed)
@@ -202,45 +187,10 @@ def test_a_lock_removes_what_dead_writers_left_of_its_own_files(tmp_path):
   assert names == {'.lock', '.probe_digit.json.7.tmp', '.mine.tmp'}
 
 
-# The main thread is in a call that no signal interrupts, as it is in a long dispatch.
-STUCK = """
-  import hashlib
-  from experiments import runtime
-
-  def main():
-    with signals.StopSignal().listening() as stop:
-      stop.patience = {patience}
-      print('listening', flush=True)
-      hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
-
-  app.run(main)
-"""
-
-
-@pytest.mark.parametrize(('patience', 'signals'), [(0.5, 1), (1e6, 2)])
-def test_a_signal_ends_a_process_in_the_middle_of_a_long_dispatch(patience, signals):
-  code = textwrap.dedent(STUCK.format(patience=patience))
-  process = subprocess.Popen(
-    [sys.executable, '-c', code],
-    cwd=ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  assert process.stdout.readline() == 'listening\n'
-  for _ in range(signals):
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)  # two of a kind at once are one
-  _, stderr = process.communicate(timeout=60)
-  assert process.returncode == 128 + signal.SIGTERM
-  if signals == 1:
-    assert 'Run the same command again' in stderr.splitlines()[-1]
-
-
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
   code = (
     'import pathlib, signal, os\n'
-    'from experiments import runtime\n'
+    'from experiments.cli import workdirs\n'
     f'with workdirs.lock(pathlib.Path({str(tmp_path)!r})):\n'
     '  os.kill(os.getpid(), signal.SIGKILL)\n'
   )
@@ -251,19 +201,23 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     assert f'process {os.getpid()} on' in (tmp_path / '.lock').read_text()
 
 
-def assert_fails_in_a_line(process: subprocess.Popen, *words: str) -> None:
-  _, stderr = process.communicate(timeout=120)
-  assert process.returncode == 1, stderr
-  last = stderr.splitlines()[-1]
-  assert last.startswith('error: ') and 'Traceback' not in stderr, stderr
+def assert_fails_in_a_line(capsys, main: Callable[[], Any], *words: str) -> None:
+  """A binary with this `main` ends with code 1 and one line that has these words."""
+  assert exit_code(main) == 1
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert last.startswith('error: ')
   for word in words:
     assert word in last
 
 
-def test_a_file_that_cannot_grow_is_an_error_in_a_line(tmp_path):
+def test_a_file_that_cannot_grow_is_an_error_in_a_line(tmp_path, capsys, undisturbed):
   """The kernel's own refusal of a write, as of a full quota: nothing half-written is left."""
-  process = start(tmp_path, ('-c', LIMITED, '50000'))
-  assert_fails_in_a_line(process, 'cannot be written', 'too large')
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+  try:
+    assert_fails_in_a_line(capsys, lambda: run(tmp_path), 'cannot be written', 'too large')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert checkpoints.steps(tmp_path / 'checkpoints') == []
   assert not [path for path in (tmp_path / 'checkpoints').rglob('*') if path.is_file()]
   assert last_step(tmp_path) > 0
@@ -281,26 +235,40 @@ def test_a_full_disk_is_an_error_in_a_line_and_the_run_goes_on_afterwards(tmp_pa
     process = start(workdir)
     wait_for_step(process, workdir, 400)
     (disk / 'ballast').write_bytes(b'x' * (shutil.disk_usage(disk).free - 4096))
-    assert_fails_in_a_line(process, 'No space left')
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1 and 'Traceback' not in stderr, stderr
+    last = stderr.splitlines()[-1]
+    assert last.startswith('error: ') and 'No space left' in last
     assert checkpoints.load_latest(workdir / 'checkpoints', on_damage=pytest.fail) is not None
     (disk / 'ballast').unlink()
     subprocess.run(['mount', '-o', 'remount,size=8m', str(disk)], check=True)
-    finish(start(workdir))
+    run(workdir)
     assert_same_end(workdir, undisturbed)
   finally:
     subprocess.run(['umount', str(disk)], check=True)
 
 
-def test_a_work_directory_that_vanishes_is_an_error_in_a_line(tmp_path):
+class Vandal(signals.StopSignal):
+  """Removes the work directory once it has a row."""
+
+  def __init__(self, workdir: Path) -> None:
+    super().__init__()
+    self.workdir = workdir
+
+  def requested(self) -> int | None:
+    if last_step(self.workdir) >= 50:
+      shutil.rmtree(self.workdir)
+    return super().requested()
+
+
+def test_a_work_directory_that_vanishes_is_an_error_in_a_line(tmp_path, capsys, undisturbed):
   workdir = tmp_path / 'run'
-  process = start(workdir, num_steps=100_000)
-  wait_for_step(process, workdir, 50)
-  shutil.rmtree(workdir)
-  assert_fails_in_a_line(process, 'vanished')
+  main = functools.partial(pretrain.run, config(workdir), Vandal(workdir))
+  assert_fails_in_a_line(capsys, main, 'vanished')
   assert not workdir.exists()
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, undisturbed):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, undisturbed):
   shutil.copytree(undisturbed, tmp_path / 'run')
   workdir = tmp_path / 'run'
   (workdir / 'result.json').unlink()
@@ -308,27 +276,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, undi
   content = bytearray(newest.read_bytes())
   content[len(content) // 2] ^= 1
   newest.write_bytes(bytes(content))
-  process = start(workdir)
-  _, stderr = process.communicate(timeout=120)
-  assert process.returncode == 0, stderr
-  assert f'warning: {newest}: damaged' in stderr
+  run(workdir)
+  assert f'warning: {newest}: damaged' in capsys.readouterr().err
   assert before < FLAGS['num_steps']
   assert_same_end(workdir, undisturbed)
 
 
 def test_damaged_results_and_rows_are_named_and_made_again(tmp_path, capsys):
-  small = {'hidden_units': 8, 'latent_dim': 2, 'pgd_steps': 1, 'num_steps': 10}
-  config = pretrain.PretrainConfig(workdir=str(tmp_path), log_every=2, checkpoint_every=10, **small)
-  pretrain.run(config, signals.StopSignal())
+  few = {'num_steps': 10, 'log_every': 2, 'checkpoint_every': 10}
+  run(tmp_path, **few)
   kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
   result = tmp_path / 'result.json'
   result.write_bytes(kept[result].replace(b'"step"', b'"stfp"'))
   (tmp_path / 'config.json').write_bytes(b'\xff')
-  with pytest.raises(UsageError, match='--gamma'):  # the checkpoint knows too
-    pretrain.run(dataclasses.replace(config, gamma=2.0), signals.StopSignal())
+  with pytest.raises(ArgumentError, match='gamma'):  # the checkpoint knows too
+    run(tmp_path, gamma=2.0, **few)
   rows = kept[tmp_path / 'metrics.jsonl'].splitlines(keepends=True)
   (tmp_path / 'metrics.jsonl').write_bytes(b''.join([rows[0], b'\0\n', *rows[2:]]))
-  pretrain.run(config, signals.StopSignal())
+  run(tmp_path, **few)
   assert result.read_bytes() == kept[result]
   assert (tmp_path / 'config.json').read_bytes() == kept[tmp_path / 'config.json']
   assert (tmp_path / 'metrics.jsonl').read_bytes() == b''.join([rows[0], *rows[2:]])
@@ -341,26 +306,26 @@ def test_damaged_results_and_rows_are_named_and_made_again(tmp_path, capsys):
     assert damage in error
 
 
-def test_no_good_checkpoint_at_all_is_an_error_and_nothing_is_overwritten(tmp_path, undisturbed):
+def test_no_good_checkpoint_at_all_is_an_error_and_nothing_is_overwritten(
+  tmp_path, capsys, undisturbed
+):
   shutil.copytree(undisturbed, tmp_path / 'run')
   directory = tmp_path / 'run' / 'checkpoints'
   (tmp_path / 'run' / 'result.json').unlink()
   for _, path in checkpoints.steps(directory):
     path.write_bytes(b'')
   before = sorted(path.name for path in directory.iterdir())
-  assert_fails_in_a_line(start(tmp_path / 'run'), 'none of its 2 checkpoints is good')
+  main = functools.partial(run, tmp_path / 'run')
+  assert_fails_in_a_line(capsys, main, 'none of its 2 checkpoints is good')
   assert sorted(path.name for path in directory.iterdir()) == before
 
 
 def test_a_constant_rate_may_train_on_and_a_cosine_may_not(tmp_path):
-  small = {'hidden_units': 8, 'latent_dim': 2, 'pgd_steps': 1, 'log_every': 5, 'num_steps': 10}
-  base = pretrain.PretrainConfig(workdir=str(tmp_path), schedule='constant', **small)
-  stop = signals.StopSignal()
-  pretrain.run(base, stop)
-  longer = pretrain.PretrainConfig(**{**vars(base), 'num_steps': 20, 'log_every': 10})
-  assert pretrain.run(longer, stop)['step'] == 20
-  straight = pretrain.PretrainConfig(**{**vars(longer), 'workdir': str(tmp_path / 'straight')})
-  pretrain.run(straight, stop)
+  few = {'schedule': 'constant', 'num_steps': 10, 'log_every': 5}
+  run(tmp_path, **few)
+  longer = {'schedule': 'constant', 'num_steps': 20, 'log_every': 10}
+  assert run(tmp_path, **longer)['step'] == 20
+  run(tmp_path / 'straight', **longer)
   mine, theirs = (
     checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
     for path in (tmp_path, tmp_path / 'straight')
@@ -368,7 +333,7 @@ def test_a_constant_rate_may_train_on_and_a_cosine_may_not(tmp_path):
   for name, tensor in theirs.items():
     if not name.startswith('window/'):
       np.testing.assert_array_equal(mine[name], tensor, err_msg=name)
-  with pytest.raises(UsageError, match='--num_steps'):
-    pretrain.run(pretrain.PretrainConfig(**{**vars(longer), 'num_steps': 15}), stop)
-  with pytest.raises(UsageError, match='--schedule'):
-    pretrain.run(pretrain.PretrainConfig(**{**vars(longer), 'schedule': 'cosine'}), stop)
+  with pytest.raises(ArgumentError, match='num_steps'):
+    run(tmp_path, **{**longer, 'num_steps': 15})
+  with pytest.raises(ArgumentError, match='schedule'):
+    run(tmp_path, **{**longer, 'schedule': 'cosine'})

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from experiments import figure1, pretrain, probe
 from experiments.cli import flags
-from experiments.cli.flags import UsageError
 from se_vae import data
+from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
 
 fuzz = hypothesis_settings(
@@ -147,20 +147,21 @@ def test_flag_values(config_type, choices):
   """Any text for any flags: refused in one line that names one of them, or within its limits."""
   values = absl_flags.FlagValues()
   flags.define_flags(config_type, values)
-  names = [field for field in config_type.__dataclass_fields__]
+  names = flags.names(config_type)
   chosen = choices.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
   try:
     values(['program', *(f'--{name}={choices.draw(TEXTS)}' for name in chosen)])
     config = flags.from_flags(config_type, values)
-  except (absl_flags.Error, UsageError) as error:
+  except (absl_flags.Error, ArgumentError) as error:
     assert any(name in str(error) for name in chosen)
     return
-  for name, field in config_type.__dataclass_fields__.items():
-    value = getattr(config, name)
-    for item in value if isinstance(value, tuple) else (value,):
-      if isinstance(item, float):
-        assert math.isfinite(item)
-      if item is not None and field.metadata['at_least'] is not None:
-        assert item >= field.metadata['at_least']
-      if item is not None and field.metadata['choices'] is not None:
-        assert item in field.metadata['choices']
+  for part in (config, *(getattr(config, name, None) for name in ('data', 'model', 'train'))):
+    for name, field in getattr(part, '__dataclass_fields__', {}).items():
+      value = getattr(part, name)
+      for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, float):
+          assert math.isfinite(item)
+        if item is not None and field.metadata.get('at_least') is not None:
+          assert item >= field.metadata['at_least']
+        if item is not None and field.metadata.get('choices') is not None:
+          assert item in field.metadata['choices']

@@ -1,4 +1,4 @@
-"""End to end, as a user runs it: pretrain, checkpoint, probe, figure; killed and resumed."""
+"""End to end, as a user runs it: pretrain, checkpoint, probe; killed and resumed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,10 @@ import pytest
 from PIL import Image
 
 import se_vae
-from experiments import figure1, pretrain, probe, report
-from experiments.cli import devices, signals
-from experiments.cli.flags import UsageError
+from experiments import pretrain, probe
+from experiments.cli import devices, flags, signals
 from se_vae import data, training
+from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -33,7 +34,7 @@ TINY |= {'tensorboard': False}  # test_watch.py is about it
 
 
 def config(workdir: Path, **changes) -> pretrain.PretrainConfig:
-  return pretrain.PretrainConfig(workdir=str(workdir), **{**TINY, **changes})
+  return flags.from_dict(pretrain.PretrainConfig, {'workdir': str(workdir), **TINY, **changes})
 
 
 def command(binary: str, **flags) -> list[str]:
@@ -62,8 +63,7 @@ def check_fit_gives_the_same(workdir: Path, params=None) -> None:
   """As the binary that left this directory, from these parameters or fresh ones."""
   model, expected = se_vae.load_model(workdir)
   values = json.loads((workdir / 'result.json').read_text())['config']
-  fields = [field.name for field in dataclasses.fields(se_vae.TrainConfig)]
-  train_config = se_vae.TrainConfig(**{name: values[name] for name in fields})
+  train_config = pretrain.stored_config(values).train
   images = data.load('color_mnist_5k').train.images
   options = {'steps_per_row': values['log_every'], 'mesh': devices.mesh_for(values['batch_size'])}
   fitted, losses = se_vae.fit(model, train_config, images, params=params, **options)
@@ -123,11 +123,11 @@ def test_probe_writes_what_it_promises(trained):
 def test_probe_refuses_what_the_run_cannot_answer(trained, tmp_path):
   stop = signals.StopSignal()
   pretrain.run(config(tmp_path, num_steps=1), stop)
-  with pytest.raises(UsageError, match='--task: mnist_5k has no color labels'):
+  with pytest.raises(ArgumentError, match='task: mnist_5k has no color labels'):
     probe.run(probe.ProbeConfig(workdir=str(tmp_path), task='color'), stop)
-  with pytest.raises(UsageError, match='--num_examples: must be at most the 1000'):
+  with pytest.raises(ArgumentError, match='num_examples: must be at most the 1000'):
     probe.run(probe.ProbeConfig(workdir=str(tmp_path), num_examples=1001), stop)
-  with pytest.raises(UsageError, match='--workdir: holds no pretrained encoder'):
+  with pytest.raises(ArgumentError, match='workdir: holds no pretrained encoder'):
     probe.run(probe.ProbeConfig(workdir=str(tmp_path / 'empty')), stop)
 
 
@@ -137,8 +137,8 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(trained):
   settings = config(trained, dataset='color_mnist_5k', num_steps=60)
   assert pretrain.run(settings, stop)['step'] == 60
   assert (trained / 'result.json').stat().st_mtime_ns == before
-  with pytest.raises(UsageError, match=r'--gamma: .*gamma was 1.0, now 2.0'):
-    pretrain.run(dataclasses.replace(settings, gamma=2.0), stop)
+  with pytest.raises(ArgumentError, match=r'gamma: .*gamma was 1.0, now 2.0'):
+    pretrain.run(flags.replace(settings, gamma=2.0), stop)
 
 
 def test_an_interrupted_run_ends_bitwise_equal(tmp_path):
@@ -198,64 +198,6 @@ def test_full_covariance_encoders_train_and_are_probed(tmp_path):
   assert 0.0 <= result['accuracy'][1] <= result['accuracy'][0] <= 1.0
 
 
-def test_figure1_end_to_end_and_again(tmp_path, monkeypatch, capsys):
-  small = {'hidden_units': 16, 'conv_channels': 2, 'pgd_steps': 2, 'tensorboard': False}
-  preset = figure1.PRESETS['quick']
-  # Both plain pairs are ConvNets here, so that what the one compiles serves the other.
-  encoders = tuple(
-    dataclasses.replace(
-      pair, num_steps=20, overrides=small, arch='mlp' if pair.color else 'convnet'
-    )
-    for pair in preset.encoders
-  )
-  attack = {
-    'num_examples': 20,
-    'pgd_steps': 2,
-    'restarts': 1,
-    'radii': (0.0, 0.1),
-    'check_examples': 0,
-  }
-  monkeypatch.setitem(
-    figure1.PRESETS, 'quick', dataclasses.replace(preset, encoders=encoders, attack=attack)
-  )
-  settings = figure1.Figure1Config(workdir=str(tmp_path))
-  first = figure1.run(settings, signals.StopSignal())
-  assert picture_size(tmp_path / 'figure1.png')[0] > 1000
-  with (tmp_path / 'figure1.csv').open() as file:
-    table = list(csv.DictReader(file))
-  assert len(table) == 4 * 2 * 2  # panels x objectives x radii
-  assert {(row['encoders'], row['task']) for row in table} == {
-    ('mnist_mlp', 'digit'),
-    ('color_mlp', 'digit'),
-    ('color_mlp', 'color'),
-    ('mnist_convnet', 'digit'),
-  }
-  assert '(d) MNIST, digit task, ConvNet' in capsys.readouterr().out
-
-  # What is finished is not run again: a training or an attack would raise.
-  monkeypatch.setattr(training, 'run', pytest.fail)
-  monkeypatch.setattr(probe, 'run', pytest.fail)
-  second = figure1.run(settings, signals.StopSignal())
-  assert second['results'] == first['results']
-
-  page = report.run(report.ReportConfig(workdir=str(tmp_path))).read_text()
-  for number in ('(a)', '(b)', '(c)', '(d)', '6 runs side by side', 'finished: 20 steps'):
-    assert number in page
-
-
-@pytest.mark.parametrize(
-  ('flags', 'count'),
-  [({}, 26), ({'latent_dims': (64,), 'seeds': 2}, 12), ({'latent_dims': (9, 9), 'seeds': 1}, 6)],
-)
-def test_a_preset_names_every_encoder_once(tmp_path, flags, count):
-  settings = figure1.Figure1Config(workdir=str(tmp_path), preset='cpu', **flags)
-  pieces = list(figure1._pieces(settings, figure1._with_overrides(settings), tmp_path))
-  assert len({piece.pretraining.workdir for piece in pieces}) == len(pieces) == count
-  for piece in pieces:
-    assert piece.pretraining.workdir.endswith(f'latent{piece.latent_dim}_seed{piece.seed}')
-    assert piece.pretraining.dataset == ('color_mnist' if piece.encoders.color else 'mnist')
-
-
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   """The binary itself, interrupted as from a terminal."""
   line = command('pretrain', workdir=tmp_path, **{**TINY, 'num_steps': 100_000})
@@ -277,37 +219,35 @@ def test_a_kept_program_changes_no_bit(tmp_path):
   """Without a cache, filling one, and with a full one."""
   cache = {'compilation_cache_dir': tmp_path / 'cache'}
   metrics = []
-  for name, flags in (('none', {}), ('empty', cache), ('full', cache)):
-    line = command('pretrain', workdir=tmp_path / name, **TINY, **flags)
+  for name, options in (('none', {}), ('empty', cache), ('full', cache)):
+    line = command('pretrain', workdir=tmp_path / name, **TINY, **options)
     subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
     metrics.append(rows(tmp_path / name))
   assert len(list((tmp_path / 'cache').iterdir())) > 10
   assert metrics[0] == metrics[1] == metrics[2]
 
 
-@pytest.mark.parametrize('binary', ['pretrain', 'probe', 'figure1', 'sweep', 'benchmark'])
+@pytest.mark.parametrize(
+  'binary', ['pretrain', 'probe', 'figure1', 'sweep', 'supervised', 'benchmarks.speed']
+)
 def test_help_waits_for_nothing_heavy(binary):
-  code = (
-    f'import sys; from experiments import {binary}, runtime, settings; '
-    'print({"jax", "numpy", "flax", "matplotlib", "PIL"} & set(sys.modules))'
-  )
-  output = subprocess.run(
-    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
-  )
-  assert output.stdout.strip() == 'set()'
-  shown = subprocess.run(
-    [sys.executable, '-m', f'experiments.{binary}', '--help'],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
+  code = f"""
+import runpy, sys
+sys.argv[1:] = ['--help']
+try:
+  runpy.run_module('experiments.{binary}', run_name='__main__', alter_sys=True)
+finally:
+  print('loaded:', {{'jax', 'numpy', 'flax', 'matplotlib', 'PIL'}} & set(sys.modules))
+"""
+  shown = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
   assert '--compilation_cache_dir' in shown.stdout and '--workdir' in shown.stdout
+  assert shown.stdout.splitlines()[-1] == 'loaded: set()'
 
 
 def test_no_data_is_answered_at_once(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   started = time.monotonic()
-  with pytest.raises(UsageError, match='--data_dir') as error:
+  with pytest.raises(ArgumentError, match='data_dir') as error:
     pretrain.prepare(config(tmp_path / 'w', dataset='mnist'))
   assert time.monotonic() - started < 5.0
   assert '_5k' in str(error.value) and 'IDX' in str(error.value)
@@ -366,7 +306,7 @@ def test_fit_smooths_as_the_binary_does(trained, smoothed):
   check_fit_gives_the_same(smoothed, params)
   jax.tree.map(np.testing.assert_array_equal, params, before)  # they are the caller's
   frozen = se_vae.TrainConfig(freeze_decoder=True, num_steps=1)
-  with pytest.raises(ValueError, match='freeze_decoder needs params'):
+  with pytest.raises(ValueError, match='params: is needed for freeze_decoder'):
     se_vae.fit(model, frozen, np.zeros((64, 28, 28, 3), np.uint8))
 
 
@@ -386,9 +326,7 @@ def test_smoothing_a_trained_encoder_makes_it_more_robust():
     probe = se_vae.fit_probe(means, dataset.train.labels['digit'], num_classes=10)
     classifier, args = se_vae.ProbedEncoder(model), (params, probe)
     found.append(
-      se_vae.adversarial_accuracy(
-        classifier, jax.random.key(0), x, labels, radii=(0.0, 0.1), num_steps=10, args=args
-      )
+      se_vae.adversarial_accuracy(classifier, x, labels, radii=(0.0, 0.1), num_steps=10, args=args)
     )
   ((_, before_interval), (_, after_interval)) = (curve.interval() for curve in found)
   assert after_interval[0] > before_interval[1]
@@ -406,21 +344,39 @@ def test_what_init_from_refuses(trained, smoothed, tmp_path):
   for changes, message in (
     (
       {'latent_dim': 3, 'hidden_units': 8},
-      r'--latent_dim, --hidden_units: .*latent_dim 4 there, 3',
+      r'latent_dim, hidden_units: .*latent_dim 4 there, 3',
     ),
-    ({'arch': 'convnet'}, '--arch: not that of the run'),
-    ({'dataset': 'mnist_5k'}, '--dataset: not that of the run'),
-    ({'init_from': str(tmp_path)}, '--init_from: .*there is no checkpoint'),
-    ({'init_from': None, 'freeze_decoder': True}, '--freeze_decoder: needs --init_from'),
+    ({'arch': 'convnet'}, 'arch: not that of the run'),
+    ({'dataset': 'mnist_5k'}, 'dataset: not that of the run'),
+    ({'init_from': str(tmp_path)}, 'init_from: .*there is no checkpoint'),
+    ({'init_from': None, 'freeze_decoder': True}, 'freeze_decoder: needs init_from'),
     ({'workdir': str(smoothed), 'freeze_decoder': True}, None),
-    ({'workdir': str(smoothed), 'freeze_decoder': True, 'init_from': 'x'}, '--init_from: not what'),
+    ({'workdir': str(smoothed), 'freeze_decoder': True, 'init_from': 'x'}, 'init_from: not what'),
   ):
-    changed = dataclasses.replace(settings, **changes)
     if message is None:
-      pretrain.prepare(changed)
+      pretrain.prepare(flags.replace(settings, **changes))
     else:
-      with pytest.raises(UsageError, match=message):
-        pretrain.prepare(changed)
+      with pytest.raises(ArgumentError, match=message):
+        pretrain.prepare(flags.replace(settings, **changes))
   # What an MLP does not use may differ.
-  pretrain.prepare(dataclasses.replace(settings, conv_channels=3))
+  pretrain.prepare(flags.replace(settings, conv_channels=3))
   assert not (tmp_path / 'w').exists()
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+  """Its settings had an absolute step size. A new run takes the same steps, but for rounding."""
+  old = Path(__file__).parents[1] / 'storage' / 'old_checkpoint'
+  shutil.copytree(old, tmp_path / 'old')
+  stored = json.loads((old / 'config.json').read_text())['config']
+  assert stored['pgd_step_size'] == 0.05
+  settings = pretrain.stored_config(stored)
+  for name in ('old', 'new'):
+    changes = {'workdir': str(tmp_path / name), 'num_steps': 5}
+    assert pretrain.run(flags.replace(settings, **changes), signals.StopSignal())['step'] == 5
+  went_on, straight = rows(tmp_path / 'old'), rows(tmp_path / 'new')
+  assert went_on[:3] == rows(old)
+  assert [row['step'] for row in went_on] == [1, 2, 3, 4, 5]
+  for ours, theirs in zip(straight, went_on, strict=True):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+      assert ours[name] == pytest.approx(value, rel=1e-3), name

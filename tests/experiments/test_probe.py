@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import pretrain, probe
+from experiments import pipeline, pretrain, probe
 from experiments.benchmarks import attack_comparison
 from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
-from se_vae.evaluation import check_evidence, robustness
+from se_vae.evaluation import robustness, sanity_evidence
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -24,11 +24,15 @@ TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 40}
 TINY |= {'tensorboard': False}
 
 
+def train(workdir, **changes):
+  values = {'workdir': str(workdir), 'objective': 'vae', **TINY, **changes}
+  pretrain.run(flags.from_dict(pretrain.PretrainConfig, values), signals.StopSignal())
+
+
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   path = tmp_path_factory.mktemp('run')
-  config = pretrain.PretrainConfig(workdir=str(path), objective='vae', **TINY)
-  pretrain.run(config, signals.StopSignal())
+  train(path)
   return path
 
 
@@ -51,11 +55,11 @@ def test_the_evidence_lies_beside_the_curve(workdir, result):
   assert written['digit']['accuracy'] == result['accuracy']
   saved = np.load(workdir / 'probe_digit.npz')
   offsets = np.abs(np.float64(saved['images']) - prepared_images(workdir))
-  broken = saved['broken_radius']
-  allowed = np.where(np.isfinite(broken), broken, 0.0)[:, None, None, None]
+  radius = saved['broken_radius']
+  allowed = np.where(np.isfinite(radius), radius, 0.0)[:, None, None, None]
   assert np.all(offsets <= allowed + np.spacing(np.float32(1.0)))
   assert saved['images'].min() >= 0.0 and saved['images'].max() <= 1.0
-  np.testing.assert_array_equal(saved['correct'], broken[None] > np.array(RADII)[:, None])
+  np.testing.assert_array_equal(saved['correct'], radius[None] > np.array(RADII)[:, None])
   with Image.open(workdir / 'probe_digit_images.png') as picture:
     assert picture.size[1] == 2 * 28 * 4  # original, adversarial, and both reconstructed
     assert picture.size[0] % (2 * 28) == 0
@@ -66,27 +70,41 @@ def prepared_images(workdir):
   return probe.prepare(probe.ProbeConfig(workdir=str(workdir), num_examples=48)).images
 
 
+def test_a_result_with_the_old_name_of_the_step_size_is_not_attacked_again(
+  config, result, tmp_path
+):
+  content = json.loads(json.dumps(result))
+  content['config'] |= {'workdir': str(tmp_path), 'pgd_step_size': None}
+  del content['config']['relative_step_size']
+  (tmp_path / 'probe_digit.json').write_text(json.dumps(content))
+  encoder = {'config': content['pretraining'], 'step': content['step']}
+  attack = dataclasses.replace(config, workdir=str(tmp_path))
+  assert pipeline._finished(attack, encoder) == content
+  assert pipeline._finished(dataclasses.replace(attack, relative_step_size=0.1), encoder) is None
+
+
 class DuringTheAttack(signals.StopSignal):
-  """A SIGTERM that comes once the probe has been fitted, after which it is looked for twice."""
+  """A SIGTERM that comes during the second attempt of the attack."""
 
   looks = 0
 
   def requested(self):
     self.looks += 1
-    return signal.SIGTERM if self.looks > 2 else None
+    return signal.SIGTERM if self.looks > 3 else None
 
 
 def test_an_interrupted_attack_goes_on(config, workdir, result):
-  again = dataclasses.replace(config, batch_size=16)
+  again = dataclasses.replace(config, num_queries=19)
   with pytest.raises(signals.Interrupted):
     probe.run(again, DuringTheAttack())
-  assert len(list(workdir.glob('*.state.npz'))) == 1
+  (state,) = workdir.glob('*.state.npz')
+  assert np.load(state)['done'] == 1
   resumed = probe.run(again, signals.StopSignal())
   assert resumed['accuracy'] == result['accuracy'] and resumed['cost'] == result['cost']
   assert not list(workdir.glob('*.state.npz'))
 
 
-@pytest.mark.parametrize('damage', [b'', b'not a ledger', None])
+@pytest.mark.parametrize('damage', [b'', b'not an attack log', None])
 def test_a_damaged_or_foreign_state_is_warned_about_and_started_afresh(
   config, workdir, result, capsys, monkeypatch, damage
 ):
@@ -108,16 +126,11 @@ def colored(tmp_path_factory):
   """Two runs on coloured digits, with different seeds."""
   paths = [tmp_path_factory.mktemp(name) for name in ('first', 'second')]
   for seed, path in enumerate(paths):
-    pretrain.run(
-      pretrain.PretrainConfig(
-        workdir=str(path), dataset='color_mnist_5k', objective='vae', seed=seed, **TINY
-      ),
-      signals.StopSignal(),
-    )
+    train(path, dataset='color_mnist_5k', seed=seed)
   return paths
 
 
-def test_surrogate_joint_attack_and_moves_stand_beside_the_curve(colored, capsys, monkeypatch):
+def test_surrogate_joint_attack_and_latent_shift_are_written_too(colored, capsys, monkeypatch):
   workdir, surrogate = colored
   config = probe.ProbeConfig(
     workdir=str(workdir),
@@ -133,13 +146,14 @@ def test_surrogate_joint_attack_and_moves_stand_beside_the_curve(colored, capsys
   monkeypatch.setattr(flags, 'from_flags', lambda _: config)
   probe.main()
   output = capsys.readouterr().out
-  assert 'digit and color together: ' in output and 'mean squared W2 of moves: ' in output
+  assert 'digit and color together (checks: not run): ' in output
+  assert 'mean latent shift, squared W2: ' in output
   result = json.loads((workdir / 'probe_digit.json').read_text())
   transfer = result['checks'][7]['values']['transfer']
   assert len(transfer) == len(RADII) and transfer[0] == result['checks'][2]['values']['accuracy'][0]
   assert result['surrogate']['seed'] == 1
 
-  # One image must break both: never easier than the easier of the two.
+  # One image must mislead both probes, which is never easier than the easier of the two.
   joint, moves = result['joint'], result['moves']
   assert joint['tasks'] == ['digit', 'color'] and joint['accuracy'][0] > result['accuracy'][0]
   assert np.all(np.diff(joint['accuracy']) <= 0.0)
@@ -172,13 +186,13 @@ def test_a_signal_stops_the_other_attacks_too(colored, flag, monkeypatch):
 
 
 def test_a_signal_stops_the_checks_too(config, monkeypatch, workdir):
-  stop, real = signals.StopSignal(), check_evidence.audit
+  stop, real = signals.StopSignal(), sanity_evidence.run_checks
 
   def signalled(*operands, **options):
     stop.signum = signal.SIGTERM
     return real(*operands, **options)
 
-  monkeypatch.setattr(check_evidence, 'audit', signalled)
+  monkeypatch.setattr(sanity_evidence, 'run_checks', signalled)
   with pytest.raises(signals.Interrupted):
     probe.run(dataclasses.replace(config, num_queries=21), stop)
   (state,) = workdir.glob('*.state.npz')  # the attacks are not repeated
@@ -208,18 +222,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_fitted(
 
 @pytest.mark.slow
 @pytest.mark.parametrize('attack', ['standard', 'worst_case'])
-def test_an_undefended_encoder_falls(tmp_path, attack):
-  pretrain.run(
-    pretrain.PretrainConfig(
-      workdir=str(tmp_path),
-      objective='vae',
-      hidden_units=100,
-      latent_dim=16,
-      num_steps=800,
-      tensorboard=False,
-    ),
-    signals.StopSignal(),
-  )
+def test_an_undefended_encoder_is_not_robust(tmp_path, attack):
+  train(tmp_path, hidden_units=100, latent_dim=16, num_steps=800)
   config = probe.ProbeConfig(
     workdir=str(tmp_path), attack=attack, radii=(0.0, 0.3), num_examples=100, check_examples=0
   )
@@ -231,7 +235,8 @@ def test_an_undefended_encoder_falls(tmp_path, attack):
 def test_a_failed_check_is_an_exit_code_where_that_is_asked_for(
   config, result, monkeypatch, capsys, strict, passed, code
 ):
-  checks = [{**check, 'passed': passed} for check in result['checks']]
+  verdict = 'pass' if passed else 'fail'
+  checks = [{**check, 'verdict': verdict, 'passed': passed} for check in result['checks']]
   monkeypatch.setattr(flags, 'from_flags', lambda _: dataclasses.replace(config, strict=strict))
   monkeypatch.setattr(probe, 'run', lambda *_: {**result, 'checks': checks})
   if code:
@@ -241,7 +246,9 @@ def test_a_failed_check_is_an_exit_code_where_that_is_asked_for(
   else:
     probe.main()
   output = capsys.readouterr().out
-  assert ('FAIL' in output) != passed and 'representation is alive' in output
+  assert ('FAIL' in output) != passed and 'representation is informative' in output
+  summary = 'checks: 12 passed, 0 failed, 0 skipped\n' if passed else '12 failed'
+  assert summary in output.splitlines(keepends=True)[-1]
 
 
 def test_the_comparison_says_what_is_missing(workdir, monkeypatch):

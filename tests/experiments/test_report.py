@@ -1,11 +1,13 @@
-"""The page about runs: what it shows is what the files say, and nothing in them is markup."""
+"""The report: its numbers and charts are those of the files, and no text of a file is markup."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import html.parser
 import json
 import re
+import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ import pytest
 
 from experiments import figure1, pretrain, probe, report
 from experiments.cli.flags import UsageError, to_dict
-from experiments.visual import charts, image_grids
+from experiments.visual import image_grids, report_page
+from se_vae.evaluation import sanity_checks
 
 RADII = [0.0, 0.05, 0.1, 0.3]
 VOID = {'meta', 'img', 'br'}
@@ -62,11 +65,9 @@ def write_run(directory: Path, objective: str = 'se', finished: bool = True, **c
   """A run's directory as experiments.pretrain leaves it, with numbers told apart at sight."""
   generator = np.random.default_rng([ord(letter) for letter in directory.name + objective])
   directory.mkdir(parents=True)
-  config = pretrain.PretrainConfig(
-    workdir=str(directory), objective=objective, num_steps=300, **changes
-  )
+  config = {'workdir': str(directory), 'objective': objective, 'num_steps': 300, **changes}
   saved = {
-    'config': to_dict(config),
+    'config': to_dict(pretrain.PretrainConfig()) | config,
     'data': {'source': 'embedded', 'digest': 'abc'},
     'versions': {'python': '3.11', 'jax': '0.10'},
     'devices': ['cpu'],
@@ -128,19 +129,22 @@ def test_every_number_is_the_files(run):
   other = write_run(run.parent / 'vae', 'vae')
   result, other_result = write_probe(run), write_probe(other)
   page = render(run, other)
-  # Adversarial accuracy: a row a radius, a column a run.
-  for i, radius in enumerate(RADII):
+  # Adversarial accuracy: a row a run, a column a radius.
+  assert page.row('Radius') == ['Radius', *(f'{radius:g}' for radius in RADII)]
+  first = page.rows.index(page.row('Radius')) + 1
+  for name, found, row in zip(
+    ('se', 'vae'), (result, other_result), page.rows[first : first + 2], strict=True
+  ):
     cells = [
-      '{} [ {} , {} ]'.format(*(shown(v, '.3f') for v in (r['accuracy'][i], *r['interval'][i])))
-      for r in (result, other_result)
+      '{} [ {} , {} ]'.format(*(shown(v, '.3f') for v in (value, *interval)))
+      for value, interval in zip(found['accuracy'], found['interval'], strict=True)
     ]
-    assert page.row(f'{radius:g}') == [f'{radius:g}', *cells]
+    assert row == [name, *cells]
   # Held-out figures, and the last row of training.
   for directory in (run, other):
     test = json.loads((directory / 'result.json').read_text())['test']
     last = json.loads((directory / 'metrics.jsonl').read_text().splitlines()[-1])
-    tables = [row for row in page.rows if row[0] == directory.name]
-    _, held_out, training = tables
+    _, held_out, training, _ = [row for row in page.rows if row[0] == directory.name]
     assert held_out[1:] == [*(shown(test[name], '.5g') for name in ('elbo', 'kl')), '7']
     expected = [last.get(name) for name in ('elbo', 'log_likelihood', 'kl', 'transport_cost')]
     assert training[1:] == ['–' if v is None else shown(v, '.5g') for v in expected]  # noqa: RUF001
@@ -152,41 +156,80 @@ def test_every_number_is_the_files(run):
     assert rounded == pytest.approx(json.loads(value), rel=1e-4, abs=5e-4)
 
 
+def drawn(uri: str) -> xml.etree.ElementTree.Element:
+  """The SVG picture in a data URI, its names without their namespaces."""
+  kind, content = uri.split(';base64,')
+  assert kind == 'data:image/svg+xml'
+  text = base64.b64decode(content).decode()
+  return xml.etree.ElementTree.fromstring(re.sub(r' xmlns(:\w+)?="[^"]*"|xlink:', '', text))
+
+
+def points_of(picture: xml.etree.ElementTree.Element, name: str) -> np.ndarray:
+  """The points `[N, 2]` of the path in the group of this id."""
+  group = picture.find(f".//g[@id='{name}']")
+  shape = group.find('path')
+  if shape is None and group.find('defs/path') is None:
+    return np.empty((0, 2))  # nothing to draw
+  offset = np.zeros(2)
+  if shape is None:  # a band: defined first, then put into its place
+    shape = group.find('defs/path')
+    offset += [float(group.find('g/use').get(axis)) for axis in 'xy']
+  numbers = re.findall(r'[-+]?[0-9.]+(?:e[-+]?[0-9]+)?', shape.get('d'))
+  return np.array(numbers, float).reshape(-1, 2) + offset
+
+
+def scales(picture: xml.etree.ElementTree.Element) -> list[np.ndarray]:
+  """For both axes the line (slope, offset) from a place in the drawing to a value, by its ticks."""
+  found = []
+  for axis in 'xy':
+    places, values = [], []
+    for tick in picture.iter('g'):
+      if tick.get('id', '').startswith(f'{axis}tick_'):
+        places.append(float(next(tick.iter('use')).get(axis)))
+        values.append(float(next(tick.iter('text')).text.replace('\N{MINUS SIGN}', '-')))
+    found.append(np.polyfit(places, values, 1))
+  return found
+
+
 def test_curves_are_drawn_where_the_numbers_are():
-  line = charts.Line(
-    'SE', 'se0', [0.0, 0.1, 0.4], [0.9, 0.5, 0.2], [0.8, 0.4, 0.1], [1.0, 0.6, 0.3]
-  )
-  drawing = charts.draw([line], y_limits=(0.0, 1.0))
-
-  def value(place: float, ticks: list[charts.Tick]) -> float:
-    (a, low), (b, high) = ((ticks[i].place, float(ticks[i].text)) for i in (0, -1))
-    return low + (place - a) / (b - a) * (high - low)
-
-  (shape,) = drawing.shapes
-  points = np.array([list(map(float, point.split())) for point in shape.path[1:].split('L')])
-  half_a_digit = 0.05 / 180 * 1.01
-  for (x, y), expected_x, expected_y in zip(points, line.x, line.y, strict=True):
-    assert abs(value(x, drawing.x_ticks) - expected_x) <= half_a_digit
-    assert abs(value(y, drawing.y_ticks) - expected_y) <= half_a_digit
-  band = [list(map(float, point.split())) for point in shape.band[1:-1].split('L')]
-  heights = [value(y, drawing.y_ticks) for _, y in band]
-  np.testing.assert_allclose(heights, [1.0, 0.6, 0.3, 0.1, 0.4, 0.8], atol=half_a_digit)
+  style = report_page.Style('#1b6ca8', 'solid')
+  line = report_page.Line(style, [0.0, 0.1, 0.4], [0.9, 0.5, 0.2], [0.8, 0.4, 0.1], [1.0, 0.6, 0.3])
+  picture = drawn(report_page.chart([line], 'radius', y_limits=(0.0, 1.0)))
+  x_scale, y_scale = scales(picture)
+  x, y = points_of(picture, 'line_0').T
+  np.testing.assert_allclose(np.polyval(x_scale, x), line.x, atol=1e-5)
+  np.testing.assert_allclose(np.polyval(y_scale, y), line.y, atol=1e-5)
+  x, y = points_of(picture, 'band_0').T
+  corners = {
+    (round(a, 4), round(b, 4))
+    for a, b in zip(np.polyval(x_scale, x), np.polyval(y_scale, y), strict=True)
+  }
+  assert corners == {*zip(line.x, line.low, strict=True), *zip(line.x, line.high, strict=True)}
 
 
 @pytest.mark.parametrize('values', [[], [2.0], [1.0, 1.0], [float('nan'), 1.0], [-1e9, 1e9]])
 def test_charts_of_few_flat_or_missing_values(values):
-  drawing = charts.draw([charts.Line('a', 'se0', list(range(len(values))), values)])
-  numbers = [tick.place for tick in (*drawing.x_ticks, *drawing.y_ticks)]
-  numbers += [coordinate for mark in drawing.shapes[0].marks for coordinate in mark[:2]]
-  assert np.isfinite(numbers).all()
-  assert len(drawing.shapes[0].marks) == np.isfinite(values).sum()
-  assert all(drawing.left <= tick.place <= drawing.right for tick in drawing.x_ticks)
+  style = report_page.Style('#1b6ca8', 'solid')
+  line = report_page.Line(style, list(range(len(values))), values)
+  picture = drawn(report_page.chart([line], 'step'))
+  assert len(points_of(picture, 'line_0')) == np.isfinite(values).sum()
+  left, top, width, height = map(float, picture.get('viewBox').split())
+  for tick in picture.iter('use'):
+    assert left <= float(tick.get('x')) <= left + width
+    assert top <= float(tick.get('y')) <= top + height
 
 
 def test_long_curves_are_averaged_in_groups():
-  assert charts.thin([1.0, 2.0, 3.0], 3) == [1.0, 2.0, 3.0]
-  assert charts.thin([1.0, 2.0, 3.0, 4.0, 9.0], 3) == [1.5, 3.5, 9.0]
-  assert len(charts.thin([0.0] * 3000, 240)) <= 240
+  assert report_page.thin([1.0, 2.0, 3.0], 3) == [1.0, 2.0, 3.0]
+  assert report_page.thin([1.0, 2.0, 3.0, 4.0, 9.0], 3) == [1.5, 3.5, 9.0]
+  assert len(report_page.thin([0.0] * 3000, 240)) <= 240
+
+
+def test_runs_side_by_side_look_different():
+  """Twelve runs of each objective; one objective's colours are never the other's."""
+  styles = report_page.styles(['se', 'vae'] * 12)
+  assert len(set(styles)) == 24
+  assert not {style.color for style in styles[::2]} & {style.color for style in styles[1::2]}
 
 
 def test_the_page_needs_no_network(run):
@@ -196,7 +239,7 @@ def test_the_page_needs_no_network(run):
     assert tag not in ('script', 'link', 'iframe', 'object', 'base')
     assert not any(name.startswith('on') for name in attributes)
     for name in ('src', 'href'):
-      assert re.match(r'data:image/png;base64,|#', attributes.get(name) or '#')
+      assert re.match(r'data:image/(png|svg\+xml);base64,|#', attributes.get(name) or '#')
   style = re.search(r'<style>(.*)</style>', text, re.DOTALL).group(1)
   assert 'url(' not in style and '@import' not in style
   assert '://' not in text
@@ -211,11 +254,8 @@ def test_the_page_is_accessible(run):
   page = render(run)
   for tag, attributes in page.elements:
     if tag == 'img':
-      assert attributes['alt'] and attributes['width'] and attributes['height']
-    if tag == 'svg':
-      assert attributes.get('aria-hidden') or (
-        attributes['role'] == 'img' and attributes['aria-label']
-      )
+      assert attributes['alt']
+      assert attributes.get('class') == 'chart' or (attributes['width'] and attributes['height'])
     if tag == 'th':
       assert attributes['scope'] in ('row', 'col')
   assert ('html', {'lang': 'en'}) in page.elements
@@ -274,6 +314,26 @@ def test_checks_are_words_as_well_as_colours(run):
   assert ['✗ FAIL', '6 converged', '9 more'] in page.rows
 
 
+def test_a_check_that_was_skipped_is_no_pass(run):
+  check = {'number': 7, 'name': 'Square', 'verdict': 'skipped', 'passed': None}
+  write_probe(run, checks=[check | {'figure': 'nothing to attack', 'values': {}}])
+  text = render_text(run)
+  assert ['– skipped', '7 Square', 'nothing to attack'] in Page(text).rows  # noqa: RUF001
+  assert '0 passed, 0 failed, 1 skipped' in text
+
+
+def test_every_curve_stands_beside_the_verdict_of_its_checks(run):
+  other = write_run(run.parent / 'unchecked')
+  checks = write_probe(run)['checks']
+  write_probe(other, checks=[])
+  directories = [str(run), str(other)]
+  text = report.run(report.ReportConfig(directories[0], tuple(directories[1:]))).read_text()
+  verdicts = re.search(r'<ul class="verdicts">(.*?)</ul>', text, re.DOTALL).group(1)
+  first, second = re.findall(r'<strong>(\w+)</strong>.*?<br>(.*?)</li>', verdicts, re.DOTALL)
+  assert first == ('se', sanity_checks.summary(checks)) and '1 failed' in first[1]
+  assert second == ('unchecked', 'checks: not run')
+
+
 def test_joint_curves_and_moves(run):
   curve = {'radii': [0.0, 0.1], 'accuracy': [0.5, 0.25], 'interval': [[0.4, 0.6], [0.2, 0.3]]}
   quantiles = {'0.05': [0.0, 1.25], '0.5': [0.0, 2.5], '0.95': [0.0, 5.5]}
@@ -281,7 +341,9 @@ def test_joint_curves_and_moves(run):
   write_probe(run, joint={'tasks': ['digit', 'color'], **curve}, moves=moves)
   text = render_text(run)
   assert 'mnist_5k, digit and color probes together' in text
-  assert Page(text).row('0.12') == ['0.12', '3.75 [ 1.25 , 5.5 ]']
+  page = Page(text)
+  shifts = page.rows[page.rows.index(['Radius', '0', '0.12']) + 1]
+  assert shifts == ['se', '0 [ 0 , 0 ]', '3.75 [ 1.25 , 5.5 ]']
 
 
 def test_a_figure(tmp_path):
@@ -295,14 +357,14 @@ def test_a_figure(tmp_path):
   assert 'the figure is not finished' in text and 'mnist_mlp_vae' in text
   panels = [dataclasses.asdict(figure1.PANELS[2])]
   figure = tmp_path / 'figure1.json'
-  figure.write_text(json.dumps({'panels': panels, 'results': results}))
+  figure.write_text(json.dumps({'panels': panels, 'results': results, 'optimizer': 'Adam, ours'}))
   text = report.run(report.ReportConfig(workdir=directory)).read_text()
   assert 'the figure is not finished' not in text
-  assert '(c) MNIST, digit task, MLP' in text
-  first = Page(text).row('0.1')
-  assert [cell.split()[0] for cell in first[1:]] == [
-    shown(result['accuracy'][2], '.3f') for result in results
-  ]
+  assert '(c) MNIST, digit task, MLP' in text and 'Adam, ours' in text
+  page = Page(text)
+  first = page.rows.index(page.row('Radius')) + 1
+  for row, result in zip(page.rows[first : first + 2], results, strict=True):
+    assert [cell.split()[0] for cell in row[1:]] == [shown(v, '.3f') for v in result['accuracy']]
 
 
 def test_a_setting_that_an_older_run_does_not_know_is_the_default(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from absl import flags as absl_flags
 
 from experiments import figure1, pretrain, probe
 from experiments.cli import distributed, flags
-from experiments.cli.flags import UsageError, setting
+from se_vae.config import ArgumentError, TrainConfig, setting, validate
 
 BINARIES = {'pretrain': pretrain.PretrainConfig, 'probe': probe.ProbeConfig}
 ROOT = Path(__file__).parents[2]
@@ -28,25 +29,26 @@ class Example:
 
 def test_defaults_are_within_their_limits():
   for config_type in (Example, *BINARIES.values(), figure1.Figure1Config, distributed.Cluster):
-    flags.check(config_type())
+    validate(config_type())
 
 
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'count': 0}, '--count: must be >= 1; got 0'),
-    ({'rate': 0.0}, '--rate: must be > 0; got 0.0'),
-    ({'rate': 1.5}, '--rate: must be <= 1; got 1.5'),
-    ({'rate': float('nan')}, '--rate: must be finite; got nan'),
-    ({'kind': 'green'}, "--kind: must be one of red, blue; got 'green'"),
-    ({'values': (0.1, -2.0)}, '--values: must be >= 0; got -2.0'),
-    ({'values': ()}, '--values: needs at least one value'),
+    ({'count': 0}, 'count: must be >= 1; got 0'),
+    ({'rate': 0.0}, 'rate: must be > 0; got 0.0'),
+    ({'rate': 1.5}, 'rate: must be <= 1; got 1.5'),
+    ({'rate': float('nan')}, 'rate: must be finite; got nan'),
+    ({'kind': 'green'}, "kind: must be one of red, blue; got 'green'"),
+    ({'values': (0.1, -2.0)}, 'values: must be >= 0; got -2.0'),
+    ({'values': ()}, 'values: needs at least one value'),
   ],
 )
 def test_values_outside_their_limits_are_named(change, message):
-  with pytest.raises(UsageError) as error:
-    flags.check(Example(**change))
+  with pytest.raises(ArgumentError) as error:
+    validate(Example(**change))
   assert str(error.value) == message
+  assert flags.name_flags(error.value) == f'--{message}'
 
 
 def test_json_round_trip():
@@ -60,7 +62,7 @@ def test_flags_carry_every_field():
   values(['program', '--count=7', '--rate=0.5', '--kind=blue', '--values=0,0.25'])
   assert flags.from_flags(Example, values) == Example(7, 0.5, 'blue', (0.0, 0.25))
   values(['program', '--values=0,x'])
-  with pytest.raises(UsageError, match='--values: must be numbers'):
+  with pytest.raises(ArgumentError, match='values: must be numbers'):
     flags.from_flags(Example, values)
 
 
@@ -113,32 +115,53 @@ WRONG_COMMANDS = [
 ]
 
 
+# Imports everything once, and runs each command in a process of its own, forked from that.
+FORK = """
+import json, os, runpy, sys
+import jax, se_vae.training, se_vae.evaluation.robustness
+from experiments import figure1, pretrain, probe, supervised, sweep
+
+for module, arguments, directory in json.load(sys.stdin):
+  if os.fork() == 0:
+    for number, name in ((1, 'stdout'), (2, 'stderr')):
+      os.dup2(os.open(f'{directory}/../{name}', os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [module, *arguments]
+    del sys.modules[module]
+    runpy.run_module(module, run_name='__main__', alter_sys=True)
+    sys.exit(0)
+  _, status = os.wait()
+  print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
 @pytest.fixture(scope='module')
 def outcomes(tmp_path_factory):
-  """Runs all wrong commands, two at a time, and keeps what each printed and left behind."""
-  running, finished = [], {}
-
-  def collect():
-    command, process, directory = running.pop(0)
-    stdout, stderr = process.communicate(timeout=60)
-    left = sorted(path.name for path in directory.iterdir())
-    finished[command] = (process.returncode, stdout, stderr, left)
-
-  for command in WRONG_COMMANDS:
-    directory = tmp_path_factory.mktemp('wrong')
+  """Runs all wrong commands, and keeps what each printed and left behind."""
+  lines, directories = [], []
+  for binary, arguments, _ in WRONG_COMMANDS:
+    directory = tmp_path_factory.mktemp('wrong') / 'files'
+    directory.mkdir()
     (directory / 'file').touch()
-    binary, arguments, _ = command
-    line = [sys.executable, '-m', f'experiments.{binary}']
-    line += arguments.format(tmp=directory).split()
-    process = subprocess.Popen(
-      line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    running.append((command, process, directory))
-    if len(running) == 2:
-      collect()
-  while running:
-    collect()
-  return finished
+    directories.append(directory)
+    words = arguments.format(tmp=directory).split()
+    lines.append((f'experiments.{binary}', words, str(directory)))
+  forked = subprocess.run(
+    [sys.executable, '-c', FORK],
+    cwd=ROOT,
+    input=json.dumps(lines),
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert forked.stderr == ''
+  found = {}
+  for command, code, directory in zip(
+    WRONG_COMMANDS, forked.stdout.split(), directories, strict=True
+  ):
+    printed = [(directory.parent / name).read_text() for name in ('stdout', 'stderr')]
+    left = sorted(path.name for path in directory.iterdir())
+    found[command] = (int(code), *printed, left)
+  return found
 
 
 @pytest.mark.parametrize('command', WRONG_COMMANDS, ids=lambda c: f'{c[0]} {c[1]}')
@@ -151,8 +174,52 @@ def test_wrong_commands_fail_in_one_line_and_leave_no_trace(outcomes, command):
   assert left == ['file']
 
 
-def test_readme_lists_every_flag():
-  readme = (ROOT / 'README.md').read_text()
-  for config_type in (*BINARIES.values(), distributed.Cluster):
-    for field in dataclasses.fields(config_type):
-      assert f'`--{field.name}`' in readme, field.name
+def test_limits_are_part_of_the_flag_reference():
+  assert flags.reference(Example).splitlines()[2:] == [
+    '| `--count` | `3` | A number. At least 1. |',
+    '| `--rate` | | A rate. Above 0 and at most 1. |',
+    '| `--kind` | `red` | A kind. One of `red`, `blue`. |',
+    '| `--values` | `0.5,1.0` | Some values. At least 0. |',
+  ]
+
+
+def test_settings_of_all_parts_are_flags_with_one_flat_list_of_names():
+  values = absl_flags.FlagValues()
+  flags.define_flags(pretrain.PretrainConfig, values)
+  values(['program', '--gamma=2', '--latent_dim=7', '--data_seed=3', '--seed=4'])
+  config = flags.from_flags(pretrain.PretrainConfig, values)
+  assert config.train == TrainConfig(gamma=2.0)
+  assert (config.model.latent_dim, config.data.data_seed, config.seed) == (7, 3, 4)
+  stored = flags.to_dict(config)
+  assert stored['gamma'] == 2.0 and all(type(value) is not dict for value in stored.values())
+  assert flags.from_dict(pretrain.PretrainConfig, stored) == config
+  assert flags.replace(config, gamma=1.0).train == TrainConfig()
+  with pytest.raises(TypeError, match='no setting gama'):
+    flags.replace(config, gama=1.0)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'gamma': -1.0}, 'gamma: must be >= 0; got -1.0'),
+    ({'obs_var': 0.0}, 'obs_var: must be > 0; got 0.0'),
+    ({'num_steps': 0}, 'num_steps: must be >= 1; got 0'),
+    ({'learning_rate': float('inf')}, 'learning_rate: must be finite; got inf'),
+  ],
+)
+def test_the_library_refuses_what_the_binary_refuses(change, message):
+  for make in (TrainConfig, lambda **changes: flags.replace(pretrain.PretrainConfig(), **changes)):
+    with pytest.raises(ArgumentError) as error:
+      make(**change)
+    assert str(error.value) == message
+
+
+def test_settings_of_an_older_version_are_understood():
+  """Its pgd_step_size was absolute, and it could keep the training set on the devices."""
+  old = flags.to_dict(pretrain.PretrainConfig()) | {'radius': 0.2, 'device_data_limit': 1024}
+  del old['relative_step_size']
+  for step_size, expected in ((None, None), (0.05, 0.25)):
+    config = pretrain.stored_config(old | {'pgd_step_size': step_size})
+    assert config.train == TrainConfig(relative_step_size=expected)
+  config = pretrain.stored_config(old | {'pgd_step_size': 0.05, 'radius': 0.0})
+  assert config.train == TrainConfig(radius=0.0)

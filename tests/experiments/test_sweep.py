@@ -13,15 +13,15 @@ import pytest
 
 from experiments import pretrain, probe, supervised, sweep
 from experiments.cli import signals
-from experiments.cli.flags import UsageError
+from experiments.cli.flags import from_dict, to_dict
 from se_vae import training
+from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
-BASE = pretrain.PretrainConfig(
-  hidden_units=8, latent_dim=4, pgd_steps=2, num_steps=20, log_every=10, tensorboard=False
-)
+TINY = {'hidden_units': 8, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 20, 'log_every': 10}
+BASE = from_dict(pretrain.PretrainConfig, {**TINY, 'tensorboard': False})
 ATTACK = '--radii=0,0.1 --num_examples=30 --pgd_steps=2 --check_examples=0'
 
 
@@ -65,10 +65,17 @@ def test_a_sweep_writes_its_runs_and_the_means_over_seeds(swept):
   assert row['objective'] == 'vae' and row['seeds'] == '2' and 'seed' not in row
   mean = np.mean([result['accuracy'] for result in results], axis=0)
   np.testing.assert_allclose([float(row['at 0']), float(row['at 0.1'])], mean, atol=5.1e-4)
+  ends = np.array([result['interval'] for result in results])
+  for i, radius in enumerate(('0', '0.1')):
+    assert float(row[f'low at {radius}']) == pytest.approx(ends[:, i, 0].min(), abs=5.1e-4)
+    assert float(row[f'high at {radius}']) == pytest.approx(ends[:, i, 1].max(), abs=5.1e-4)
+  assert row['checks'] == 'checks: not run'
+  assert all(result['checks_summary'] == 'checks: not run' for result in results)
   elbo = np.mean([result['held_out']['elbo'] for result in results])
   assert float(row['elbo']) == pytest.approx(elbo, abs=0.051)
   header, rule, line = (swept / 'sweep.md').read_text().splitlines()
   assert header.count('|') == rule.count('|') == line.count('|') and '| vae | 2 |' in line
+  assert line.endswith('| checks: not run |')
   assert (swept / 'sweep.png').stat().st_size > 1000
 
 
@@ -81,18 +88,20 @@ def test_finished_runs_are_not_repeated_and_their_seconds_are_kept(swept, monkey
   assert json.loads((swept / 'sweep.json').read_text())['results'] == before['results']
 
 
-def test_every_combination_is_a_run(tmp_path):
-  runs = list(sweep.runs_of(config_of('gamma=0.5,2 warm_start=true,false'), BASE, tmp_path))
-  assert [(run.pretraining.gamma, run.pretraining.warm_start) for run in runs] == [
+def test_every_combination_is_a_variant(tmp_path):
+  vary = config_of('gamma=0.5,2 warm_start=true,false')
+  variants = list(sweep.variants_of(vary, BASE, tmp_path))
+  settings = [to_dict(each.pretraining) for each in variants]
+  assert [(each['gamma'], each['warm_start']) for each in settings] == [
     (0.5, True),
     (0.5, False),
     (2.0, True),
     (2.0, False),
   ]
-  assert len({run.pretraining.workdir for run in runs}) == 4
-  for run in runs:
-    assert run.pretraining.num_steps == BASE.num_steps
-    assert run.attack.workdir == run.pretraining.workdir and run.attack.radii == (0.0, 0.1)
+  assert len({each.pretraining.workdir for each in variants}) == 4
+  for each, values in zip(variants, settings, strict=True):
+    assert values['num_steps'] == TINY['num_steps']
+    assert each.attack.workdir == each.pretraining.workdir and each.attack.radii == (0.0, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +125,7 @@ def test_every_combination_is_a_run(tmp_path):
 )
 def test_what_a_sweep_refuses_before_it_writes(tmp_path, vary, attack, message):
   base = dataclasses.replace(BASE, workdir=str(tmp_path / 'w'))
-  with pytest.raises(UsageError, match=message):
+  with pytest.raises(ArgumentError, match=message):
     sweep.run(config_of(vary, attack), base, signals.StopSignal())
   assert not (tmp_path / 'w').exists()
 
@@ -125,7 +134,7 @@ def supervised_config(workdir: Path, **changes) -> supervised.SupervisedConfig:
   sizes = {'hidden_units': 16, 'latent_dim': 8, 'pgd_steps': 2, 'num_steps': 120}
   attack = '--radii=0,0.05 --num_examples=200 --pgd_steps=5 --check_examples=0'
   options = {**sizes, 'radius': 0.05, 'learning_rate': 1e-2, 'probe': attack, **changes}
-  return supervised.SupervisedConfig(workdir=str(workdir), **options)
+  return from_dict(supervised.SupervisedConfig, {'workdir': str(workdir), **options})
 
 
 def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(tmp_path, monkeypatch):
@@ -134,7 +143,7 @@ def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(tmp_pat
   assert clean > 0.4 and 0.2 < attacked <= clean  # chance is a tenth
   with pytest.raises(signals.Interrupted):
     supervised.run(supervised_config(tmp_path / 'b'), stopped())
-  with pytest.raises(UsageError, match=r'--workdir: .*other settings'):
+  with pytest.raises(ArgumentError, match=r'workdir: .*other settings'):
     supervised.run(supervised_config(tmp_path / 'b', radius=0.1), signals.StopSignal())
   resumed = supervised.run(supervised_config(tmp_path / 'b'), signals.StopSignal())
   assert resumed['accuracy'] == straight['accuracy']

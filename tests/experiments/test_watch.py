@@ -16,8 +16,8 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 import se_vae
-from experiments import pretrain
-from experiments.cli import messages, signals
+from experiments import pretrain, recording
+from experiments.cli import flags, messages, signals
 from experiments.visual import image_grids, tensorboard
 from se_vae import training
 from se_vae.data.transforms import pixels
@@ -31,7 +31,9 @@ PICTURES = {'reconstructions': (4, 10), 'samples': (5, 10), 'traversals': (4, 10
 
 
 def config(workdir: Path, **changes) -> pretrain.PretrainConfig:
-  return pretrain.PretrainConfig(workdir=str(workdir), **{**TINY, **OFTEN, **changes})
+  return flags.from_dict(
+    pretrain.PretrainConfig, {'workdir': str(workdir), **TINY, **OFTEN, **changes}
+  )
 
 
 def checksum(data: bytes) -> int:
@@ -91,7 +93,7 @@ def watched(tmp_path_factory) -> Path:
   """A Smooth Encoder after a short training."""
   workdir = tmp_path_factory.mktemp('watched')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(pretrain, '_WATCHED', 1000)  # all test images, which the result is about
+    patch.setattr(recording, '_WATCHED', 1000)  # all test images, which the result is about
     pretrain.run(config(workdir), signals.StopSignal())
   return workdir
 
@@ -142,7 +144,7 @@ def test_checkpoints_are_looked_at(watched):
 
 def test_a_resumed_run_has_every_step_once(watched, tmp_path, monkeypatch):
   """Stopped twice between rows; once killed long after its last checkpoint, within a record."""
-  monkeypatch.setattr(pretrain, '_WATCHED', 1000)
+  monkeypatch.setattr(recording, '_WATCHED', 1000)
   for _ in range(2):
     stop = signals.StopSignal()
     stop.signum = signal.SIGTERM

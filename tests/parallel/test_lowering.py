@@ -40,22 +40,22 @@ def zeros(shapes):
   return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def train_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, streamed: bool = False) -> tuple:
+def train_arguments(model: vae.VAE, mesh: jax.sharding.Mesh) -> tuple:
   """Of `training.train_steps`, as `training.run` places them."""
+  step, args = training.TrainStep(model), (CONFIG, KEY)
   state = zeros(jax.eval_shape(lambda: training.init_state(model, CONFIG, KEY)))
-  carry = state, zeros(training.empty_window(model, CONFIG, state))
-  feeds = input_pipeline.streamed if streamed else input_pipeline.resident
   images, indices = np.zeros((20, *SHAPE), np.uint8), np.zeros((5, BATCH), np.int32)
-  (feed,) = feeds(mesh, images, lambda *_: indices, range(0, 5, 5))
-  replicated = sharding.replicate(mesh, (carry, KEY))
-  return model, CONFIG, mesh, *replicated, feed.images, feed.places, np.int32(0), np.int32(5)
+  window = training.empty_window(step, state, args, images)
+  chunk = input_pipeline.read_chunk(mesh, images, indices)
+  state, window, args = sharding.replicate(mesh, (state, window, args))
+  return step, mesh, state, window, args, chunk.images, chunk.examples, np.int32(5)
 
 
-def attack_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, method: str) -> tuple:
+def attack_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, kind: type) -> tuple:
   """Of `attack_suite.run`, as an evaluation places them: an attack on a probed encoder."""
   params = zeros(jax.eval_shape(model.init, KEY))
   probe = linear_probe.LinearProbe(np.zeros((3, 10), np.float32), np.zeros(10, np.float32))
-  table = attack_suite.worst_case(
+  suite = attack_suite.worst_case(
     linear_probe.ProbedEncoder(model),
     None,
     classes=10,
@@ -65,7 +65,7 @@ def attack_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, method: str) -> tu
     restarts=1,
     num_queries=3,
   )
-  attack = next(attack for attack in table if attack.method == method)
+  attack = next(attack for attack in suite.attacks if isinstance(attack, kind))
   x = np.zeros((BATCH, *SHAPE), np.float32)
   index = np.arange(BATCH, dtype=np.int32)
   x, aim, index = sharding.split(mesh, (x, attack_suite.Aim(index, target=index), index))
@@ -73,16 +73,15 @@ def attack_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, method: str) -> tu
   return attack, KEY, x, aim, index, jnp.float32(0.1), args
 
 
-@pytest.mark.parametrize('streamed', [False, True])
-def test_a_step_averages_once_and_its_selection_not_at_all(streamed):
+def test_a_step_averages_once_and_its_selection_not_at_all():
   """One all-reduce a step, of gradients and metrics together; everything else is a device's own."""
-  arguments = train_arguments(tiny('mlp'), sharding.data_mesh(4), streamed)
+  arguments = train_arguments(tiny('mlp'), sharding.data_mesh(4))
   assert collectives(training.train_steps.lower(*arguments)) == {'all-reduce': 1}
 
 
-@pytest.mark.parametrize('method', ['pgd', 'apgd'])
-def test_attacks_of_an_evaluation_do_not_communicate(method):
-  arguments = attack_arguments(tiny('mlp'), sharding.data_mesh(4), method)
+@pytest.mark.parametrize('kind', [attack_suite.PGD, attack_suite.APGD])
+def test_attacks_of_an_evaluation_do_not_communicate(kind):
+  arguments = attack_arguments(tiny('mlp'), sharding.data_mesh(4), kind)
   lowered = attack_suite.run.lower(*arguments, norm='linf', bounds=(0.0, 1.0))
   assert collectives(lowered) == {}
 
@@ -109,7 +108,7 @@ def test_a_convnet_s_training_step_lowers_for_every_platform():
 
 
 def test_a_convnet_s_attack_lowers_for_every_platform():
-  arguments = attack_arguments(tiny('convnet'), sharding.data_mesh(1), 'apgd')
+  arguments = attack_arguments(tiny('convnet'), sharding.data_mesh(1), attack_suite.APGD)
   assert_convolutions_are_native_but_on_cpu(
     attack_suite.run, *arguments, norm='linf', bounds=(0.0, 1.0)
   )

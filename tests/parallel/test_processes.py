@@ -20,10 +20,12 @@ import numpy as np
 import pytest
 
 from experiments import pretrain
-from experiments.cli import devices, distributed, signals, workdirs
+from experiments.cli import devices, distributed, flags, signals, workdirs
 from experiments.cli.flags import UsageError
+from se_vae.config import ArgumentError
 from se_vae.parallel import processes
 from se_vae.storage import checkpoints
+from tests.experiments.test_app import exit_code
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -118,8 +120,8 @@ def rows(workdir: Path) -> list[dict[str, float]]:
 
 
 def run_alone(workdir: Path, **changes) -> None:
-  config = pretrain.PretrainConfig(workdir=str(workdir), **{'num_devices': 1, **TINY, **changes})
-  pretrain.run(config, signals.StopSignal())
+  values = {'workdir': str(workdir), 'num_devices': 1, **TINY, **changes}
+  pretrain.run(flags.from_dict(pretrain.PretrainConfig, values), signals.StopSignal())
 
 
 @pytest.fixture(scope='module')
@@ -163,8 +165,8 @@ def test_two_processes_train_as_one_and_write_everything_once(tmp_path, alone):
 
 
 def test_sigterm_to_one_stops_both_and_one_process_goes_on(tmp_path, alone):
-  """The two read their shares of the batches, the one has all images on its device."""
-  with pair(tmp_path, device_data_limit=0) as processes:
+  """The two read their shares of the batches, the one reads whole ones."""
+  with pair(tmp_path) as processes:
     wait_for(tmp_path / 'config.json', processes)  # training begins: it compiles
     processes[1].send_signal(signal.SIGTERM)
     found = ends(processes)
@@ -180,7 +182,7 @@ def test_sigterm_to_one_stops_both_and_one_process_goes_on(tmp_path, alone):
 SHARES = """
 import json, pathlib, sys
 import numpy as np
-from se_vae import sharding
+from se_vae.parallel import processes, sharding
 
 address, number, path = sys.argv[1:]
 processes.join(address, 2, int(number))
@@ -238,17 +240,20 @@ def test_an_unreachable_coordinator_is_an_error_in_a_line(tmp_path):
   assert not (tmp_path / 'w').exists()
 
 
-def test_a_port_in_use_is_an_error_in_a_line(tmp_path):
+def test_a_port_in_use_is_an_error_in_a_line(capsys):
   with socket.socket() as taken:
     taken.bind(('localhost', 0))
     taken.listen()
     address = f'localhost:{taken.getsockname()[1]}'
-    process = start(tmp_path / 'w', coordinator=address, num_processes=2, process_id=0)
-    (end,) = ends([process])
-  assert (end.code, end.printed) == (2, '')
-  (line,) = end.errors
+    cluster = distributed.Cluster(coordinator=address, num_processes=2, process_id=0)
+
+    def main():
+      with distributed.joined(cluster):
+        pytest.fail('joined')
+
+    assert exit_code(main) == 2
+  (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith(f'error: --coordinator: cannot listen at {address}: ')
-  assert not (tmp_path / 'w').exists()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,7 +281,7 @@ def test_flags_that_contradict_each_other_are_named(flags, message):
 def test_alone_nothing_is_joined_and_every_decision_is_one_s_own():
   with distributed.joined(distributed.Cluster()):
     assert processes.is_first()
-    assert processes.largest(7) == 7 and processes.largest(-7) == -7
+    assert processes.maximum(7) == 7 and processes.maximum(-7) == -7
     assert processes.differing({'a': 1, 'b': 'x'}) == []
     assert processes.together(lambda a, b: a + b, 1, 2) == 3
     assert processes.on_first(divmod, 7, 2) == (3, 1)
@@ -314,15 +319,15 @@ def test_accelerators_share_every_batch_and_idle_ones_are_told_of(monkeypatch, c
 
 def test_a_batch_is_a_multiple_of_the_processes(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 3)
-  with pytest.raises(UsageError, match='--batch_size: must be a multiple of the 3 processes'):
+  with pytest.raises(ArgumentError, match='batch_size: must be a multiple of the 3 processes'):
     devices.mesh_for(64)
 
 
 @pytest.mark.parametrize(
   ('batch_size', 'num_devices', 'message'),
   [
-    (64, 3, '--batch_size, --num_devices: 64 examples cannot be split evenly over 3 devices'),
-    (64, 8, '--num_devices: must be <= 4, the devices here; got 8'),
+    (64, 3, 'batch_size, num_devices: 64 examples cannot be split evenly over 3 devices'),
+    (64, 8, 'num_devices: must be <= 4, the devices here; got 8'),
   ],
 )
 def test_devices_that_do_not_fit_are_named_before_anything_is_written(
@@ -331,7 +336,7 @@ def test_devices_that_do_not_fit_are_named_before_anything_is_written(
   config = pretrain.PretrainConfig(
     workdir=str(tmp_path / 'w'), batch_size=batch_size, num_devices=num_devices
   )
-  with pytest.raises(UsageError) as error:
+  with pytest.raises(ArgumentError) as error:
     pretrain.run(config, signals.StopSignal())
   assert str(error.value) == message
   assert list(tmp_path.iterdir()) == []
@@ -341,6 +346,7 @@ def test_devices_that_do_not_fit_are_named_before_anything_is_written(
 # Faults
 # ---------------------------------------------------------------------------------------------
 
+ELSEWHERE = 'error: another process has failed, and reports the reason'
 LONG = {'num_steps': 100_000, 'log_every': 50}
 
 
@@ -394,10 +400,16 @@ def test_an_error_of_one_process_ends_both(tmp_path):
   with workdirs.lock(tmp_path / 'w'), pair(tmp_path / 'w') as processes:
     first, second = ends(processes)
   assert first.code == 2 and f'in use by process {os.getpid()}' in first.last
-  assert (second.code, second.last) == (1, 'error: another process has failed, and says why')
+  assert (second.code, second.last) == (
+    1,
+    'error: another process has failed, and reports the reason',
+  )
   with pair(tmp_path / 'v', own=({}, {'dataset': 'mnist', 'data_dir': '/no'})) as processes:
     first, second = ends(processes)
-  assert (first.code, first.last) == (1, 'error: another process has failed, and says why')
+  assert (first.code, first.last) == (
+    1,
+    'error: another process has failed, and reports the reason',
+  )
   assert second.code == 2 and '--data_dir' in second.last
 
 

@@ -34,13 +34,13 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path, error):
 @pytest.mark.parametrize('call', ['fsync', 'replace'])
 def test_a_disk_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call):
   def fail(*_):
-    raise OSError(errno.EIO, 'broken')
+    raise OSError(errno.EIO, 'failed')
 
   path = tmp_path / 'file'
   path.write_bytes(b'old')
   with monkeypatch.context() as patch:
     patch.setattr(os, call, fail)
-    with pytest.raises(OSError, match=f"broken: '{path}'"), atomic_files.replacing(path) as file:
+    with pytest.raises(OSError, match=f"failed: '{path}'"), atomic_files.replacing(path) as file:
       file.write(b'new')
   assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['file']
 

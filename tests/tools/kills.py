@@ -1,10 +1,10 @@
-"""Kills a binary at random moments, goes on with it, and compares every byte of what it leaves.
+"""Kills a binary at random moments, resumes it, and compares every byte of its files.
 
   python -m tests.tools.kills pretrain DIRECTORY --kills=20
 
-The moments fall evenly over the time that an undisturbed run takes: on loading, compiling,
-training, attacking, saving and drawing alike. Whenever the run comes to its end it is compared and
-begun again, until there were enough kills. One process imports the library and forks the victims.
+The moments are uniform over the time that an undisturbed run takes, and so fall on loading,
+compiling, training, attacking, saving and drawing. A run that ends is compared and started again,
+until there were enough kills. One process imports the library and forks the binaries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 
 from experiments import figure1, pretrain, probe
-from experiments.cli import app, distributed
+from experiments.cli import app, distributed, flags
 from se_vae.evaluation import robustness
 
 TINY = {'hidden_units': 16, 'pgd_steps': 2}
@@ -50,12 +50,12 @@ def start(binary: str, workdir: Path, log: Path) -> int:
   with log.open('w') as file:
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
-  module, config_types, flags = BINARIES[binary]
+  module, config_types, settings = BINARIES[binary]
   for config_type in config_types:
     flags.define_flags(config_type)
   sys.argv = [
     binary,
-    *(f'--{name}={value}' for name, value in {'workdir': workdir, **flags}.items()),
+    *(f'--{name}={value}' for name, value in {'workdir': workdir, **settings}.items()),
   ]
   try:
     app.run(module.main)
@@ -100,7 +100,7 @@ def main() -> None:
   parser.add_argument('--kills', type=int, default=20)
   arguments = parser.parse_args()
   workdir, log = arguments.directory / 'run', arguments.directory / 'log'
-  robustness._SAVE_EVERY = 0.0  # a ledger that is often written is often hit
+  robustness._SAVE_EVERY = 0.0  # an attack log that is often written is often hit
   quick = figure1.PRESETS['quick']
   figure1.PANELS = figure1.PANELS[:2]
   color = dataclasses.replace(quick.encoders[1], num_steps=200, overrides=TINY)

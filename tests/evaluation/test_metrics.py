@@ -1,4 +1,4 @@
-"""Latent use on means made for it, and held-out bounds against NumPy."""
+"""Active latents, held-out bounds against NumPy, and the interval of an accuracy."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
-from se_vae.evaluation import diagnostics
+from se_vae.evaluation import metrics
 from se_vae.models import vae
 from se_vae.parallel import sharding
 
@@ -34,15 +35,15 @@ def model_and_params():
 def held_out(images=IMAGES, num_devices: int = 1, **options):
   model, params = model_and_params()
   mesh = sharding.data_mesh(num_devices)
-  return diagnostics.held_out(model, params, KEY, images, obs_var=OBS_VAR, mesh=mesh, **options)
+  return metrics.held_out(model, params, KEY, images, obs_var=OBS_VAR, mesh=mesh, **options)
 
 
 def test_latents_that_vary_are_active():
   wave = np.where(np.arange(1000) % 2, 1.0, -1.0)  # of variance one
   means = np.stack([wave, 5.0 + 0.11 * wave, -3.0 + 0.09 * wave, np.full(1000, 7.0)], axis=1)
-  assert diagnostics.active_latents(means) == 2
-  assert diagnostics.active_latents(means[:, 2:]) == 0
-  assert diagnostics.active_latents(means[:, :1].astype(np.float32)) == 1
+  assert metrics.active_latents(means) == 2
+  assert metrics.active_latents(means[:, 2:]) == 0
+  assert metrics.active_latents(means[:, :1].astype(np.float32)) == 1
 
 
 def test_held_out_is_the_average_over_images():
@@ -93,7 +94,7 @@ def test_compiles_once_for_all_batches():
       return super().encode(params, x)
 
   model, params = model_and_params()
-  diagnostics.held_out(
+  metrics.held_out(
     CountingVAE(**vars(model)),
     params,
     KEY,
@@ -103,3 +104,17 @@ def test_compiles_once_for_all_batches():
     batch_size=4,
   )
   assert traces == [(4, *SHAPE)]
+
+
+@pytest.mark.parametrize('confidence', [0.95, 0.99])
+def test_interval_is_wilsons(confidence):
+  correct = np.zeros((4, 40), bool)
+  for row, count in zip(correct, (0, 7, 30, 40), strict=True):
+    row[:count] = True
+  result = metrics.AdversarialAccuracy(np.arange(4.0), correct)
+  z = scipy.stats.norm.ppf(0.5 + confidence / 2.0)
+  p, n = np.array([0.0, 0.175, 0.75, 1.0]), 40
+  center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+  half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+  interval = result.interval(confidence)
+  np.testing.assert_allclose(interval, np.stack([center - half, center + half], 1), atol=1e-12)

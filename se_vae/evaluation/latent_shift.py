@@ -1,4 +1,7 @@
-"""The largest value of any objective within each radius: joint attacks, moves of encodings."""
+"""Latent shift and joint robustness: the largest value of an objective within each radius.
+
+The latent shift needs no labels: it is how far an attack can move an image's representation.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from jax.sharding import Mesh
 
 from se_vae.attacks.losses import Aim, Joint, LatentShift, Model
 from se_vae.attacks.projections import Norm
-from se_vae.evaluation import attack_suite
-from se_vae.evaluation.batched_attacks import check_images, check_radii
+from se_vae.config import ArgumentError
+from se_vae.evaluation import attack_suite, attacked_classifier
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.parallel import sharding
 
 
-def largest_values(
+def maximal_values(
   objective: Model,
   x: np.ndarray,
   aim: Aim,
@@ -35,40 +38,44 @@ def largest_values(
   mesh: Mesh | None = None,
   progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> np.ndarray:
-  """The largest value of an objective that `apgd` finds within each radius of each example.
+  """The largest value of an objective that `attacks.apgd` finds within each radius.
 
   Args:
     objective: `(x_adv, aim, *args) -> [B]`.
-    x: images `[N, ...]`.
-    aim: of all examples.
-    radii: radii >= 0.
-    num_steps: as for `evaluate`, as are the others.
-    restarts: tries at each radius.
+    x: images `[N, ...]`, inside `bounds`.
+    aim: what the objective knows of each of the N examples.
+    radii: radii >= 0, in any order.
+    num_steps: gradient steps of each attempt.
+    restarts: attempts at each radius, each from a random start of its own.
     norm: 'linf' or 'l2'.
     bounds: lowest and highest pixel value.
-    seed: of the random starts.
-    batch_size: examples at a time.
+    seed: seed of every random draw.
+    batch_size: examples attacked at a time.
     args: further arguments of the objective.
-    mesh: devices.
+    mesh: devices to spread a batch over; all of them if None.
     progress: called after each batch with the number of finished radii and of all.
 
   Returns:
-    `[R, N]`: what is within a smaller radius counts at a larger one too.
+    `[R, N]`. A value found within a smaller radius counts at every larger one, and NaN as infinity.
 
   Raises:
-    ValueError: for bad radii, images outside the bounds, or no examples.
+    ArgumentError: for bad radii or counts, images outside the bounds, or no images.
   """
-  check_images(x, bounds)
-  check_radii(radii)
+  attacked_classifier.check_images(x, bounds)
+  attacked_classifier.check_radii(radii)
+  attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, batch_size=batch_size)
   mesh = sharding.data_mesh() if mesh is None else mesh
   args = sharding.replicate(mesh, args)
-  attack = attack_suite.Attack('largest', 'apgd', objective, num_steps=num_steps, tries=restarts)
+  # The name is part of the random draws.
+  attack = attack_suite.APGD(name='largest', objective=objective, num_steps=num_steps)
   order = sorted({0.0, *map(float, radii)})
   examples = (x, aim, np.arange(len(x), dtype=np.int32))
 
-  def climb(radius: float, restart: int, batch: tuple[jax.Array, Aim, jax.Array]) -> jax.Array:
+  def attack_batch(
+    radius: float, attempt: int, batch: tuple[jax.Array, Aim, jax.Array]
+  ) -> jax.Array:
     x, aim, index = batch
-    key = attack_suite.try_key(jax.random.key(seed), attack, radius, restart)
+    key = attack_suite.attempt_key(jax.random.key(seed), attack, radius, attempt)
     x_adv = attack_suite.run(
       attack, key, x, aim, index, jnp.float32(radius), args, norm=norm, bounds=bounds
     )
@@ -77,11 +84,9 @@ def largest_values(
 
   found = np.full((len(order), len(x)), -np.inf)
   for i, radius in enumerate(order):
-    for restart in range(restarts if radius else 1):
-      values = sharding.map_batches(
-        mesh, functools.partial(climb, radius, restart), examples, min(batch_size, len(x))
-      )
-      # A value that is not a number is as bad as can be.
+    for attempt in range(restarts if radius else 1):
+      function = functools.partial(attack_batch, radius, attempt)
+      values = sharding.map_batches(mesh, function, examples, min(batch_size, len(x)))
       found[i] = np.maximum(found[i], np.where(np.isnan(values), np.inf, values))
   found = np.maximum.accumulate(found, axis=0)
   return found[[order.index(float(radius)) for radius in radii]]
@@ -101,38 +106,41 @@ def joint_accuracy(
   args: Sequence[tuple[Any, ...]],
   **options: Any,
 ) -> AdversarialAccuracy:
-  """Share of examples for which no one image within the radius breaks all classifiers at once.
+  """Share of examples for which no single image within the radius misleads all classifiers.
 
   Example:
     >>> def above(x, threshold):  # one pixel, two classes
     ...   return jnp.stack([threshold - x[:, 0], x[:, 0] - threshold], axis=1)
     >>> x, labels = np.array([[0.2]], np.float32), np.array([[0, 0]])
-    >>> args = ((0.3,), (0.5,))  # 0.15 moves the pixel over the first threshold alone
+    >>> args = ((0.3,), (0.5,))  # 0.15 brings the pixel over the first threshold alone
     >>> print(joint_accuracy((above, above), x, labels, radii=(0.15, 0.4), args=args).accuracy)
     [1. 0.]
 
   Args:
     logits_fns: T classifiers of the same images.
     x: images `[N, ...]`.
-    labels: `[N, T]`.
-    radii: radii >= 0.
-    args: further arguments of each classifier.
-    **options: as for `largest_values`.
+    labels: `[N, T]`, the true class for each classifier.
+    radii: radii >= 0, in any order.
+    args: T tuples, further arguments of each classifier.
+    **options: `num_steps`, `restarts`, `norm`, `bounds`, `seed`, `batch_size`, `mesh` and
+      `progress` of `maximal_values`.
 
   Raises:
-    ValueError: if the numbers of classifiers, labels and arguments differ; as `largest_values`.
+    ArgumentError: if the numbers of classifiers, labels and arguments differ, or for arguments that
+      `maximal_values` refuses.
   """
   if labels.shape != (len(x), len(logits_fns)) or len(args) != len(logits_fns):
-    raise ValueError(
-      f'{len(logits_fns)} classifiers need labels [N, {len(logits_fns)}] and as many args, got '
-      f'{labels.shape} and {len(args)}'
+    raise ArgumentError(
+      ('labels', 'args'),
+      f'must be [N, {len(logits_fns)}] and {len(logits_fns)} tuples, one for each classifier, got '
+      f'{labels.shape} and {len(args)}',
     )
   objective, aim = Joint(tuple(logits_fns)), Aim(labels.astype(np.int32))
-  margins = largest_values(objective, x, aim, radii=radii, args=tuple(args), **options)
+  margins = maximal_values(objective, x, aim, radii=radii, args=tuple(args), **options)
   return AdversarialAccuracy(np.asarray(radii, np.float64), margins <= 0.0)
 
 
-def representation_moves(
+def max_latent_shift(
   latents_fn: Model,
   x: np.ndarray,
   *,
@@ -142,29 +150,32 @@ def representation_moves(
   mesh: Mesh | None = None,
   **options: Any,
 ) -> np.ndarray:
-  """The furthest that a representation can be moved, without labels: `[R, N]`, squared.
+  """The largest squared distance between the representations of x and of x', `[R, N]`.
 
-  With `GaussianLatents` it is the largest squared W2 of encodings, the quantity that SE training
-  keeps small.
+  With `GaussianLatents` it is the largest squared W2 between encodings (Eq. 12), the quantity that
+  SE training keeps small.
 
   Example:
     >>> x = np.full((1, 2), 0.5, np.float32)
-    >>> print(representation_moves(lambda x: 10.0 * x, x, radii=(0.1,)).round(3))
+    >>> print(max_latent_shift(lambda x: 10.0 * x, x, radii=(0.1,)).round(3))
     [[2.]]
 
   Args:
     latents_fn: images (and `args`) to representations `[B, E]`.
     x: images `[N, ...]`.
-    radii: radii >= 0.
-    batch_size: examples at a time.
+    radii: radii >= 0, in any order.
+    batch_size: examples attacked at a time.
     args: further arguments of `latents_fn`.
-    mesh: devices.
-    **options: as for `largest_values`.
+    mesh: devices to spread a batch over; all of them if None.
+    **options: `num_steps`, `restarts`, `norm`, `bounds`, `seed` and `progress` of
+      `maximal_values`.
+
+  Raises:
+    ArgumentError: for arguments that `maximal_values` refuses.
   """
   mesh = sharding.data_mesh() if mesh is None else mesh
-  latents = sharding.map_batches(
-    mesh, lambda images: latents_fn(images, *args), x, min(batch_size, len(x))
-  )
+  encode = lambda images: latents_fn(images, *args)  # noqa: E731
+  latents = sharding.map_batches(mesh, encode, x, min(batch_size, len(x)))
   aim = Aim(np.zeros(len(x), np.int32), latent=latents)
   options |= {'radii': radii, 'batch_size': batch_size, 'args': args, 'mesh': mesh}
-  return largest_values(LatentShift(latents_fn), x, aim, **options)
+  return maximal_values(LatentShift(latents_fn), x, aim, **options)

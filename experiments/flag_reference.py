@@ -1,0 +1,25 @@
+"""Prints the Markdown tables of flags that `docs/flags.md` holds.
+
+python -m experiments.flag_reference
+"""
+
+from __future__ import annotations
+
+from experiments import pretrain, probe
+from experiments.cli import distributed, flags
+
+
+def references() -> str:
+  """Returns the tables of `pretrain`, of several processes and of `probe`, with headings."""
+  sections = (
+    ('`experiments.pretrain`', pretrain.PretrainConfig),
+    ('`experiments.pretrain` in several processes', distributed.Cluster),
+    ('`experiments.probe`', probe.ProbeConfig),
+  )
+  return '\n'.join(
+    f'## {title}\n\n{flags.reference(config_type)}\n' for title, config_type in sections
+  )
+
+
+if __name__ == '__main__':
+  print(references(), end='')

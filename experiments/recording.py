@@ -1,0 +1,254 @@
+"""The files that a training run leaves in its work directory.
+
+`config.json` has the settings, `metrics.jsonl` a row of metrics for every `log_every` steps,
+`checkpoints/` the newest two checkpoints and `checkpoints/best` the one with the lowest loss,
+`tensorboard/` event files, and `result.json` the figures of the trained model, with pages of images
+beside it. An interruption changes none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from etils import epy
+
+from experiments.cli import messages, workdirs
+
+with epy.lazy_imports():  # --help and wrong flags are answered without them
+  import jax
+  import numpy as np
+
+  from experiments.visual import image_grids, tensorboard
+  from se_vae import training
+  from se_vae.evaluation import linear_probe, metrics
+  from se_vae.models import vae
+  from se_vae.storage import atomic_files, checkpoints
+
+CHECKPOINTS = 'checkpoints'
+BEST = 'checkpoints/best'
+CONFIG = 'config.json'
+METRICS = 'metrics.jsonl'
+RESULT = 'result.json'
+EVENTS = 'tensorboard'
+NOT_FINITE = 'not_finite.json'
+PAGES = ('reconstructions', 'samples', 'traversals')
+_FILES = (CONFIG, METRICS, RESULT, NOT_FINITE, *(f'{page}.png' for page in PAGES))
+
+# What an event file shows: figures of a fair sample of the held-out images, and the first rows of
+# each page. More would take over a hundredth of the time that a VAE trains.
+_WATCHED = 500
+_WATCHED_ROWS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Examiner:
+  """Measures a model on held-out images.
+
+  Attributes:
+    model: the model.
+    config: the settings that it is trained with.
+    key: one PRNG key, for latent noise, samples and selections.
+    images: the held-out images, uint8 `[N, H, W, C]`.
+    mesh: devices of this process.
+  """
+
+  model: vae.VAE
+  config: training.TrainConfig
+  key: jax.Array
+  images: np.ndarray
+  mesh: jax.sharding.Mesh
+
+  def examine(
+    self, params: vae.Params, num_images: int | None = None
+  ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Returns figures of the first `num_images` or of all images, and `image_grids.pages` of ten.
+
+    Args:
+      params: the model's parameters, in host memory.
+      num_images: number of images to measure.
+    """
+    images = self.images[:num_images]
+    figures = metrics.held_out(
+      self.model, params, self.key, images, obs_var=self.config.obs_var, mesh=self.mesh
+    )
+    means = linear_probe.encoder_means(self.model, params, images, mesh=self.mesh)
+    figures['active_latents'] = metrics.active_latents(means)
+    pages = image_grids.pages(self.model, self.config, params, self.key, images[:10], means)
+    return figures, pages
+
+
+class Recorder:
+  """Writes the files of a run. A context, which holds the lock of the work directory.
+
+  Of several processes that train together the first alone calls the methods.
+
+  Attributes:
+    workdir: the work directory.
+  """
+
+  def __init__(self, workdir: str | None, *, log_every: int, checkpoint_every: int) -> None:
+    self.workdir = Path(str(workdir))
+    self._log_every = log_every
+    self._checkpoint_every = checkpoint_every
+    self._held = contextlib.ExitStack()
+
+  def __enter__(self) -> Recorder:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._held.close()
+
+  def lock(self) -> None:
+    """Makes the work directory and locks it.
+
+    Raises:
+      ArgumentError: if another process works in it.
+    """
+    self._check_place: Callable[[], None] = self._held.enter_context(
+      workdirs.lock(self.workdir, *_FILES)
+    )
+
+  def result(self, num_steps: int) -> dict[str, Any] | None:
+    """Returns the result of a run that has come to its end, or None."""
+    result = workdirs.read_json(self.workdir / RESULT, 'step', 'test', 'config')
+    return result if result is not None and result['step'] == num_steps else None
+
+  def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
+    """Returns the tree and the metadata of the newest good checkpoint, or None without one."""
+    return checkpoints.restore_latest(self.workdir / CHECKPOINTS, template, on_damage=messages.warn)
+
+  def start(
+    self,
+    step: int,
+    num_steps: int,
+    metadata: dict[str, Any],
+    devices: list[str],
+    examiner: Examiner,
+    *,
+    description: str,
+    events: bool,
+  ) -> None:
+    """Writes config.json and opens the other files, at the step that training starts from.
+
+    Rows of metrics and events of later steps are dropped: they will be written again.
+
+    Args:
+      step: the step that training starts from.
+      num_steps: the step that it ends at.
+      metadata: JSON values that every checkpoint and the result hold too.
+      devices: the kinds of the devices.
+      examiner: measures the model, for the event files and the result.
+      description: text before the progress bar.
+      events: whether to write TensorBoard event files.
+    """
+    self._step, self._num_steps = step, num_steps
+    self._metadata, self._examiner = metadata, examiner
+    workdirs.write_json(self.workdir / CONFIG, metadata | {'devices': devices})
+    _drop_rows_after(self.workdir / METRICS, step)
+    self._best_loss = _best_loss(self.workdir / BEST)
+    hold = self._held.enter_context
+    self._bar = hold(messages.progress_bar(num_steps, description, initial=step))
+    self._metrics = hold((self.workdir / METRICS).open('a'))
+    self._events = hold(tensorboard.EventWriter(self.workdir / EVENTS, step)) if events else None
+
+  def record(self, progress: training.Progress, stopping: bool) -> None:
+    """Writes what is due after a dispatch.
+
+    Args:
+      progress: the state of the run.
+      stopping: whether a checkpoint is due in any case.
+    """
+    before, step = self._step, int(progress.state.step)
+    self._step = step
+    self._bar.update(step - before)
+    self._check_place()  # a checkpoint would make the directory anew, without what was in it
+    tree = {**progress.state._asdict(), 'window': progress.window}
+    if progress.row is not None:
+      self._record_row(step, progress.row, tree)
+    if self._is_due(before, step) or stopping:
+      os.fsync(self._metrics.fileno())  # no row may be missing before a checkpoint
+      if self._events is not None:
+        self._events.sync()
+      checkpoints.save(self.workdir / CHECKPOINTS, step, tree, self._metadata)
+
+  def _record_row(self, step: int, row: dict[str, float], tree: dict[str, Any]) -> None:
+    """Writes a row of metrics, and what else falls on rows.
+
+    The steps of rows do not depend on interruptions, so neither do the events nor the best
+    checkpoint. The best one is saved before the newest one: an interruption between the two changes
+    neither.
+    """
+    self._metrics.write(json.dumps({'step': step, **row}) + '\n')
+    self._metrics.flush()
+    self._bar.set_postfix(loss=f'{row["loss"]:.1f}', refresh=False)
+    row_start = (step - 1) // self._log_every * self._log_every
+    checkpoint_falls_in_row = self._is_due(row_start, step)
+    if self._events is not None:
+      self._events.row(step, row)
+      if checkpoint_falls_in_row:
+        self._write_events(step, jax.device_get(tree['params']), self._events)
+    if checkpoint_falls_in_row and row['loss'] < self._best_loss:
+      self._best_loss = row['loss']
+      metadata = {**self._metadata, 'loss': row['loss']}
+      checkpoints.save(self.workdir / BEST, step, tree, metadata, keep=1)
+
+  def _write_events(self, step: int, params: vae.Params, events: tensorboard.EventWriter) -> None:
+    figures, pages = self._examiner.examine(params, _WATCHED)
+    shown = pages['reconstructions']
+    figures['selection_linf'] = image_grids.perturbation(shown)
+    figures['selection_squared_w2'] = image_grids.squared_w2(self._examiner.model, params, shown)
+    events.scalars(step, 'held_out', figures)
+    events.images(step, {name: page[:_WATCHED_ROWS] for name, page in pages.items()})
+
+  def _is_due(self, before: int, step: int) -> bool:
+    """Returns whether a checkpoint falls between two steps, the second included."""
+    every = self._checkpoint_every
+    return step // every > before // every or step == self._num_steps
+
+  def record_not_finite(self, error: training.NotFiniteError) -> None:
+    """Writes not_finite.json, with the step, its metrics and the examples of its batch."""
+    report = {'step': error.step, 'metrics': error.metrics, 'examples': error.examples.tolist()}
+    workdirs.write_json(self.workdir / NOT_FINITE, report)
+
+  def finish(self, params: vae.Params) -> dict[str, Any]:
+    """Writes the pages of images and result.json, and returns what is in it."""
+    figures, pages = self._examiner.examine(jax.device_get(params))
+    for name, page in pages.items():
+      image_grids.save(self.workdir / f'{name}.png', page)
+    result = {'step': self._num_steps, 'test': figures, **self._metadata}
+    workdirs.write_json(self.workdir / RESULT, result)
+    return result
+
+
+def _best_loss(directory: Path) -> float:
+  """Returns the loss of the best checkpoint so far."""
+  try:
+    found = checkpoints.load_latest(directory, on_damage=messages.warn)
+  except checkpoints.CheckpointError:
+    found = None  # damaged: the next good loss takes its place
+  return math.inf if found is None else float(found[1]['loss'])
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+  """Keeps the rows up to `step`; what came after the last checkpoint will be written again."""
+  if not path.exists():
+    return
+  kept = []
+  lines = path.read_bytes().splitlines()
+  for number, line in enumerate(lines, start=1):
+    try:
+      row_step = json.loads(line)['step']
+    except (ValueError, TypeError, KeyError):
+      if number < len(lines):  # the last line of a killed run is half a line
+        messages.warn(f'{path}: line {number} is damaged, left out')
+      continue
+    if row_step <= step:
+      kept.append(line + b'\n')
+  atomic_files.write(path, b''.join(kept))

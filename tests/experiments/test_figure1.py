@@ -1,0 +1,122 @@
+"""Figure 1: its files, what its presets train, and the verdicts beside its curves."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import figure1, probe, report
+from experiments.cli import signals
+from experiments.cli.flags import to_dict
+from experiments.visual import plots
+from se_vae import training
+from se_vae.evaluation import sanity_checks
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> figure1.Preset:
+  """A quick preset of seconds: all encoders are small MLPs on colour images, and share programs."""
+  small = {'hidden_units': 8, 'latent_dim': 4, 'pgd_steps': 2, 'tensorboard': False}
+  preset = figure1.PRESETS['quick']
+  encoders = tuple(
+    dataclasses.replace(
+      pair, color=True, num_steps=20, overrides=small, arch='mlp', latent_dims=(4,)
+    )
+    for pair in preset.encoders
+  )
+  attack = {'num_examples': 20, 'pgd_steps': 2, 'radii': (0.0, 0.1), 'check_examples': 0}
+  preset = dataclasses.replace(preset, encoders=encoders, attack=attack)
+  monkeypatch.setitem(figure1.PRESETS, 'quick', preset)
+  return preset
+
+
+def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
+  settings = figure1.Figure1Config(workdir=str(tmp_path))
+  first = figure1.run(settings, signals.StopSignal())
+  with Image.open(tmp_path / 'figure1.png') as picture:
+    assert picture.width > 1000
+  with (tmp_path / 'figure1.csv').open() as file:
+    table = list(csv.DictReader(file))
+  assert len(table) == 4 * 2 * 2  # panels x objectives x radii
+  assert {(row['encoders'], row['task']) for row in table} == {
+    ('mnist_mlp', 'digit'),
+    ('color_mlp', 'digit'),
+    ('color_mlp', 'color'),
+    ('mnist_convnet', 'digit'),
+  }
+  text = (tmp_path / 'figure1.md').read_text()
+  assert '(d) MNIST, digit task, ConvNet' in text
+  assert text in capsys.readouterr().out
+  # Neither the checks that were not run nor the optimiser that is not the paper's go unsaid.
+  assert {row['checks'] for row in table} == {'checks: not run'}
+  assert {result['checks_summary'] for result in first['results']} == {'checks: not run'}
+  assert text.count('| checks: not run |') == 4 * 2
+  assert 'the choice of this project. The paper trains with SGD' in first['optimizer']
+  assert first['optimizer'] in text
+  assert json.loads((tmp_path / 'figure1.json').read_text()) == json.loads(json.dumps(first))
+
+  # What is finished is not run again: a training or an attack would raise.
+  monkeypatch.setattr(training, 'run', pytest.fail)
+  monkeypatch.setattr(probe, 'run', pytest.fail)
+  second = figure1.run(settings, signals.StopSignal())
+  assert second['results'] == first['results']
+
+  page = report.run(report.ReportConfig(workdir=str(tmp_path))).read_text()
+  for number in ('(a)', '(b)', '(c)', '(d)', '6 runs side by side', 'finished: 20 steps'):
+    assert number in page
+
+
+def pieces_of(workdir: Path, preset: str, **options) -> list[figure1.Piece]:
+  settings = figure1.Figure1Config(workdir=str(workdir), preset=preset, **options)
+  return list(figure1._pieces(settings, figure1._with_overrides(settings), workdir))
+
+
+@pytest.mark.parametrize(
+  ('flags', 'count'),
+  [({}, 26), ({'latent_dims': (64,), 'seeds': 2}, 12), ({'latent_dims': (9, 9), 'seeds': 1}, 6)],
+)
+def test_a_preset_names_every_encoder_once(tmp_path, flags, count):
+  pieces = pieces_of(tmp_path, 'cpu', **flags)
+  settings = [to_dict(piece.pretraining) for piece in pieces]
+  assert len({values['workdir'] for values in settings}) == len(pieces) == count
+  for piece, values in zip(pieces, settings, strict=True):
+    assert values['workdir'].endswith(f'latent{piece.latent_dim}_seed{piece.seed}')
+    assert values['dataset'] == ('color_mnist' if piece.encoders.color else 'mnist')
+
+
+@pytest.mark.parametrize(
+  ('preset', 'optimizers', 'text'),
+  [
+    ('quick', {'adam'}, 'Optimizer: Adam, cosine schedule, learning rate 0.001: the choice of '),
+    ('cpu', {'adam'}, 'The paper trains with SGD.'),
+    ('paper', {'sgd'}, 'Optimizer: SGD with momentum 0.9, constant schedule'),
+  ],
+)
+def test_every_preset_says_whose_optimizer_it_trains_with(tmp_path, preset, optimizers, text):
+  settings = [piece.pretraining for piece in pieces_of(tmp_path, preset)]
+  assert {to_dict(each)['optimizer'] for each in settings} == optimizers
+  assert text in figure1._optimizer_text(settings)
+
+
+def test_a_panel_says_the_verdict_of_every_curve():
+  checks = [
+    {'number': 1, 'name': 'legal', 'passed': True, 'figure': 'all', 'values': {}},
+    {'number': 6, 'name': 'converged', 'passed': False, 'figure': '9 more', 'values': {}},
+  ]
+  unchecked = {'radii': [0.0, 0.1], 'accuracy': [1.0, 0.5], 'interval': [[0.9, 1.0], [0.4, 0.6]]}
+  vae = plots.Curve('vae', [{**unchecked, 'checks': []}])
+  both = plots.Curve('se', [{**unchecked, 'checks': checks}] * 2)
+  np.testing.assert_array_equal(both.accuracy, [1.0, 0.5])
+  assert vae.checks == 'checks: not run'
+  assert both.checks == sanity_checks.summary(checks * 2)
+  assert both.checks == 'checks: 2 passed, 2 failed (6: converged, 2 times), 0 skipped'
+  assert plots.caption([vae, both]) == ['VAE, checks: not run', f'SE, {both.checks}']
+  assert plots.caption([vae, plots.Curve('se', [unchecked])]) == ['checks: not run']
