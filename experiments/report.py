@@ -24,7 +24,7 @@ from experiments.cli.flags import UsageError
 from experiments.visual import plots, report_page
 from experiments.visual.report_page import CurveRow, Picture, Series, Style, Table
 from se_vae.config import setting, validate
-from se_vae.evaluation.sanity_checks import SanityCheck
+from se_vae.evaluation.verdicts import SanityCheck
 from se_vae.storage import atomic_files
 
 FIGURE = 'figure1.json'

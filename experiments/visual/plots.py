@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from se_vae.evaluation import sanity_checks
+from se_vae.evaluation import verdicts
 
 _LABELS = {'vae': 'VAE', 'se': 'SE'}
 _COLORS = {'vae': '#d95f02', 'se': '#1b6ca8'}
@@ -59,7 +59,7 @@ class Curve:
 
 def checks_summary(*results: dict[str, Any]) -> str:
   """The summary line of the sanity checks of these results, such as 'checks: not run'."""
-  return sanity_checks.summary([check for result in results for check in result.get('checks', ())])
+  return verdicts.summary([check for result in results for check in result.get('checks', ())])
 
 
 def save(

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.cli import workdirs
 from experiments.visual import image_grids, plots
-from se_vae.evaluation import sanity_checks
+from se_vae.evaluation import verdicts
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.evaluation.robustness import Evaluation
@@ -72,10 +72,10 @@ def as_text(result: dict[str, Any]) -> str:
   if 'moves' in result:
     values = ' '.join(f'{value:.3g}' for value in result['moves']['mean'])
     lines.append(f'mean latent shift, squared W2: {values}')
-  for check in map(sanity_checks.SanityCheck.from_json, result['checks']):
+  for check in map(verdicts.SanityCheck.from_json, result['checks']):
     verdict = 'FAIL' if check.verdict == 'fail' else check.verdict
     lines.append(f'{verdict:7}  {check.number:2d} {check.name}: {check.figure}')
-  return '\n'.join([*lines, sanity_checks.summary(result['checks'])])
+  return '\n'.join([*lines, verdicts.summary(result['checks'])])
 
 
 def write(

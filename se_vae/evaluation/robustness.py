@@ -24,12 +24,13 @@ from se_vae.attacks import losses
 from se_vae.attacks.losses import Model
 from se_vae.attacks.projections import Norm
 from se_vae.config import SUITES, ArgumentError
-from se_vae.evaluation import attack_suite, attacked_classifier, sanity_checks, sanity_evidence
+from se_vae.evaluation import attack_suite, attacked_classifier, sanity_checks, verdicts
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.evaluation.attack_suite import Suite
 from se_vae.evaluation.attacked_classifier import AttackedClassifier
+from se_vae.evaluation.claims import Claim
 from se_vae.evaluation.metrics import AdversarialAccuracy
-from se_vae.evaluation.sanity_checks import SanityCheck
+from se_vae.evaluation.verdicts import SanityCheck
 
 # Seconds between two copies of the attack log on disk.
 _SAVE_EVERY = 10.0
@@ -46,13 +47,8 @@ def adversarial_accuracy(
   num_steps: int = 40,
   restarts: int = 1,
   relative_step_size: float | None = None,
-  norm: Norm = 'linf',
-  bounds: tuple[float, float] = (0.0, 1.0),
-  seed: int = 0,
-  batch_size: int = 200,
-  args: tuple[Any, ...] = (),
-  mesh: Mesh | None = None,
   progress: Progress = lambda done, total: None,
+  **options: Any,
 ) -> AdversarialAccuracy:
   """Accuracy under the paper's PGD, with every radius attacked on its own.
 
@@ -75,30 +71,14 @@ def adversarial_accuracy(
     num_steps: gradient steps of each attempt.
     restarts: attempts at each radius, each from a random start of its own.
     relative_step_size: step size as a share of the radius; 2.5 / num_steps if None.
-    norm: 'linf' or 'l2'.
-    bounds: lowest and highest pixel value.
-    seed: seed of every random draw.
-    batch_size: examples attacked at a time.
-    args: further arguments of `logits_fn`, such as parameters.
-    mesh: devices to spread a batch over; all of them if None.
     progress: called after each batch with the number of finished radii and of all.
+    **options: `norm`, `bounds`, `seed`, `batch_size`, `args` and `mesh` of `evaluate`.
 
   Raises:
     ArgumentError: for an argument out of range, or clean logits that are not finite.
   """
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts)
-  classifier, _ = attacked_classifier.prepare(
-    logits_fn,
-    x,
-    labels,
-    radii=radii,
-    seed=seed,
-    norm=norm,
-    bounds=bounds,
-    batch_size=batch_size,
-    args=args,
-    mesh=mesh,
-  )
+  classifier, _ = attacked_classifier.prepare(logits_fn, x, labels, radii=radii, **options)
   suite = attack_suite.standard(
     logits_fn, num_steps=num_steps, restarts=restarts, relative_step_size=relative_step_size
   )
@@ -134,7 +114,7 @@ class Evaluation:
   def __repr__(self) -> str:
     curve = zip(self.curve.accuracy, self.curve.radii, strict=True)
     accuracy = ', '.join(f'{value:.3f} at {radius:g}' for value, radius in curve)
-    count, summary = self.curve.correct.shape[1], sanity_checks.summary(self.checks)
+    count, summary = self.curve.correct.shape[1], verdicts.summary(self.checks)
     return f'Evaluation({self.config["attack"]}, n = {count}: {accuracy}; {summary})'
 
 
@@ -254,7 +234,7 @@ def evaluate(
   if not check_examples:
     return Evaluation(curve, log, (), config)
   report = functools.partial(progress, log.done, log.done)
-  claim = sanity_evidence.Claim(
+  claim = Claim(
     classifier=dataclasses.replace(classifier, on_batch=report),
     suite=suite,
     attack_log=log,
@@ -268,7 +248,7 @@ def evaluate(
     reconstruct_fn=reconstruct_fn,
     surrogate=surrogate,
   )
-  return Evaluation(curve, log, sanity_evidence.run_checks(claim), config)
+  return Evaluation(curve, log, sanity_checks.run_checks(claim), config)
 
 
 def _attack_all(
