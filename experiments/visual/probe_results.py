@@ -137,6 +137,6 @@ def _examples(log: AttackLog) -> np.ndarray:
   """Up to `_PAGE` examples that only an attack misclassifies, evenly from small to large radii."""
   attacked = np.flatnonzero((log.radius > 0.0) & np.isfinite(log.radius))
   order = attacked[np.argsort(log.radius[attacked], kind='stable')]
-  return (
-    order[np.unique(np.linspace(0, len(order) - 1, _PAGE).astype(int))] if len(order) else order
-  )
+  if not len(order):
+    return order
+  return order[np.unique(np.linspace(0, len(order) - 1, _PAGE).astype(int))]

@@ -58,7 +58,7 @@ def square(
   projections.check(x, radius=radius, num_steps=num_queries, norm='linf', bounds=bounds)
   radius = jnp.asarray(radius, x.dtype)
   ball = projections.Ball(x, radius, 'linf', bounds)
-  keys = projected_gradient.example_keys(key, projected_gradient.identities(index, x.shape[0]))
+  keys = projected_gradient.batch_keys(key, index, x.shape[0])
   height, width, channels = _as_image(x.shape[1:])
   sides = jnp.asarray(_sides(num_queries, height, width))
 

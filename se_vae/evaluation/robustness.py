@@ -187,6 +187,10 @@ def evaluate(
     AttackLogError: for a state that is damaged or belongs to another evaluation.
   """
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, num_queries=num_queries)
+  if check_examples < 0:
+    raise ArgumentError('check_examples', f'must be >= 0, got {check_examples}')
+  if attack not in SUITES:
+    raise ArgumentError('attack', f'must be one of {", ".join(SUITES)}, got {attack!r}')
   classifier, logits = attacked_classifier.prepare(
     logits_fn,
     x,
@@ -200,7 +204,13 @@ def evaluate(
     mesh=mesh,
     latents_fn=latents_fn,
   )
-  _check_arguments(classifier, radii, attack, check_examples)
+  if max(radii) > classifier.diameter:
+    raise ArgumentError(
+      'radii', f'must be at most the pixel range {classifier.diameter:g}, got {max(radii)}'
+    )
+  classes = len(np.unique(labels))
+  if classes < 2:
+    raise ArgumentError('labels', 'must be of at least two classes: a constant would be robust')
   steps: dict[str, Any] = {
     'num_steps': num_steps,
     'restarts': restarts,
@@ -212,7 +222,7 @@ def evaluate(
     suite = attack_suite.worst_case(
       logits_fn,
       latents_fn,
-      classes=len(np.unique(labels)),
+      classes=classes,
       num_classes=classifier.num_classes,
       norm=norm,
       num_queries=num_queries,
@@ -327,19 +337,3 @@ def _fingerprint(classifier: AttackedClassifier, config: dict[str, Any]) -> str:
   for leaf in (classifier.x, classifier.labels, *jax.tree.leaves(classifier.args)):
     digest.update(np.ascontiguousarray(leaf).tobytes())
   return digest.hexdigest()
-
-
-def _check_arguments(
-  classifier: AttackedClassifier, radii: Sequence[float], attack: str, check_examples: int
-) -> None:
-  """Raises ArgumentError for what `evaluate` refuses on top of `attacked_classifier.prepare`."""
-  if check_examples < 0:
-    raise ArgumentError('check_examples', f'must be >= 0, got {check_examples}')
-  if attack not in SUITES:
-    raise ArgumentError('attack', f'must be one of {", ".join(SUITES)}, got {attack!r}')
-  if max(radii) > classifier.diameter:
-    raise ArgumentError(
-      'radii', f'must be at most the pixel range {classifier.diameter:g}, got {max(radii)}'
-    )
-  if len(np.unique(classifier.labels)) < 2:
-    raise ArgumentError('labels', 'must be of at least two classes: a constant would be robust')
