@@ -109,7 +109,8 @@ def write(
     _write_csv(stem.with_name(f'{stem.name}_moves.csv'), columns)
 
   log, accuracy = vars(outcome.attack_log), outcome.curve
-  arrays = {('broken_' if name == 'radius' else '') + name: log[name] for name in log}
+  names = {'radius': 'broken_radius'}  # its name in files
+  arrays = {names.get(name, name): array for name, array in log.items()}
   with atomic_files.replacing(stem.with_suffix('.npz')) as file:
     np.savez_compressed(
       file, radii=accuracy.radii, correct=accuracy.correct, labels=labels, **arrays
