@@ -73,7 +73,7 @@ def apgd(
     AssertionError: if shapes do not fit.
     ValueError: for an unknown norm, num_steps < 1, or bounds that are not (lowest, highest).
   """
-  projections.check(x, radius=radius, num_steps=num_steps, norm=norm, bounds=bounds)
+  projections.check(x, radius=radius, norm=norm, bounds=bounds, num_steps=num_steps)
   radius = jnp.asarray(radius, x.dtype)
   ball = projections.Ball(x, radius, norm, bounds)
   first = projected_gradient.first_point(ball, key, start, index)

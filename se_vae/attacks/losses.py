@@ -56,6 +56,7 @@ class CrossEntropy:
   logits_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
+    """The cross-entropy `[B]`, in nats."""
     logits = self.logits_fn(x_adv, *args)
     return optax.softmax_cross_entropy_with_integer_labels(logits, aim.labels)
 
@@ -67,6 +68,7 @@ class Margin:
   logits_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
+    """The margin `[B]`."""
     return margin(self.logits_fn(x_adv, *args), aim.labels)
 
 
@@ -74,13 +76,14 @@ class Margin:
 class DLR:
   """Difference of logits ratio (Croce and Hein, 2020, Eq. 6).
 
-  The margin over the gap between the highest and the third highest logit, at most 1: it does not
-  change when all logits are shifted or scaled alike. Raises ValueError for K < 3.
+  The margin over the gap between the highest and the third highest logit: it does not change when
+  all logits are shifted or scaled alike. Raises ValueError for K < 3.
   """
 
   logits_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
+    """The ratio `[B]`, at most 1."""
     logits = self.logits_fn(x_adv, *args)
     if logits.shape[-1] < 3:
       raise ValueError(f'DLR needs at least 3 classes, got {logits.shape[-1]}')
@@ -96,6 +99,7 @@ class Targeted:
   logits_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
+    """The difference of logits `[B]`."""
     assert aim.target is not None
     logits = self.logits_fn(x_adv, *args)
     return _logit(logits, aim.target) - _logit(logits, aim.labels)
@@ -112,6 +116,7 @@ class LatentShift:
   latents_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
+    """The squared distance `[B]`."""
     assert aim.latent is not None
     return jnp.sum((self.latents_fn(x_adv, *args) - aim.latent) ** 2, axis=-1)
 
@@ -123,6 +128,7 @@ class LatentTarget:
   latents_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
+    """Minus the squared distance `[B]`."""
     return -LatentShift(self.latents_fn)(x_adv, aim, *args)
 
 
@@ -138,6 +144,7 @@ class UntilMisclassified:
   logits_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
+    """The objective's value `[B]`, or +inf."""
     # The compiler merges the two forward passes.
     correct = is_correct(self.logits_fn(x_adv, *args), aim.labels)
     return jnp.where(correct, self.objective(x_adv, aim, *args), jnp.inf)
@@ -155,6 +162,7 @@ class Joint:
   logits_fns: tuple[Model, ...]
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: tuple[Any, ...]) -> jax.Array:
+    """The smallest margin `[B]`."""
     margins = [
       margin(logits_fn(x_adv, *own), aim.labels[:, task])
       for task, (logits_fn, own) in enumerate(zip(self.logits_fns, args, strict=True))

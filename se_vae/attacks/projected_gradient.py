@@ -76,7 +76,7 @@ def pgd(
     AssertionError: if shapes do not fit.
     ValueError: for an unknown norm, num_steps < 1, or bounds that are not (lowest, highest).
   """
-  projections.check(x, radius=radius, num_steps=num_steps, norm=norm, bounds=bounds)
+  projections.check(x, radius=radius, norm=norm, bounds=bounds, num_steps=num_steps)
   radius = jnp.asarray(radius, x.dtype)
   share = _STEPS_ACROSS / num_steps if relative_step_size is None else relative_step_size
   step_size = jnp.asarray(share, x.dtype) * radius
@@ -172,7 +172,7 @@ def noise(
     AssertionError: if shapes do not fit.
     ValueError: for an unknown norm, or bounds that are not (lowest, highest).
   """
-  projections.check(x, radius=radius, num_steps=1, norm=norm, bounds=bounds)
+  projections.check(x, radius=radius, norm=norm, bounds=bounds)
   ball = projections.Ball(x, jnp.asarray(radius, x.dtype), norm, bounds)
   keys = batch_keys(key, index, x.shape[0])
   return ball.extreme_points(keys) if extreme else ball.random_points(keys)

@@ -78,6 +78,7 @@ class Noise(Attack):
   extreme: bool = False
 
   def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """Noisy images."""
     del options['args']
     return attacks.noise(key, x, extreme=self.extreme, **options)
 
@@ -87,6 +88,7 @@ class OtherImage(Attack):
   """Another image, that of the aim, projected to the ball."""
 
   def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """The projected images."""
     del options['index']
     aim, *_ = options.pop('args')
     return projections.Ball(x, **options).project(aim.image)
@@ -109,6 +111,7 @@ class FGSM(GradientAttack):
     return Cost(forwards=1, gradients=1)
 
   def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """Images after the step."""
     del options['index']
     return attacks.fgsm(self.objective, key, x, **options)
 
@@ -125,6 +128,7 @@ class PGD(GradientAttack):
     return Cost(forwards=2, gradients=self.num_steps)
 
   def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """The best iterates."""
     return attacks.pgd(
       self.objective,
       key,
@@ -150,6 +154,7 @@ class APGD(GradientAttack):
     return Cost(forwards=2, gradients=1 + 2 * self.num_steps)
 
   def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """The best iterates."""
     options['num_steps'] = self.num_steps
     start = None
     if self.start_objective is not None:
@@ -169,6 +174,7 @@ class Square(Attack):
     return Cost(forwards=1 + self.num_steps, gradients=0)
 
   def __call__(self, key: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """The best images."""
     assert options.pop('norm') == 'linf'
     return attacks.square(self.objective, key, x, num_queries=self.num_steps, **options)
 
