@@ -166,7 +166,7 @@ def prepare(
     latents = classifier.apply(latents_fn, x)
     if not np.isfinite(latents).all():
       raise ArgumentError('latents_fn', 'must be finite on clean images: the encoder has diverged')
-    targets = Targets(x, labels, latents, shape[1], bounds)
+    targets = dataclasses.replace(classifier.targets, latents=latents)
     classifier = dataclasses.replace(classifier, targets=targets)
   return classifier, logits
 

@@ -24,8 +24,10 @@ def moved():
 
 
 def passed(check, **claim):
-  """The verdict of a check on a claim that has what the check reads, and nothing else."""
-  return check(SimpleNamespace(**claim))[0]
+  """Whether a claim, which has only what the check reads, passes; the check is not skipped."""
+  verdict = check(SimpleNamespace(**claim))[0]
+  assert verdict is not None
+  return verdict
 
 
 def curve(accuracy, interval=None):
@@ -189,9 +191,8 @@ def test_9_gradients(kind):
     """Of 400 examples, so many have a defect of this kind."""
     defective = np.arange(400) < defects
     logits = np.tile(np.float32([1.0, 0.0]), (400, 1))
-    if kind in (
-      wrong := {'tied': [0.0, 0.0], 'saturated': [200.0, 0.0], 'not finite': [9.0, np.nan]}
-    ):
+    wrong = {'tied': [0.0, 0.0], 'saturated': [200.0, 0.0], 'not finite': [9.0, np.nan]}
+    if kind in wrong:
       logits[defective] = wrong[kind]
     none = np.zeros(400, bool)
     flags = {name: defective if name == kind else none for name in ('zero', 'NaN or Inf')}
