@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,23 +227,21 @@ def test_a_kept_program_changes_no_bit(tmp_path):
   assert metrics[0] == metrics[1] == metrics[2]
 
 
-@pytest.mark.parametrize('binary', ['pretrain', 'probe', 'figure1', 'sweep', 'benchmark'])
+@pytest.mark.parametrize(
+  'binary', ['pretrain', 'probe', 'figure1', 'sweep', 'supervised', 'benchmarks.speed']
+)
 def test_help_waits_for_nothing_heavy(binary):
-  code = (
-    f'import sys; from experiments import {binary}, runtime, settings; '
-    'print({"jax", "numpy", "flax", "matplotlib", "PIL"} & set(sys.modules))'
-  )
-  output = subprocess.run(
-    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
-  )
-  assert output.stdout.strip() == 'set()'
-  shown = subprocess.run(
-    [sys.executable, '-m', f'experiments.{binary}', '--help'],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
+  code = f"""
+import runpy, sys
+sys.argv[1:] = ['--help']
+try:
+  runpy.run_module('experiments.{binary}', run_name='__main__', alter_sys=True)
+finally:
+  print('loaded:', {{'jax', 'numpy', 'flax', 'matplotlib', 'PIL'}} & set(sys.modules))
+"""
+  shown = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
   assert '--compilation_cache_dir' in shown.stdout and '--workdir' in shown.stdout
+  assert shown.stdout.splitlines()[-1] == 'loaded: set()'
 
 
 def test_no_data_is_answered_at_once(tmp_path, monkeypatch):
@@ -307,7 +306,7 @@ def test_fit_smooths_as_the_binary_does(trained, smoothed):
   check_fit_gives_the_same(smoothed, params)
   jax.tree.map(np.testing.assert_array_equal, params, before)  # they are the caller's
   frozen = se_vae.TrainConfig(freeze_decoder=True, num_steps=1)
-  with pytest.raises(ValueError, match='freeze_decoder needs params'):
+  with pytest.raises(ValueError, match='params: is needed for freeze_decoder'):
     se_vae.fit(model, frozen, np.zeros((64, 28, 28, 3), np.uint8))
 
 
@@ -327,9 +326,7 @@ def test_smoothing_a_trained_encoder_makes_it_more_robust():
     probe = se_vae.fit_probe(means, dataset.train.labels['digit'], num_classes=10)
     classifier, args = se_vae.ProbedEncoder(model), (params, probe)
     found.append(
-      se_vae.adversarial_accuracy(
-        classifier, jax.random.key(0), x, labels, radii=(0.0, 0.1), num_steps=10, args=args
-      )
+      se_vae.adversarial_accuracy(classifier, x, labels, radii=(0.0, 0.1), num_steps=10, args=args)
     )
   ((_, before_interval), (_, after_interval)) = (curve.interval() for curve in found)
   assert after_interval[0] > before_interval[1]
@@ -364,3 +361,22 @@ def test_what_init_from_refuses(trained, smoothed, tmp_path):
   # What an MLP does not use may differ.
   pretrain.prepare(flags.replace(settings, conv_channels=3))
   assert not (tmp_path / 'w').exists()
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+  """Its settings had an absolute step size. A new run takes the same steps, but for rounding."""
+  old = Path(__file__).parents[1] / 'storage' / 'old_checkpoint'
+  shutil.copytree(old, tmp_path / 'old')
+  stored = json.loads((old / 'config.json').read_text())['config']
+  assert stored['pgd_step_size'] == 0.05
+  settings = pretrain.stored_config(stored)
+  for name in ('old', 'new'):
+    changes = {'workdir': str(tmp_path / name), 'num_steps': 5}
+    assert pretrain.run(flags.replace(settings, **changes), signals.StopSignal())['step'] == 5
+  went_on, straight = rows(tmp_path / 'old'), rows(tmp_path / 'new')
+  assert went_on[:3] == rows(old)
+  assert [row['step'] for row in went_on] == [1, 2, 3, 4, 5]
+  for ours, theirs in zip(straight, went_on, strict=True):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+      assert ours[name] == pytest.approx(value, rel=1e-3), name
