@@ -21,7 +21,6 @@ import pytest
 
 from experiments import pretrain
 from experiments.cli import devices, distributed, flags, signals, workdirs
-from experiments.cli.flags import UsageError
 from se_vae.config import ArgumentError
 from se_vae.parallel import processes
 from se_vae.storage import checkpoints
