@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from se_vae.models import convolutions, networks
+from se_vae.models import cpu_ops, networks
 from se_vae.models.networks import KERNEL_SIZE, STRIDE
 from se_vae.models.vae import VAE
 from se_vae.training import TrainConfig
@@ -79,6 +79,6 @@ def _sizes(model: VAE, channels: Sequence[int]) -> list[tuple[int, int]]:
   """Height and width after each convolution."""
   sizes = [model.image_shape[:2]]
   for _ in channels:
-    height, width = (convolutions.output_size(size, STRIDE) for size in sizes[-1])
+    height, width = (cpu_ops.output_size(size, STRIDE) for size in sizes[-1])
     sizes.append((height, width))
   return sizes[1:]

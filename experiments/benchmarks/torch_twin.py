@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cli.flags import UsageError
-from se_vae.models import convolutions, networks
+from se_vae.models import cpu_ops, networks
 from se_vae.models.vae import VAE, Params
 from se_vae.training import TrainConfig
 
@@ -173,7 +173,7 @@ def _convnets(torch: Any, model: VAE, layout: Any) -> tuple[Any, Any]:
   nn, channels = torch.nn, model.encoder.channels
   sizes = [model.image_shape[:2]]
   for _ in channels:
-    height, width = (convolutions.output_size(size, 2) for size in sizes[-1])
+    height, width = (cpu_ops.output_size(size, 2) for size in sizes[-1])
     sizes.append((height, width))
   encoder: list[Any] = []
   decoder: list[Any] = []  # from its end

@@ -44,7 +44,7 @@ def check_cluster(cluster: Cluster) -> None:
   """Checks the flags against their limits and each other.
 
   Raises:
-    UsageError: naming the flag.
+    ArgumentError: naming the flag or the setting.
   """
   validate(cluster)
   named = {name: getattr(cluster, name) for name in ('coordinator', 'num_processes', 'process_id')}

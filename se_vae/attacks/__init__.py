@@ -11,7 +11,6 @@ from se_vae.attacks.projected_gradient import (
   example_keys,
   fgsm,
   noise,
-  on_columns,
   pgd,
   values_and_gradients,
 )
@@ -24,7 +23,6 @@ __all__ = [
   'example_keys',
   'fgsm',
   'noise',
-  'on_columns',
   'pgd',
   'square',
   'values_and_gradients',

@@ -53,56 +53,58 @@ def apgd(
   its best image with half the step.
 
   Args:
-    objective: as for `projected_gradient.pgd`.
-    key: as for `projected_gradient.pgd`.
-    x: as for `projected_gradient.pgd`.
-    radius: as for `projected_gradient.pgd`.
-    num_steps: gradient steps >= 1.
-    norm: as for `projected_gradient.pgd`.
-    bounds: as for `projected_gradient.pgd`.
+    objective: maps images `[B, ...]` (and `args`) to values `[B]`, one per example, each a function
+      of its own example only. Compiled once per function object.
+    key: one PRNG key. Example i draws from `fold_in(key, index[i])`.
+    x: clean images `[B, ...]`, inside `bounds`.
+    radius: radius of the ball, a scalar >= 0, traced.
+    num_steps: number of gradient steps >= 1.
+    norm: 'linf' or 'l2'.
+    bounds: lowest and highest pixel value.
     start: images to start from, projected; a uniform draw from the ball if None.
-    args: as for `projected_gradient.pgd`.
-    index: as for `projected_gradient.pgd`.
+    args: further arguments of `objective`, traced.
+    index: `[B]` integers that identify the examples; `arange(B)` if None.
 
   Returns:
-    The best of all iterates, as legal as `pgd`'s; the start where no value is a number.
+    x_adv, of x's shape and dtype, inside the ball and `bounds`: the best of all iterates, or the
+    start where no value is a number.
 
   Raises:
-    AssertionError, ValueError: as for `projected_gradient.pgd`.
+    AssertionError: if shapes do not fit.
+    ValueError: for an unknown norm, num_steps < 1, or bounds that are not (lowest, highest).
   """
-  projections.check(x, radius, num_steps, norm, bounds)
+  projections.check(x, radius=radius, num_steps=num_steps, norm=norm, bounds=bounds)
   radius = jnp.asarray(radius, x.dtype)
-  shape, (objective, x) = x.shape, projected_gradient.on_columns(objective, x)
-  project = functools.partial(projections.project, x=x, radius=radius, norm=norm, bounds=bounds)
-  start = project(projected_gradient.first_columns(key, x, shape, start, index, radius, norm))
-  value, gradient = projected_gradient.values_and_gradients(objective, start, args)
-  batch = x.shape[1:]
+  ball = projections.Ball(x, radius, norm, bounds)
+  first = projected_gradient.first_point(ball, key, start, index)
+  value, gradient = projected_gradient.values_and_gradients(objective, first, args)
+  batch = x.shape[:1]
   intervals = jnp.asarray(_intervals(num_steps))
 
   def step(i: jax.Array, state: _State) -> _State:
-    length = state.step_size[None]
-    ahead = project(state.x_adv + length * projections.direction(state.gradient, norm))
+    ahead = ball.step(state.x_adv, state.gradient, step_size=state.step_size)
     share = jnp.where(i == 0, 1.0, _MOMENTUM).astype(x.dtype)
     inertia = (1.0 - share) * (state.x_adv - state.previous)
-    x_adv = project(state.x_adv + share * (ahead - state.x_adv) + inertia)
+    x_adv = ball.project(state.x_adv + share * (ahead - state.x_adv) + inertia)
     value, gradient = projected_gradient.values_and_gradients(objective, x_adv, args)
-    improved = value > state.best_value
+    best, best_value = projections.better(x_adv, value, state.best, state.best_value)
     state = _State(
       x_adv=x_adv,
       previous=state.x_adv,
       value=value,
       gradient=gradient,
-      best=projections.where(improved, x_adv, state.best),
-      best_value=jnp.where(improved, value, state.best_value),
-      best_gradient=projections.where(improved, gradient, state.best_gradient),
+      best=best,
+      best_value=best_value,
+      best_gradient=projections.where(value > state.best_value, gradient, state.best_gradient),
       step_size=state.step_size,
       rises=state.rises + (value > state.value).astype(jnp.int32),
       halved=state.halved,
       checkpoint_value=state.checkpoint_value,
     )
-    return jax.lax.cond(intervals[i] > 0, functools.partial(look, i), lambda same: same, state)
+    progress_of = functools.partial(check_progress, i)
+    return jax.lax.cond(intervals[i] > 0, progress_of, lambda same: same, state)
 
-  def look(i: jax.Array, state: _State) -> _State:
+  def check_progress(i: jax.Array, state: _State) -> _State:
     stagnates = state.rises.astype(x.dtype) < _RISING * intervals[i].astype(x.dtype)
     stuck = ~state.halved & ~(state.best_value > state.checkpoint_value)
     halve = stagnates | stuck
@@ -118,20 +120,20 @@ def apgd(
 
   # A first value that is not a number must lose to every later one.
   value = jnp.where(jnp.isnan(value), -jnp.inf, value)
-  first = _State(
-    x_adv=start,
-    previous=start,
+  state = _State(
+    x_adv=first,
+    previous=first,
     value=value,
     gradient=gradient,
-    best=start,
+    best=first,
     best_value=value,
     best_gradient=gradient,
     step_size=jnp.full(batch, 2.0 * radius, x.dtype),
     rises=jnp.zeros(batch, jnp.int32),
-    halved=jnp.ones(batch, bool),  # the first checkpoint has none before it to be stuck since
+    halved=jnp.ones(batch, bool),  # the first checkpoint has no unhalved one before it
     checkpoint_value=value,
   )
-  return projections.images(jax.lax.fori_loop(0, num_steps, step, first).best, shape)
+  return jax.lax.fori_loop(0, num_steps, step, state).best
 
 
 def _intervals(num_steps: int) -> np.ndarray:

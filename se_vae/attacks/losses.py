@@ -1,7 +1,7 @@
-"""What an attack on a classifier maximises: losses of logits, and moves of its representation.
+"""What an attack on a classifier maximises: losses of logits, and shifts of its representation.
 
-Each is a frozen, hashable callable `(x_adv, aim, *args) -> [B]`, as `attacks` asks for; `args` go
-to the classifier. A wrapped classifier is compiled once for each kind of loss.
+Each is a frozen, hashable callable `(x_adv, aim, *args) -> [B]`, an objective of `attacks.pgd`;
+`args` go to the classifier. A wrapped classifier is compiled once for each kind of loss.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Aim(NamedTuple):
   Attributes:
     labels: `[B]`, the true classes.
     target: `[B]`, another class.
-    latent: `[B, E]`, a point of the representation to go to, or to flee from.
-    image: `[B, ...]`, an image to go to.
+    latent: `[B, E]`, a point of the representation to approach, or to leave.
+    image: `[B, ...]`, an image to approach.
   """
 
   labels: Array
@@ -35,16 +35,16 @@ class Aim(NamedTuple):
 
 
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Largest other logit minus the label's, `[B]`: above 0 where the classifier is wrong."""
+  """The highest other logit minus the label's, `[B]`: above 0 where the classifier is wrong."""
   is_label = jnp.arange(logits.shape[-1])[None] == labels[:, None]
   others = jnp.where(is_label, -jnp.inf, logits).max(axis=-1)
   return others - _logit(logits, labels)
 
 
 def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Bool `[B]`: finite logits, the largest of which (the first, where they tie) is the label's.
+  """Bool `[B]`: all logits are finite, and the label's is the first of the highest.
 
-  Without the former a row of NaN would pass for class 0.
+  Finiteness is part of it, because a row of NaN would otherwise count as class 0.
   """
   return jnp.isfinite(logits).all(axis=-1) & (jnp.argmax(logits, axis=-1) == labels)
 
@@ -56,33 +56,34 @@ class CrossEntropy:
   logits_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
-    """`[B]`."""
+    """The cross-entropy `[B]`, in nats."""
     logits = self.logits_fn(x_adv, *args)
     return optax.softmax_cross_entropy_with_integer_labels(logits, aim.labels)
 
 
 @dataclasses.dataclass(frozen=True)
 class Margin:
-  """`margin`: no exponential saturates it."""
+  """`margin` as an objective: unlike cross-entropy it does not saturate."""
 
   logits_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
-    """`[B]`."""
+    """The margin `[B]`."""
     return margin(self.logits_fn(x_adv, *args), aim.labels)
 
 
 @dataclasses.dataclass(frozen=True)
 class DLR:
-  """Difference of logits ratio (Croce and Hein, 2020, Eq. 6): blind to shift and scale of logits.
+  """Difference of logits ratio (Croce and Hein, 2020, Eq. 6).
 
-  The margin over the gap between the largest and the third largest logit; ValueError for K < 3.
+  The margin over the gap between the highest and the third highest logit: it does not change when
+  all logits are shifted or scaled alike. Raises ValueError for K < 3.
   """
 
   logits_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
-    """`[B]`, at most 1."""
+    """The ratio `[B]`, at most 1."""
     logits = self.logits_fn(x_adv, *args)
     if logits.shape[-1] < 3:
       raise ValueError(f'DLR needs at least 3 classes, got {logits.shape[-1]}')
@@ -98,14 +99,14 @@ class Targeted:
   logits_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
-    """`[B]`."""
+    """The difference of logits `[B]`."""
     assert aim.target is not None
     logits = self.logits_fn(x_adv, *args)
     return _logit(logits, aim.target) - _logit(logits, aim.labels)
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentMove:
+class LatentShift:
   """Squared distance of the representation from `aim.latent`, in squared latent units.
 
   For representations that stack the means and standard deviations of factorised Gaussians this is
@@ -115,35 +116,35 @@ class LatentMove:
   latents_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
-    """`[B]`."""
+    """The squared distance `[B]`."""
     assert aim.latent is not None
     return jnp.sum((self.latents_fn(x_adv, *args) - aim.latent) ** 2, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentTarget:
-  """Minus `LatentMove`: towards `aim.latent`."""
+  """Minus `LatentShift`: an attack approaches `aim.latent`."""
 
   latents_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
-    """`[B]`."""
-    return -LatentMove(self.latents_fn)(x_adv, aim, *args)
+    """Minus the squared distance `[B]`."""
+    return -LatentShift(self.latents_fn)(x_adv, aim, *args)
 
 
 @dataclasses.dataclass(frozen=True)
-class UntilBroken:
+class UntilMisclassified:
   """An objective, but +inf, with no gradient, where the classifier is wrong.
 
-  The image that breaks an example need not be the one of largest loss: the best iterate under this
-  objective is a broken one if any is.
+  The image that an example is misclassified for need not be the one of the highest loss: the best
+  iterate under this objective is misclassified if any iterate is.
   """
 
   objective: Model
   logits_fn: Model
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: Any) -> jax.Array:
-    """`[B]`."""
+    """The objective's value `[B]`, or +inf."""
     # The compiler merges the two forward passes.
     correct = is_correct(self.logits_fn(x_adv, *args), aim.labels)
     return jnp.where(correct, self.objective(x_adv, aim, *args), jnp.inf)
@@ -161,7 +162,7 @@ class Joint:
   logits_fns: tuple[Model, ...]
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: tuple[Any, ...]) -> jax.Array:
-    """`[B]`."""
+    """The smallest margin `[B]`."""
     margins = [
       margin(logits_fn(x_adv, *own), aim.labels[:, task])
       for task, (logits_fn, own) in enumerate(zip(self.logits_fns, args, strict=True))

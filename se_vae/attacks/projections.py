@@ -1,12 +1,11 @@
-"""Balls of images: draws, corners, steps of steepest ascent and projections, per example.
+"""The ball that an attack stays in: random points of it, steps of steepest ascent, projections.
 
-Attacks hold images as columns `[P, B]`, one of P numbers for each example: what they do to them is
-done number by number, which a CPU does to many at once along the last axis, and that of grey images
-`[B, H, W, C]` has length 1. The networks' products want them so as well.
+All functions take and return images `[B, ...]` and treat each example on its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -17,62 +16,62 @@ Norm = Literal['linf', 'l2']
 NORMS: tuple[str, ...] = ('linf', 'l2')
 
 
-def columns(x: jax.Array) -> jax.Array:
-  """Images `[B, ...]` as columns."""
-  return x.reshape(x.shape[0], math.prod(x.shape[1:])).T
+@dataclasses.dataclass(frozen=True)
+class Ball:
+  """The images within `radius` of x and within `bounds`.
 
+  Attributes:
+    x: images `[B, ...]`, inside `bounds`.
+    radius: a scalar >= 0.
+    norm: 'linf' or 'l2', of the difference to x over all pixels of an example.
+    bounds: the lowest and the highest pixel value.
+  """
 
-def images(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Columns as images of this shape, `[B, ...]`."""
-  return x.T.reshape(shape)
+  x: jax.Array
+  radius: jax.Array
+  norm: Norm
+  bounds: tuple[float, float]
 
+  def project(self, x_adv: jax.Array) -> jax.Array:
+    """The images of the ball that are nearest to x_adv; for l2, nearest up to the clipping."""
+    if self.norm == 'linf':
+      lowest = jnp.maximum(self.x - self.radius, self.bounds[0])
+      highest = jnp.minimum(self.x + self.radius, self.bounds[1])
+      return jnp.clip(x_adv, lowest, highest)
+    offset = x_adv - self.x
+    length = _l2_norm(offset)
+    shrunk = self.radius / jnp.where(length > 0.0, length, 1.0)
+    offset = offset * jnp.where(length > self.radius, shrunk, 1.0)
+    # x is inside the bounds, so clipping moves every pixel towards x: the ball still holds.
+    return jnp.clip(self.x + offset, *self.bounds)
 
-def random_offsets(keys: jax.Array, x: jax.Array, radius: jax.Array, norm: Norm) -> jax.Array:
-  """Uniform draws from the ball, as columns, one for each of the keys `[B]`."""
+  def step(self, x_adv: jax.Array, gradient: jax.Array, *, step_size: jax.Array) -> jax.Array:
+    """x_adv after a step of steepest ascent, projected.
 
-  def draw(key: jax.Array) -> jax.Array:
-    if norm == 'linf':
-      return jax.random.uniform(key, x.shape[:1], x.dtype, -1.0, 1.0)
-    return jax.random.ball(key, len(x), dtype=x.dtype)
+    Args:
+      x_adv: images `[B, ...]`.
+      gradient: of each example's value in its own image, `[B, ...]`.
+      step_size: the step's length in the ball's norm, a scalar or `[B]`.
+    """
+    length = _per_example(step_size, x_adv)
+    return self.project(x_adv + length * _direction(gradient, self.norm))
 
-  return radius * jax.vmap(draw, out_axes=1)(keys)
+  def random_points(self, keys: jax.Array) -> jax.Array:
+    """Uniform draws from the ball `[B, ...]`, one for each of the keys `[B]`, then clipped."""
+    shape = self.x.shape[1:]
 
+    def draw(key: jax.Array) -> jax.Array:
+      if self.norm == 'linf':
+        return jax.random.uniform(key, shape, self.x.dtype, -1.0, 1.0)
+      return jax.random.ball(key, math.prod(shape), dtype=self.x.dtype).reshape(shape)
 
-def extreme_offsets(keys: jax.Array, x: jax.Array, radius: jax.Array, norm: Norm) -> jax.Array:
-  """Uniform draws from the corners of the box, or from the sphere, as columns."""
+    return self.project(self.x + self.radius * jax.vmap(draw)(keys))
 
-  def draw(key: jax.Array) -> jax.Array:
-    if norm == 'linf':
-      return jax.random.rademacher(key, x.shape[:1], x.dtype)
-    return jax.random.normal(key, x.shape[:1], x.dtype)
-
-  return radius * direction(jax.vmap(draw, out_axes=1)(keys), norm)
-
-
-def direction(gradient: jax.Array, norm: Norm) -> jax.Array:
-  """The unit step of steepest ascent in `norm`; zero where the gradient is zero or NaN."""
-  gradient = jnp.nan_to_num(gradient)  # one NaN must not make the image illegal
-  if norm == 'linf':
-    return jnp.sign(gradient)
-  # Scaled by the largest entry first: a tiny gradient must not underflow when it is squared.
-  scale = jnp.max(jnp.abs(gradient), axis=0, keepdims=True)
-  scaled = gradient / jnp.where(scale > 0.0, scale, 1.0)
-  return scaled / jnp.maximum(l2_norm(scaled), 1.0)
-
-
-def project(
-  x_adv: jax.Array, *, x: jax.Array, radius: jax.Array, norm: Norm, bounds: tuple[float, float]
-) -> jax.Array:
-  """Into the ball around x, and into `bounds`."""
-  if norm == 'linf':
-    lowest = jnp.maximum(x - radius, bounds[0])
-    highest = jnp.minimum(x + radius, bounds[1])
-    return jnp.clip(x_adv, lowest, highest)
-  offset = x_adv - x
-  length = l2_norm(offset)
-  offset = offset * jnp.where(length > radius, radius / jnp.where(length > 0.0, length, 1.0), 1.0)
-  # x is inside the bounds, so clipping moves every pixel towards x: the ball still holds.
-  return jnp.clip(x + offset, *bounds)
+  def extreme_points(self, keys: jax.Array) -> jax.Array:
+    """Uniform draws from the corners of the box or from the sphere `[B, ...]`, then clipped."""
+    draw = jax.random.rademacher if self.norm == 'linf' else jax.random.normal
+    offsets = jax.vmap(lambda key: draw(key, self.x.shape[1:], self.x.dtype))(keys)
+    return self.step(self.x, offsets, step_size=self.radius)
 
 
 def better(
@@ -85,22 +84,18 @@ def better(
 
 def where(chosen: jax.Array, x_a: jax.Array, x_b: jax.Array) -> jax.Array:
   """x_a for the chosen examples `[B]`, x_b for the others."""
-  return jnp.where(chosen[None], x_a, x_b)
-
-
-def l2_norm(x: jax.Array) -> jax.Array:
-  """Euclidean length of each example, `[1, B]`."""
-  return jnp.sqrt(jnp.sum(x**2, axis=0, keepdims=True))
+  return jnp.where(_per_example(chosen, x_a), x_a, x_b)
 
 
 def check(
   x: jax.Array,
+  *,
   radius: jax.typing.ArrayLike,
   num_steps: int,
   norm: str,
   bounds: tuple[float, float],
 ) -> None:
-  """Raises unless an attack can start from these."""
+  """Raises AssertionError or ValueError unless an attack can start from these arguments."""
   if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
     raise AssertionError(f'x must be floating point [B, ...], got {x.dtype} {x.shape}')
   if jnp.ndim(radius) != 0:
@@ -111,3 +106,29 @@ def check(
     raise ValueError(f'norm must be one of {", ".join(NORMS)}, got {norm!r}')
   if not bounds[0] < bounds[1]:
     raise ValueError(f'bounds must be (lowest, highest), got {bounds}')
+
+
+def _direction(gradient: jax.Array, norm: Norm) -> jax.Array:
+  """The unit step of steepest ascent; zero where the gradient is zero or NaN."""
+  gradient = jnp.nan_to_num(gradient)  # one NaN must not make the image illegal
+  if norm == 'linf':
+    return jnp.sign(gradient)
+  # Scaled by the largest entry first: a tiny gradient must not underflow when it is squared.
+  scale = jnp.max(jnp.abs(gradient), axis=_pixels(gradient), keepdims=True)
+  scaled = gradient / jnp.where(scale > 0.0, scale, 1.0)
+  return scaled / jnp.maximum(_l2_norm(scaled), 1.0)
+
+
+def _l2_norm(x: jax.Array) -> jax.Array:
+  """Euclidean length of each example, `[B, 1, ...]`."""
+  return jnp.sqrt(jnp.sum(x**2, axis=_pixels(x), keepdims=True))
+
+
+def _pixels(x: jax.Array) -> tuple[int, ...]:
+  """The axes of an example."""
+  return tuple(range(1, x.ndim))
+
+
+def _per_example(values: jax.Array, x: jax.Array) -> jax.Array:
+  """A scalar or `[B]`, with axes of length 1 up to the rank of x."""
+  return values.reshape(-1, *(1,) * (x.ndim - 1))

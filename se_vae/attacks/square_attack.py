@@ -34,57 +34,63 @@ def square(
 ) -> jax.Array:
   """Maximises `objective(x', *args)` in the linf ball from its values alone.
 
-  Starts from vertical stripes, and moves a random square to a random corner of its box whenever
-  that raises the value.
+  Starts from vertical stripes, and sets a random square of pixels to a random corner of its box
+  whenever that raises the value.
 
   Args:
-    objective: as for `projected_gradient.pgd`; never differentiated.
-    key: as for `projected_gradient.pgd`.
-    x: images `[B, H, W, C]`, or `[B, ...]` of which the last axis is taken for channels.
-    radius: as for `projected_gradient.pgd`, in linf.
-    num_queries: forward passes >= 1.
-    bounds: as for `projected_gradient.pgd`.
-    args: as for `projected_gradient.pgd`.
-    index: as for `projected_gradient.pgd`.
+    objective: maps images `[B, ...]` (and `args`) to values `[B]`, one per example, each a function
+      of its own example only; never differentiated. Compiled once per function object.
+    key: one PRNG key. Example i draws from `fold_in(key, index[i])`.
+    x: clean images `[B, H, W, C]` inside `bounds`, or `[B, ...]` with channels on the last axis.
+    radius: radius of the linf ball, a scalar >= 0, traced.
+    num_queries: number of forward passes >= 1.
+    bounds: lowest and highest pixel value.
+    args: further arguments of `objective`, traced.
+    index: `[B]` integers that identify the examples; `arange(B)` if None.
 
   Returns:
-    The best of all tried images, as legal as `projected_gradient.pgd`'s.
+    The best of all queried images, of x's shape and dtype, inside the ball and `bounds`.
 
   Raises:
-    AssertionError, ValueError: as for `projected_gradient.pgd`.
+    AssertionError: if shapes do not fit.
+    ValueError: for num_queries < 1, or bounds that are not (lowest, highest).
   """
-  projections.check(x, radius, num_queries, 'linf', bounds)
+  projections.check(x, radius=radius, num_steps=num_queries, norm='linf', bounds=bounds)
   radius = jnp.asarray(radius, x.dtype)
+  ball = projections.Ball(x, radius, 'linf', bounds)
+  keys = projected_gradient.example_keys(key, projected_gradient.identities(index, x.shape[0]))
   height, width, channels = _as_image(x.shape[1:])
-  shape, (objective, x) = x.shape, projected_gradient.on_columns(objective, x)
-  project = functools.partial(projections.project, x=x, radius=radius, norm='linf', bounds=bounds)
-  keys = projected_gradient.example_keys(key, projected_gradient.identities(index, shape))
   sides = jnp.asarray(_sides(num_queries, height, width))
-  # Of each number in a column.
-  row_of, column_of, _ = np.indices((height, width, channels)).reshape(3, -1)
+
+  def to_image(pixels: jax.Array) -> jax.Array:
+    """Values that broadcast to (H, W, C), as one example of x."""
+    return jnp.broadcast_to(pixels, (height, width, channels)).reshape(x.shape[1:])
 
   def stripes(example_key: jax.Array) -> jax.Array:
-    return jnp.tile(jax.random.rademacher(example_key, (width * channels,), x.dtype), height)
+    return to_image(jax.random.rademacher(example_key, (1, width, channels), x.dtype))
 
-  def move(example_key: jax.Array, x_adv: jax.Array, x: jax.Array, side: jax.Array) -> jax.Array:
+  def draw_square(
+    example_key: jax.Array, x_adv: jax.Array, x: jax.Array, side: jax.Array
+  ) -> jax.Array:
     row_key, column_key, sign_key = jax.random.split(example_key, 3)
     tall, wide = jnp.minimum(side, height), jnp.minimum(side, width)
-    row = row_of - jax.random.randint(row_key, (), 0, height - tall + 1)
-    column = column_of - jax.random.randint(column_key, (), 0, width - wide + 1)
-    inside = (row >= 0) & (row < tall) & (column >= 0) & (column < wide)
-    signs = jax.random.rademacher(sign_key, (channels,), x.dtype)
-    return jnp.where(inside, x + radius * jnp.tile(signs, height * width), x_adv)
+    row = jnp.arange(height) - jax.random.randint(row_key, (), 0, height - tall + 1)
+    column = jnp.arange(width) - jax.random.randint(column_key, (), 0, width - wide + 1)
+    rows, columns = (row >= 0) & (row < tall), (column >= 0) & (column < wide)
+    inside = to_image(rows[:, None, None] & columns[None, :, None])
+    signs = to_image(jax.random.rademacher(sign_key, (1, 1, channels), x.dtype))
+    return jnp.where(inside, x + radius * signs, x_adv)
 
   def query(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
-    moved = jax.vmap(move, in_axes=(0, 1, 1, None), out_axes=1)(step_keys, carry[0], x, sides[i])
-    x_adv = project(moved)
+    changed = jax.vmap(draw_square, in_axes=(0, 0, 0, None))(step_keys, carry[0], x, sides[i])
+    x_adv = ball.project(changed)
     return projections.better(x_adv, objective(x_adv, *args), *carry)
 
-  start = project(x + radius * jax.vmap(stripes, out_axes=1)(keys))
-  lowest = jnp.full(x.shape[1:], -jnp.inf, x.dtype)
+  start = ball.project(x + radius * jax.vmap(stripes)(keys))
+  lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
   first = projections.better(start, objective(start, *args), start, lowest)
-  return projections.images(jax.lax.fori_loop(1, num_queries, query, first)[0], shape)
+  return jax.lax.fori_loop(1, num_queries, query, first)[0]
 
 
 def _as_image(shape: tuple[int, ...]) -> tuple[int, int, int]:

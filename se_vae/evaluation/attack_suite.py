@@ -91,10 +91,7 @@ class OtherImage(Attack):
     """The projected images."""
     del options['index']
     aim, *_ = options.pop('args')
-    columns = projections.project(
-      projections.columns(aim.image), x=projections.columns(x), **options
-    )
-    return projections.images(columns, x.shape)
+    return projections.Ball(x, **options).project(aim.image)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -275,7 +272,7 @@ def worst_case(
   found += auto
   if latents_fn is not None:
     nearest = min(classes - 1, _LATENT_TARGETS)
-    towards, away = losses.LatentTarget(latents_fn), losses.LatentMove(latents_fn)
+    towards, away = losses.LatentTarget(latents_fn), losses.LatentShift(latents_fn)
     found += [
       APGD(
         name=name,
@@ -327,4 +324,4 @@ def attempt_key(key: jax.Array, attack: Attack, radius: float, attempt: int) -> 
 
 
 def _until_misclassified(objective: Any) -> Model:
-  return losses.UntilBroken(objective, objective.logits_fn)
+  return losses.UntilMisclassified(objective, objective.logits_fn)

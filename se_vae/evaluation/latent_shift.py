@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from se_vae.attacks.losses import Aim, Joint, LatentMove, Model
+from se_vae.attacks.losses import Aim, Joint, LatentShift, Model
 from se_vae.attacks.projections import Norm
 from se_vae.config import ArgumentError
 from se_vae.evaluation import attack_suite, attacked_classifier
@@ -178,4 +178,4 @@ def max_latent_shift(
   latents = sharding.map_batches(mesh, encode, x, min(batch_size, len(x)))
   aim = Aim(np.zeros(len(x), np.int32), latent=latents)
   options |= {'radii': radii, 'batch_size': batch_size, 'args': args, 'mesh': mesh}
-  return maximal_values(LatentMove(latents_fn), x, aim, **options)
+  return maximal_values(LatentShift(latents_fn), x, aim, **options)

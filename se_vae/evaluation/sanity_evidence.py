@@ -13,7 +13,7 @@ import numpy as np
 
 from se_vae import attacks
 from se_vae.attacks import losses
-from se_vae.attacks.losses import Aim, Model, UntilBroken
+from se_vae.attacks.losses import Aim, Model, UntilMisclassified
 from se_vae.evaluation import attack_suite, sanity_checks
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.evaluation.attack_suite import Attack, Suite
@@ -228,7 +228,7 @@ def _healthy_gradients(claim: Claim) -> SanityCheck:
   }
   for attack in claim.suite.gradient_attacks:
     objective = attack.objective
-    if isinstance(objective, UntilBroken):
+    if isinstance(objective, UntilMisclassified):
       objective = objective.objective  # its gradient is zero where the image is misclassified
     gradients = functools.partial(_gradient_flags, objective, classifier.args)
     aim = attack.aim(classifier.targets, rows, 0)
@@ -329,11 +329,11 @@ def _gradient_flags(
 ) -> dict[str, jax.Array]:
   """Whether each example's gradient is all zero, and whether any of it is NaN or infinite."""
   x, aim = batch
-  objective, columns = attacks.on_columns(objective, x)
-  gradient = attacks.values_and_gradients(objective, columns, (aim, *args))[1]
+  gradient = attacks.values_and_gradients(objective, x, (aim, *args))[1]
+  pixels = tuple(range(1, x.ndim))
   return {
-    'zero': (gradient == 0.0).all(axis=0),
-    'NaN or Inf': ~jnp.isfinite(gradient).all(axis=0),
+    'zero': (gradient == 0.0).all(axis=pixels),
+    'NaN or Inf': ~jnp.isfinite(gradient).all(axis=pixels),
   }
 
 

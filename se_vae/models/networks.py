@@ -14,28 +14,38 @@ import jax.numpy as jnp
 
 from se_vae.config import COVARIANCES
 from se_vae.gaussians import DiagonalGaussian, FullGaussian, Gaussian
-from se_vae.models import convolutions, products
+from se_vae.models import cpu_ops
 
 KERNEL_SIZE = 3
 STRIDE = 2
 
 
 class Dense(nn.Module):
-  """A linear layer between features-major activations."""
+  """A linear layer with its activation function, `[B, K]` to `[B, units]`.
+
+  It has the parameters of `flax.linen.Dense`, and another form on a CPU (see `cpu_ops`).
+
+  Attributes:
+    units: the number of outputs.
+    activation: an elementwise function of the outputs.
+    of_images: whether the layer takes flattened images, and not another layer's outputs.
+  """
 
   units: int
+  activation: cpu_ops.Activation = cpu_ops.identity
+  of_images: bool = False
 
   @nn.compact
-  def __call__(self, features: jax.Array) -> jax.Array:
-    """`[K, B]` to `[units, B]`."""
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`[B, K]` to `[B, units]`."""
     init = nn.initializers.lecun_normal()
-    kernel = self.param('kernel', init, (features.shape[0], self.units), features.dtype)
-    bias = self.param('bias', nn.initializers.zeros_init(), (self.units,), features.dtype)
-    return products.product(kernel, features) + bias[:, None]
+    kernel = self.param('kernel', init, (x.shape[1], self.units), x.dtype)
+    bias = self.param('bias', nn.initializers.zeros_init(), (self.units,), x.dtype)
+    return cpu_ops.dense(x, kernel, bias, activation=self.activation, of_images=self.of_images)
 
 
 class GaussianHead(nn.Module):
-  """Features-major `[F, B]` to a Gaussian over D latents, through one linear layer.
+  """One linear layer from features to a Gaussian over D latents.
 
   Attributes:
     latent_dim: D.
@@ -48,15 +58,15 @@ class GaussianHead(nn.Module):
 
   @nn.compact
   def __call__(self, features: jax.Array) -> Gaussian:
-    """`[F, B]` to a Gaussian with means `[B, D]`."""
+    """Features `[B, F]` to a Gaussian with means `[B, D]`."""
     dim = self.latent_dim
     if self.covariance not in COVARIANCES:
       raise ValueError(f'covariance must be one of {COVARIANCES}, got {self.covariance!r}')
     if self.covariance == 'diagonal':
-      outputs = products.transposed(Dense(2 * dim)(features))
+      outputs = Dense(2 * dim)(features)
       # Not two slices: their gradients would meet in a sum of padded arrays, which is slow.
       return DiagonalGaussian(*jnp.split(outputs, 2, axis=-1))
-    outputs = products.transposed(Dense(dim + dim * (dim + 1) // 2)(features))
+    outputs = Dense(dim + dim * (dim + 1) // 2)(features)
     mean, half_log_var, below = jnp.split(outputs, (dim, 2 * dim), axis=-1)
     rows, columns = jnp.tril_indices(dim, -1)
     scale_tril = jnp.zeros((len(outputs), dim, dim), outputs.dtype)
@@ -76,9 +86,9 @@ class MLPEncoder(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> Gaussian:
     """Images `[B, H, W, C]` to a Gaussian with means `[B, D]`."""
-    features = products.transposed(x.reshape(x.shape[0], -1))
-    for units in self.hidden:
-      features = nn.relu(Dense(units)(features))
+    features = x.reshape(x.shape[0], -1)
+    for layer, units in enumerate(self.hidden):
+      features = Dense(units, nn.relu, of_images=layer == 0)(features)
     return GaussianHead(self.latent_dim, self.covariance)(features)
 
 
@@ -98,26 +108,31 @@ class MLPDecoder(nn.Module):
 
 
 class Conv(nn.Module):
-  """A 3 x 3 convolution of stride 2, or its transpose onto images of size `transpose_to`."""
+  """A 3 x 3 convolution of stride 2 with its activation function, or its transpose.
+
+  Attributes:
+    channels: of the output.
+    activation: an elementwise function of the outputs.
+    transpose_to: (H, W) of the output of the transposed convolution; None for the convolution.
+  """
 
   channels: int
+  activation: cpu_ops.Activation = cpu_ops.identity
   transpose_to: tuple[int, int] | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`[H, W, B, I]` to `[h, w, B, channels]`."""
-    ends = (x.shape[3], self.channels)
-    if self.transpose_to is not None:
-      ends = ends[::-1]
-    window = (KERNEL_SIZE, KERNEL_SIZE)
-    init = nn.initializers.lecun_normal(*((-1, -2) if self.transpose_to is not None else (-2, -1)))
-    kernel = self.param('kernel', init, (*window, *ends), x.dtype)
+    """`[B, H, W, I]` to `[B, h, w, channels]`."""
+    window, ends = (KERNEL_SIZE, KERNEL_SIZE), (x.shape[3], self.channels)
     bias = self.param('bias', nn.initializers.zeros_init(), (self.channels,), x.dtype)
-    if self.transpose_to is not None:
-      outputs = convolutions.conv_transpose(x, kernel, STRIDE, self.transpose_to)
-    else:
-      outputs = convolutions.conv(x, kernel, STRIDE)
-    return outputs + bias.reshape(1, 1, 1, -1)
+    if self.transpose_to is None:
+      kernel = self.param('kernel', nn.initializers.lecun_normal(), (*window, *ends), x.dtype)
+      return cpu_ops.conv(x, kernel, bias, stride=STRIDE, activation=self.activation)
+    init = nn.initializers.lecun_normal(-1, -2)  # the kernel leads from the outputs to the inputs
+    kernel = self.param('kernel', init, (*window, *ends[::-1]), x.dtype)
+    return cpu_ops.conv_transpose(
+      x, kernel, bias, stride=STRIDE, image_size=self.transpose_to, activation=self.activation
+    )
 
 
 class ConvEncoder(nn.Module):
@@ -130,12 +145,9 @@ class ConvEncoder(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> Gaussian:
     """Images `[B, H, W, C]` to a Gaussian with means `[B, D]`."""
-    batch_size = x.shape[0]
-    x = x.transpose(1, 2, 0, 3)
     for channels in self.channels:
-      x = nn.relu(Conv(channels)(x))
-    features = x.transpose(2, 0, 1, 3).reshape(batch_size, -1)
-    return GaussianHead(self.latent_dim, self.covariance)(products.transposed(features))
+      x = Conv(channels, nn.relu)(x)
+    return GaussianHead(self.latent_dim, self.covariance)(x.reshape(x.shape[0], -1))
 
 
 class ConvDecoder(nn.Module):
@@ -150,13 +162,11 @@ class ConvDecoder(nn.Module):
     height, width, image_channels = self.image_shape
     sizes = [(height, width)]  # of the images between the encoder's layers, from the input on
     for _ in self.channels:
-      height, width = (convolutions.output_size(size, STRIDE) for size in sizes[-1])
+      height, width = (cpu_ops.output_size(size, STRIDE) for size in sizes[-1])
       sizes.append((height, width))
-    features = nn.Dense(height * width * self.channels[-1])(z)
-    x = nn.relu(features).reshape(z.shape[0], height, width, self.channels[-1])
-    x = x.transpose(1, 2, 0, 3)
+    features = nn.relu(nn.Dense(height * width * self.channels[-1])(z))
+    x = features.reshape(z.shape[0], height, width, self.channels[-1])
     outputs = (image_channels, *self.channels[:-1])
     for size, channels in reversed(list(zip(sizes[:-1], outputs, strict=True))[1:]):
-      x = nn.relu(Conv(channels, transpose_to=size)(x))
-    x = nn.sigmoid(Conv(image_channels, transpose_to=sizes[0])(x))
-    return x.transpose(2, 0, 1, 3)
+      x = Conv(channels, nn.relu, transpose_to=size)(x)
+    return Conv(image_channels, nn.sigmoid, transpose_to=sizes[0])(x)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,12 @@ Params = Any  # {'encoder': pytree, 'decoder': pytree}
 
 @dataclasses.dataclass(frozen=True)
 class VAE:
-  """A variational autoencoder with encoder q(z | x) and decoder mean g(z).
+  """A variational autoencoder of two Flax Linen modules: encoder q(z | x), decoder mean g(z).
 
-  Hashable, so that it can be a static argument of a jitted function. Any Flax modules with the
-  signatures of `networks` will do.
+  Training and evaluation accept any hashable object with its methods `encode(params, x)` and
+  `decode(params, z)`. A `VAE` is hashable, so that it can be a static argument of a jitted
+  function. Its modules may be any with the signatures of `networks`, if they are functions of
+  their parameters and their input alone.
 
   Attributes:
     encoder: module from images `[B, H, W, C]` to a `Gaussian` with means `[B, D]`.
@@ -37,13 +40,18 @@ class VAE:
   latent_dim: int
 
   def init(self, key: jax.Array) -> Params:
-    """Fresh parameters."""
+    """Fresh parameters: `{'encoder': ..., 'decoder': ...}`.
+
+    Raises:
+      ValueError: for a module that has variables besides its parameters, as batch statistics, or
+        that draws random numbers, as dropout does.
+    """
     encoder_key, decoder_key = jax.random.split(key)
     x = jnp.zeros((1, *self.image_shape))
     z = jnp.zeros((1, self.latent_dim))
     return {
-      'encoder': self.encoder.init(encoder_key, x),
-      'decoder': self.decoder.init(decoder_key, z),
+      'encoder': _init('encoder', self.encoder, encoder_key, x),
+      'decoder': _init('decoder', self.decoder, decoder_key, z),
     }
 
   def encode(self, params: Params, x: jax.Array) -> Gaussian:
@@ -108,6 +116,21 @@ def make_vae(
     encoder = networks.ConvEncoder(latent_dim, channels, covariance)
     decoder = networks.ConvDecoder(image_shape, channels)
   return VAE(encoder, decoder, image_shape, latent_dim)
+
+
+def _init(name: str, module: nn.Module, key: jax.Array, inputs: jax.Array) -> Any:
+  """The module's parameters; raises where it is no function of them and of its inputs alone."""
+  variables = module.init(key, inputs)
+  others = sorted(set(variables) - {'params'})
+  if others:
+    raise ValueError(
+      f'{name} must have no variables but its parameters, got collection {", ".join(others)}'
+    )
+  try:
+    jax.eval_shape(module.apply, variables, inputs)
+  except flax.errors.InvalidRngError as error:
+    raise ValueError(f'{name} must draw no random numbers, as dropout does: {error}') from None
+  return variables
 
 
 def num_parameters(params: Params) -> int:

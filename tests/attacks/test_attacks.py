@@ -18,7 +18,7 @@ def linear(x_adv, weights):
   return jnp.sum(x_adv * weights, axis=(1, 2, 3))
 
 
-def squared_move(x_adv, x):
+def squared_distance(x_adv, x):
   return jnp.sum((x_adv - x) ** 2, axis=(1, 2, 3))
 
 
@@ -85,15 +85,15 @@ def test_result_is_legal_and_deterministic(images, weights, objective, norm, rad
 
 
 @pytest.mark.parametrize('norm', attacks.NORMS)
-@pytest.mark.parametrize('step_size', [1e3, 1e30])
-def test_result_is_legal_for_absurd_step_sizes(images, weights, norm, step_size):
+@pytest.mark.parametrize('relative_step_size', [1e4, 1e31])
+def test_result_is_legal_for_absurd_step_sizes(images, weights, norm, relative_step_size):
   x_adv = attacks.pgd(
     linear,
     jax.random.key(0),
     images,
     radius=0.1,
     num_steps=3,
-    relative_step_size=step_size,
+    relative_step_size=relative_step_size,
     norm=norm,
     args=(weights,),
   )
@@ -127,7 +127,7 @@ def test_l2_reaches_the_maximum_of_a_linear_objective_away_from_the_bounds(weigh
   np.testing.assert_allclose(gain, radius * lengths, rtol=1e-5)
 
 
-def test_l2_direction_survives_gradients_whose_squares_underflow():
+def test_l2_direction_is_right_for_gradients_whose_squares_underflow():
   tiny = lambda x_adv: 1e-25 * jnp.sum(x_adv, axis=(1, 2, 3))  # noqa: E731
   x = jnp.full(SHAPE, 0.5)
   x_adv = attacks.pgd(tiny, jax.random.key(0), x, radius=0.1, num_steps=30, norm='l2', start=x)
@@ -139,11 +139,11 @@ def test_l2_direction_survives_gradients_whose_squares_underflow():
 @pytest.mark.parametrize('norm', attacks.NORMS)
 def test_a_random_start_leaves_a_flat_spot_and_a_fixed_one_cannot(images, norm):
   options = dict(radius=0.1, num_steps=5, norm=norm, args=(images,))
-  stuck = attacks.pgd(squared_move, jax.random.key(0), images, start=images, **options)
-  free = attacks.pgd(squared_move, jax.random.key(0), images, **options)
+  stuck = attacks.pgd(squared_distance, jax.random.key(0), images, start=images, **options)
+  free = attacks.pgd(squared_distance, jax.random.key(0), images, **options)
   np.testing.assert_array_equal(stuck, images)
   assert_legal(free, images, 0.1, norm)
-  assert np.all(squared_move(free, images) > 1e-3)
+  assert np.all(squared_distance(free, images) > 1e-3)
 
 
 @pytest.mark.parametrize('norm', attacks.NORMS)
@@ -182,20 +182,20 @@ def test_result_does_not_depend_on_the_batch(images, weights):
     np.testing.assert_array_equal(alone[0], whole[i])
 
 
-def test_radius_and_step_size_do_not_recompile(images, weights):
+def test_radius_and_relative_step_size_do_not_recompile(images, weights):
   traces = []
 
   def objective(x_adv, w):
     traces.append(None)
     return linear(x_adv, w)
 
-  for radius in (0.01, 0.1, 0.3):
+  for radius, relative_step_size in ((0.01, 0.5), (0.1, 0.2), (0.3, 2.0)):
     attacks.pgd(
       objective,
       jax.random.key(0),
       images,
       radius=radius,
-      relative_step_size=radius / 2,
+      relative_step_size=relative_step_size,
       num_steps=3,
       args=(weights,),
     )
@@ -280,11 +280,11 @@ def test_every_attack_is_legal_and_deterministic(images, weights, run, norm, rad
 
 @pytest.mark.parametrize(('run', 'norm'), TABLE)
 def test_every_attack_is_legal_where_gradients_are_not_numbers(images, run, norm):
-  def broken(x_adv):
+  def undefined(x_adv):
     total = jnp.sum(x_adv, axis=(1, 2, 3))
     return jnp.sqrt(total - total) + jnp.nan * total
 
-  assert_legal(run(broken, images, radius=0.1, norm=norm), images, 0.1, norm)
+  assert_legal(run(undefined, images, radius=0.1, norm=norm), images, 0.1, norm)
 
 
 @pytest.mark.parametrize('run', [run_apgd, run_square, run_noise, run_signs])

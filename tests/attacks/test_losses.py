@@ -1,4 +1,4 @@
-"""Losses against NumPy, and what an attack on a broken example must not do."""
+"""Losses against NumPy, and what an attack on a misclassified example must not do."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ def test_dlr_is_blind_to_scale_and_refuses_two_classes():
     loss(LOGITS[:, :2], Aim(LABELS % 2))
 
 
-def test_latent_moves_go_away_and_latent_targets_come_closer():
+def test_latent_shifts_go_away_and_latent_targets_come_closer():
   x = jnp.asarray(LOGITS)
   to = Aim(LABELS, latent=x[::-1])
-  move, towards = losses.LatentMove(identity), losses.LatentTarget(identity)
-  np.testing.assert_allclose(move(x, to), ((LOGITS - LOGITS[::-1]) ** 2).sum(1), rtol=1e-5)
+  shift, towards = losses.LatentShift(identity), losses.LatentTarget(identity)
+  np.testing.assert_allclose(shift(x, to), ((LOGITS - LOGITS[::-1]) ** 2).sum(1), rtol=1e-5)
   options = dict(radius=0.1, num_steps=5, bounds=(-9.0, 9.0), args=(to,))
-  for loss, sign in ((move, 1.0), (towards, -1.0)):
+  for loss, sign in ((shift, 1.0), (towards, -1.0)):
     x_adv = attacks.pgd(loss, jax.random.key(0), x, **options)
     assert np.abs(np.asarray(x_adv - x)).max() <= 0.1 + 1e-6
-    assert np.all(sign * (move(x_adv, to) - move(x, to)) > 0.0)
+    assert np.all(sign * (shift(x_adv, to) - shift(x, to)) > 0.0)
 
 
 def test_margin_is_positive_where_the_classifier_is_wrong():
@@ -81,20 +81,19 @@ def test_logits_that_are_not_finite_are_not_correct(bad):
   np.testing.assert_array_equal(losses.is_correct(logits, np.array([0, 0])), [False, True])
 
 
-def test_the_best_iterate_is_a_broken_one_if_any_is():
+def test_the_best_iterate_is_misclassified_if_any_is():
   """Cross-entropy is larger where two classes tie above the label than where one just beats it."""
   plain = losses.CrossEntropy(identity)
-  until = losses.UntilBroken(plain, identity)
-  objective, columns = attacks.on_columns(until, jnp.asarray(LOGITS))
-  values, gradients = attacks.values_and_gradients(objective, columns, (Aim(LABELS),))
+  until = losses.UntilMisclassified(plain, identity)
+  values, gradients = attacks.values_and_gradients(until, jnp.asarray(LOGITS), (Aim(LABELS),))
   wrong = reference_margin() > 0.0
   np.testing.assert_array_equal(np.isinf(values), wrong)
-  np.testing.assert_array_equal((np.asarray(gradients) == 0.0).all(axis=0), wrong)
+  np.testing.assert_array_equal((np.asarray(gradients) == 0.0).all(axis=1), wrong)
   expected = plain(LOGITS, Aim(LABELS))
   np.testing.assert_array_equal(np.asarray(values)[~wrong], np.asarray(expected)[~wrong])
 
 
-def test_joint_breaks_only_where_all_are_wrong():
+def test_joint_is_positive_only_where_all_are_wrong():
   labels = np.stack([LABELS, LABELS[::-1]], axis=1)
   joint = losses.Joint((identity, lambda x, scale: scale * x))
   values = joint(jnp.asarray(LOGITS), Aim(labels), (), (3.0,))

@@ -103,7 +103,7 @@ def test_conv_decoder_mirrors_the_encoder(shape, sizes):
   z, x = jnp.zeros((1, 3)), jnp.zeros((1, *shape))
   shapes = lambda *args: [layer.shape for layer in jax.eval_shape(lambda: layers(*args))]  # noqa: E731
   decoded, encoded = (
-    [(h, w, c) for h, w, _, c in shapes(*args)] for args in ((decoder, z), (encoder, x))
+    [(h, w, c) for _, h, w, c in shapes(*args)] for args in ((decoder, z), (encoder, x))
   )
   assert [layer[:2] for layer in decoded] == sizes
   assert [layer[2] for layer in decoded] == [7, 6, 5, shape[2]]
@@ -220,7 +220,7 @@ def head_outputs(outputs: np.ndarray, latent_dim: int, covariance: str):
   """The head's Gaussian for given outputs of its linear layer, which is made the identity."""
   head = networks.GaussianHead(latent_dim, covariance)
   identity = {'kernel': jnp.eye(outputs.shape[1]), 'bias': jnp.zeros(outputs.shape[1])}
-  return jax.jit(head.apply)({'params': {'Dense_0': identity}}, jnp.asarray(outputs.T, jnp.float32))
+  return jax.jit(head.apply)({'params': {'Dense_0': identity}}, jnp.asarray(outputs, jnp.float32))
 
 
 def test_diagonal_head_gives_means_then_log_variances():
@@ -270,7 +270,7 @@ def test_kernels_start_with_the_variance_of_their_fan_in():
   """Fan-in of 9 input channels times 60: the features are of the size of the inputs."""
   for target in (None, (3, 3)):
     conv = networks.Conv(50, transpose_to=target)
-    kernel = jax.jit(conv.init)(jax.random.key(0), jnp.zeros((2, 2, 1, 60)))['params']['kernel']
+    kernel = jax.jit(conv.init)(jax.random.key(0), jnp.zeros((1, 2, 2, 60)))['params']['kernel']
     # 27,000 draws from a normal law cut at two deviations: the standard error of the mean square
     # is below sqrt(2 / 27,000), 1 %.
     np.testing.assert_allclose(np.mean(np.square(kernel)), 1.0 / (9 * 60), rtol=0.04)

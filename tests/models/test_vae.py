@@ -165,3 +165,29 @@ def test_wrong_shapes_raise():
   for shape in [(2, 4), (3,), (2, 1, 3)]:
     with pytest.raises(AssertionError, match=r'z must be \[B, 3\]'):
       model.decode(params, jnp.zeros(shape))
+
+
+class RandomEncoder(RadialEncoder):
+  """It drops inputs at random."""
+
+  @nn.compact
+  def __call__(self, x):
+    mean = nn.Dropout(0.5, deterministic=False)(jnp.mean(x, axis=(1, 2)))
+    return gaussians.DiagonalGaussian(mean, jnp.zeros_like(mean))
+
+
+class NormalisedDecoder(nn.Module):
+  """It keeps statistics of its batches."""
+
+  @nn.compact
+  def __call__(self, z):
+    z = nn.BatchNorm(use_running_average=False)(z)
+    return nn.sigmoid(nn.Dense(24)(z)).reshape(-1, *SHAPE)
+
+
+def test_random_and_stateful_modules_are_refused():
+  decoder = networks.MLPDecoder(SHAPE, (4,))
+  with pytest.raises(ValueError, match=r'encoder must draw no random numbers.*dropout'):
+    vae.VAE(RandomEncoder(), decoder, SHAPE, 2).init(jax.random.key(0))
+  with pytest.raises(ValueError, match=r'decoder must have no variables .* collection batch_stats'):
+    vae.VAE(RadialEncoder(), NormalisedDecoder(), SHAPE, 2).init(jax.random.key(0))

@@ -1,7 +1,4 @@
-"""Every implementation against loops in NumPy, the adjoint identity, the choice by platform.
-
-Images are `[B, H, W, C]` in the loops, and `[H, W, B, C]` in what is tested.
-"""
+"""Every implementation against loops in NumPy, the adjoint identity, the choice by platform."""
 
 from __future__ import annotations
 
@@ -12,23 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
-from se_vae.models import convolutions
-
-
-def batch_first(function):
-  """The same, from and to images whose examples come first."""
-  inner = lambda images: jnp.moveaxis(jnp.asarray(images), 0, 2)  # noqa: E731
-  return lambda images, *args, **options: jnp.moveaxis(
-    function(inner(images), *args, **options), 2, 0
-  )
+from se_vae.models import cpu_ops
+from tests.oracles import in_float64
 
 
 # On this platform `conv` is the matrix product: one of all rows, or, where examples outnumber
 # channels and the entries of a patch, one for each position.
-conv = batch_first(convolutions.conv)
-conv_transpose = batch_first(convolutions.conv_transpose)
-native = batch_first(convolutions._conv_native)
+def conv(x, kernel, stride):
+  bias = jnp.zeros(kernel.shape[3], kernel.dtype)
+  return cpu_ops.conv(jnp.asarray(x), kernel, bias, stride=stride)
+
+
+def conv_transpose(y, kernel, stride, image_size):
+  bias = jnp.zeros(kernel.shape[2], kernel.dtype)
+  return cpu_ops.conv_transpose(jnp.asarray(y), kernel, bias, stride=stride, image_size=image_size)
+
+
+def native(x, kernel, stride):
+  outputs = cpu_ops._conv_native(jnp.moveaxis(jnp.asarray(x), 0, 2), kernel, stride)
+  return jnp.moveaxis(outputs, 2, 0)
+
+
 IMPLEMENTATIONS = {'conv': conv, 'native': native}
 BATCHES = (2, 28)  # of patches of 27 entries and 4 channels
 
@@ -222,15 +225,14 @@ def test_lower_precisions_agree(dtype, tolerance, batch):
 def test_output_size_is_the_ceiling():
   for size in range(1, 12):
     for stride in (1, 2, 3):
-      assert convolutions.output_size(size, stride) == len(range(0, size, stride))
+      assert cpu_ops.output_size(size, stride) == len(range(0, size, stride))
 
 
 def forward_and_backward(x, kernel):
   """A convolution, a transpose, and their gradients, in the loop of an attack."""
 
   def value(x):
-    outputs = convolutions.conv(x, kernel, 2)
-    return jnp.sum(convolutions.conv_transpose(outputs, kernel, 2, x.shape[:2]) ** 2)
+    return jnp.sum(conv_transpose(conv(x, kernel, 2), kernel, 2, x.shape[1:3]) ** 2)
 
   return jax.lax.fori_loop(0, 3, lambda _, x: x + jax.grad(value)(x), x)
 
@@ -238,7 +240,7 @@ def forward_and_backward(x, kernel):
 def operations(platform: str) -> set[str]:
   """The names of the StableHLO operations in the program lowered for `platform`."""
   shapes = (
-    jax.ShapeDtypeStruct((7, 5, 2, 3), jnp.float32),
+    jax.ShapeDtypeStruct((2, 7, 5, 3), jnp.float32),
     jax.ShapeDtypeStruct((3, 3, 3, 4), jnp.float32),
   )
   lowered = jax.jit(forward_and_backward).trace(*shapes).lower(lowering_platforms=(platform,))
@@ -260,7 +262,7 @@ def test_cpu_multiplies_matrices():
 
 def test_one_program_serves_every_platform():
   shapes = (
-    jax.ShapeDtypeStruct((7, 5, 2, 3), jnp.float32),
+    jax.ShapeDtypeStruct((2, 7, 5, 3), jnp.float32),
     jax.ShapeDtypeStruct((3, 3, 3, 4), jnp.float32),
   )
   export = jax.export.export(jax.jit(forward_and_backward), platforms=['cpu', 'cuda', 'tpu'])
@@ -268,3 +270,82 @@ def test_one_program_serves_every_platform():
   assert exported.platforms == ('cpu', 'cuda', 'tpu')
   text = exported.mlir_module()
   assert 'stablehlo.convolution' in text and 'stablehlo.dot_general' in text
+
+
+# Linear layers
+
+
+def dense(kernel, x, of_images=False):
+  return cpu_ops.dense(x, kernel, jnp.zeros(kernel.shape[1]), of_images=of_images)
+
+
+def plain(kernel, x):
+  return x @ kernel
+
+
+def factors(batch=()):
+  rng = np.random.default_rng(0)
+  return tuple(jnp.asarray(rng.normal(size=(*batch, *shape))) for shape in ((3, 4), (5, 3)))
+
+
+def test_a_layer_adds_its_bias_and_applies_its_activation():
+  kernel, x = (np.float32(factor) for factor in factors())
+  bias = np.arange(4, dtype=np.float32) - 1.5
+  for of_images in (False, True):
+    outputs = jax.jit(
+      lambda *args, of_images=of_images: cpu_ops.dense(
+        *args, activation=jax.nn.relu, of_images=of_images
+      )
+    )(x, kernel, bias)
+    np.testing.assert_allclose(outputs, np.maximum(x @ kernel + bias, 0.0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('of_images', [False, True])
+@in_float64
+def test_value_and_derivatives_are_those_of_the_plain_product(of_images):
+  ours = functools.partial(dense, of_images=of_images)
+  args = factors()
+  np.testing.assert_allclose(jax.jit(ours)(*args), plain(*args), rtol=1e-14)
+  weights = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)))
+  for derivative in (jax.grad, jax.jacfwd):
+    actual, expected = (
+      derivative(lambda *args, f=f: jnp.sum(jnp.sin(f(*args)) * weights), (0, 1))(*args)
+      for f in (ours, plain)
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), actual, expected
+    )
+  check_grads(lambda *args: jnp.sin(ours(*args)), args, order=2)
+
+
+@pytest.mark.parametrize('of_images', [False, True])
+@in_float64
+def test_a_layer_can_be_mapped(of_images):
+  ours = functools.partial(dense, of_images=of_images)
+  kernel, x = factors(batch=(2,))
+  expected = jnp.stack([plain(kernel[i], x[i]) for i in range(2)])
+  np.testing.assert_allclose(jax.vmap(ours)(kernel, x), expected, rtol=1e-14)
+  gradient = jax.grad(lambda kernel, x, f: jnp.sum(f(kernel, x) ** 2))
+  one_kernel = jax.vmap(lambda x: gradient(kernel[0], x, ours))(x)
+  np.testing.assert_allclose(
+    one_kernel, jnp.stack([gradient(kernel[0], each, plain) for each in x]), rtol=1e-12
+  )
+
+
+def test_a_loop_transposes_nothing():
+  """Ascent on the input of two layers, as an attack does it."""
+
+  def loop(x, kernel):
+    def value(x):
+      hidden = cpu_ops.dense(x, kernel, jnp.zeros(8), activation=jax.nn.relu, of_images=True)
+      return jnp.sum(jnp.cos(cpu_ops.dense(hidden, kernel, jnp.zeros(8))))
+
+    return jax.lax.fori_loop(0, 5, lambda _, x: x + jax.grad(value)(x), x)
+
+  program = jax.jit(loop).lower(jnp.ones((2, 8)), jnp.ones((8, 8))).compile().as_text()
+  program = re.sub(r'metadata={.*?}', '', program)
+  products = re.findall(r'lhs_contracting_dims={(.)}, rhs_contracting_dims={(.)}', program)
+  assert len(products) == 4  # there and back through two layers
+  body = re.search(r'body=%([\w.]+)', program).group(1)
+  assert 'transpose' in program  # the copies of the weights are made, ...
+  assert 'transpose' not in re.search(rf'^%{re.escape(body)} .*?^}}', program, re.M | re.S).group(0)

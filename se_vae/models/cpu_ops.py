@@ -1,22 +1,105 @@
-"""Strided convolution and its transpose, in the form that each platform runs fastest.
+"""Linear layers and convolutions, in the form that each platform runs fastest.
 
-XLA's native convolution is right on GPU and TPU. On CPU its gradient, inside the loops of an attack
-or of a multi-step dispatch, is many times slower than the same sum written as matrix products over
-image patches. The choice is made here, when a program is lowered, and nowhere else.
+All layers take and return arrays whose first axis is the batch. Inside they compute on activations
+of another layout, `[F, B]` in a linear layer and `[H, W, B, C]` in a convolution. A layer includes
+its activation function, so that the transpositions at the end of a layer and at the beginning of
+the next one are neighbours, and XLA cancels them.
 
-Between layers images are `[H, W, B, C]`: the products' rows in order, and every patch and its
-transpose a copy or a sum of whole vectors `[B, C]`.
+On GPU and TPU a product transposes its factors at no cost, and convolutions are XLA's own. On a CPU
+
+* a product is fastest with the weights as its row-major first factor, and activations as columns.
+  The forward pass wants the transposed weights, and the backward pass the weights themselves; a
+  transposed copy behind a barrier is made once, outside the loop of an attack;
+* the gradient of XLA's convolution, inside the loop of an attack or of many steps, is many times
+  slower than the same sum written as matrix products over image patches.
+
+`jax.lax.platform_dependent` makes the choice when a program is lowered.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Activation = Callable[[jax.Array], jax.Array]
+
 _LAYOUT = ('HWNC', 'HWIO', 'HWNC')
+
+
+def identity(x: jax.Array) -> jax.Array:
+  """x itself: the activation function of a linear output."""
+  return x
+
+
+def dense(
+  x: jax.Array,
+  kernel: jax.Array,
+  bias: jax.Array,
+  *,
+  activation: Activation = identity,
+  of_images: bool = False,
+) -> jax.Array:
+  """`activation(x @ kernel + bias)`, `[B, K]` to `[B, N]`.
+
+  Args:
+    x: `[B, K]`.
+    kernel: `[K, N]`.
+    bias: `[N]`.
+    activation: elementwise.
+    of_images: whether x is no output of another `dense`, so that its gradient is wanted as rows.
+  """
+  product = _product_of_rows if of_images else _product
+  return activation(product(kernel, x.T) + bias[:, None]).T
+
+
+def conv(
+  x: jax.Array,
+  kernel: jax.Array,
+  bias: jax.Array,
+  *,
+  stride: int,
+  activation: Activation = identity,
+) -> jax.Array:
+  """`SAME` convolution of images `[B, H, W, I]` with a kernel `[K, K, I, O]`, to `[B, h, w, O]`."""
+  convolve = jax.lax.platform_dependent(
+    x.transpose(1, 2, 0, 3),
+    kernel,
+    cpu=functools.partial(_conv_as_matmul, stride=stride),
+    default=functools.partial(_conv_native, stride=stride),
+  )
+  return activation(convolve + bias.reshape(1, 1, 1, -1)).transpose(2, 0, 1, 3)
+
+
+def conv_transpose(
+  y: jax.Array,
+  kernel: jax.Array,
+  bias: jax.Array,
+  *,
+  stride: int,
+  image_size: tuple[int, int],
+  activation: Activation = identity,
+) -> jax.Array:
+  """The transpose of the linear part of `conv`, `[B, h, w, O]` to `[B, H, W, I]`, plus a bias.
+
+  Args:
+    y: features, of the shape that `conv` gives for images of `image_size`.
+    kernel: `[K, K, I, O]`, the kernel of the convolution that is transposed.
+    bias: `[I]`.
+    stride: its stride.
+    image_size: (H, W) of the result, with h = ceil(H / stride) and w = ceil(W / stride).
+    activation: elementwise.
+  """
+  transposed = jax.lax.platform_dependent(
+    y.transpose(1, 2, 0, 3),
+    kernel,
+    cpu=functools.partial(_conv_transpose_as_matmul, stride=stride, image_size=image_size),
+    default=functools.partial(_conv_transpose_native, stride=stride, image_size=image_size),
+  )
+  return activation(transposed + bias.reshape(1, 1, 1, -1)).transpose(2, 0, 1, 3)
 
 
 def output_size(size: int, stride: int) -> int:
@@ -24,32 +107,48 @@ def output_size(size: int, stride: int) -> int:
   return -(-size // stride)
 
 
-def conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-  """`SAME` convolution of images `[H, W, B, I]` with a kernel `[K, K, I, O]`, to `[h, w, B, O]`."""
+@jax.custom_jvp
+def _product(kernel: jax.Array, features: jax.Array) -> jax.Array:
+  """Weights `[K, N]` and columns `[K, B]`, to columns `[N, B]`."""
+  return _sum_over(_transposed(kernel), features, 1)
+
+
+@_product.defjvp
+def _product_jvp(
+  primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  (kernel, features), (d_kernel, d_features) = primals, tangents
+  # A backward pass transposes these; each is written so that its transpose is fast.
+  tangent = _sum_over(kernel, d_features, 0) + _sum_over(d_kernel, features, 0)
+  return _product(kernel, features), tangent
+
+
+@jax.custom_jvp
+def _product_of_rows(kernel: jax.Array, features: jax.Array) -> jax.Array:
+  """The same, where the gradient in the features is wanted as rows `[B, K]`."""
+  return _sum_over(_transposed(kernel), features, 1)
+
+
+@_product_of_rows.defjvp
+def _product_of_rows_jvp(
+  primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  (kernel, features), (d_kernel, d_features) = primals, tangents
+  tangent = _sum_over(_transposed(kernel), d_features, 1) + _sum_over(d_kernel, features, 0)
+  return _product_of_rows(kernel, features), tangent
+
+
+def _sum_over(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+  """The product of two matrices that sums over an axis of a and the first of b."""
+  return jax.lax.dot_general(a, b, (((axis,), (0,)), ((), ())))
+
+
+def _transposed(matrix: jax.Array) -> jax.Array:
+  """The transpose of a matrix; on a CPU a copy, made apart from what takes it."""
   return jax.lax.platform_dependent(
-    x,
-    kernel,
-    cpu=functools.partial(_conv_as_matmul, stride=stride),
-    default=functools.partial(_conv_native, stride=stride),
-  )
-
-
-def conv_transpose(
-  y: jax.Array, kernel: jax.Array, stride: int, image_size: tuple[int, int]
-) -> jax.Array:
-  """The transpose of `conv` as a linear map: `[h, w, B, O]` to images `[H, W, B, I]`.
-
-  Args:
-    y: features, of the shape that `conv` gives for images of `image_size`.
-    kernel: `[K, K, I, O]`, the kernel of the convolution that is transposed.
-    stride: its stride.
-    image_size: (H, W) of the result, with h = ceil(H / stride) and w = ceil(W / stride).
-  """
-  return jax.lax.platform_dependent(
-    y,
-    kernel,
-    cpu=functools.partial(_conv_transpose_as_matmul, stride=stride, image_size=image_size),
-    default=functools.partial(_conv_transpose_native, stride=stride, image_size=image_size),
+    matrix,
+    cpu=lambda matrix: jax.lax.optimization_barrier(matrix.T),
+    default=lambda matrix: matrix.T,
   )
 
 
