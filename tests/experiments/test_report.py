@@ -327,8 +327,8 @@ def test_every_curve_stands_beside_the_verdict_of_its_checks(run):
   write_probe(other, checks=[])
   directories = [str(run), str(other)]
   text = report.run(report.ReportConfig(directories[0], tuple(directories[1:]))).read_text()
-  verdicts = re.search(r'<ul class="verdicts">(.*?)</ul>', text, re.DOTALL).group(1)
-  first, second = re.findall(r'<strong>(\w+)</strong>.*?<br>(.*?)</li>', verdicts, re.DOTALL)
+  listed = re.search(r'<ul class="verdicts">(.*?)</ul>', text, re.DOTALL).group(1)
+  first, second = re.findall(r'<strong>(\w+)</strong>.*?<br>(.*?)</li>', listed, re.DOTALL)
   assert first == ('se', verdicts.summary(checks)) and '1 failed' in first[1]
   assert second == ('unchecked', 'checks: not run')
 
@@ -426,3 +426,4 @@ def test_directories_that_are_wrong_are_named(run):
   empty.mkdir()
   with pytest.raises(UsageError, match=r'--workdir: .* holds no run'):
     report.run(report.ReportConfig(workdir=str(empty)))
+from se_vae.evaluation import verdicts
