@@ -16,6 +16,7 @@ import pytest
 from experiments import figure1, pretrain, probe, report
 from experiments.cli.flags import UsageError, to_dict
 from experiments.visual import image_grids, report_page
+from se_vae.evaluation import verdicts
 
 RADII = [0.0, 0.05, 0.1, 0.3]
 VOID = {'meta', 'img', 'br'}
@@ -426,4 +427,3 @@ def test_directories_that_are_wrong_are_named(run):
   empty.mkdir()
   with pytest.raises(UsageError, match=r'--workdir: .* holds no run'):
     report.run(report.ReportConfig(workdir=str(empty)))
-from se_vae.evaluation import verdicts
