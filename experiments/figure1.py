@@ -107,7 +107,8 @@ _UNWATCHED = {'tensorboard': False}
 # SGD of the preset 'paper'. Of the rates 1e-4, 3e-4, 1e-3 and 3e-3 on mnist_5k with --validation,
 # 3e-4 is the largest that trains both the MLP (1,500 steps) and a ConvNet of 16 channels (400
 # steps): no latent is active after 3e-3 with the MLP, or after 1e-3 with the ConvNet. In 4,000
-# steps of the MLP it reaches an ELBO of 45.2 nats; Adam reaches 60.8.
+# steps of the MLP it reaches an ELBO of 45.2 nats and an adversarial accuracy of .568 at radius
+# 0.05 (600 images, PGD-20); Adam reaches 60.8 and .542.
 _SGD = {'optimizer': 'sgd', 'momentum': 0.9, 'learning_rate': 3e-4, 'schedule': 'constant'}
 
 PRESETS = {
