@@ -246,10 +246,7 @@ def _train(
 
 
 def _restore(
-  config: PretrainConfig,
-  dataset: data.Dataset,
-  state: training.TrainState,
-  window: training.Window,
+  config: PretrainConfig, dataset: data.Dataset, state: training.TrainState, window: training.Window
 ) -> tuple[training.TrainState, training.Window, dict[str, Any] | None]:
   """Returns the state and the window to start from, and which run the parameters come from.
 

@@ -226,14 +226,13 @@ def _load_probe(path: Path) -> Probe:
 
 
 def _accuracy(content: Any) -> Series:
-  return report_page.series(content['radii'], content['accuracy'], content['interval'])
+  low, high = zip(*content['interval'], strict=True)
+  return report_page.series(content['radii'], content['accuracy'], low, high)
 
 
 def _latent_shift(content: Any) -> Series:
-  lowest, *_, highest = content['quantiles'].values()
-  return report_page.series(
-    content['radii'], content['mean'], list(zip(lowest, highest, strict=True))
-  )
+  low, *_, high = content['quantiles'].values()
+  return report_page.series(content['radii'], content['mean'], low, high)
 
 
 def _load_figure(path: Path) -> tuple[list[Table], str]:
@@ -241,10 +240,8 @@ def _load_figure(path: Path) -> tuple[list[Table], str]:
   with _damage_named(path):
     content = json.loads(path.read_text())
     panels = [figure1.Panel(**panel) for panel in content['panels']]
-    tables = [
-      report_page.panel(panel.title, figure1.curves_of(panel, content['results']))
-      for panel in panels
-    ]
+    curves = [figure1.curves_of(panel, content['results']) for panel in panels]
+    tables = [report_page.panel(p.title, c) for p, c in zip(panels, curves, strict=True)]
     return tables, str(content.get('optimizer', ''))
 
 

@@ -152,9 +152,10 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   probe.check_fits(attack, dataset)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
   with workdirs.lock(workdir, recording.RESULT):
-    finished = _finished(config, workdir, dataset)
-    if finished is not None:
-      return finished
+    before = workdirs.read_json(workdir / recording.RESULT, 'radii', 'accuracy', 'config')
+    wanted = flags.to_dict(config), dataset.provenance()
+    if before is not None and (_with_defaults(before['config']), before.get('data')) == wanted:
+      return before
     classifier, params = _train(config, workdir, attack.task, dataset, mesh, stop)
     outcome = probe.evaluate(
       attack,
@@ -176,16 +177,6 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     }
     workdirs.write_json(workdir / recording.RESULT, result)
   return result
-
-
-def _finished(
-  config: SupervisedConfig, workdir: Path, dataset: data.Dataset
-) -> dict[str, Any] | None:
-  """Returns the result of these very settings on this very data, if it is there already."""
-  result = workdirs.read_json(workdir / recording.RESULT, 'radii', 'accuracy', 'config')
-  if result is None or result.get('data') != dataset.provenance():
-    return None
-  return result if _with_defaults(result['config']) == flags.to_dict(config) else None
 
 
 def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:

@@ -152,10 +152,11 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
       raise UsageError(f'--vary: {name!r} is no setting of pretrain that can vary')
     if name in found:
       raise UsageError(f'--vary: {name} is there twice')
-    parsed = tuple(
-      flags.parse_value(pretrain.PretrainConfig, name, value, '--vary')
-      for value in values.split(',')
-    )
+    with flags.errors_begin_with('--vary'):
+      parsed = tuple(
+        flags.parse_values(pretrain.PretrainConfig, [f'--{name}={value}'])[name]
+        for value in values.split(',')
+      )
     if len(set(parsed)) < len(parsed):
       raise UsageError(f'--vary: a value of {name} is there twice')
     found[name] = parsed

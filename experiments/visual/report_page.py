@@ -66,25 +66,22 @@ class Number(NamedTuple):
 
 
 class Series(NamedTuple):
-  """Values `[R]` at radii `[R]`, with a band `[R, 2]`."""
+  """Values `[R]` at radii `[R]`, with a band from `low` to `high` `[R]`."""
 
   radii: list[float]
   values: list[float]
-  band: list[tuple[float, float]]
+  low: list[float]
+  high: list[float]
 
 
-def series(radii: Any, values: Any, band: Any) -> Series:
+def series(radii: Any, values: Any, low: Any, high: Any) -> Series:
   """A series of the numbers in a file.
 
   Raises:
-    TypeError, ValueError: unless they are numbers, as many of each, and pairs in the band.
+    TypeError, ValueError: unless they are numbers, as many of each.
   """
-  points = list(zip(radii, values, band, strict=True))
-  return Series(
-    [radius + 0.0 for radius, _, _ in points],
-    [value + 0.0 for _, value, _ in points],
-    [(low + 0.0, high + 0.0) for _, _, (low, high) in points],
-  )
+  points = list(zip(radii, values, low, high, strict=True))
+  return Series(*([point[column] + 0.0 for point in points] for column in range(4)))
 
 
 class Picture(NamedTuple):
@@ -222,7 +219,9 @@ def panel(title: str, curves: Sequence[plots.Curve]) -> Table:
   rows = []
   for curve, style in zip(curves, styles(curve.objective for curve in curves), strict=True):
     note = f'seeds: {len(curve.results)}'
-    numbers = series(curve.radii.tolist(), curve.accuracy.tolist(), curve.interval.tolist())
+    numbers = series(
+      *(column.tolist() for column in (curve.radii, curve.accuracy, *curve.interval.T))
+    )
     rows.append(CurveRow(curve.label, style, note, numbers, curve.checks))
   return _accuracy_table(title, rows)
 
@@ -269,12 +268,11 @@ def _curve_table(
   rows, lines = [], []
   for label, style, note, numbers, checks in curves:
     cells = {
-      radius: tuple(number(each, decimals) for each in (value, *band))
-      for radius, value, band in zip(*numbers, strict=True)
+      radius: tuple(number(each, decimals) for each in values)
+      for radius, *values in zip(*numbers, strict=True)
     }
     rows.append(Row(label, style, note, [cells.get(radius) for radius in radii], checks))
-    lows, highs = ([ends[side] for ends in numbers.band] for side in (0, 1))
-    lines.append(Line(style, numbers.radii, numbers.values, lows, highs))
+    lines.append(Line(style, *numbers))
   drawing = chart(lines, 'radius of the attack (l-inf, pixels in [0, 1])', y_limits=y_limits)
   return Table(title, unit, [f'{radius:g}' for radius in radii], rows, drawing)
 
