@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +108,7 @@ class Recorder:
     Raises:
       ArgumentError: if another process works in it.
     """
-    self._check_place: Callable[[], None] = self._held.enter_context(
-      workdirs.lock(self.workdir, *_FILES)
-    )
+    self._check_place = self._held.enter_context(workdirs.lock(self.workdir, *_FILES))
 
   def result(self, num_steps: int) -> dict[str, Any] | None:
     """Returns the result of a run that has come to its end, or None."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,13 +57,6 @@ class Line(NamedTuple):
   high: Sequence[float] = ()
 
 
-class Number(NamedTuple):
-  """A number: as in the file, in JSON, and as the page shows it."""
-
-  exact: str
-  text: str
-
-
 class Series(NamedTuple):
   """Values `[R]` at radii `[R]`, with a band from `low` to `high` `[R]`."""
 
@@ -95,12 +87,15 @@ class Picture(NamedTuple):
 
 
 class Row(NamedTuple):
-  """A row of a table: the run, a remark, the verdict of its checks, and one cell a column."""
+  """A row of a table: the run, a remark, one cell a column, and the verdict of the checks.
+
+  A cell is a metric, or the value, low and high end of a curve; None where there is none.
+  """
 
   label: str
   style: Style
   note: str
-  cells: list[tuple[Number, ...] | None]
+  cells: Sequence[Any]
   checks: str = ''
 
 
@@ -115,13 +110,17 @@ class CurveRow(NamedTuple):
 
 
 class Table(NamedTuple):
-  """A table with a row for each run, and its chart as a data URI ('' if there is none)."""
+  """A table with a row for each run, and its chart as a data URI ('' if there is none).
+
+  Numbers are shown in the format `decimals`.
+  """
 
   title: str
   unit: str
   headings: list[str]
   rows: list[Row]
   chart: str = ''
+  decimals: str = '.5g'
 
 
 class Probe(NamedTuple):
@@ -161,10 +160,10 @@ def styles(objectives: Iterable[str]) -> list[Style]:
   return [next(families[objective]) for objective in objectives]
 
 
-def number(value: float, decimals: str) -> Number:
-  """A number with a typographic minus in its text; integers are shown in full."""
+def _shown(value: float, decimals: str) -> str:
+  """The text of a number, with a typographic minus; integers are shown in full."""
   text = f'{value:,}' if isinstance(value, int) else format(value, decimals)
-  return Number(json.dumps(value), text.replace('-', '\N{MINUS SIGN}'))
+  return text.replace('-', '\N{MINUS SIGN}')
 
 
 def thin(values: Sequence[float], most: int = _MOST_POINTS) -> list[float]:
@@ -267,14 +266,11 @@ def _curve_table(
   radii = sorted({radius for curve in curves for radius in curve.series.radii})
   rows, lines = [], []
   for label, style, note, numbers, checks in curves:
-    cells = {
-      radius: tuple(number(each, decimals) for each in values)
-      for radius, *values in zip(*numbers, strict=True)
-    }
+    cells = {radius: values for radius, *values in zip(*numbers, strict=True)}
     rows.append(Row(label, style, note, [cells.get(radius) for radius in radii], checks))
     lines.append(Line(style, *numbers))
   drawing = chart(lines, 'radius of the attack (l-inf, pixels in [0, 1])', y_limits=y_limits)
-  return Table(title, unit, [f'{radius:g}' for radius in radii], rows, drawing)
+  return Table(title, unit, [f'{radius:g}' for radius in radii], rows, drawing, decimals)
 
 
 def _training(runs: Sequence[Run]) -> dict[str, list[Table]]:
@@ -304,8 +300,8 @@ def _metric_table(runs: Sequence[Run], metrics: Sequence[Mapping[str, float]]) -
   names = _in_order(metrics)
   rows = []
   for run, values in zip(runs, metrics, strict=True):
-    cells = [(number(values[name], '.5g'),) if name in values else None for name in names]
-    rows.append(Row(run.label, run.style, '' if values else run.state, list(cells)))
+    cells = [values.get(name) for name in names]
+    rows.append(Row(run.label, run.style, '' if values else run.state, cells))
   return Table('', '', [_named(name)[0] for name in names], rows)
 
 
@@ -381,6 +377,7 @@ def render(
     trim_blocks=True,
     lstrip_blocks=True,
   )
+  environment.filters['shown'] = _shown
   pictures = {picture.title: picture.text for run in runs for picture in run.pictures}
   page = environment.get_template('report.html').render(
     generator=GENERATOR,
