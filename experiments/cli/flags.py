@@ -12,7 +12,7 @@ import dataclasses
 import shlex
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from absl import flags as absl_flags
@@ -81,7 +81,12 @@ def _values(config_type: type[Any], flag_values: absl_flags.FlagValues) -> dict[
   for field, kind in _settings(config_type):
     value = flag_values[field.name].value
     if typing.get_origin(kind) is tuple and value is not None:
-      value = _parse_list(field.name, value, typing.get_args(kind)[0])
+      item_type = typing.get_args(kind)[0]
+      try:
+        value = tuple(item_type(item) for item in value)
+      except ValueError:
+        message = f'must be numbers separated by commas, got {value}'
+        raise ArgumentError(field.name, message) from None
     values[field.name] = value
   return values
 
@@ -207,10 +212,3 @@ def _settings(config_type: type[Any]) -> Iterator[tuple[dataclasses.Field[Any], 
       yield field, next(part for part in typing.get_args(kind) if part is not type(None))
     else:
       yield field, kind
-
-
-def _parse_list(name: str, items: Sequence[str], kind: Callable[[str], Any]) -> tuple[Any, ...]:
-  try:
-    return tuple(kind(item) for item in items)
-  except ValueError:
-    raise ArgumentError(name, f'must be numbers separated by commas, got {items}') from None
