@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.visual import plots
-from se_vae.evaluation.sanity_checks import SanityCheck
+from se_vae.evaluation.verdicts import SanityCheck
 
 GENERATOR = 'se_vae experiments.report'  # marks a page as a report of this project
 
