@@ -122,7 +122,8 @@ class Recorder:
 
   def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
     """Returns the tree and the metadata of the newest good checkpoint, or None without one."""
-    return checkpoints.restore_latest(self.workdir / CHECKPOINTS, template, on_damage=messages.warn)
+    found = checkpoints.load_latest(self.workdir / CHECKPOINTS, on_damage=messages.warn)
+    return None if found is None else (found.restore(template), found.metadata)
 
   def start(
     self,
@@ -233,7 +234,7 @@ def _best_loss(directory: Path) -> float:
     found = checkpoints.load_latest(directory, on_damage=messages.warn)
   except checkpoints.CheckpointError:
     found = None  # damaged: the next good loss takes its place
-  return math.inf if found is None else float(found[1]['loss'])
+  return math.inf if found is None else float(found.metadata['loss'])
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
