@@ -86,7 +86,7 @@ def pgd(
   first = first_point(ball, key, start, index)
 
   def step(_: int, x_adv: jax.Array) -> jax.Array:
-    _, gradient = values_and_gradients(objective, x_adv, args)
+    gradient = values_and_gradients(objective, x_adv, args)[1]
     return ball.step(x_adv, gradient, step_size=step_size)
 
   if not keep_best:

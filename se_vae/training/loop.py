@@ -71,9 +71,9 @@ def empty_window(step_function: StepFunction, state: Any, args: Any, images: np.
   """
 
   def metrics_of_a_step() -> Metrics:
-    one_device = sharding.data_mesh(1)
-    step = sharding.per_device(one_device, step_function, (None, None, 0, 0))
-    x, examples = jnp.zeros((1, *images.shape[1:])), jnp.zeros(1, jnp.int32)
+    mesh = sharding.data_mesh(1)  # one device of each process
+    step = sharding.per_device(mesh, step_function, (None, None, 0, 0))
+    x, examples = jnp.zeros((mesh.size, *images.shape[1:])), jnp.zeros(mesh.size, jnp.int32)
     metrics: Metrics = step(state, args, x, examples)[1]
     return metrics
 

@@ -187,7 +187,7 @@ class NormalisedDecoder(nn.Module):
 
 def test_random_and_stateful_modules_are_refused():
   decoder = networks.MLPDecoder(SHAPE, (4,))
-  with pytest.raises(ValueError, match='encoder must draw no random numbers.*dropout'):
+  with pytest.raises(ValueError, match=r'encoder must draw no random numbers.*dropout'):
     vae.VAE(RandomEncoder(), decoder, SHAPE, 2).init(jax.random.key(0))
-  with pytest.raises(ValueError, match='decoder must have no variables .* collection batch_stats'):
+  with pytest.raises(ValueError, match=r'decoder must have no variables .* collection batch_stats'):
     vae.VAE(RadialEncoder(), NormalisedDecoder(), SHAPE, 2).init(jax.random.key(0))

@@ -21,7 +21,6 @@ import pytest
 
 from experiments import pretrain
 from experiments.cli import devices, distributed, flags, signals, workdirs
-from experiments.cli.flags import UsageError
 from se_vae.config import ArgumentError
 from se_vae.parallel import processes
 from se_vae.storage import checkpoints
@@ -268,13 +267,16 @@ def test_a_port_in_use_is_an_error_in_a_line(capsys):
     ({'num_processes': 2, 'process_id': 0}, '--coordinator: must be given too'),
     ({'coordinator': 'a', 'num_processes': 2, 'process_id': 0}, '--coordinator: must be host:port'),
     ({'coordinator': 'a:1', 'num_processes': 2, 'process_id': 2}, '--process_id: must be below'),
-    ({'coordinator': 'a:1', 'num_processes': 0, 'process_id': 0}, '--num_processes: must be >= 1'),
-    ({'coordinator': 'a:1', 'num_processes': 2, 'process_id': -1}, '--process_id: must be >= 0'),
-    ({'join_timeout': 0}, '--join_timeout: must be >= 1'),
+    ({'coordinator': 'a:1', 'num_processes': 0, 'process_id': 0}, 'num_processes: must be >= 1'),
+    ({'coordinator': 'a:1', 'num_processes': 2, 'process_id': -1}, 'process_id: must be >= 0'),
+    ({'join_timeout': 0}, 'join_timeout: must be >= 1'),
   ],
 )
 def test_flags_that_contradict_each_other_are_named(flags, message):
-  with pytest.raises(UsageError, match=message), distributed.joined(distributed.Cluster(**flags)):
+  with (
+    pytest.raises(ArgumentError, match=message),
+    distributed.joined(distributed.Cluster(**flags)),
+  ):
     pytest.fail('joined')
 
 
