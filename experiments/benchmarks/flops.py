@@ -12,8 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from se_vae.models import cpu_ops, networks
-from se_vae.models.networks import KERNEL_SIZE, STRIDE
+from se_vae.models import networks
 from se_vae.models.vae import VAE
 from se_vae.training import TrainConfig
 
@@ -44,7 +43,7 @@ def encoder_layers(model: VAE) -> list[int]:
   if isinstance(encoder, networks.MLPEncoder) and encoder.covariance == 'diagonal':
     return _dense(math.prod(model.image_shape), *encoder.hidden, head)
   if isinstance(encoder, networks.ConvEncoder) and encoder.covariance == 'diagonal':
-    features = math.prod(_sizes(model, encoder.channels)[-1]) * encoder.channels[-1]
+    features = _num_features(model, encoder.channels)
     return [*_convolutions(model, encoder.channels), *_dense(features, head)]
   raise TypeError(f'cannot count the layers of {encoder}')
 
@@ -55,7 +54,7 @@ def decoder_layers(model: VAE) -> list[int]:
   if isinstance(decoder, networks.MLPDecoder):
     return _dense(model.latent_dim, *decoder.hidden, math.prod(model.image_shape))
   if isinstance(decoder, networks.ConvDecoder):
-    features = math.prod(_sizes(model, decoder.channels)[-1]) * decoder.channels[-1]
+    features = _num_features(model, decoder.channels)
     # A transposed convolution costs what the convolution does.
     return [*_dense(model.latent_dim, features), *_convolutions(model, decoder.channels)[::-1]]
   raise TypeError(f'cannot count the layers of {decoder}')
@@ -68,17 +67,14 @@ def _dense(*widths: int) -> list[int]:
 def _convolutions(model: VAE, channels: Sequence[int]) -> list[int]:
   """Each from `channels[i - 1]` to `channels[i]`; windows over the edge count in full."""
   ends = itertools.pairwise((model.image_shape[2], *channels))
-  sizes = _sizes(model, channels)
+  sizes = networks.feature_sizes(model.image_shape, len(channels))[1:]
   return [
-    2 * KERNEL_SIZE**2 * inputs * outputs * height * width
+    2 * networks.KERNEL_SIZE**2 * inputs * outputs * height * width
     for (inputs, outputs), (height, width) in zip(ends, sizes, strict=True)
   ]
 
 
-def _sizes(model: VAE, channels: Sequence[int]) -> list[tuple[int, int]]:
-  """Height and width after each convolution."""
-  sizes = [model.image_shape[:2]]
-  for _ in channels:
-    height, width = (cpu_ops.output_size(size, STRIDE) for size in sizes[-1])
-    sizes.append((height, width))
-  return sizes[1:]
+def _num_features(model: VAE, channels: Sequence[int]) -> int:
+  """Returns how many features the last convolution gives."""
+  sizes = networks.feature_sizes(model.image_shape, len(channels))
+  return math.prod(sizes[-1]) * channels[-1]

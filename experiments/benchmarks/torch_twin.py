@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cli.flags import UsageError
-from se_vae.models import cpu_ops, networks
+from se_vae.models import networks
 from se_vae.models.vae import VAE, Params
 from se_vae.training import TrainConfig
 
@@ -127,8 +127,8 @@ class Twin:
     for _ in range(self.config.pgd_steps):
       x_adv.requires_grad_(True)
       mean, log_var = self.encode(x_adv)
-      move = ((mean - mean_a) ** 2).sum() + (((0.5 * log_var).exp() - sd_a) ** 2).sum()
-      (gradient,) = torch.autograd.grad(move, x_adv)
+      shift = ((mean - mean_a) ** 2).sum() + (((0.5 * log_var).exp() - sd_a) ** 2).sum()
+      (gradient,) = torch.autograd.grad(shift, x_adv)
       x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
     return x_adv
 
@@ -171,10 +171,7 @@ def _stack(torch: Any, widths: tuple[int, ...]) -> Any:
 def _convnets(torch: Any, model: VAE, layout: Any) -> tuple[Any, Any]:
   """3 x 3, stride 2, `SAME`: of even images only the far edges are padded, or cropped off again."""
   nn, channels = torch.nn, model.encoder.channels
-  sizes = [model.image_shape[:2]]
-  for _ in channels:
-    height, width = (cpu_ops.output_size(size, 2) for size in sizes[-1])
-    sizes.append((height, width))
+  sizes = networks.feature_sizes(model.image_shape, len(channels))
   encoder: list[Any] = []
   decoder: list[Any] = []  # from its end
   ends = itertools.pairwise((model.image_shape[2], *channels))
@@ -194,13 +191,13 @@ def _convnets(torch: Any, model: VAE, layout: Any) -> tuple[Any, Any]:
   def to_images(rows: Any) -> Any:
     return rows.unflatten(1, image).permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
-  encoder += [_layer(torch, to_rows), nn.Linear(math.prod(image), 2 * model.latent_dim)]
-  decoder += [_layer(torch, to_images), nn.ReLU(), nn.Linear(model.latent_dim, math.prod(image))]
+  encoder += [layer(torch, to_rows), nn.Linear(math.prod(image), 2 * model.latent_dim)]
+  decoder += [layer(torch, to_images), nn.ReLU(), nn.Linear(model.latent_dim, math.prod(image))]
   return nn.Sequential(*encoder), nn.Sequential(*decoder[::-1])
 
 
-def _layer(torch: Any, function: Callable[[Any], Any]) -> Any:
-  """A function as a layer."""
+def layer(torch: Any, function: Callable[[Any], Any]) -> Any:
+  """Returns a PyTorch module that applies a function."""
 
   class Layer(torch.nn.Module):
     def forward(self, x: Any) -> Any:

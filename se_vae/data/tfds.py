@@ -130,8 +130,10 @@ def open_prepared(directory: str, image_size: int | None) -> PreparedSet:
     label = _find_feature(info.features, tfds.features.ClassLabel, 'label', directory)
     if info.features[image].np_dtype != np.uint8:
       raise DataError('data_dir', f'the images in {directory!r} are not 8-bit')
+    splits = {'train': 'train'}
     held_out = [split for split in ('test', 'validation') if split in info.splits]
-    splits = dict(zip(('train', 'test'), ('train', *held_out), strict=False))
+    if held_out:
+      splits['test'] = held_out[0]
     for split in splits.values():
       if split not in info.splits:
         raise DataError('data_dir', f'{directory!r} has no split {split!r}')
