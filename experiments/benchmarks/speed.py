@@ -277,10 +277,14 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
 
 def _step(row: dict[str, Any]) -> list[str]:
   seconds, operations = np.array(row['seconds']), row['operations']
-  memory = '' if row['temp_bytes'] is None else f'{row["temp_bytes"] / 2**20:.1f}'
-  rate = _range(operations / seconds / 1e9)
-  cells = [row['name'], _range(1e3 * seconds), f'{operations / 1e9:.3g}', rate]
-  return [*cells, _percent(row['share']), memory]
+  return [
+    row['name'],
+    _range(1e3 * seconds),
+    f'{operations / 1e9:.3g}',
+    _range(operations / seconds / 1e9),
+    _percent(row['share']),
+    '' if row['temp_bytes'] is None else f'{row["temp_bytes"] / 2**20:.1f}',
+  ]
 
 
 def _compared(row: dict[str, Any], step: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -29,8 +29,6 @@ from se_vae.training import TrainConfig, input_pipeline
 # Batches that a workload goes round.
 _ROWS = 1000
 _ROOFLINE_SECONDS = 0.1
-
-PIECES = ('attack', 'gradient', 'optimiser', 'all-reduce')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +141,8 @@ class Benched:
     model, config, batch_size = self.model, self.config, self.case.batch_size
     optimizer = training.make_optimizer(config)
     params = self.state.params
-    attack_operations = batch_size * config.pgd_steps * flops.selection_step(model)
-    step_operations = flops.train_step(model, config, batch_size)
+    of_attack = batch_size * config.pgd_steps * flops.selection_step(model)
+    of_gradient = flops.train_step(model, config, batch_size) - of_attack
 
     def attack(batch: _Batch, total: jax.Array) -> jax.Array:
       zeros = jnp.zeros((len(batch.index), model.latent_dim))
@@ -166,16 +164,12 @@ class Benched:
     def all_reduce(_: _Batch, gradients: Params) -> Params:
       return sharding.mean_over_devices(gradients)
 
-    loops = (
-      self._loop(attack, jnp.zeros(())),
-      self._loop(gradient, params),
-      self._loop(update, (params, params, self.state.opt_state)),
-      self._loop(all_reduce, params),
-    )
-    operations = (attack_operations, step_operations - attack_operations, None, None)
+    name, update_carry = self.case.name, (params, params, self.state.opt_state)
     return [
-      Workload(f'{self.case.name}: {piece}', run, count)
-      for piece, run, count in zip(PIECES, loops, operations, strict=True)
+      Workload(f'{name}: attack', self._loop(attack, jnp.zeros(())), of_attack),
+      Workload(f'{name}: gradient', self._loop(gradient, params), of_gradient),
+      Workload(f'{name}: optimiser', self._loop(update, update_carry)),
+      Workload(f'{name}: all-reduce', self._loop(all_reduce, params)),
     ]
 
   def twin(self, torch: Any, memory_format: str) -> Twin:
@@ -294,9 +288,8 @@ def evaluation(case: Case, dataset: data.Dataset, num_examples: int, num_steps: 
   return Workload(name, lambda steps: [attack() for _ in range(steps)])
 
 
-def products(sizes: Sequence[int]) -> list[Workload]:
-  """Square float32 products, on one device, and one a device side by side."""
-  workloads = []
+def _products(sizes: Sequence[int]) -> Iterator[Workload]:
+  """Yields square float32 products, on one device, and one a device side by side."""
   for count in sorted({1, jax.device_count()}):
     mesh = sharding.data_mesh(count)
     for size in sizes:
@@ -308,8 +301,7 @@ def products(sizes: Sequence[int]) -> list[Workload]:
           result = product(a, b)
         jax.block_until_ready(result)
 
-      workloads.append(Workload(f'{count} x {size}^3', run, 2 * count * size**3))
-  return workloads
+      yield Workload(f'{count} x {size}^3', run, 2 * count * size**3)
 
 
 class Roofline:
@@ -317,7 +309,7 @@ class Roofline:
 
   def __init__(self, sizes: Sequence[int]) -> None:
     """Compiles products of these sizes."""
-    self.products = products(sizes)
+    self.products = list(_products(sizes))
     for product in self.products:
       product.run(1)
     self.steps = [steps_that_take(product, _ROOFLINE_SECONDS) for product in self.products]
