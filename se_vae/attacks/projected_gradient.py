@@ -80,8 +80,9 @@ def pgd(
   """
   projections.check(x, radius=radius, num_steps=num_steps, norm=norm, bounds=bounds)
   radius = jnp.asarray(radius, x.dtype)
-  share = _STEPS_ACROSS / num_steps if relative_step_size is None else relative_step_size
-  step_size = jnp.asarray(share, x.dtype) * radius
+  if relative_step_size is None:
+    relative_step_size = _STEPS_ACROSS / num_steps
+  step_size = jnp.asarray(relative_step_size, x.dtype) * radius
   ball = projections.Ball(x, radius, norm, bounds)
   first = first_point(ball, key, start, index)
 

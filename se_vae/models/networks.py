@@ -123,13 +123,13 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[B, H, W, I]` to `[B, h, w, channels]`."""
-    window, ends = (KERNEL_SIZE, KERNEL_SIZE), (x.shape[3], self.channels)
+    ends, init = (x.shape[3], self.channels), nn.initializers.lecun_normal()
+    if self.transpose_to is not None:  # the kernel leads from the outputs to the inputs
+      ends, init = ends[::-1], nn.initializers.lecun_normal(-1, -2)
+    kernel = self.param('kernel', init, (KERNEL_SIZE, KERNEL_SIZE, *ends), x.dtype)
     bias = self.param('bias', nn.initializers.zeros_init(), (self.channels,), x.dtype)
     if self.transpose_to is None:
-      kernel = self.param('kernel', nn.initializers.lecun_normal(), (*window, *ends), x.dtype)
       return cpu_ops.conv(x, kernel, bias, stride=STRIDE, activation=self.activation)
-    init = nn.initializers.lecun_normal(-1, -2)  # the kernel leads from the outputs to the inputs
-    kernel = self.param('kernel', init, (*window, *ends[::-1]), x.dtype)
     return cpu_ops.conv_transpose(
       x, kernel, bias, stride=STRIDE, image_size=self.transpose_to, activation=self.activation
     )
