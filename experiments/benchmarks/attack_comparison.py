@@ -138,7 +138,7 @@ def _run(attack: Contender, x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarr
 
 
 def _missed(correct: dict[str, np.ndarray]) -> dict[str, list[list[int]]]:
-  """Returns, for each attack and radius, those that it misclassifies and our worst case does not."""
+  """Returns, for each attack and radius, the examples that only our worst case misses."""
   ours = correct['our worst_case']
   return {
     name: [np.flatnonzero(mine & ~theirs).tolist() for mine, theirs in zip(ours, rows, strict=True)]

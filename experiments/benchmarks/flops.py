@@ -18,7 +18,7 @@ from se_vae.training import TrainConfig
 
 
 def train_step(model: VAE, config: TrainConfig, batch_size: int) -> int:
-  """Operations of one training step.
+  """Returns the operations of one training step.
 
   The encodings of x, and of x' for 'se', go forward and backward, but for the gradient in the image
   itself; so does the decoder, wholly, for its gradient goes on to the encoder. The selection is L
@@ -33,12 +33,12 @@ def train_step(model: VAE, config: TrainConfig, batch_size: int) -> int:
 
 
 def selection_step(model: VAE) -> int:
-  """Operations on one example in one of the L iterations: forward, and back to the image."""
+  """Returns the operations on one example in one of the L iterations: forward, and back to the image."""
   return 2 * sum(encoder_layers(model))
 
 
 def encoder_layers(model: VAE) -> list[int]:
-  """Operations of a forward pass on one example, layer by layer."""
+  """Returns the operations of each layer of the encoder in a forward pass on one example."""
   encoder, head = model.encoder, 2 * model.latent_dim
   if isinstance(encoder, networks.MLPEncoder) and encoder.covariance == 'diagonal':
     return _dense(math.prod(model.image_shape), *encoder.hidden, head)
@@ -49,7 +49,7 @@ def encoder_layers(model: VAE) -> list[int]:
 
 
 def decoder_layers(model: VAE) -> list[int]:
-  """Likewise."""
+  """Returns the operations of each layer of the decoder in a forward pass on one example."""
   decoder = model.decoder
   if isinstance(decoder, networks.MLPDecoder):
     return _dense(model.latent_dim, *decoder.hidden, math.prod(model.image_shape))
@@ -65,7 +65,7 @@ def _dense(*widths: int) -> list[int]:
 
 
 def _convolutions(model: VAE, channels: Sequence[int]) -> list[int]:
-  """Each from `channels[i - 1]` to `channels[i]`; windows over the edge count in full."""
+  """Returns the operations of each convolution; windows over the edge count in full."""
   ends = itertools.pairwise((model.image_shape[2], *channels))
   sizes = networks.feature_sizes(model.image_shape, len(channels))[1:]
   return [

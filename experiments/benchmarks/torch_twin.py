@@ -1,4 +1,4 @@
-"""The training step once more, in eager PyTorch as one would write it there: what ours is timed by.
+"""The training step in eager PyTorch, as one would write it there, to compare our times with.
 
 The same networks (from our weights), selection, bound, optimiser and schedule; the random numbers
 come from PyTorch's own generator. Needs PyTorch, which nothing else does but this benchmark and the
@@ -27,7 +27,7 @@ _LOG_2PI = math.log(2.0 * math.pi)
 
 
 def load(num_threads: int) -> Any:
-  """PyTorch, with so many threads.
+  """Returns PyTorch, set to a number of threads.
 
   Raises:
     UsageError: if it is not installed.
@@ -79,7 +79,7 @@ class Twin:
     self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.num_steps)
 
   def place(self, images: np.ndarray) -> Any:
-    """Images `[N, H, W, C]` as the networks take them: rows, or `[N, C, H, W]` in their layout."""
+    """Returns images `[N, H, W, C]` as the networks take them: rows, or `[N, C, H, W]` in their layout."""
     tensor = self.torch.tensor(images)
     if not self.is_conv:
       return tensor.flatten(1)
@@ -100,7 +100,7 @@ class Twin:
       self.schedule.step()
 
   def loss_and_norms(self, x: Any, x_adv: Any, noise: np.ndarray) -> tuple[float, dict[str, float]]:
-    """The loss, and the norm of its gradient in the weights of either network."""
+    """Returns the loss, and the norm of its gradient in the weights of either network."""
     self.optimizer.zero_grad()
     loss = self.loss(x, x_adv, self.torch.tensor(noise))
     loss.backward()
@@ -112,7 +112,7 @@ class Twin:
     return float(loss.detach()), norms
 
   def encode(self, x: Any) -> tuple[Any, Any]:
-    """Mean and log-variance, each `[B, D]`."""
+    """Returns mean and log-variance, each `[B, D]`."""
     return self.encoder(x).chunk(2, dim=1)
 
   def select(self, x: Any, offsets: Any) -> Any:
@@ -207,7 +207,7 @@ def layer(torch: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _take_weights(torch: Any, net: Any, params: Any) -> None:
-  """Copies ours: dense `[I, O]` to `[O, I]`, convolutions `[K, K, I, O]` to `[O, I, K, K]`."""
+  """Copies our weights: dense `[I, O]` to `[O, I]`, convolutions `[K, K, I, O]` to `[O, I, K, K]`."""
   head = [params['GaussianHead_0']['Dense_0']] if 'GaussianHead_0' in params else []
   dense = iter(_numbered(params, 'Dense') + head)
   conv = iter(_numbered(params, 'Conv'))

@@ -45,14 +45,14 @@ class Case:
 
   @property
   def name(self) -> str:
-    """For the tables."""
+    """The case's name in the tables."""
     size = f'ConvNet {self.conv_channels}' if self.arch == 'convnet' else f'MLP {self.hidden_units}'
     attack = f', L {self.pgd_steps}' if self.objective == 'se' else ''
     kind = f'{size} {self.objective.upper()}'
     return f'{kind}, batch {self.batch_size}, latent {self.latent_dim}{attack}'
 
   def model(self, image_shape: tuple[int, int, int]) -> VAE:
-    """The networks."""
+    """Returns the networks."""
     return vae.make_vae(
       image_shape,
       arch=self.arch,
@@ -62,7 +62,7 @@ class Case:
     )
 
   def train_config(self) -> TrainConfig:
-    """The settings of the step; the paper's and the defaults, but for the objective and L."""
+    """Returns the settings of the step: the defaults, but for the objective and L."""
     return TrainConfig(objective=self.objective, pgd_steps=self.pgd_steps)
 
 
@@ -84,14 +84,14 @@ class Workload:
 
 
 def time_steps(workload: Workload, steps: int) -> float:
-  """Seconds a step, of so many."""
+  """Returns the seconds that a step takes, as the mean over `steps` of them."""
   began = time.perf_counter()
   workload.run(steps)
   return (time.perf_counter() - began) / steps
 
 
 def steps_that_take(workload: Workload, seconds: float) -> int:
-  """How many steps to time, of a workload that has run before."""
+  """Returns how many steps take about `seconds`, for a workload that has run before."""
   steps = 1
   while (took := time_steps(workload, steps) * steps) < seconds / 4.0 and steps < _ROWS:
     steps *= 2
@@ -115,7 +115,7 @@ class Benched:
     self.indices = sharding.split(self.mesh, self.host_indices, axis=1)
 
   def train_steps(self) -> Workload:
-    """Whole steps, many to a dispatch, as `training.run` takes them."""
+    """Returns whole steps, many to a dispatch, as `training.run` takes them."""
     step, args, images = training.TrainStep(self.model), (self.config, self.key), self.host_images
     window = training.empty_window(step, self.state, args, images)
     carry = sharding.replicate_copy(self.mesh, (self.state, window))
@@ -137,7 +137,7 @@ class Benched:
     return Workload(self.case.name, run, operations, temp_bytes)
 
   def pieces(self) -> list[Workload]:
-    """The attack, the gradient with x' given, the update and the all-reduce, each alone."""
+    """Returns the attack, the gradient with x' given, the update and the all-reduce, each alone."""
     model, config, batch_size = self.model, self.config, self.case.batch_size
     optimizer = training.make_optimizer(config)
     params = self.state.params
@@ -173,7 +173,7 @@ class Benched:
     ]
 
   def twin(self, torch: Any, memory_format: str) -> Twin:
-    """The same steps in eager PyTorch.
+    """Returns the same steps in eager PyTorch.
 
     Raises:
       AssertionError: if those are not the same steps.
@@ -187,7 +187,7 @@ class Benched:
     return twin
 
   def _loop(self, step: Callable[[Any, Any], Any], carry: Any) -> Callable[[int], Any]:
-    """Many steps on all devices in one dispatch; runs them."""
+    """Returns a function that runs many steps on all devices in one dispatch."""
     shape = self.images.shape[1:]
 
     def on_device(
@@ -220,7 +220,7 @@ class _Batch:
 
 
 def twin_steps(processes: Executor, case: Case, memory_format: str) -> Workload:
-  """The steps of `Benched.twin` in another process.
+  """Returns the steps of `Benched.twin` in another process.
 
   In one process PyTorch's threads and JAX's get in each other's way.
   """
@@ -247,7 +247,7 @@ def _twin(case: Case, memory_format: str, num_threads: int) -> Twin:
 def twin_error(
   twin: Twin, model: VAE, params: Params, config: TrainConfig, images: np.ndarray
 ) -> float:
-  """How far the twin's loss and gradient are from ours on some images, relative to the largest."""
+  """Returns the largest relative error of the twin's loss and norms of its gradient."""
   key, index = jax.random.key(4), jnp.arange(len(images))
   x, other = pixels(images), pixels(images[::-1])
   zeros = jnp.zeros((len(images), model.latent_dim))
@@ -266,7 +266,7 @@ def twin_error(
 
 
 def evaluation(case: Case, dataset: data.Dataset, num_examples: int, num_steps: int) -> Workload:
-  """The paper's PGD on a digit probe of an untrained encoder; one step attacks all images once."""
+  """Returns the paper's PGD on a digit probe of an untrained encoder; a step attacks all images once."""
   x = dataset.test.images[:num_examples].astype(np.float32) / 255.0
   labels = dataset.test.labels['digit'][:num_examples]
   model = case.model(x.shape[1:])
@@ -315,7 +315,7 @@ class Roofline:
     self.steps = [steps_that_take(product, _ROOFLINE_SECONDS) for product in self.products]
 
   def measure(self) -> dict[str, float]:
-    """Operations a second of each product, by name."""
+    """Returns the operations a second of each product, by name."""
     return {
       product.name: (product.operations or 0) / time_steps(product, steps)
       for product, steps in zip(self.products, self.steps, strict=True)

@@ -243,7 +243,7 @@ def _check_size(prepared: PreparedSet, shape: tuple[int, ...], first: tuple[int,
 
 def _decode(prepared: PreparedSet, allocate: cache.Allocate) -> cache.Arrays:
   """Returns images and labels of the splits that are used, in canonical order."""
-  arrays = {}
+  arrays: cache.Arrays = {}
   for name, split in prepared.splits.items():
     allocate_images = functools.partial(allocate, f'{name}_images')
     images, labels = _decode_split(prepared, split, allocate_images)
