@@ -178,14 +178,13 @@ def train_means(prepared: Prepared, model: vae.VAE, params: vae.Params) -> np.nd
 
 def fit(
   config: ProbeConfig, prepared: Prepared, means: np.ndarray, task: str | None = None
-) -> tuple[linear_probe.LinearProbe, float]:
-  """The probe for a task (--task if None) on `train_means`, and its accuracy on them."""
+) -> linear_probe.LinearProbe:
+  """The probe for a task (--task if None), fitted to `train_means`."""
   task = config.task if task is None else task
   labels, num_classes = prepared.dataset.train.labels[task], prepared.dataset.num_classes[task]
-  probe = linear_probe.fit_probe(
+  return linear_probe.fit_probe(
     means, labels, num_classes, l2=config.l2, standardize=config.standardize
   )
-  return probe, linear_probe.accuracy(probe, means, labels)
 
 
 def run(
@@ -202,12 +201,12 @@ def run(
   with workdirs.lock(prepared.workdir, *probe_results.PATTERNS, name=_LOCK):
     means = train_means(prepared, prepared.model, prepared.params)
     stop.check()
-    probe, train_accuracy = fit(config, prepared, means)
+    probe = fit(config, prepared, means)
     stop.check()
     surrogate = None
     if prepared.surrogate is not None:
       other, other_params, *_ = prepared.surrogate
-      fitted, _ = fit(config, prepared, train_means(prepared, other, other_params))
+      fitted = fit(config, prepared, train_means(prepared, other, other_params))
       surrogate = linear_probe.ProbedEncoder(other), (other_params, fitted)
     extra: dict[str, Any] = {}
     if config.joint:
@@ -242,7 +241,9 @@ def run(
         outcome = attack()
     result = {
       **probe_results.claim(config.task, outcome),
-      'train_accuracy': train_accuracy,
+      'train_accuracy': linear_probe.accuracy(
+        probe, means, prepared.dataset.train.labels[config.task]
+      ),
       'config': flags.to_dict(config),
       'evaluation': outcome.config,
       **extra,
@@ -319,7 +320,7 @@ def _joint(
 ) -> dict[str, Any]:
   """The curve of examples on which no single image misleads the probes of all tasks."""
   tasks, count = tuple(prepared.dataset.num_classes), len(prepared.images)
-  probes = [probe if t == config.task else fit(config, prepared, means, t)[0] for t in tasks]
+  probes = [probe if t == config.task else fit(config, prepared, means, t) for t in tasks]
   labels = [prepared.dataset.test.labels[task][:count] for task in tasks]
   curve = latent_shift.joint_accuracy(
     (linear_probe.ProbedEncoder(prepared.model),) * len(tasks),

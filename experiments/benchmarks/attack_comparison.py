@@ -90,7 +90,7 @@ def run(config: ComparisonConfig, stop: signals.StopSignal) -> dict[str, Any]:
   probing_config = probe.ProbeConfig(**shared)
   prepared = probe.prepare(probing_config)
   means = probe.train_means(prepared, prepared.model, prepared.params)
-  fitted, _ = probe.fit(probing_config, prepared, means)
+  fitted = probe.fit(probing_config, prepared, means)
   network = _torch_network(torch, prepared.model, prepared.params, fitted)
   _check_same(torch, network, prepared, fitted)
 

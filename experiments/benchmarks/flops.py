@@ -33,7 +33,7 @@ def train_step(model: VAE, config: TrainConfig, batch_size: int) -> int:
 
 
 def selection_step(model: VAE) -> int:
-  """Returns the operations on one example in one of the L iterations: forward, and back to the image."""
+  """Returns the operations of one of the L iterations on one example, forward and backward."""
   return 2 * sum(encoder_layers(model))
 
 

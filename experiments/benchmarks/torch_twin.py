@@ -79,7 +79,7 @@ class Twin:
     self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.num_steps)
 
   def place(self, images: np.ndarray) -> Any:
-    """Returns images `[N, H, W, C]` as the networks take them: rows, or `[N, C, H, W]` in their layout."""
+    """Returns images `[N, H, W, C]` as the networks take them: rows, or `[N, C, H, W]`."""
     tensor = self.torch.tensor(images)
     if not self.is_conv:
       return tensor.flatten(1)
@@ -207,7 +207,7 @@ def layer(torch: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _take_weights(torch: Any, net: Any, params: Any) -> None:
-  """Copies our weights: dense `[I, O]` to `[O, I]`, convolutions `[K, K, I, O]` to `[O, I, K, K]`."""
+  """Copies our weights, dense `[I, O]` to `[O, I]`, and `[K, K, I, O]` to `[O, I, K, K]`."""
   head = [params['GaussianHead_0']['Dense_0']] if 'GaussianHead_0' in params else []
   dense = iter(_numbered(params, 'Dense') + head)
   conv = iter(_numbered(params, 'Conv'))

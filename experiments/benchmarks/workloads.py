@@ -266,7 +266,7 @@ def twin_error(
 
 
 def evaluation(case: Case, dataset: data.Dataset, num_examples: int, num_steps: int) -> Workload:
-  """Returns the paper's PGD on a digit probe of an untrained encoder; a step attacks all images once."""
+  """Returns the paper's PGD on a probe of an untrained encoder; a step attacks all images."""
   x = dataset.test.images[:num_examples].astype(np.float32) / 255.0
   labels = dataset.test.labels['digit'][:num_examples]
   model = case.model(x.shape[1:])

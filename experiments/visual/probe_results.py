@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.cli import workdirs
 from experiments.visual import image_grids, plots
-from se_vae.evaluation import sanity_checks
+from se_vae.evaluation import verdicts
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.evaluation.robustness import Evaluation
@@ -72,10 +72,10 @@ def as_text(result: dict[str, Any]) -> str:
   if 'moves' in result:
     values = ' '.join(f'{value:.3g}' for value in result['moves']['mean'])
     lines.append(f'mean latent shift, squared W2: {values}')
-  for check in map(sanity_checks.SanityCheck.from_json, result['checks']):
+  for check in map(verdicts.SanityCheck.from_json, result['checks']):
     verdict = 'FAIL' if check.verdict == 'fail' else check.verdict
     lines.append(f'{verdict:7}  {check.number:2d} {check.name}: {check.figure}')
-  return '\n'.join([*lines, sanity_checks.summary(result['checks'])])
+  return '\n'.join([*lines, verdicts.summary(result['checks'])])
 
 
 def write(
@@ -109,7 +109,8 @@ def write(
     _write_csv(stem.with_name(f'{stem.name}_moves.csv'), columns)
 
   log, accuracy = vars(outcome.attack_log), outcome.curve
-  arrays = {('broken_' if name == 'radius' else '') + name: log[name] for name in log}
+  names = {'radius': 'broken_radius'}  # its name in files
+  arrays = {names.get(name, name): array for name, array in log.items()}
   with atomic_files.replacing(stem.with_suffix('.npz')) as file:
     np.savez_compressed(
       file, radii=accuracy.radii, correct=accuracy.correct, labels=labels, **arrays
@@ -137,6 +138,6 @@ def _examples(log: AttackLog) -> np.ndarray:
   """Up to `_PAGE` examples that only an attack misclassifies, evenly from small to large radii."""
   attacked = np.flatnonzero((log.radius > 0.0) & np.isfinite(log.radius))
   order = attacked[np.argsort(log.radius[attacked], kind='stable')]
-  return (
-    order[np.unique(np.linspace(0, len(order) - 1, _PAGE).astype(int))] if len(order) else order
-  )
+  if not len(order):
+    return order
+  return order[np.unique(np.linspace(0, len(order) - 1, _PAGE).astype(int))]

@@ -6,7 +6,6 @@ classifier or on its representation maximises.
 
 from se_vae.attacks.auto_pgd import apgd
 from se_vae.attacks.projected_gradient import (
-  NORMS,
   Objective,
   example_keys,
   fgsm,
@@ -14,6 +13,7 @@ from se_vae.attacks.projected_gradient import (
   pgd,
   values_and_gradients,
 )
+from se_vae.attacks.projections import NORMS
 from se_vae.attacks.square_attack import square
 
 __all__ = [

@@ -73,7 +73,7 @@ def apgd(
     AssertionError: if shapes do not fit.
     ValueError: for an unknown norm, num_steps < 1, or bounds that are not (lowest, highest).
   """
-  projections.check(x, radius=radius, num_steps=num_steps, norm=norm, bounds=bounds)
+  projections.check(x, radius=radius, norm=norm, bounds=bounds, num_steps=num_steps)
   radius = jnp.asarray(radius, x.dtype)
   ball = projections.Ball(x, radius, norm, bounds)
   first = projected_gradient.first_point(ball, key, start, index)
@@ -88,7 +88,7 @@ def apgd(
     x_adv = ball.project(state.x_adv + share * (ahead - state.x_adv) + inertia)
     value, gradient = projected_gradient.values_and_gradients(objective, x_adv, args)
     best, best_value = projections.better(x_adv, value, state.best, state.best_value)
-    state = _State(
+    state = state._replace(
       x_adv=x_adv,
       previous=state.x_adv,
       value=value,
@@ -96,16 +96,12 @@ def apgd(
       best=best,
       best_value=best_value,
       best_gradient=projections.where(value > state.best_value, gradient, state.best_gradient),
-      step_size=state.step_size,
       rises=state.rises + (value > state.value).astype(jnp.int32),
-      halved=state.halved,
-      checkpoint_value=state.checkpoint_value,
     )
-    progress_of = functools.partial(check_progress, i)
-    return jax.lax.cond(intervals[i] > 0, progress_of, lambda same: same, state)
+    return jax.lax.cond(intervals[i] > 0, at_checkpoint, lambda _, same: same, intervals[i], state)
 
-  def check_progress(i: jax.Array, state: _State) -> _State:
-    stagnates = state.rises.astype(x.dtype) < _RISING * intervals[i].astype(x.dtype)
+  def at_checkpoint(interval: jax.Array, state: _State) -> _State:
+    stagnates = state.rises.astype(x.dtype) < _RISING * interval.astype(x.dtype)
     stuck = ~state.halved & ~(state.best_value > state.checkpoint_value)
     halve = stagnates | stuck
     return state._replace(

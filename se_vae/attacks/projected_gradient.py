@@ -17,15 +17,13 @@ from se_vae.attacks import projections
 from se_vae.attacks.projections import Norm
 
 Objective = Callable[..., jax.Array]
-NORMS = projections.NORMS
 
 # A step of 2.5 radius / num_steps lets an iterate cross the ball and still settle.
 _STEPS_ACROSS = 2.5
 
 
 @functools.partial(
-  jax.jit,
-  static_argnames=('objective', 'num_steps', 'norm', 'bounds', 'keep_best'),
+  jax.jit, static_argnames=('objective', 'num_steps', 'norm', 'bounds', 'keep_best')
 )
 def pgd(
   objective: Objective,
@@ -78,7 +76,7 @@ def pgd(
     AssertionError: if shapes do not fit.
     ValueError: for an unknown norm, num_steps < 1, or bounds that are not (lowest, highest).
   """
-  projections.check(x, radius=radius, num_steps=num_steps, norm=norm, bounds=bounds)
+  projections.check(x, radius=radius, norm=norm, bounds=bounds, num_steps=num_steps)
   radius = jnp.asarray(radius, x.dtype)
   if relative_step_size is None:
     relative_step_size = _STEPS_ACROSS / num_steps
@@ -175,9 +173,9 @@ def noise(
     AssertionError: if shapes do not fit.
     ValueError: for an unknown norm, or bounds that are not (lowest, highest).
   """
-  projections.check(x, radius=radius, num_steps=1, norm=norm, bounds=bounds)
+  projections.check(x, radius=radius, norm=norm, bounds=bounds)
   ball = projections.Ball(x, jnp.asarray(radius, x.dtype), norm, bounds)
-  keys = example_keys(key, identities(index, x.shape[0]))
+  keys = batch_keys(key, index, x.shape[0])
   return ball.extreme_points(keys) if extreme else ball.random_points(keys)
 
 
@@ -186,18 +184,18 @@ def first_point(
 ) -> jax.Array:
   """The projected start `[B, ...]`, or a uniform draw from the ball if it is None."""
   if start is None:
-    return ball.random_points(example_keys(key, identities(index, ball.x.shape[0])))
+    return ball.random_points(batch_keys(key, index, ball.x.shape[0]))
   if start.shape != ball.x.shape:
     raise AssertionError(f'start must have the shape {ball.x.shape} of x, got {start.shape}')
   return ball.project(start)
 
 
-def identities(index: jax.Array | None, batch_size: int) -> jax.Array:
-  """The integers `[B]` that identify the examples: `index`, checked, or `arange(B)`."""
+def batch_keys(key: jax.Array, index: jax.Array | None, batch_size: int) -> jax.Array:
+  """The `example_keys` of a batch, with `arange(B)` for an index of None."""
   index = jnp.arange(batch_size) if index is None else index
   if index.shape != (batch_size,):
     raise AssertionError(f'index must have the shape {(batch_size,)}, got {index.shape}')
-  return index
+  return example_keys(key, index)
 
 
 def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:

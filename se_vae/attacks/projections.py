@@ -91,17 +91,21 @@ def check(
   x: jax.Array,
   *,
   radius: jax.typing.ArrayLike,
-  num_steps: int,
   norm: str,
   bounds: tuple[float, float],
+  **counts: int,
 ) -> None:
-  """Raises AssertionError or ValueError unless an attack can start from these arguments."""
+  """Raises AssertionError or ValueError unless an attack can start from these arguments.
+
+  The counts, such as `num_steps`, must be at least 1.
+  """
   if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
     raise AssertionError(f'x must be floating point [B, ...], got {x.dtype} {x.shape}')
   if jnp.ndim(radius) != 0:
     raise AssertionError(f'radius must be a scalar, got shape {jnp.shape(radius)}')
-  if num_steps < 1:
-    raise ValueError(f'num_steps must be >= 1, got {num_steps}')
+  for name, count in counts.items():
+    if count < 1:
+      raise ValueError(f'{name} must be >= 1, got {count}')
   if norm not in NORMS:
     raise ValueError(f'norm must be one of {", ".join(NORMS)}, got {norm!r}')
   if not bounds[0] < bounds[1]:

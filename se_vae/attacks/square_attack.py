@@ -55,10 +55,10 @@ def square(
     AssertionError: if shapes do not fit.
     ValueError: for num_queries < 1, or bounds that are not (lowest, highest).
   """
-  projections.check(x, radius=radius, num_steps=num_queries, norm='linf', bounds=bounds)
+  projections.check(x, radius=radius, norm='linf', bounds=bounds, num_queries=num_queries)
   radius = jnp.asarray(radius, x.dtype)
   ball = projections.Ball(x, radius, 'linf', bounds)
-  keys = projected_gradient.example_keys(key, projected_gradient.identities(index, x.shape[0]))
+  keys = projected_gradient.batch_keys(key, index, x.shape[0])
   height, width, channels = _as_image(x.shape[1:])
   sides = jnp.asarray(_sides(num_queries, height, width))
 

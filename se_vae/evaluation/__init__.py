@@ -1,9 +1,10 @@
 """Linear probes, adversarial accuracy against radius, and the sanity checks beside it.
 
 `robustness.evaluate` attacks any JAX function that gives logits: `attacked_classifier` holds it and
-its examples, `attack_suite` and `targets` the attacks, `attack_log` what they found,
-`sanity_evidence` and `sanity_checks` the checks of the result. `linear_probe` makes a classifier of
-an encoder. `latent_shift` measures how far an attack moves a representation, without labels.
+its examples, `attack_suite` and `targets` the attacks, `attack_log` what they found.
+`sanity_checks` checks the result, a `Claim` of `claims`, and `verdicts` has what the checks return.
+`linear_probe` makes a classifier of an encoder. `latent_shift` measures how far an attack moves a
+representation, without labels.
 """
 
 from etils import epy as _epy
@@ -20,7 +21,7 @@ with _epy.lazy_api_imports(globals()):  # the checks of a file are read without 
   )
   from se_vae.evaluation.metrics import AdversarialAccuracy
   from se_vae.evaluation.robustness import Evaluation, adversarial_accuracy, evaluate
-  from se_vae.evaluation.sanity_checks import SanityCheck
+  from se_vae.evaluation.verdicts import SanityCheck
 
 __all__ = [
   'AdversarialAccuracy',

@@ -43,9 +43,9 @@ class AttackLog:
   def empty(cls, names: tuple[str, ...], x: np.ndarray) -> AttackLog:
     """The log of clean images `[N, ...]` before the first attack."""
     count = len(x)
-    zeros = lambda: np.zeros(count, np.int64)  # noqa: E731
-    none = np.full(count, -1)
-    return cls(names, 0, np.full(count, np.inf), none, zeros(), zeros(), zeros(), x.copy())
+    restart, forwards, gradients = np.zeros((3, count), np.int64)
+    radius, attack = np.full(count, np.inf), np.full(count, -1)
+    return cls(names, 0, radius, attack, restart, forwards, gradients, x.copy())
 
   def robust(self, radii: np.ndarray) -> np.ndarray:
     """Whether each example is robust at each radius, bool `[R, N]`.

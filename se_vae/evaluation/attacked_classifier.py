@@ -106,12 +106,12 @@ def prepare(
   labels: np.ndarray,
   *,
   radii: Sequence[float],
-  seed: int,
-  norm: Norm,
-  bounds: tuple[float, float],
-  batch_size: int,
-  args: tuple[Any, ...],
-  mesh: Mesh | None,
+  seed: int = 0,
+  norm: Norm = 'linf',
+  bounds: tuple[float, float] = (0.0, 1.0),
+  batch_size: int = 200,
+  args: tuple[Any, ...] = (),
+  mesh: Mesh | None = None,
   latents_fn: Model | None = None,
 ) -> tuple[AttackedClassifier, np.ndarray]:
   """Checks the arguments of an evaluation, which `robustness.evaluate` explains.
@@ -166,7 +166,7 @@ def prepare(
     latents = classifier.apply(latents_fn, x)
     if not np.isfinite(latents).all():
       raise ArgumentError('latents_fn', 'must be finite on clean images: the encoder has diverged')
-    targets = Targets(x, labels, latents, shape[1], bounds)
+    targets = dataclasses.replace(classifier.targets, latents=latents)
     classifier = dataclasses.replace(classifier, targets=targets)
   return classifier, logits
 

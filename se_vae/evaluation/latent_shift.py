@@ -174,8 +174,9 @@ def max_latent_shift(
     ArgumentError: for arguments that `maximal_values` refuses.
   """
   mesh = sharding.data_mesh() if mesh is None else mesh
-  encode = lambda images: latents_fn(images, *args)  # noqa: E731
-  latents = sharding.map_batches(mesh, encode, x, min(batch_size, len(x)))
+  latents = sharding.map_batches(
+    mesh, lambda images: latents_fn(images, *args), x, min(batch_size, len(x))
+  )
   aim = Aim(np.zeros(len(x), np.int32), latent=latents)
   options |= {'radii': radii, 'batch_size': batch_size, 'args': args, 'mesh': mesh}
   return maximal_values(LatentShift(latents_fn), x, aim, **options)

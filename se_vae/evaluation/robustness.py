@@ -24,12 +24,13 @@ from se_vae.attacks import losses
 from se_vae.attacks.losses import Model
 from se_vae.attacks.projections import Norm
 from se_vae.config import SUITES, ArgumentError
-from se_vae.evaluation import attack_suite, attacked_classifier, sanity_checks, sanity_evidence
+from se_vae.evaluation import attack_suite, attacked_classifier, sanity_checks, verdicts
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.evaluation.attack_suite import Suite
 from se_vae.evaluation.attacked_classifier import AttackedClassifier
+from se_vae.evaluation.claims import Claim
 from se_vae.evaluation.metrics import AdversarialAccuracy
-from se_vae.evaluation.sanity_checks import SanityCheck
+from se_vae.evaluation.verdicts import SanityCheck
 
 # Seconds between two copies of the attack log on disk.
 _SAVE_EVERY = 10.0
@@ -46,13 +47,8 @@ def adversarial_accuracy(
   num_steps: int = 40,
   restarts: int = 1,
   relative_step_size: float | None = None,
-  norm: Norm = 'linf',
-  bounds: tuple[float, float] = (0.0, 1.0),
-  seed: int = 0,
-  batch_size: int = 200,
-  args: tuple[Any, ...] = (),
-  mesh: Mesh | None = None,
   progress: Progress = lambda done, total: None,
+  **options: Any,
 ) -> AdversarialAccuracy:
   """Accuracy under the paper's PGD, with every radius attacked on its own.
 
@@ -75,30 +71,14 @@ def adversarial_accuracy(
     num_steps: gradient steps of each attempt.
     restarts: attempts at each radius, each from a random start of its own.
     relative_step_size: step size as a share of the radius; 2.5 / num_steps if None.
-    norm: 'linf' or 'l2'.
-    bounds: lowest and highest pixel value.
-    seed: seed of every random draw.
-    batch_size: examples attacked at a time.
-    args: further arguments of `logits_fn`, such as parameters.
-    mesh: devices to spread a batch over; all of them if None.
     progress: called after each batch with the number of finished radii and of all.
+    **options: `norm`, `bounds`, `seed`, `batch_size`, `args` and `mesh` of `evaluate`.
 
   Raises:
     ArgumentError: for an argument out of range, or clean logits that are not finite.
   """
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts)
-  classifier, _ = attacked_classifier.prepare(
-    logits_fn,
-    x,
-    labels,
-    radii=radii,
-    seed=seed,
-    norm=norm,
-    bounds=bounds,
-    batch_size=batch_size,
-    args=args,
-    mesh=mesh,
-  )
+  classifier, _ = attacked_classifier.prepare(logits_fn, x, labels, radii=radii, **options)
   suite = attack_suite.standard(
     logits_fn, num_steps=num_steps, restarts=restarts, relative_step_size=relative_step_size
   )
@@ -134,7 +114,7 @@ class Evaluation:
   def __repr__(self) -> str:
     curve = zip(self.curve.accuracy, self.curve.radii, strict=True)
     accuracy = ', '.join(f'{value:.3f} at {radius:g}' for value, radius in curve)
-    count, summary = self.curve.correct.shape[1], sanity_checks.summary(self.checks)
+    count, summary = self.curve.correct.shape[1], verdicts.summary(self.checks)
     return f'Evaluation({self.config["attack"]}, n = {count}: {accuracy}; {summary})'
 
 
@@ -207,6 +187,10 @@ def evaluate(
     AttackLogError: for a state that is damaged or belongs to another evaluation.
   """
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, num_queries=num_queries)
+  if check_examples < 0:
+    raise ArgumentError('check_examples', f'must be >= 0, got {check_examples}')
+  if attack not in SUITES:
+    raise ArgumentError('attack', f'must be one of {", ".join(SUITES)}, got {attack!r}')
   classifier, logits = attacked_classifier.prepare(
     logits_fn,
     x,
@@ -220,7 +204,13 @@ def evaluate(
     mesh=mesh,
     latents_fn=latents_fn,
   )
-  _check_arguments(classifier, radii, attack, check_examples)
+  if max(radii) > classifier.diameter:
+    raise ArgumentError(
+      'radii', f'must be at most the pixel range {classifier.diameter:g}, got {max(radii)}'
+    )
+  classes = len(np.unique(labels))
+  if classes < 2:
+    raise ArgumentError('labels', 'must be of at least two classes: a constant would be robust')
   steps: dict[str, Any] = {
     'num_steps': num_steps,
     'restarts': restarts,
@@ -232,7 +222,7 @@ def evaluate(
     suite = attack_suite.worst_case(
       logits_fn,
       latents_fn,
-      classes=len(np.unique(labels)),
+      classes=classes,
       num_classes=classifier.num_classes,
       norm=norm,
       num_queries=num_queries,
@@ -254,7 +244,7 @@ def evaluate(
   if not check_examples:
     return Evaluation(curve, log, (), config)
   report = functools.partial(progress, log.done, log.done)
-  claim = sanity_evidence.Claim(
+  claim = Claim(
     classifier=dataclasses.replace(classifier, on_batch=report),
     suite=suite,
     attack_log=log,
@@ -268,7 +258,7 @@ def evaluate(
     reconstruct_fn=reconstruct_fn,
     surrogate=surrogate,
   )
-  return Evaluation(curve, log, sanity_evidence.run_checks(claim), config)
+  return Evaluation(curve, log, sanity_checks.run_checks(claim), config)
 
 
 def _attack_all(
@@ -347,19 +337,3 @@ def _fingerprint(classifier: AttackedClassifier, config: dict[str, Any]) -> str:
   for leaf in (classifier.x, classifier.labels, *jax.tree.leaves(classifier.args)):
     digest.update(np.ascontiguousarray(leaf).tobytes())
   return digest.hexdigest()
-
-
-def _check_arguments(
-  classifier: AttackedClassifier, radii: Sequence[float], attack: str, check_examples: int
-) -> None:
-  """Raises ArgumentError for what `evaluate` refuses on top of `attacked_classifier.prepare`."""
-  if check_examples < 0:
-    raise ArgumentError('check_examples', f'must be >= 0, got {check_examples}')
-  if attack not in SUITES:
-    raise ArgumentError('attack', f'must be one of {", ".join(SUITES)}, got {attack!r}')
-  if max(radii) > classifier.diameter:
-    raise ArgumentError(
-      'radii', f'must be at most the pixel range {classifier.diameter:g}, got {max(radii)}'
-    )
-  if len(np.unique(classifier.labels)) < 2:
-    raise ArgumentError('labels', 'must be of at least two classes: a constant would be robust')

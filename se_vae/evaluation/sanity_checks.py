@@ -1,16 +1,31 @@
-"""Twelve sanity checks of an evaluation: what each one demands of its figures.
+"""Twelve sanity checks of an evaluation: one function a check, all of them in `CHECKS`.
 
-The functions judge figures that `sanity_evidence` measures. Most follow Athalye, Carlini and Wagner
-(2018) and Carlini et al. (2019), who list what a sound evaluation shows, and what masked gradients
-or a faulty evaluation do not.
+Most follow Athalye, Carlini and Wagner (2018) and Carlini et al. (2019), who list what a sound
+evaluation shows, and what masked gradients or a faulty evaluation do not. Each function measures
+its figures on a `Claim` and judges them: it returns whether the check passed (None if it does not
+apply or had nothing to attack), the reason in one line, and the numbers behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from se_vae import attacks
+from se_vae.attacks import losses
+from se_vae.attacks.losses import Aim, Model, UntilMisclassified
+from se_vae.evaluation import attack_suite
+from se_vae.evaluation.claims import Claim
+from se_vae.evaluation.metrics import active_latents
+from se_vae.evaluation.verdicts import SanityCheck
+
+Judgement = tuple[bool | None, str, Mapping[str, Any]]
 
 # Tolerances in accuracy, as shares of the examples; a single example is always allowed.
 _DOUBLING = 0.005
@@ -19,143 +34,47 @@ _TOLERANCE = 0.005
 _UNHEALTHY = 0.01
 _ROBUST_AT_LARGE_RADII = 0.01
 
-NAMES = (
-  'images are legal',
-  're-scoring agrees',
-  'raw curve is monotone',
-  'no image is robust at large radii',
-  'iterative beats one step',
-  'attack has converged',
-  'Square does not beat gradients',
-  'noise and transfer are weaker',
-  'gradients are healthy',
-  'forward pass is deterministic',
-  'a mean of minima',
-  'representation is informative',
-)
+# Radii of check 4, as shares of the radius at which every image is in reach of every other.
+_LARGE = (0.5, 0.75, 1.0)
+
+_NO_RADIUS = 'nothing to attack: no radius is above 0'
 
 
-class SanityCheck(NamedTuple):
-  """The result of one check.
+def run_checks(claim: Claim) -> tuple[SanityCheck, ...]:
+  """The results of all checks, in order."""
+  results = []
+  for number, (name, check) in enumerate(CHECKS.items(), start=1):
+    passed, figure, values = check(claim)
+    verdict = {True: 'pass', False: 'fail', None: 'skipped'}[passed]
+    results.append(SanityCheck(number, name, verdict, figure, dict(values)))
+  return tuple(results)
 
-  Attributes:
-    number: 1 to 12.
-    name: the statement that is checked.
-    verdict: 'pass', 'fail' or 'skipped'.
-    figure: the reason for the verdict, in one line.
-    values: the numbers behind it, as JSON values.
+
+def legality(claim: Claim) -> Judgement:
+  """In float64, every image is inside the bounds, and inside its ball to float32's rounding.
+
+  The image of a robust example must be the clean one.
   """
-
-  number: int
-  name: str
-  verdict: str
-  figure: str
-  values: dict[str, Any]
-
-  @property
-  def passed(self) -> bool | None:
-    """None if the check was skipped."""
-    return {'pass': True, 'fail': False, 'skipped': None}[self.verdict]
-
-  def to_json(self) -> dict[str, Any]:
-    """JSON values: `number, name, verdict, passed, figure, values`."""
-    content = self._asdict()
-    values = content.pop('values')
-    figure = content.pop('figure')
-    return {**content, 'passed': self.passed, 'figure': figure, 'values': values}
-
-  @classmethod
-  def from_json(cls, content: Mapping[str, Any]) -> SanityCheck:
-    """What `to_json` gave, in files of older versions too, which have `passed` alone.
-
-    Raises:
-      KeyError, TypeError, ValueError: for values that are no check.
-    """
-    verdict = content.get('verdict') or ('pass' if content['passed'] else 'fail')
-    if verdict not in ('pass', 'fail', 'skipped'):
-      raise ValueError(f'verdict must be pass, fail or skipped, got {verdict!r}')
-    number, name, figure = int(content['number']), str(content['name']), str(content['figure'])
-    return cls(number, name, verdict, figure, dict(content.get('values', {})))
-
-
-def summary(checks: Iterable[SanityCheck | Mapping[str, Any]]) -> str:
-  """One line that counts the verdicts, and names the checks that failed or were skipped.
-
-  Example:
-    >>> summary([skipped(7, 'Square is for linf')])
-    'checks: 0 passed, 0 failed, 1 skipped (7: Square does not beat gradients)'
-
-  Args:
-    checks: checks, or their JSON values; of several evaluations one after the other too.
-  """
-  found = [
-    each if isinstance(each, SanityCheck) else SanityCheck.from_json(each) for each in checks
-  ]
-  if not found:
-    return 'checks: not run'
-  parts = []
-  for verdict, word in (('pass', 'passed'), ('fail', 'failed'), ('skipped', 'skipped')):
-    named = [f'{check.number}: {check.name}' for check in found if check.verdict == verdict]
-    times = {name: named.count(name) for name in named}  # more than one for several evaluations
-    texts = (name if count == 1 else f'{name}, {count} times' for name, count in times.items())
-    names = f' ({"; ".join(texts)})' if named and verdict != 'pass' else ''
-    parts.append(f'{len(named)} {word}{names}')
-  return f'checks: {", ".join(parts)}'
-
-
-def skipped(number: int, reason: str) -> SanityCheck:
-  """A check that does not apply, or that had nothing to attack."""
-  return SanityCheck(number, NAMES[number - 1], 'skipped', reason, {})
-
-
-def _judged(number: int, passed: bool, figure: str, values: Mapping[str, Any]) -> SanityCheck:
-  verdict = 'pass' if passed else 'fail'
-  return SanityCheck(number, NAMES[number - 1], verdict, figure, dict(values))
-
-
-def legality(
-  x: np.ndarray,
-  images: np.ndarray,
-  radius: np.ndarray,
-  norm: str,
-  bounds: tuple[float, float],
-) -> SanityCheck:
-  """(1) In float64, every image is inside the bounds, and inside its ball to float32's rounding.
-
-  Args:
-    x: clean images `[N, ...]`.
-    images: adversarial images `[N, ...]`.
-    radius: `[N]`; at an infinite one, of a robust example, the image must be the clean one.
-    norm: of the balls.
-    bounds: lowest and highest pixel value.
-  """
-  radius = np.where(np.isfinite(radius), radius, 0.0)
+  classifier, images = claim.classifier, claim.attack_log.images
+  x, norm, bounds = classifier.x, classifier.norm, classifier.bounds
+  radius = np.where(np.isfinite(claim.attack_log.radius), claim.attack_log.radius, 0.0)
   distances = _distances(x, images, norm)
   excess = float((distances - radius).max())
   lowest, highest = float(images.min()), float(images.max())
   in_ball = bool(np.all(distances <= allowed_distances(radius, x[0].size, norm, bounds)))
-  return _judged(
-    1,
+  return (
     in_ball and lowest >= bounds[0] and highest <= bounds[1],
     f'maximal excess over the radius {excess:.1e}, pixels in [{lowest:g}, {highest:g}]',
     {'excess': excess, 'lowest': lowest, 'highest': highest},
   )
 
 
-def rescoring(
-  misclassified: np.ndarray, wrong: np.ndarray, clean_accuracy: float, accuracy_at_zero: float
-) -> SanityCheck:
-  """(2) A second forward pass agrees on every image, and radius 0 is the clean accuracy.
-
-  Args:
-    misclassified: bool `[N]`, as recorded.
-    wrong: bool `[N]`, whether the second pass misclassifies the recorded image.
-    clean_accuracy: counted apart, in [0, 1].
-    accuracy_at_zero: as recorded, in [0, 1].
-  """
-  differ = int(np.sum(misclassified != wrong))
-  return _judged(
-    2,
+def rescoring(claim: Claim) -> Judgement:
+  """A second forward pass agrees on every image, and radius 0 is the clean accuracy."""
+  radius = claim.attack_log.radius
+  differ = int(np.sum(np.isfinite(radius) != claim.wrong))
+  clean_accuracy, accuracy_at_zero = claim.clean_accuracy, float((radius > 0.0).mean())
+  return (
     differ == 0 and clean_accuracy == accuracy_at_zero,
     f'{differ} images differ; clean accuracy {clean_accuracy:.4f}, at radius 0 '
     f'{accuracy_at_zero:.4f}',
@@ -163,65 +82,72 @@ def rescoring(
   )
 
 
-def monotone(radii: np.ndarray, accuracy: np.ndarray, interval: np.ndarray) -> SanityCheck:
-  """(3) The raw curve, each radius attacked on its own, does not rise out of its interval.
-
-  Args:
-    radii: `[R]`, ascending.
-    accuracy: `[R]`.
-    interval: `[R, 2]`.
-  """
+def monotone(claim: Claim) -> Judgement:
+  """The raw curve, each radius attacked on its own, does not rise out of its interval."""
+  radii = claim.radii
+  if len(radii) < 2:
+    return None, 'nothing to compare: there is one radius', {}
+  accuracy, interval = claim.curves['pgd'].accuracy, claim.curves['pgd'].interval()
   rise = accuracy - np.minimum.accumulate(accuracy)
   high = interval[np.array([int(np.argmin(accuracy[: i + 1])) for i in range(len(radii))]), 1]
-  return _judged(
-    3,
+  return (
     bool(np.all(accuracy <= high)),
     f'maximal rise {rise.max():.4f}',
     {'radii': radii.tolist(), 'accuracy': accuracy.tolist()},
   )
 
 
-def large_radius(
-  radii: Sequence[float], accuracy: Sequence[float], largest_share: float
-) -> SanityCheck:
-  """(4) Beyond half the pixel range, where one image is in reach of all, accuracy is a constant's.
+def large_radius(claim: Claim) -> Judgement:
+  """Beyond half the pixel range, where one image is in reach of all, accuracy is a constant's.
 
-  Args:
-    radii: `[R]`, ascending, from half the range on, until no example is robust or the range ends.
-    accuracy: `[R]`.
-    largest_share: share of the most frequent class among the examples.
+  The radii grow until no example is robust or the range ends.
   """
-  return _judged(
-    4,
-    bool(max(accuracy) <= largest_share and accuracy[-1] <= _ROBUST_AT_LARGE_RADII),
+  radii, accuracy = [], []
+  diameter, largest_share = claim.classifier.diameter, claim.largest_share
+  left = claim.rows[claim.attack_log.radius[claim.rows] > _LARGE[0] * diameter]
+  for share in _LARGE:
+    left = claim.classifier.robust(claim.suite.attacks, share * diameter, left)
+    radii.append(share * diameter)
+    accuracy.append(len(left) / claim.count)
+    if not len(left):
+      break
+  return (
+    max(accuracy) <= largest_share and accuracy[-1] <= _ROBUST_AT_LARGE_RADII,
     f'accuracy {accuracy[0]:.4f} at {radii[0]:g} (most frequent class {largest_share:.4f}), '
     f'{accuracy[-1]:.4f} at {radii[-1]:g}',
-    {'radii': list(radii), 'accuracy': list(accuracy), 'largest_share': largest_share},
+    {'radii': radii, 'accuracy': accuracy, 'largest_share': largest_share},
   )
 
 
-def iterative(accuracy: np.ndarray, one_step: np.ndarray, count: int) -> SanityCheck:
-  """(5) Many steps are at least as strong as one at every radius; both accuracies are `[R]`."""
-  worst = float(np.max(accuracy - one_step))
-  return _judged(
-    5,
-    worst <= _slack(_TOLERANCE, count),
+def iterative(claim: Claim) -> Judgement:
+  """Many steps are at least as strong as one at every radius."""
+  if not claim.middle_radius:
+    return None, _NO_RADIUS, {}
+  one_step = claim.curves['fgsm'].accuracy
+  worst = float(np.max(claim.curves['pgd'].accuracy - one_step))
+  return (
+    worst <= _slack(_TOLERANCE, claim.count),
     f'one step is stronger by at most {max(worst, 0.0):.4f}',
     {'one_step': one_step.tolist()},
   )
 
 
-def converged(more_steps: int, more_restarts: int, count: int) -> SanityCheck:
-  """(6) Twice the steps, or the restarts, change accuracy by less than half a point.
-
-  Args:
-    more_steps: robust examples that an attack with twice the steps misclassifies.
-    more_restarts: robust examples that as many restarts again misclassify.
-    count: all examples.
-  """
+def converged(claim: Claim) -> Judgement:
+  """Twice the steps, or the restarts, change accuracy by less than half a point."""
+  radius, rows, count = claim.middle_radius, claim.robust_rows, claim.count
+  if not radius or not len(rows):
+    return None, _nothing_left(claim), {}
+  doubled = [
+    dataclasses.replace(attack, num_steps=2 * attack.num_steps)
+    for attack in claim.suite.attacks
+    if attack.name in claim.suite.doubled
+  ]
+  more_steps, more_restarts = (
+    len(rows) - len(claim.redrawn.robust(tried, radius, rows))
+    for tried in (doubled, claim.suite.gradient_attacks)
+  )
   change = max(more_steps, more_restarts)
-  return _judged(
-    6,
+  return (
     change < _DOUBLING * count or change <= 1,
     f'of {count} examples, doubling steps misclassifies {more_steps} more, doubling restarts '
     f'{more_restarts}',
@@ -229,70 +155,85 @@ def converged(more_steps: int, more_restarts: int, count: int) -> SanityCheck:
   )
 
 
-def gradient_free(more: int, count: int) -> SanityCheck:
-  """(7) Square misclassifies at most 0.2 points that the gradient attacks do not.
-
-  Args:
-    more: examples that only Square misclassifies.
-    count: all examples.
-  """
-  return _judged(
-    7,
+def gradient_free(claim: Claim) -> Judgement:
+  """Square misclassifies at most 0.2 points that the gradient attacks do not."""
+  if claim.classifier.norm != 'linf':
+    return None, f'Square is for linf, and the norm is {claim.classifier.norm}', {}
+  radius, rows, log, count = claim.middle_radius, claim.robust_rows, claim.attack_log, claim.count
+  found_by_square = np.array([name == 'square' for name in log.names])[log.attack[claim.rows]]
+  before = int(np.sum(found_by_square & (log.radius[claim.rows] <= radius)))
+  if not radius or not before + len(rows):
+    return None, _nothing_left(claim), {}
+  square = attack_suite.square_margin(claim.classifier.logits_fn, claim.num_queries)
+  more = before + len(rows) - len(claim.redrawn.robust((square,), radius, rows))
+  return (
     more / count <= _slack(_SQUARE, count),
     f'Square alone misclassifies {more} of {count}',
     {'more': more, 'count': count},
   )
 
 
-def weaker(accuracy: np.ndarray, others: Mapping[str, np.ndarray], count: int) -> SanityCheck:
-  """(8) Noise and images made for other models do not beat the attack at any radius.
-
-  Args:
-    accuracy: `[R]`.
-    others: accuracy under each of them, `[R]`.
-    count: number of examples.
-  """
+def weaker(claim: Claim) -> Judgement:
+  """Noise and images made for other models do not beat the attack at any radius."""
+  if not claim.middle_radius:
+    return None, _NO_RADIUS, {}
+  others = {name: claim.curves[name].accuracy for name in ('noise', 'signs')}
+  if claim.surrogate is not None:
+    others['transfer'] = claim.transfer_accuracy()
+  accuracy = claim.curves['pgd'].accuracy
   excess = {name: float(np.max(accuracy - other)) for name, other in others.items()}
   worst = max(excess, key=lambda name: excess[name])
-  return _judged(
-    8,
-    excess[worst] <= _slack(_TOLERANCE, count),
+  return (
+    excess[worst] <= _slack(_TOLERANCE, claim.count),
     f'{worst} is stronger by at most {max(excess[worst], 0.0):.4f} ({", ".join(others)})',
     {name: other.tolist() for name, other in others.items()},
   )
 
 
-def healthy_gradients(shares: Mapping[str, Mapping[str, float]]) -> SanityCheck:
-  """(9) Hardly any gradient is zero, NaN or infinite, and hardly any logits tied or saturated.
-
-  Args:
-    shares: for each attack, shares of examples in [0, 1] by kind of defect.
-  """
-  attack, kind, share = max(
-    ((attack, kind, share) for attack, kinds in shares.items() for kind, share in kinds.items()),
-    key=lambda entry: entry[2],
+def healthy_gradients(claim: Claim) -> Judgement:
+  """Hardly any gradient is zero, NaN or infinite, and hardly any logits tied or saturated."""
+  classifier = claim.classifier
+  rows = claim.rows[claim.correct[claim.rows]]
+  if not len(rows):
+    return None, f'none of the first {claim.count} examples is right', {}
+  health = attack_suite.Noise(name='health')
+  noisy, _ = classifier.attack(health, claim.middle_radius, 0, rows)
+  logits = classifier.apply(classifier.logits_fn, noisy)
+  top = np.sort(logits, axis=1)[:, ::-1]
+  loss = np.asarray(_cross_entropy(jnp.asarray(logits), classifier.labels[rows]))
+  finite = np.isfinite(logits).all(axis=1)
+  shares = {
+    'logits': {
+      'tied': float(np.mean(top[:, 0] == top[:, 1])),
+      'saturated': float(np.mean(loss == 0.0)),
+      'not finite': float(np.mean(~finite)),
+    }
+  }
+  for attack in claim.suite.gradient_attacks:
+    objective = attack.objective
+    if isinstance(objective, UntilMisclassified):
+      objective = objective.objective  # its gradient is zero where the image is misclassified
+    gradients = functools.partial(_gradient_flags, objective, classifier.args)
+    aim = attack.aim(classifier.targets, rows, 0)
+    flags = classifier.in_batches(gradients, (noisy, aim))
+    shares[attack.name] = {name: float(flag.mean()) for name, flag in flags.items()}
+  worst, kind, name = max(
+    ((share, kind, name) for name, kinds in shares.items() for kind, share in kinds.items()),
+    key=lambda entry: entry[0],
   )
-  return _judged(
-    9,
-    share <= _UNHEALTHY,
-    f'worst share {share:.4f} ({kind}, {attack})',
-    {attack: dict(kinds) for attack, kinds in shares.items()},
-  )
+  return worst <= _UNHEALTHY, f'worst share {worst:.4f} ({kind}, {name})', shares
 
 
-def deterministic(logits: np.ndarray, again: np.ndarray, reordered: np.ndarray) -> SanityCheck:
-  """(10) The same batch gives the same bits, and another order of it the same logits.
-
-  Args:
-    logits: `[N, K]`.
-    again: `[N, K]`, of the same call repeated.
-    reordered: `[N, K]`, of the batch in reverse, put back in order.
-  """
+def deterministic(claim: Claim) -> Judgement:
+  """The same batch gives the same bits, and another order of it the same logits."""
+  classifier, rows = claim.classifier, claim.rows
+  forward = functools.partial(classifier.apply, classifier.logits_fn)
+  logits, again = claim.logits[rows], forward(classifier.x)[rows]
+  reordered = forward(classifier.x[::-1])[::-1][rows]
   bits = int(np.sum(np.any(logits != again, axis=1)))
   scale = float(np.abs(logits).max())
   change = float(np.abs(logits - reordered).max()) / scale if scale > 0.0 else 0.0
-  return _judged(
-    10,
+  return (
     bits == 0 and change <= 1e-4,  # sums in another order, at most
     f'{bits} examples differ when repeated; reordering changes logits by {change:.1e} of the '
     'maximum',
@@ -300,39 +241,22 @@ def deterministic(logits: np.ndarray, again: np.ndarray, reordered: np.ndarray) 
   )
 
 
-def mean_of_minima(
-  x: np.ndarray,
-  images: np.ndarray,
-  wrong: np.ndarray,
-  radii: np.ndarray,
-  accuracy: np.ndarray,
-  interval: np.ndarray,
-  count: int,
-  config: Mapping[str, Any],
-) -> SanityCheck:
-  """(11) The reported accuracy is the mean over examples of each one's worst case, with its config.
+def mean_of_minima(claim: Claim) -> Judgement:
+  """The reported accuracy is the mean over examples of each one's worst case, with its config.
 
   Each image's distance from its original is measured here, in float64. An example counts as
   misclassified at every radius from that distance on if the classifier is wrong on the image.
-
-  Args:
-    x: clean images `[N, ...]`.
-    images: adversarial images `[N, ...]`.
-    wrong: bool `[N]`, whether the classifier misclassifies them.
-    radii: `[R]`.
-    accuracy: reported, `[R]`.
-    interval: reported, `[R, 2]`.
-    count: reported number of examples.
-    config: hyper-parameters that are reported.
   """
+  x, config, accuracy = claim.classifier.x, claim.config, claim.curve.accuracy
+  interval, count = claim.curve.interval(), claim.curve.correct.shape[1]
   missing = sorted({'attacks', 'norm', 'bounds', 'seed'} - set(config))
   norm, bounds = config.get('norm', 'linf'), config.get('bounds', (0.0, 1.0))
-  limits = allowed_distances(np.asarray(radii), x[0].size, norm, bounds)
-  worst = wrong[None] & (_distances(x, images, norm)[None] <= limits[:, None])
+  limits = allowed_distances(np.asarray(claim.curve.radii), x[0].size, norm, bounds)
+  distances = _distances(x, claim.attack_log.images, norm)
+  worst = claim.wrong[None] & (distances[None] <= limits[:, None])
   error = float(np.abs(accuracy - (1.0 - worst.mean(axis=1))).max())
   inside = bool(np.all((interval[:, 0] <= accuracy) & (accuracy <= interval[:, 1])))
-  return _judged(
-    11,
+  return (
     error < 0.5 / count and inside and count == len(x) and not missing,
     f'differs by {error:.4f} from the mean of minima over n = {len(x)}'
     + (f'; not reported: {", ".join(missing)}' if missing else ''),
@@ -340,18 +264,26 @@ def mean_of_minima(
   )
 
 
-def informative(figures: Mapping[str, float], largest_share: float) -> SanityCheck:
-  """(12) The representation carries information; a constant would be robust.
+def informative(claim: Claim) -> Judgement:
+  """The representation carries information; a constant would be robust.
 
-  Args:
-    figures: `clean_accuracy`, `active_dimensions` of the representation (`GaussianLatents` has two
-      for each latent), `latent_scale` (root mean square over examples of the deviation from the
-      mean representation) and, where there is a decoder, `squared_error` of a reconstruction and
-      `variance` of an image about the mean image.
-    largest_share: share of the most frequent class, the clean accuracy of a constant.
+  `GaussianLatents` has two dimensions for each latent. The scale of the latents is the root mean
+  square over examples of the deviation from the mean representation.
   """
+  classifier, rows = claim.classifier, claim.rows
+  deviation = claim.representation - claim.representation.mean(axis=0)
+  figures = {
+    'clean_accuracy': claim.clean_accuracy,
+    'active_dimensions': float(active_latents(claim.representation)),
+    'latent_scale': float(np.sqrt((deviation**2).sum(axis=1).mean())),
+  }
+  if claim.reconstruct_fn is not None:
+    x = classifier.x[rows].reshape(len(rows), -1)
+    reconstructed = classifier.apply(claim.reconstruct_fn, classifier.x[rows]).reshape(x.shape)
+    figures['squared_error'] = float(((x - reconstructed) ** 2).sum(axis=1).mean())
+    figures['variance'] = float(((x - x.mean(axis=0)) ** 2).sum(axis=1).mean())
   defects = []
-  if not figures['clean_accuracy'] > largest_share:
+  if not figures['clean_accuracy'] > claim.largest_share:
     defects.append('clean accuracy is that of a constant')
   if not figures['active_dimensions'] >= 1:
     defects.append('no active dimension')
@@ -360,13 +292,23 @@ def informative(figures: Mapping[str, float], largest_share: float) -> SanityChe
   if not figures.get('squared_error', 0.0) <= figures.get('variance', np.inf):
     defects.append('reconstructions are worse than the mean image')
   text = ', '.join(f'{name} {value:.4g}' for name, value in figures.items())
-  return _judged(12, not defects, '; '.join([text, *defects]), figures)
+  return not defects, '; '.join([text, *defects]), figures
 
 
-def _distances(x: np.ndarray, images: np.ndarray, norm: str) -> np.ndarray:
-  """Distance of each image from its original, `[N]`, in float64."""
-  offset = (np.asarray(images, np.float64) - np.asarray(x, np.float64)).reshape(len(x), -1)
-  return np.abs(offset).max(axis=1) if norm == 'linf' else np.linalg.norm(offset, axis=1)
+CHECKS: dict[str, Callable[[Claim], Judgement]] = {
+  'images are legal': legality,
+  're-scoring agrees': rescoring,
+  'raw curve is monotone': monotone,
+  'no image is robust at large radii': large_radius,
+  'iterative beats one step': iterative,
+  'attack has converged': converged,
+  'Square does not beat gradients': gradient_free,
+  'noise and transfer are weaker': weaker,
+  'gradients are healthy': healthy_gradients,
+  'forward pass is deterministic': deterministic,
+  'a mean of minima': mean_of_minima,
+  'representation is informative': informative,
+}
 
 
 def allowed_distances(
@@ -384,6 +326,41 @@ def allowed_distances(
   return radii * (1.0 + 1e-6) + (ulp if norm == 'linf' else ulp * np.sqrt(size))
 
 
+def _distances(x: np.ndarray, images: np.ndarray, norm: str) -> np.ndarray:
+  """Distance of each image from its original, `[N]`, in float64."""
+  offset = (np.asarray(images, np.float64) - np.asarray(x, np.float64)).reshape(len(x), -1)
+  return np.abs(offset).max(axis=1) if norm == 'linf' else np.linalg.norm(offset, axis=1)
+
+
 def _slack(share: float, count: int) -> float:
   """The share, or one example of so few."""
   return max(share, 1.0 / count) + 1e-9
+
+
+def _nothing_left(claim: Claim) -> str:
+  """Why the checks that attack robust examples have none."""
+  if not claim.middle_radius:
+    return _NO_RADIUS
+  return (
+    f'nothing to attack: of the first {claim.count} examples none is robust at radius '
+    f'{claim.middle_radius:g}'
+  )
+
+
+@functools.partial(jax.jit, static_argnames='objective')
+def _gradient_flags(
+  objective: Model, args: tuple[Any, ...], batch: tuple[jax.Array, Aim]
+) -> dict[str, jax.Array]:
+  """Whether each example's gradient is all zero, and whether any of it is NaN or infinite."""
+  x, aim = batch
+  gradient = attacks.values_and_gradients(objective, x, (aim, *args))[1]
+  pixels = tuple(range(1, x.ndim))
+  return {
+    'zero': (gradient == 0.0).all(axis=pixels),
+    'NaN or Inf': ~jnp.isfinite(gradient).all(axis=pixels),
+  }
+
+
+@jax.jit
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  return losses.CrossEntropy(lambda same: same)(logits, Aim(labels))

@@ -6,6 +6,7 @@ Each function `(targets, rows, attempt) -> Aim` says what one attempt of an atta
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -18,6 +19,7 @@ NUM_GREYS = 5
 _ROWS_AT_ONCE = 1000
 
 
+@dataclasses.dataclass(eq=False)
 class Targets:
   """The targets of N examples of C different classes, each found when it is first used.
 
@@ -29,21 +31,16 @@ class Targets:
     bounds: lowest and highest pixel value.
   """
 
-  def __init__(
-    self,
-    x: np.ndarray,
-    labels: np.ndarray,
-    latents: np.ndarray,
-    num_classes: int,
-    bounds: tuple[float, float],
-  ) -> None:
-    self.x = x
-    self.labels = labels
-    self.latents = latents.reshape(len(x), -1)
-    self.num_classes = num_classes
-    self.bounds = bounds
-    classes, self._own_class = np.unique(labels, return_inverse=True)
-    self._members = [np.flatnonzero(labels == c) for c in classes]
+  x: np.ndarray
+  labels: np.ndarray
+  latents: np.ndarray
+  num_classes: int
+  bounds: tuple[float, float]
+
+  def __post_init__(self) -> None:
+    self.latents = self.latents.reshape(len(self.x), -1)
+    classes, self._own_class = np.unique(self.labels, return_inverse=True)
+    self._members = [np.flatnonzero(self.labels == c) for c in classes]
 
   @functools.cached_property
   def centroids(self) -> np.ndarray:

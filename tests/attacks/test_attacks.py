@@ -385,3 +385,8 @@ def test_every_attack_refuses_wrong_arguments(images, run):
     run(flat, images, radius=0.1, bounds=(1.0, 0.0))
   with pytest.raises(AssertionError, match='radius must be a scalar'):
     run(flat, images, radius=jnp.ones(3))
+
+
+def test_square_names_the_count_that_it_refuses(images):
+  with pytest.raises(ValueError, match='num_queries must be >= 1, got 0'):
+    square_attack.square(flat, jax.random.key(0), images, radius=0.1, num_queries=0)

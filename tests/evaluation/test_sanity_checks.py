@@ -1,19 +1,20 @@
-"""Each check passes on sound figures, and fails on a planted fault."""
+"""Each check passes on a sound claim, and fails on a planted fault."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from se_vae.evaluation import sanity_checks
+from se_vae.evaluation import attack_suite, sanity_checks, verdicts
 
 X = np.full((4, 2, 2, 1), 0.5, np.float32)
 RADIUS = np.array([0.0, 0.1, 0.2, np.inf])
-LINF = ('linf', (0.0, 1.0))
 
 
 def moved():
@@ -22,108 +23,260 @@ def moved():
   return X + offset[:, None, None, None]
 
 
+def passed(check, **claim):
+  """Whether a claim, which has only what the check reads, passes; the check is not skipped."""
+  verdict = check(SimpleNamespace(**claim))[0]
+  assert verdict is not None
+  return verdict
+
+
+def curve(accuracy, interval=None):
+  return SimpleNamespace(accuracy=np.array(accuracy), interval=lambda: interval)
+
+
+def classifier(robust=None, norm='linf', **fields):
+  """A classifier of the images X of which `robust(attacks, radius)` examples stay robust."""
+  return SimpleNamespace(
+    x=X,
+    norm=norm,
+    bounds=(0.0, 1.0),
+    diameter=1.0,
+    logits_fn=None,
+    robust=lambda attacks, radius, rows: rows[: robust(attacks, radius)],
+    **fields,
+  )
+
+
+def legal(images, radius=RADIUS, norm='linf'):
+  log = SimpleNamespace(images=images, radius=radius)
+  return passed(sanity_checks.legality, classifier=classifier(norm=norm), attack_log=log)
+
+
 def test_1_legality():
-  assert sanity_checks.legality(X, moved(), RADIUS, *LINF).passed
+  assert legal(moved())
   for row, pixel in ((1, 0.60001), (2, -0.01), (3, 0.51), (0, 0.500001)):
     images = moved()
     images[row, 0, 0, 0] = pixel
-    assert not sanity_checks.legality(X, images, RADIUS, *LINF).passed
-  l2 = sanity_checks.legality(X, X + 0.05, np.full(4, 0.1), 'l2', (0.0, 1.0))
-  assert l2.passed
-  assert not sanity_checks.legality(X, X + 0.051, np.full(4, 0.1), 'l2', (0.0, 1.0)).passed
+    assert not legal(images)
+  assert legal(X + 0.05, np.full(4, 0.1), 'l2')
+  assert not legal(X + 0.051, np.full(4, 0.1), 'l2')
 
 
 def test_1_legality_of_what_is_not_a_number():
   images = moved()
   images[1, 0, 0, 0] = np.nan
-  assert not sanity_checks.legality(X, images, RADIUS, *LINF).passed
+  assert not legal(images)
 
 
 def test_2_rescoring():
+  def agrees(wrong, clean_accuracy):
+    """Of four images, one is misclassified as it is, and one at radius 0.1."""
+    log = SimpleNamespace(radius=np.array([0.0, np.inf, 0.1, np.inf]))
+    claim = {'attack_log': log, 'wrong': wrong, 'clean_accuracy': clean_accuracy}
+    return passed(sanity_checks.rescoring, **claim)
+
   misclassified = np.array([True, False, True, False])
-  assert sanity_checks.rescoring(misclassified, misclassified, 0.75, 0.75).passed
-  assert not sanity_checks.rescoring(misclassified, ~misclassified, 0.75, 0.75).passed
-  assert not sanity_checks.rescoring(misclassified, misclassified, 0.75, 0.5).passed
+  assert agrees(misclassified, 0.75)
+  assert not agrees(~misclassified, 0.75)
+  assert not agrees(misclassified, 0.5)
 
 
 def test_3_monotone():
-  radii = np.array([0.0, 0.1, 0.2])
+  def monotone(accuracy, interval):
+    claim = {'radii': np.array([0.0, 0.1, 0.2]), 'curves': {'pgd': curve(accuracy, interval)}}
+    return passed(sanity_checks.monotone, **claim)
+
   interval = np.array([[0.8, 1.0], [0.4, 0.6], [0.4, 0.6]])
-  assert sanity_checks.monotone(radii, np.array([0.9, 0.5, 0.55]), interval).passed
-  assert not sanity_checks.monotone(radii, np.array([0.9, 0.5, 0.7]), interval).passed
+  assert monotone([0.9, 0.5, 0.55], interval)
+  assert not monotone([0.9, 0.5, 0.7], interval)
   # Small rises add up.
-  interval = np.array([[0.4, 0.6]] * 3)
-  assert not sanity_checks.monotone(radii, np.array([0.5, 0.58, 0.65]), interval).passed
+  assert not monotone([0.5, 0.58, 0.65], np.array([[0.4, 0.6]] * 3))
 
 
-def test_4_large_radius():
-  assert sanity_checks.large_radius([0.5, 0.75], [0.1, 0.0], 0.12).passed
-  assert not sanity_checks.large_radius([0.5, 0.75], [0.2, 0.0], 0.12).passed
-  assert not sanity_checks.large_radius([0.5, 1.0], [0.1, 0.1], 0.12).passed
+@pytest.mark.parametrize(
+  ('accuracy', 'expected'),
+  [
+    ({0.5: 0.1, 0.75: 0.0}, True),
+    ({0.5: 0.2, 0.75: 0.0}, False),
+    ({0.5: 0.1, 0.75: 0.1, 1.0: 0.1}, False),
+  ],
+)
+def test_4_large_radius(accuracy, expected):
+  found = sanity_checks.large_radius(
+    SimpleNamespace(
+      classifier=classifier(lambda _, radius: round(100 * accuracy[radius])),
+      suite=SimpleNamespace(attacks=()),
+      attack_log=SimpleNamespace(radius=np.full(100, np.inf)),
+      largest_share=0.12,
+      rows=np.arange(100),
+      count=100,
+    )
+  )
+  assert found[0] == expected
+  assert found[2]['radii'] == list(accuracy) and found[2]['accuracy'] == list(accuracy.values())
 
 
 def test_5_iterative():
-  assert sanity_checks.iterative(np.array([0.9, 0.4]), np.array([0.9, 0.6]), 1000).passed
-  assert not sanity_checks.iterative(np.array([0.9, 0.6]), np.array([0.9, 0.4]), 1000).passed
+  def at_least_as_strong(pgd, fgsm):
+    curves = {'pgd': curve(pgd), 'fgsm': curve(fgsm)}
+    return passed(sanity_checks.iterative, middle_radius=0.1, curves=curves, count=1000)
+
+  assert at_least_as_strong([0.9, 0.4], [0.9, 0.6])
+  assert not at_least_as_strong([0.9, 0.6], [0.9, 0.4])
+
+
+def converged(more_steps, more_restarts, count):
+  """The verdict where twice the steps, or the restarts, misclassify so many more examples."""
+  pgd = attack_suite.PGD(name='pgd', objective=jnp.sum, num_steps=3)
+  rows = np.arange(count // 2)
+  more = {6: more_steps, 3: more_restarts}
+  return passed(
+    sanity_checks.converged,
+    middle_radius=0.1,
+    robust_rows=rows,
+    count=count,
+    suite=attack_suite.Suite((pgd,), doubled=('pgd',)),
+    redrawn=classifier(lambda attacks, _: len(rows) - more[attacks[0].num_steps]),
+  )
 
 
 @pytest.mark.parametrize('more', [(5, 0), (0, 5)])
 def test_6_converged(more):
-  assert sanity_checks.converged(4, 4, 1000).passed
-  assert not sanity_checks.converged(*more, 1000).passed
-  assert sanity_checks.converged(1, 1, 20).passed  # one example is always allowed
-  assert not sanity_checks.converged(2, 0, 20).passed
+  assert converged(4, 4, 1000)
+  assert not converged(*more, 1000)
+  assert converged(1, 1, 20)  # one example is always allowed
+  assert not converged(2, 0, 20)
 
 
-def test_7_gradient_free():
-  assert sanity_checks.gradient_free(2, 1000).passed
-  assert not sanity_checks.gradient_free(3, 1000).passed
-  assert not sanity_checks.gradient_free(2, 100).passed
+@pytest.mark.parametrize('before', [0, 1])
+def test_7_gradient_free(before):
+  """Square misclassifies `before` examples in the suite, and the others when it runs again."""
+
+  def beaten_by_at_most(more, count):
+    found_by_square = np.arange(count) < before
+    return passed(
+      sanity_checks.gradient_free,
+      classifier=classifier(),
+      attack_log=SimpleNamespace(
+        names=('clean', 'square'),
+        attack=np.where(found_by_square, 1, -1),
+        radius=np.where(found_by_square, 0.1, np.inf),
+      ),
+      middle_radius=0.1,
+      rows=np.arange(count),
+      robust_rows=np.arange(before, count),
+      count=count,
+      num_queries=10,
+      redrawn=classifier(lambda *_: count - more),
+    )
+
+  assert beaten_by_at_most(2, 1000)
+  assert not beaten_by_at_most(3, 1000)
+  assert not beaten_by_at_most(2, 100)
 
 
 def test_8_weaker():
-  accuracy, weak = np.array([0.9, 0.3]), np.array([0.9, 0.8])
-  assert sanity_checks.weaker(accuracy, {'noise': weak}, 1000).passed
-  result = sanity_checks.weaker(accuracy, {'noise': weak, 'transfer': np.array([0.9, 0.2])}, 1000)
-  assert not result.passed and result.figure.startswith('transfer')
+  weak = curve([0.9, 0.8])
+  claim = {'curves': {'pgd': curve([0.9, 0.3]), 'noise': weak, 'signs': weak}}
+  claim |= {'middle_radius': 0.1, 'count': 1000}
+  assert passed(sanity_checks.weaker, surrogate=None, **claim)
+  claim |= {'surrogate': 'another', 'transfer_accuracy': lambda: np.array([0.9, 0.2])}
+  result, figure, _ = sanity_checks.weaker(SimpleNamespace(**claim))
+  assert not result and figure.startswith('transfer')
 
 
-@pytest.mark.parametrize('kind', ['zero', 'NaN or Inf', 'tied', 'saturated'])
+@pytest.mark.parametrize('kind', ['zero', 'NaN or Inf', 'tied', 'saturated', 'not finite'])
 def test_9_gradients(kind):
-  assert sanity_checks.healthy_gradients({'pgd': {kind: 0.005}, 'apgd': {kind: 0.0}}).passed
-  assert not sanity_checks.healthy_gradients({'pgd': {kind: 0.005}, 'apgd': {kind: 0.02}}).passed
+  def healthy(defects):
+    """Of 400 examples, so many have a defect of this kind."""
+    defective = np.arange(400) < defects
+    logits = np.tile(np.float32([1.0, 0.0]), (400, 1))
+    wrong = {'tied': [0.0, 0.0], 'saturated': [200.0, 0.0], 'not finite': [9.0, np.nan]}
+    if kind in wrong:
+      logits[defective] = wrong[kind]
+    none = np.zeros(400, bool)
+    flags = {name: defective if name == kind else none for name in ('zero', 'NaN or Inf')}
+    attacked = classifier(
+      args=(),
+      labels=np.zeros(400, np.int32),
+      targets=None,
+      attack=lambda *_: (None, None),
+      apply=lambda *_: logits,
+      in_batches=lambda *_: flags,
+    )
+    pgd = attack_suite.PGD(name='pgd', objective=jnp.sum, aim=lambda *_: None)
+    return sanity_checks.healthy_gradients(
+      SimpleNamespace(
+        classifier=attacked,
+        suite=attack_suite.Suite((pgd,), doubled=()),
+        correct=np.ones(400, bool),
+        rows=np.arange(400),
+        count=400,
+        middle_radius=0.1,
+      )
+    )
+
+  assert healthy(2)[0]
+  result, figure, _ = healthy(8)
+  assert not result and figure.startswith(f'worst share 0.0200 ({kind}, ')
 
 
 def test_10_deterministic():
-  logits = np.random.default_rng(0).normal(size=(8, 3))
-  assert sanity_checks.deterministic(logits, logits, logits * (1.0 + 1e-7)).passed
-  assert not sanity_checks.deterministic(logits, logits + 1e-12, logits).passed
-  assert not sanity_checks.deterministic(logits, logits, logits[::-1]).passed
+  logits = np.random.default_rng(0).normal(size=(4, 3))
+
+  def agrees(again, reordered):
+    """`reordered` are the logits of the batch in reverse, put back in order."""
+
+    def apply(_, x):
+      return again if x is X else reordered[::-1]
+
+    claim = {'classifier': classifier(apply=apply), 'logits': logits, 'rows': np.arange(4)}
+    return passed(sanity_checks.deterministic, **claim)
+
+  assert agrees(logits, logits * (1.0 + 1e-7))
+  assert not agrees(logits + 1e-12, logits)
+  assert not agrees(logits, logits[::-1])
+
+
+def mean_of_minima(images, wrong, radii, accuracy, interval, config, count=4):
+  reported = curve(accuracy, interval)
+  reported.radii, reported.correct = radii, np.empty((2, count))
+  return passed(
+    sanity_checks.mean_of_minima,
+    classifier=classifier(),
+    attack_log=SimpleNamespace(images=images),
+    wrong=wrong,
+    curve=reported,
+    config=config,
+  )
 
 
 def test_11_mean_of_minima():
   """Of four images, one is misclassified as it is, one within 0.1, one within 0.2 and one not."""
-  radii, images = np.array([0.1, 0.2]), moved()
-  wrong = np.array([True, True, True, False])
   accuracy = np.array([0.5, 0.25])
-  interval = np.stack([accuracy - 0.1, accuracy + 0.1], axis=1)
-  config = {'attacks': {}, 'norm': 'linf', 'bounds': [0, 1], 'seed': 0}
+  sound = {
+    'images': moved(),
+    'wrong': np.array([True, True, True, False]),
+    'radii': np.array([0.1, 0.2]),
+    'accuracy': accuracy,
+    'interval': np.stack([accuracy - 0.1, accuracy + 0.1], axis=1),
+    'config': {'attacks': {}, 'norm': 'linf', 'bounds': [0, 1], 'seed': 0},
+  }
 
-  def passed(images=images, wrong=wrong, accuracy=accuracy, interval=interval, count=4):
-    figures = X, images, wrong, radii, accuracy, interval, count
-    return sanity_checks.mean_of_minima(*figures, config).passed
+  def agrees(**fault):
+    return mean_of_minima(**sound | fault)
 
-  assert passed()
+  assert agrees()
   # A minimum of means, in which attacks share the examples, is another number.
-  assert not passed(accuracy=np.array([0.5, 0.5]))
-  assert not passed(interval=interval + 0.2)
-  assert not passed(count=5)
-  assert not passed(wrong=~wrong)
+  assert not agrees(accuracy=np.array([0.5, 0.5]))
+  assert not agrees(interval=sound['interval'] + 0.2)
+  assert not agrees(count=5)
+  assert not agrees(wrong=~sound['wrong'])
   second = np.arange(4)[:, None, None, None] == 1
-  assert passed(images=np.where(second, X + np.float32(0.05), images))
-  assert not passed(images=np.where(second, X + np.float32(0.15), images))
-  del config['seed']
-  assert not passed()
+  assert agrees(images=np.where(second, X + np.float32(0.05), moved()))
+  assert not agrees(images=np.where(second, X + np.float32(0.15), moved()))
+  del sound['config']['seed']
+  assert not agrees()
 
 
 def test_11_measures_l2():
@@ -131,33 +284,43 @@ def test_11_measures_l2():
   accuracy = np.array([1.0, 0.0])
   interval = np.stack([accuracy, accuracy], axis=1)
   config = {'attacks': {}, 'norm': 'l2', 'bounds': [0, 1], 'seed': 0}
-  figures = X, images, np.ones(4, bool), np.array([0.06, 0.1]), accuracy, interval, 4
-  assert sanity_checks.mean_of_minima(*figures, config).passed
-  assert not sanity_checks.mean_of_minima(*figures, config | {'norm': 'linf'}).passed
+  figures = images, np.ones(4, bool), np.array([0.06, 0.1]), accuracy, interval
+  assert mean_of_minima(*figures, config)
+  assert not mean_of_minima(*figures, config | {'norm': 'linf'})
 
 
 @pytest.mark.parametrize(
-  'fault',
+  ('fault', 'defect'),
   [
-    {'clean_accuracy': 0.1},
-    {'active_dimensions': 0.0},
-    {'latent_scale': 1e-6},
-    {'latent_scale': 1e6},
-    {'squared_error': 60.0},
-    {'squared_error': np.nan},
+    ({'clean_accuracy': 0.1}, 'clean accuracy is that of a constant'),
+    ({'scale': 0.01}, 'no active dimension'),
+    ({'scale': 1e-6}, 'no active dimension; latent scale'),
+    ({'scale': 1e6}, 'latent scale'),
+    ({'error': 1.0}, 'reconstructions are worse than the mean image'),
+    ({'error': np.nan}, 'reconstructions are worse than the mean image'),
   ],
 )
-def test_12_informative(fault):
-  sound = {
-    'clean_accuracy': 0.9,
-    'active_dimensions': 8.0,
-    'latent_scale': 2.0,
-    'squared_error': 10.0,
-    'variance': 50.0,
-  }
-  assert sanity_checks.informative(sound, 0.12).passed
-  assert sanity_checks.informative({name: sound[name] for name in list(sound)[:3]}, 0.12).passed
-  assert not sanity_checks.informative(sound | fault, 0.12).passed
+def test_12_informative(fault, defect):
+  representation, x = np.random.default_rng(0).normal(size=(2, 100, 8))
+
+  def judge(clean_accuracy=0.9, scale=1.0, error=0.1, reconstruct_fn='decoder'):
+    encoder = classifier(apply=lambda _, x: x + error)
+    encoder.x = x
+    return sanity_checks.informative(
+      SimpleNamespace(
+        classifier=encoder,
+        clean_accuracy=clean_accuracy,
+        largest_share=0.12,
+        representation=scale * representation,
+        reconstruct_fn=reconstruct_fn,
+        rows=np.arange(100),
+      )
+    )
+
+  assert judge()[0] and list(judge()[2])[3:] == ['squared_error', 'variance']
+  assert judge(reconstruct_fn=None)[0] and len(judge(reconstruct_fn=None)[2]) == 3
+  result, figure, _ = judge(**fault)
+  assert not result and figure.endswith(f'; {defect}')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -165,11 +328,14 @@ def test_12_informative(fault):
 # ---------------------------------------------------------------------------------------------
 
 
+SQUARE = 'Square does not beat gradients'
+
+
 def checks():
   return (
-    sanity_checks.gradient_free(2, 1000),
-    sanity_checks.gradient_free(30, 1000),
-    sanity_checks.skipped(6, 'nothing to attack'),
+    verdicts.SanityCheck(7, SQUARE, 'pass', 'Square alone misclassifies 2 of 1000', {'more': 2}),
+    verdicts.SanityCheck(7, SQUARE, 'fail', 'Square alone misclassifies 30 of 1000', {'more': 30}),
+    verdicts.SanityCheck(6, 'attack has converged', 'skipped', 'nothing to attack', {}),
   )
 
 
@@ -178,18 +344,18 @@ def test_json_round_trip():
     content = json.loads(json.dumps(check.to_json()))
     assert list(content) == ['number', 'name', 'verdict', 'passed', 'figure', 'values']
     assert content['passed'] is passed is check.passed
-    assert sanity_checks.SanityCheck.from_json(content) == check
+    assert verdicts.SanityCheck.from_json(content) == check
 
 
 def test_checks_of_older_files_have_passed_alone():
   old = {'number': 6, 'name': 'attack has converged', 'passed': False, 'figure': '5 of 200'}
-  assert sanity_checks.SanityCheck.from_json(old).verdict == 'fail'
-  assert sanity_checks.SanityCheck.from_json(old | {'passed': True}).verdict == 'pass'
-  assert sanity_checks.summary([old]) == (
+  assert verdicts.SanityCheck.from_json(old).verdict == 'fail'
+  assert verdicts.SanityCheck.from_json(old | {'passed': True}).verdict == 'pass'
+  assert verdicts.summary([old]) == (
     'checks: 0 passed, 1 failed (6: attack has converged), 0 skipped'
   )
   with pytest.raises(ValueError, match='verdict must be'):
-    sanity_checks.SanityCheck.from_json(old | {'verdict': 'perhaps'})
+    verdicts.SanityCheck.from_json(old | {'verdict': 'perhaps'})
 
 
 def test_the_summary_counts_verdicts_and_names_what_did_not_pass():
@@ -197,14 +363,14 @@ def test_the_summary_counts_verdicts_and_names_what_did_not_pass():
     'checks: 1 passed, 1 failed (7: Square does not beat gradients), '
     '1 skipped (6: attack has converged)'
   )
-  assert sanity_checks.summary(checks()) == expected
-  assert sanity_checks.summary([check.to_json() for check in checks()]) == expected
-  assert sanity_checks.summary([]) == 'checks: not run'
+  assert verdicts.summary(checks()) == expected
+  assert verdicts.summary([check.to_json() for check in checks()]) == expected
+  assert verdicts.summary([]) == 'checks: not run'
 
 
 def test_reading_checks_does_not_load_jax():
   code = (
-    'import sys\nfrom se_vae.evaluation import sanity_checks\n'
-    'sanity_checks.summary([])\nsys.exit("jax" in sys.modules)'
+    'import sys\nfrom se_vae.evaluation import verdicts\n'
+    'verdicts.summary([])\nsys.exit("jax" in sys.modules)'
   )
   subprocess.run([sys.executable, '-c', code], check=True)

@@ -16,7 +16,7 @@ from experiments.cli import signals
 from experiments.cli.flags import to_dict
 from experiments.visual import plots
 from se_vae import training
-from se_vae.evaluation import sanity_checks
+from se_vae.evaluation import verdicts
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -88,8 +88,10 @@ def test_a_preset_names_every_encoder_once(tmp_path, flags, count):
   settings = [to_dict(piece.pretraining) for piece in pieces]
   assert len({values['workdir'] for values in settings}) == len(pieces) == count
   for piece, values in zip(pieces, settings, strict=True):
-    assert values['workdir'].endswith(f'latent{piece.latent_dim}_seed{piece.seed}')
-    assert values['dataset'] == ('color_mnist' if piece.encoders.color else 'mnist')
+    identity = piece.identity
+    assert values['workdir'].endswith(f'latent{identity["latent_dim"]}_seed{identity["seed"]}')
+    colored = identity['encoders'] == 'color_mlp'
+    assert values['dataset'] == ('color_mnist' if colored else 'mnist')
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_a_panel_says_the_verdict_of_every_curve():
   both = plots.Curve('se', [{**unchecked, 'checks': checks}] * 2)
   np.testing.assert_array_equal(both.accuracy, [1.0, 0.5])
   assert vae.checks == 'checks: not run'
-  assert both.checks == sanity_checks.summary(checks * 2)
+  assert both.checks == verdicts.summary(checks * 2)
   assert both.checks == 'checks: 2 passed, 2 failed (6: converged, 2 times), 0 skipped'
   assert plots.caption([vae, both]) == ['VAE, checks: not run', f'SE, {both.checks}']
   assert plots.caption([vae, plots.Curve('se', [unchecked])]) == ['checks: not run']

@@ -15,7 +15,7 @@ from experiments import pipeline, pretrain, probe
 from experiments.benchmarks import attack_comparison
 from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
-from se_vae.evaluation import robustness, sanity_evidence
+from se_vae.evaluation import robustness, sanity_checks
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -186,13 +186,13 @@ def test_a_signal_stops_the_other_attacks_too(colored, flag, monkeypatch):
 
 
 def test_a_signal_stops_the_checks_too(config, monkeypatch, workdir):
-  stop, real = signals.StopSignal(), sanity_evidence.run_checks
+  stop, real = signals.StopSignal(), sanity_checks.run_checks
 
   def signalled(*operands, **options):
     stop.signum = signal.SIGTERM
     return real(*operands, **options)
 
-  monkeypatch.setattr(sanity_evidence, 'run_checks', signalled)
+  monkeypatch.setattr(sanity_checks, 'run_checks', signalled)
   with pytest.raises(signals.Interrupted):
     probe.run(dataclasses.replace(config, num_queries=21), stop)
   (state,) = workdir.glob('*.state.npz')  # the attacks are not repeated
