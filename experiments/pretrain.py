@@ -254,10 +254,10 @@ def _restore(
   given state at step 0.
   """
   directory = Path(str(config.workdir)) / recording.CHECKPOINTS
-  template = {**state._asdict(), 'window': window}
-  restored = checkpoints.restore_latest(directory, template, on_damage=messages.warn)
-  if restored is not None:
-    tree, saved = restored
+  found = checkpoints.load_latest(directory, on_damage=messages.warn)
+  if found is not None:
+    tree = found.restore({**state._asdict(), 'window': window})
+    saved = found.metadata
     _check_same_settings(saved['config'], config)  # should config.json be lost
     if saved['data']['digest'] != dataset.digest:
       raise ArgumentError('data_dir', 'holds other data than the run was started with')

@@ -223,7 +223,7 @@ def _best_loss(directory: Path) -> float:
     found = checkpoints.load_latest(directory, on_damage=messages.warn)
   except checkpoints.CheckpointError:
     found = None  # damaged: the next good loss takes its place
-  return math.inf if found is None else float(found[1]['loss'])
+  return math.inf if found is None else float(found.metadata['loss'])
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

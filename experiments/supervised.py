@@ -220,11 +220,11 @@ def _train(
   metadata = {'config': settings, 'digest': dataset.digest}
   directory = workdir / recording.CHECKPOINTS
   template = jax.eval_shape(init, init_key)._asdict()
-  restored = checkpoints.restore_latest(directory, template, on_damage=messages.warn)
-  if restored is None:
+  found = checkpoints.load_latest(directory, on_damage=messages.warn)
+  if found is None:
     state = jax.jit(init)(init_key)
   else:
-    tree, saved = restored
+    tree, saved = found.restore(template), found.metadata
     saved_settings = _with_defaults(saved['config']) | dict.fromkeys(_FREE_SETTINGS)
     if saved_settings != settings or saved['digest'] != dataset.digest:
       raise ArgumentError('workdir', f'the run in {workdir} was started with other settings')
