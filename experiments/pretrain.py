@@ -15,7 +15,7 @@ from typing import Any
 from etils import epy
 
 from experiments import recording
-from experiments.cli import app, devices, distributed, flags, signals, workdirs
+from experiments.cli import app, devices, distributed, flags, messages, signals, workdirs
 from se_vae.config import (
   PRECISIONS,
   ArgumentError,
@@ -107,11 +107,7 @@ def stored_config(values: dict[str, Any]) -> PretrainConfig:
 
 
 def load_dataset(config: DataConfig, workdir: str | Path | None) -> data.Dataset:
-  """Returns the data of a run.
-
-  Args:
-    config: the settings.
-    workdir: the work directory, where decoded data sets are kept unless the settings say otherwise.
+  """Returns the data of a run. Decoded data sets are kept in `workdir` if there is no `cache_dir`.
 
   Raises:
     ArgumentError: if the data cannot be found or read.
@@ -179,9 +175,7 @@ def run(
   dataset = processes.together(prepare, config)
   _check_same_everywhere(config, dataset)
   stop.patience = _PATIENCE
-  recorder = recording.Recorder(
-    config.workdir, log_every=config.log_every, checkpoint_every=config.checkpoint_every
-  )
+  recorder = recording.Recorder(config.workdir)
   with recorder, jax.default_matmul_precision(config.matmul_precision):
     processes.on_first(recorder.lock)
     result = processes.on_first(recorder.result, config.train.num_steps) or {}
@@ -211,7 +205,7 @@ def _train(
   step_function, arguments = training.TrainStep(model), (config.train, train_key)
   window = training.empty_window(step_function, state, arguments, images)
 
-  restored = processes.on_first(_restore, config, dataset, recorder, state, window)
+  restored = processes.on_first(_restore, config, dataset, state, window)
   state, window, source = (state, window, None) if restored is None else restored
   state, window = processes.from_first((state, window))
 
@@ -223,13 +217,11 @@ def _train(
     'source': source,
   }
   examiner = recording.Examiner(model, config.train, eval_key, dataset.test.images, mesh.local_mesh)
-  start = functools.partial(recorder.start, description=description, events=config.tensorboard)
   kinds = devices.device_kinds(mesh)
-  processes.on_first(start, int(state.step), config.train.num_steps, metadata, kinds, examiner)
-
-  def indices_for(step: int, num_steps: int) -> Any:
-    return data.batch_indices(config.seed, step, num_steps, config.batch_size, len(images))
-
+  processes.on_first(recorder.start, int(state.step), metadata, kinds, examiner, description)
+  indices_for = functools.partial(
+    data.batch_indices, config.seed, batch_size=config.batch_size, num_examples=len(images)
+  )
   try:
     for progress in training.run(
       step_function,
@@ -254,24 +246,18 @@ def _train(
 
 
 def _restore(
-  config: PretrainConfig,
-  dataset: data.Dataset,
-  recorder: recording.Recorder,
-  state: training.TrainState,
-  window: training.Window,
+  config: PretrainConfig, dataset: data.Dataset, state: training.TrainState, window: training.Window
 ) -> tuple[training.TrainState, training.Window, dict[str, Any] | None]:
-  """Returns the state and the window to start from, and which run `init_from` took them from.
+  """Returns the state and the window to start from, and which run the parameters come from.
 
-  Args:
-    config: the settings.
-    dataset: the data.
-    recorder: has the checkpoints.
-    state: at step 0.
-    window: before its first step.
+  They come from the newest checkpoint, or from the run that `init_from` names, or are those of the
+  given state at step 0.
   """
-  restored = recorder.restore({**state._asdict(), 'window': window})
-  if restored is not None:
-    tree, saved = restored
+  directory = Path(str(config.workdir)) / recording.CHECKPOINTS
+  found = checkpoints.load_latest(directory, on_damage=messages.warn)
+  if found is not None:
+    tree = found.restore({**state._asdict(), 'window': window})
+    saved = found.metadata
     _check_same_settings(saved['config'], config)  # should config.json be lost
     if saved['data']['digest'] != dataset.digest:
       raise ArgumentError('data_dir', 'holds other data than the run was started with')
@@ -319,15 +305,12 @@ def _check_same_settings(before: dict[str, Any], config: PretrainConfig) -> None
   stored = flags.to_dict(stored_config(before))
   longer = config.train.schedule == 'constant' and config.train.num_steps > stored['num_steps']
   free = _FREE_SETTINGS | ({'num_steps'} if longer else set())
-  changed = {
-    name: value
-    for name, value in flags.to_dict(config).items()
-    if name not in free and stored[name] != value
-  }
+  now = flags.to_dict(config)
+  changed = [name for name in now if name not in free and stored[name] != now[name]]
   if changed:
-    values = '; '.join(f'{name} was {stored[name]}, now {new}' for name, new in changed.items())
+    values = '; '.join(f'{name} was {stored[name]}, now {now[name]}' for name in changed)
     raise ArgumentError(
-      tuple(changed),
+      changed,
       f'not what the run in {config.workdir} was started with ({values}); choose another workdir',
     )
 

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +92,8 @@ class Recorder:
     workdir: the work directory.
   """
 
-  def __init__(self, workdir: str | None, *, log_every: int, checkpoint_every: int) -> None:
+  def __init__(self, workdir: str | None) -> None:
     self.workdir = Path(str(workdir))
-    self._log_every = log_every
-    self._checkpoint_every = checkpoint_every
     self._held = contextlib.ExitStack()
 
   def __enter__(self) -> Recorder:
@@ -111,29 +108,20 @@ class Recorder:
     Raises:
       ArgumentError: if another process works in it.
     """
-    self._check_place: Callable[[], None] = self._held.enter_context(
-      workdirs.lock(self.workdir, *_FILES)
-    )
+    self._check_place = self._held.enter_context(workdirs.lock(self.workdir, *_FILES))
 
   def result(self, num_steps: int) -> dict[str, Any] | None:
     """Returns the result of a run that has come to its end, or None."""
     result = workdirs.read_json(self.workdir / RESULT, 'step', 'test', 'config')
     return result if result is not None and result['step'] == num_steps else None
 
-  def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
-    """Returns the tree and the metadata of the newest good checkpoint, or None without one."""
-    return checkpoints.restore_latest(self.workdir / CHECKPOINTS, template, on_damage=messages.warn)
-
   def start(
     self,
     step: int,
-    num_steps: int,
     metadata: dict[str, Any],
     devices: list[str],
     examiner: Examiner,
-    *,
     description: str,
-    events: bool,
   ) -> None:
     """Writes config.json and opens the other files, at the step that training starts from.
 
@@ -141,22 +129,24 @@ class Recorder:
 
     Args:
       step: the step that training starts from.
-      num_steps: the step that it ends at.
-      metadata: JSON values that every checkpoint and the result hold too.
+      metadata: JSON values for every checkpoint and the result; `config` has the settings.
       devices: the kinds of the devices.
       examiner: measures the model, for the event files and the result.
       description: text before the progress bar.
-      events: whether to write TensorBoard event files.
     """
-    self._step, self._num_steps = step, num_steps
+    settings = metadata['config']
+    self._step, self._num_steps = step, settings['num_steps']
+    self._log_every, self._checkpoint_every = settings['log_every'], settings['checkpoint_every']
     self._metadata, self._examiner = metadata, examiner
     workdirs.write_json(self.workdir / CONFIG, metadata | {'devices': devices})
     _drop_rows_after(self.workdir / METRICS, step)
     self._best_loss = _best_loss(self.workdir / BEST)
     hold = self._held.enter_context
-    self._bar = hold(messages.progress_bar(num_steps, description, initial=step))
+    self._bar = hold(messages.progress_bar(self._num_steps, description, initial=step))
     self._metrics = hold((self.workdir / METRICS).open('a'))
-    self._events = hold(tensorboard.EventWriter(self.workdir / EVENTS, step)) if events else None
+    self._events = None
+    if settings['tensorboard']:
+      self._events = hold(tensorboard.EventWriter(self.workdir / EVENTS, step))
 
   def record(self, progress: training.Progress, stopping: bool) -> None:
     """Writes what is due after a dispatch.
@@ -233,7 +223,7 @@ def _best_loss(directory: Path) -> float:
     found = checkpoints.load_latest(directory, on_damage=messages.warn)
   except checkpoints.CheckpointError:
     found = None  # damaged: the next good loss takes its place
-  return math.inf if found is None else float(found[1]['loss'])
+  return math.inf if found is None else float(found.metadata['loss'])
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

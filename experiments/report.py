@@ -9,27 +9,24 @@ directory of experiments.figure1 stands for all of its runs. No other file is wr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from experiments import figure1, pretrain, recording
 from experiments.cli import app, flags
 from experiments.cli.flags import UsageError
 from experiments.visual import plots, report_page
-from experiments.visual.report_page import CurveRow, Picture, Series, Style, Table
+from experiments.visual.report_page import Picture, Probe, Run, Series, Style, Table
 from se_vae.config import setting, validate
 from se_vae.evaluation.verdicts import SanityCheck
 from se_vae.storage import atomic_files
 
 FIGURE = 'figure1.json'
-
-T = TypeVar('T')
 
 _PICTURES = {
   'reconstructions': (
@@ -56,34 +53,6 @@ class ReportConfig:
   workdir: str | None = setting(None, 'Directory of a run, or of a figure.')
   compare: tuple[str, ...] | None = setting(None, 'Directories to show beside it.')
   output: str | None = setting(None, "The page to write; 'report.html' in --workdir if not given.")
-
-
-class Probe(NamedTuple):
-  """The content of a probe_TASK.json."""
-
-  task: str
-  attack: str
-  num_examples: int
-  step: int
-  accuracy: Series
-  joint: tuple[str, Series] | None
-  latent_shift: Series | None
-  checks: list[SanityCheck]
-  summary: str
-
-
-class Run(NamedTuple):
-  """A run of experiments.pretrain; empty or None where a part is missing."""
-
-  label: str
-  style: Style
-  config: dict[str, Any]
-  environment: dict[str, Any]
-  state: str
-  rows: list[dict[str, float]]
-  test: dict[str, float] | None
-  probes: list[Probe]
-  pictures: list[Picture]
 
 
 def main() -> None:
@@ -119,10 +88,9 @@ def _directory(flag: str, name: str | None) -> Path:
 def _check_output(path: Path) -> Path:
   if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
     raise UsageError(f'--output: {path.parent} is not a writable directory')
-  if path.exists():
-    with path.open('rb') if path.is_file() else io.BytesIO() as file:
-      if report_page.GENERATOR.encode() not in file.read(1000):
-        raise UsageError(f'--output: {path} is not a report, and is not overwritten')
+  mark = report_page.GENERATOR.encode()
+  if path.exists() and not (path.is_file() and mark in path.read_bytes()[:1000]):
+    raise UsageError(f'--output: {path} is not a report, and is not overwritten')
   return path
 
 
@@ -139,29 +107,15 @@ def render(directories: Sequence[Path]) -> str:
     UsageError: for a damaged file; names it.
   """
   paths = list(dict.fromkeys(path for directory in directories for path in runs_in(directory)))
-  metadata = [_metadata(path) for path in paths]
-  styles = report_page.styles(each['config']['objective'] for each in metadata)
-  runs = list(map(_load_run, paths, _labels(paths), styles, metadata))
+  configs, environments = zip(*map(_load_config, paths), strict=True)
+  styles = report_page.styles(config['objective'] for config in configs)
   figures = [path / FIGURE for path in directories if (path / FIGURE).exists()]
-  pictures = {picture.title: picture.text for run in runs for picture in run.pictures}
-  titles = [title for title, _ in _PICTURES.values() if title in pictures]
-  usual = flags.to_dict(pretrain.PretrainConfig())
-  table = functools.partial(report_page.metric_table, [(r.label, r.style, r.state) for r in runs])
   return report_page.render(
     title=', '.join(_labels(directories)),
-    runs=runs,
-    figures=[table for path in figures for table in _panels(path)],
-    figure_notes=[
-      _parsed(path, lambda content: str(content.get('optimizer', ''))) for path in figures
-    ],
+    runs=list(map(_load_run, paths, _labels(paths), styles, configs, environments)),
+    figures=list(map(_load_figure, figures)),
     unfinished=[str(d) for d in directories if d not in paths and not (d / FIGURE).exists()],
-    held_out=table([run.test or {} for run in runs]),
-    last_rows=table([run.rows[-1] if run.rows else {} for run in runs]),
-    robustness=_robustness(runs),
-    training=_training(runs),
-    picture_titles=[(t, pictures[t]) for t in titles + sorted(pictures.keys() - {*titles})],
-    settings=report_page.side_by_side([run.config for run in runs], usual),
-    environment=report_page.side_by_side([run.environment for run in runs], {}),
+    defaults=flags.to_dict(pretrain.PretrainConfig()),
   )
 
 
@@ -171,87 +125,79 @@ def _labels(paths: Sequence[Path]) -> list[str]:
   return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-# Reading
-
-
-def _parsed(path: Path, parse: Callable[[Any], T], content: str | bytes | None = None) -> T:
-  """What `parse` makes of a JSON file, or of `content`, a part of one.
-
-  Raises:
-    UsageError: if it is not what a run writes; names the file.
-  """
-  return _checked(path, lambda: parse(json.loads(path.read_text() if content is None else content)))
-
-
-def _checked(path: Path, read: Callable[[], T]) -> T:
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+  """Raises a UsageError that names the file, if what the context reads is not what a run writes."""
   try:
-    return read()
+    yield
   except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
     reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
     raise UsageError(f'{path}: is damaged ({reason})') from None
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-  def parse(content: Any) -> dict[str, Any]:
+def _load_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The settings of a run, and its versions, devices and data."""
+  path = directory / recording.CONFIG
+  with _damage_named(path):
+    content = json.loads(path.read_text())
     config = flags.to_dict(pretrain.stored_config(content['config']))
     texts = {name: str(config[name]) for name in ('dataset', 'objective')}
-    return {
-      'config': config | texts | {'num_steps': int(config['num_steps'])},
-      'environment': {
-        **dict(content['versions']),
-        'devices': content['devices'],
-        'data': content['data']['source'],
-        'digest of the data': content['data']['digest'],
-      },
+    environment = {
+      **dict(content['versions']),
+      'devices': content['devices'],
+      'data': content['data']['source'],
+      'digest of the data': content['data']['digest'],
     }
+    return config | texts | {'num_steps': int(config['num_steps'])}, environment
 
-  return _parsed(path / recording.CONFIG, parse)
 
-
-def _load_run(path: Path, label: str, style: Style, metadata: dict[str, Any]) -> Run:
+def _load_run(
+  path: Path, label: str, style: Style, config: dict[str, Any], environment: dict[str, Any]
+) -> Run:
   rows = _load_rows(path / recording.METRICS)
-  num_steps = metadata['config']['num_steps']
-  step, test = 0, None
-  if (path / recording.RESULT).exists():
-    step, test = _parsed(
-      path / recording.RESULT, lambda content: (int(content['step']), _floats(content['test']))
-    )
+  step, test = _load_result(path / recording.RESULT)
+  num_steps = config['num_steps']
   state = f'finished: {num_steps:,} steps'
   if step != num_steps:
     test, step = None, int(rows[-1]['step']) if rows else 0
     state = f'not finished: {step:,} of {num_steps:,} steps'
-    if (path / recording.NOT_FINITE).exists():
-      bad = _parsed(path / recording.NOT_FINITE, lambda content: int(content['step']))
-      state += f'; step {bad:,} was not finite'
-  files = sorted(path.glob('probe_*.json'))
-  probes = [_parsed(file, _parse_probe) for file in files]
+    not_finite = path / recording.NOT_FINITE
+    if not_finite.exists():
+      with _damage_named(not_finite):
+        state += f'; step {int(json.loads(not_finite.read_text())["step"]):,} was not finite'
   pictures = [(path / f'{name}.png', *words) for name, words in _PICTURES.items()]
-  for file, probe in zip(files, probes, strict=True):
+  probes = []
+  for file in sorted(path.glob('probe_*.json')):
+    probe = _load_probe(file)
+    probes.append(probe)
     title = f'Adversarial images, {probe.task} probe, {probe.attack}'
     pictures.append((file.with_name(f'{file.stem}_images.png'), title, _ADVERSARIAL))
-  return Run(
-    label,
-    style,
-    metadata['config'],
-    metadata['environment'],
-    state,
-    rows,
-    test,
-    probes,
-    [_load_picture(*picture) for picture in pictures if picture[0].exists()],
-  )
+  drawn = [_load_picture(*picture) for picture in pictures if picture[0].exists()]
+  return Run(label, style, config, environment, state, rows, test, probes, drawn)
 
 
 def _load_rows(path: Path) -> list[dict[str, float]]:
   """The rows of metrics.jsonl, without a last one that is half written."""
   if not path.exists():
     return []
-  *lines, _ = path.read_text().split('\n')
-  return [_parsed(path, lambda row: {'step': row['step'], **_floats(row)}, line) for line in lines]
+  with _damage_named(path):
+    *lines, _ = path.read_text().split('\n')
+    rows = map(json.loads, lines)
+    return [{'step': row['step'], **_floats(row)} for row in rows]
+
+
+def _load_result(path: Path) -> tuple[int, dict[str, float] | None]:
+  """The step and the figures of a trained model; step 0 without the file."""
+  if not path.exists():
+    return 0, None
+  with _damage_named(path):
+    content = json.loads(path.read_text())
+    return int(content['step']), _floats(content['test'])
 
 
 def _load_picture(path: Path, title: str, text: str) -> Picture:
-  return _checked(path, lambda: report_page.picture(path.read_bytes(), title, text))
+  with _damage_named(path):
+    return report_page.picture(path.read_bytes(), title, text)
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, float]:
@@ -261,94 +207,42 @@ def _floats(values: Mapping[str, Any]) -> dict[str, float]:
   return dict(values)
 
 
-def _parse_probe(content: Any) -> Probe:
-  joint, shift = content.get('joint'), content.get('moves')
-  checks = [SanityCheck.from_json(check) for check in content['checks']]
-  return Probe(
-    str(content['task']),
-    str(content['config']['attack']),
-    int(content['num_examples']),
-    int(content['step']),
-    _parse_accuracy(content),
-    (' and '.join(map(str, joint['tasks'])), _parse_accuracy(joint)) if joint else None,
-    _parse_shift(shift) if shift else None,
-    checks,
-    plots.checks_summary({'checks': checks}),
-  )
+def _load_probe(path: Path) -> Probe:
+  with _damage_named(path):
+    content = json.loads(path.read_text())
+    joint, shift = content.get('joint'), content.get('moves')
+    checks = [SanityCheck.from_json(check) for check in content['checks']]
+    return Probe(
+      task=str(content['task']),
+      attack=str(content['config']['attack']),
+      num_examples=int(content['num_examples']),
+      step=int(content['step']),
+      accuracy=_accuracy(content),
+      joint=(' and '.join(map(str, joint['tasks'])), _accuracy(joint)) if joint else None,
+      latent_shift=_latent_shift(shift) if shift else None,
+      checks=checks,
+      summary=plots.checks_summary({'checks': checks}),
+    )
 
 
-def _parse_accuracy(content: Any) -> Series:
-  return _parse_series(content['radii'], content['accuracy'], content['interval'])
+def _accuracy(content: Any) -> Series:
+  low, high = zip(*content['interval'], strict=True)
+  return report_page.series(content['radii'], content['accuracy'], low, high)
 
 
-def _parse_shift(content: Any) -> Series:
-  lowest, *_, highest = content['quantiles'].values()
-  return _parse_series(content['radii'], content['mean'], list(zip(lowest, highest, strict=True)))
+def _latent_shift(content: Any) -> Series:
+  low, *_, high = content['quantiles'].values()
+  return report_page.series(content['radii'], content['mean'], low, high)
 
 
-def _parse_series(radii: Any, values: Any, band: Any) -> Series:
-  points = list(zip(radii, values, band, strict=True))
-  return Series(
-    [radius + 0.0 for radius, _, _ in points],
-    [value + 0.0 for _, value, _ in points],
-    [(low + 0.0, high + 0.0) for _, _, (low, high) in points],
-  )
-
-
-# Arranging
-
-
-def _panels(path: Path) -> list[Table]:
-  """A table for each panel of a figure, with a row for each curve."""
-
-  def parse(content: Any) -> list[Table]:
+def _load_figure(path: Path) -> tuple[list[Table], str]:
+  """The panels of a figure, and what it says of the optimizer."""
+  with _damage_named(path):
+    content = json.loads(path.read_text())
     panels = [figure1.Panel(**panel) for panel in content['panels']]
-    return [table(panel, figure1.curves_of(panel, content['results'])) for panel in panels]
-
-  def table(panel: figure1.Panel, curves: list[plots.Curve]) -> Table:
-    styles = report_page.styles(curve.objective for curve in curves)
-    found = []
-    for curve, style in zip(curves, styles, strict=True):
-      columns = (curve.radii.tolist(), curve.accuracy.tolist(), curve.interval.tolist())
-      note = f'seeds: {len(curve.results)}'
-      found.append(CurveRow(curve.label, style, note, _parse_series(*columns), curve.checks))
-    return report_page.accuracy_table(panel.title, found)
-
-  return _parsed(path, parse)
-
-
-def _robustness(runs: Sequence[Run]) -> list[Table]:
-  """A table for each data set and task, each set of tasks together, and the latent shift."""
-  accuracies: dict[str, list[CurveRow]] = {}
-  shifts: dict[str, list[CurveRow]] = {}
-  not_run = plots.checks_summary()  # the checks are those of the probe's own curve
-  for run in runs:
-    dataset = run.config['dataset']
-    for probe in run.probes:
-      note = f'{probe.attack}, n = {probe.num_examples:,}, step {probe.step:,}'
-      curve = CurveRow(run.label, run.style, note, probe.accuracy, probe.summary)
-      title = f'{dataset}, {probe.task} probe, {probe.attack}'
-      accuracies.setdefault(title, []).append(curve)
-      if probe.joint:
-        tasks, series = probe.joint
-        joint = curve._replace(series=series, checks=not_run)
-        accuracies.setdefault(f'{dataset}, {tasks} probes together', []).append(joint)
-      if probe.latent_shift:
-        shift = curve._replace(series=probe.latent_shift, checks=not_run)
-        shifts.setdefault(f'{dataset}, latent shift under attack', []).append(shift)
-  return [
-    *(report_page.accuracy_table(title, rows) for title, rows in accuracies.items()),
-    *(report_page.latent_shift_table(title, rows) for title, rows in shifts.items()),
-  ]
-
-
-def _training(runs: Sequence[Run]) -> dict[str, list[Table]]:
-  """Charts of every metric, for each data set."""
-  by_dataset: dict[str, list[tuple[Style, list[dict[str, float]]]]] = {}
-  for run in runs:
-    if run.rows:
-      by_dataset.setdefault(run.config['dataset'], []).append((run.style, run.rows))
-  return {name: report_page.training_charts(group) for name, group in by_dataset.items()}
+    curves = [figure1.curves_of(panel, content['results']) for panel in panels]
+    tables = [report_page.panel(p.title, c) for p, c in zip(panels, curves, strict=True)]
+    return tables, str(content.get('optimizer', ''))
 
 
 if __name__ == '__main__':

@@ -38,8 +38,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 # Flags of probe that are about a frozen encoder, or about printing.
 _UNUSED = ('surrogate', 'joint', 'moves', 'strict', 'standardize', 'l2')
 
-# Settings that may differ when a run is resumed, since the trained classifier does not depend on
-# them.
+# Settings that may differ when a run is resumed: the classifier does not depend on them.
 _FREE_SETTINGS = ('workdir', 'data_dir', 'cache_dir', 'probe')
 
 
@@ -68,15 +67,6 @@ class SupervisedConfig:
 
   def __post_init__(self) -> None:
     validate(self)
-
-  def train_config(self) -> TrainConfig:
-    """Returns the settings of the attack and of the optimiser: Adam with a cosine schedule."""
-    return TrainConfig(
-      radius=self.radius,
-      pgd_steps=self.pgd_steps,
-      learning_rate=self.learning_rate,
-      num_steps=self.num_steps,
-    )
 
 
 class State(NamedTuple):
@@ -162,9 +152,10 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   probe.check_fits(attack, dataset)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
   with workdirs.lock(workdir, recording.RESULT):
-    finished = _finished(config, workdir, dataset)
-    if finished is not None:
-      return finished
+    before = workdirs.read_json(workdir / recording.RESULT, 'radii', 'accuracy', 'config')
+    wanted = flags.to_dict(config), dataset.provenance()
+    if before is not None and (_with_defaults(before['config']), before.get('data')) == wanted:
+      return before
     classifier, params = _train(config, workdir, attack.task, dataset, mesh, stop)
     outcome = probe.evaluate(
       attack,
@@ -188,16 +179,6 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   return result
 
 
-def _finished(
-  config: SupervisedConfig, workdir: Path, dataset: data.Dataset
-) -> dict[str, Any] | None:
-  """Returns the result of these very settings on this very data, if it is there already."""
-  result = workdirs.read_json(workdir / recording.RESULT, 'radii', 'accuracy', 'config')
-  if result is None or result.get('data') != dataset.provenance():
-    return None
-  return result if _with_defaults(result['config']) == flags.to_dict(config) else None
-
-
 def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
   """Returns stored settings with the defaults of those that have been added since."""
   return flags.to_dict(SupervisedConfig()) | stored
@@ -219,51 +200,56 @@ def _train(
   model = vae.make_vae(tuple(images.shape[1:]), **flags.to_dict(config.model))
   classifier = linear_probe.ProbedEncoder(model)
   init_key, key = jax.random.split(jax.random.key(config.seed))
-  init = functools.partial(_init, config, model, num_classes=dataset.num_classes[task])
+  train_config = TrainConfig(  # Adam with a cosine schedule
+    radius=config.radius,
+    pgd_steps=config.pgd_steps,
+    learning_rate=config.learning_rate,
+    num_steps=config.num_steps,
+  )
+
+  def init(key: jax.Array) -> State:
+    num_classes = dataset.num_classes[task]
+    layer = linear_probe.LinearProbe(
+      jnp.zeros((config.model.latent_dim, num_classes)), jnp.zeros(num_classes)
+    )
+    params = {'encoder': model.init(key)['encoder']}, layer
+    opt_state = training.make_optimizer(train_config).init(params)
+    return State(jnp.zeros((), jnp.int32), params, opt_state)
+
   settings = {**flags.to_dict(config), **dict.fromkeys(_FREE_SETTINGS)}
   metadata = {'config': settings, 'digest': dataset.digest}
   directory = workdir / recording.CHECKPOINTS
   template = jax.eval_shape(init, init_key)._asdict()
-  restored = checkpoints.restore_latest(directory, template, on_damage=messages.warn)
-  if restored is None:
+  found = checkpoints.load_latest(directory, on_damage=messages.warn)
+  if found is None:
     state = jax.jit(init)(init_key)
   else:
-    tree, saved = restored
+    tree, saved = found.restore(template), found.metadata
     saved_settings = _with_defaults(saved['config']) | dict.fromkeys(_FREE_SETTINGS)
     if saved_settings != settings or saved['digest'] != dataset.digest:
       raise ArgumentError('workdir', f'the run in {workdir} was started with other settings')
     state = State(**tree)
-  step = int(state.step)
-  with messages.progress_bar(config.num_steps, 'supervised', initial=step) as bar:
+  indices_for = functools.partial(
+    data.batch_indices, config.seed, batch_size=config.batch_size, num_examples=len(images)
+  )
+  with messages.progress_bar(config.num_steps, 'supervised', initial=int(state.step)) as bar:
     for progress in training.run(
       SupervisedStep(classifier),
       state,
-      (config.train_config(), config.growth, key, labels),
+      (train_config, config.growth, key, labels),
       images,
-      lambda step, count: data.batch_indices(
-        config.seed, step, count, config.batch_size, len(images)
-      ),
+      indices_for,
       num_steps=config.num_steps,
       steps_per_row=config.checkpoint_every,
       mesh=mesh,
     ):
       state = progress.state
-      before, step = step, int(state.step)
-      bar.update(step - before)
+      step = int(state.step)
+      bar.update(step - bar.n)
       if progress.row is not None or stop.requested():
         checkpoints.save(directory, step, state._asdict(), metadata)
       stop.check()
   return classifier, state.params
-
-
-def _init(config: SupervisedConfig, model: vae.VAE, key: jax.Array, num_classes: int) -> State:
-  """Returns the state at step 0; the linear layer starts at zero."""
-  layer = linear_probe.LinearProbe(
-    jnp.zeros((config.model.latent_dim, num_classes)), jnp.zeros(num_classes)
-  )
-  params = {'encoder': model.init(key)['encoder']}, layer
-  optimizer = training.make_optimizer(config.train_config())
-  return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 if __name__ == '__main__':

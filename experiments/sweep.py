@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,53 +83,42 @@ def run(
   for each in variants:
     probe.check_fits(each.attack, pretrain.prepare(each.pretraining))
   with workdirs.lock(workdir, 'sweep.*') as check_place:
-    return _run(config, base, workdir, variants, stop, check_place)
-
-
-def _run(
-  config: SweepConfig,
-  base: pretrain.PretrainConfig,
-  workdir: Path,
-  variants: list[Variant],
-  stop: signals.StopSignal,
-  check_place: Callable[[], None],
-) -> dict[str, Any]:
-  content: dict[str, Any] = {
-    'config': {'sweep': flags.to_dict(config), 'pretraining': flags.to_dict(base)},
-    'versions': devices.versions(),
-    'devices': devices.device_kinds(),
-  }
-  path = workdir / 'sweep.json'
-  before = workdirs.read_json(path, 'results') or {'results': []}
-  seconds = {str(result['varied']): result['seconds'] for result in before['results']}
-  results: list[dict[str, Any]] = []
-  for number, each in enumerate(variants, start=1):
-    name = f'[{number}/{len(variants)}] {_label(each.varied)}'
-    check_place()  # raises if the directory has vanished, which the variant would make anew
-    started, fresh = time.monotonic(), not Path(str(each.pretraining.workdir)).exists()
-    encoder, (attacked,) = pipeline.run(each.pretraining, (each.attack,), stop, name)
-    if fresh:
-      seconds[str(each.varied)] = time.monotonic() - started
-    results.append(
-      {
-        'varied': each.varied,
-        'objective': each.pretraining.train.objective,
-        'held_out': encoder['test'],
-        'seconds': seconds.get(str(each.varied)),  # None for a variant that was interrupted
-        **attacked,
-        'checks_summary': plots.checks_summary(attacked),
-      }
-    )
-    workdirs.write_json(path, {**content, 'results': results})
-  groups = list(_over_seeds(results))
-  with atomic_files.replacing(workdir / 'sweep.png') as file:
-    plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve in groups])])
-  workdirs.write_csv(workdir / 'sweep.csv', _table(groups, with_intervals=True))
-  header, *rows = (map(_cell, row) for row in _table(groups, with_intervals=False))
-  text = messages.markdown_table(header, rows)
-  atomic_files.write(workdir / 'sweep.md', f'{text}\n'.encode())
-  print(text)
-  return {**content, 'results': results}
+    content: dict[str, Any] = {
+      'config': {'sweep': flags.to_dict(config), 'pretraining': flags.to_dict(base)},
+      'versions': devices.versions(),
+      'devices': devices.device_kinds(),
+    }
+    path = workdir / 'sweep.json'
+    before = workdirs.read_json(path, 'results') or {'results': []}
+    seconds = {str(result['varied']): result['seconds'] for result in before['results']}
+    results: list[dict[str, Any]] = []
+    for number, each in enumerate(variants, start=1):
+      name = f'[{number}/{len(variants)}] {_label(each.varied)}'
+      check_place()  # raises if the directory has vanished, which the variant would make anew
+      started, fresh = time.monotonic(), not Path(str(each.pretraining.workdir)).exists()
+      encoder, (attacked,) = pipeline.run(each.pretraining, (each.attack,), stop, name)
+      if fresh:
+        seconds[str(each.varied)] = time.monotonic() - started
+      results.append(
+        {
+          'varied': each.varied,
+          'objective': each.pretraining.train.objective,
+          'held_out': encoder['test'],
+          'seconds': seconds.get(str(each.varied)),  # None for a variant that was interrupted
+          **attacked,
+          'checks_summary': plots.checks_summary(attacked),
+        }
+      )
+      workdirs.write_json(path, {**content, 'results': results})
+    groups = list(_over_seeds(results))
+    with atomic_files.replacing(workdir / 'sweep.png') as file:
+      plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve in groups])])
+    workdirs.write_csv(workdir / 'sweep.csv', _table(groups, with_intervals=True))
+    header, *rows = (map(_cell, row) for row in _table(groups, with_intervals=False))
+    text = messages.markdown_table(header, rows)
+    atomic_files.write(workdir / 'sweep.md', f'{text}\n'.encode())
+    print(text)
+    return {**content, 'results': results}
 
 
 def variants_of(
@@ -163,10 +152,11 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
       raise UsageError(f'--vary: {name!r} is no setting of pretrain that can vary')
     if name in found:
       raise UsageError(f'--vary: {name} is there twice')
-    parsed = tuple(
-      flags.parse_value(pretrain.PretrainConfig, name, value, '--vary')
-      for value in values.split(',')
-    )
+    with flags.errors_begin_with('--vary'):
+      parsed = tuple(
+        flags.parse_values(pretrain.PretrainConfig, [f'--{name}={value}'])[name]
+        for value in values.split(',')
+      )
     if len(set(parsed)) < len(parsed):
       raise UsageError(f'--vary: a value of {name} is there twice')
     found[name] = parsed

@@ -194,11 +194,7 @@ class TrainConfig:
     traced=True,
   )
   radius: float = setting(
-    0.2,
-    'linf radius of the selection, for pixels in [0, 1].',
-    at_least=0,
-    at_most=1,
-    traced=True,
+    0.2, 'linf radius of the selection, for pixels in [0, 1].', at_least=0, at_most=1, traced=True
   )
   pgd_steps: int = setting(20, 'Gradient steps L of the selection.', at_least=1)
   relative_step_size: float | None = setting(

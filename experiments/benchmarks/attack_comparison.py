@@ -8,11 +8,11 @@ Needs `pip install torch foolbox` and `pip install --no-deps torchattacks`, whic
 does. Writes `attacks_TASK.json` into the work directory, and prints one line for each radius:
 accuracy under Foolbox's PGD, an ensemble of its attacks, AutoAttack (torchattacks' `standard`, with
 all its own settings), our PGD (each radius apart, as Foolbox does), and our `standard` and
-`worst_case`. An example counts as broken by an image that is inside the ball and the pixel range.
+`worst_case`. An adversarial image counts if it is inside the ball and the pixel range.
 
-The two PGDs, and `standard`, which does not attack an example again that it has broken, run on one
-batch first: those seconds, compilation included, are stated apart. Then they take turns, and the
-fastest turn of each is stated.
+The two PGDs, and `standard`, which does not attack a misclassified example again, run on one batch
+first. Those seconds, compilation included, are stated apart. Then they take turns, and the fastest
+turn of each is stated.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import probe
+from experiments.benchmarks import torch_twin
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.config import SUITES, setting, validate
@@ -131,13 +132,13 @@ def run(config: ComparisonConfig, stop: signals.StopSignal) -> dict[str, Any]:
 
 
 def _run(attack: Contender, x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
-  """Who survives, `[R, N]`, and the seconds that it took."""
+  """Returns who is classified correctly, `[R, N]`, and the seconds that it took."""
   started = time.monotonic()
   return attack(x, labels), time.monotonic() - started
 
 
 def _missed(correct: dict[str, np.ndarray]) -> dict[str, list[list[int]]]:
-  """For each attack and radius the examples that it breaks and our worst case does not."""
+  """Returns, for each attack and radius, the examples that only our worst case misses."""
   ours = correct['our worst_case']
   return {
     name: [np.flatnonzero(mine & ~theirs).tolist() for mine, theirs in zip(ours, rows, strict=True)]
@@ -190,7 +191,7 @@ def _theirs(
   network: Any,
   stop: signals.StopSignal,
 ) -> dict[str, Contender]:
-  """Each attacks every radius apart."""
+  """Returns the attacks of other libraries, each of which attacks every radius apart."""
   model = foolbox.PyTorchModel(network, bounds=(0, 1))
   steps = {'rel_stepsize': 2.5 / config.pgd_steps, 'steps': config.pgd_steps}
   pgd = foolbox.attacks.LinfPGD(**steps)
@@ -225,7 +226,9 @@ def _theirs(
         target = torch.from_numpy(labels[some].astype(np.int64))
         for attack in attacks:
           for i, images in enumerate(attack(batch, target)):
-            correct[i, some] &= ~_breaks(torch, network, config.radii[i], batch, target, images)
+            correct[i, some] &= ~_misclassified(
+              torch, network, config.radii[i], batch, target, images
+            )
           stop.check()
       return correct
 
@@ -238,22 +241,22 @@ def _theirs(
   }
 
 
-def _breaks(
+def _misclassified(
   torch: Any, network: Any, radius: float, x: Any, target: Any, images: Any
 ) -> np.ndarray:
-  """Bool `[B]`: a legal image that the network gets wrong."""
+  """Returns, bool `[B]`, which images are legal and misclassified by the network."""
   with torch.no_grad():
     near = (images - x).abs().flatten(1).amax(dim=1) <= radius + 1e-6
     inside = ((images >= 0.0) & (images <= 1.0)).flatten(1).all(dim=1)
     wrong = network(images).argmax(dim=1) != target
-  broken: np.ndarray = (near & inside & wrong).numpy()
-  return broken
+  misclassified: np.ndarray = (near & inside & wrong).numpy()
+  return misclassified
 
 
 def _torch_network(
   torch: Any, model: vae.VAE, params: vae.Params, fitted: linear_probe.LinearProbe
 ) -> Any:
-  """The encoder's mean and the probe in PyTorch, from NHWC weights."""
+  """Returns the encoder's mean and the probe in PyTorch, from NHWC weights."""
   dense = params['encoder']['params']
   names = [name for name in dense if name.startswith('Dense')]
   if len(names) + 1 != len(dense):
@@ -264,7 +267,7 @@ def _torch_network(
   ]
   mean = slice(0, model.latent_dim)
   weights += [(head['kernel'][:, mean], head['bias'][mean]), (fitted.weights, fitted.bias)]
-  layers: list[Any] = [_channels_last(torch), torch.nn.Flatten()]
+  layers: list[Any] = [torch_twin.layer(torch, _channels_last), torch.nn.Flatten()]
   for number, (kernel, bias) in enumerate(weights):
     layer = torch.nn.Linear(*kernel.shape)
     layer.weight.data = torch.from_numpy(np.array(kernel).T.copy())
@@ -273,18 +276,14 @@ def _torch_network(
   return torch.nn.Sequential(*layers).eval()
 
 
-def _channels_last(torch: Any) -> Any:
-  class ChannelsLast(torch.nn.Module):
-    def forward(self, x: Any) -> Any:
-      return x.permute(0, 2, 3, 1)
-
-  return ChannelsLast()
+def _channels_last(x: Any) -> Any:
+  return x.permute(0, 2, 3, 1)
 
 
 def _check_same(
   torch: Any, network: Any, prepared: probe.Prepared, fitted: linear_probe.LinearProbe
 ) -> None:
-  """Both sides must attack one function."""
+  """Raises AssertionError unless both sides attack one function."""
   x = prepared.images[:100]
   with torch.no_grad():
     theirs = network(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).numpy()

@@ -12,14 +12,13 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from se_vae.models import cpu_ops, networks
-from se_vae.models.networks import KERNEL_SIZE, STRIDE
+from se_vae.models import networks
 from se_vae.models.vae import VAE
 from se_vae.training import TrainConfig
 
 
 def train_step(model: VAE, config: TrainConfig, batch_size: int) -> int:
-  """Operations of one training step.
+  """Returns the operations of one training step.
 
   The encodings of x, and of x' for 'se', go forward and backward, but for the gradient in the image
   itself; so does the decoder, wholly, for its gradient goes on to the encoder. The selection is L
@@ -34,28 +33,28 @@ def train_step(model: VAE, config: TrainConfig, batch_size: int) -> int:
 
 
 def selection_step(model: VAE) -> int:
-  """Operations on one example in one of the L iterations: forward, and back to the image."""
+  """Returns the operations of one of the L iterations on one example, forward and backward."""
   return 2 * sum(encoder_layers(model))
 
 
 def encoder_layers(model: VAE) -> list[int]:
-  """Operations of a forward pass on one example, layer by layer."""
+  """Returns the operations of each layer of the encoder in a forward pass on one example."""
   encoder, head = model.encoder, 2 * model.latent_dim
   if isinstance(encoder, networks.MLPEncoder) and encoder.covariance == 'diagonal':
     return _dense(math.prod(model.image_shape), *encoder.hidden, head)
   if isinstance(encoder, networks.ConvEncoder) and encoder.covariance == 'diagonal':
-    features = math.prod(_sizes(model, encoder.channels)[-1]) * encoder.channels[-1]
+    features = _num_features(model, encoder.channels)
     return [*_convolutions(model, encoder.channels), *_dense(features, head)]
   raise TypeError(f'cannot count the layers of {encoder}')
 
 
 def decoder_layers(model: VAE) -> list[int]:
-  """Likewise."""
+  """Returns the operations of each layer of the decoder in a forward pass on one example."""
   decoder = model.decoder
   if isinstance(decoder, networks.MLPDecoder):
     return _dense(model.latent_dim, *decoder.hidden, math.prod(model.image_shape))
   if isinstance(decoder, networks.ConvDecoder):
-    features = math.prod(_sizes(model, decoder.channels)[-1]) * decoder.channels[-1]
+    features = _num_features(model, decoder.channels)
     # A transposed convolution costs what the convolution does.
     return [*_dense(model.latent_dim, features), *_convolutions(model, decoder.channels)[::-1]]
   raise TypeError(f'cannot count the layers of {decoder}')
@@ -66,19 +65,16 @@ def _dense(*widths: int) -> list[int]:
 
 
 def _convolutions(model: VAE, channels: Sequence[int]) -> list[int]:
-  """Each from `channels[i - 1]` to `channels[i]`; windows over the edge count in full."""
+  """Returns the operations of each convolution; windows over the edge count in full."""
   ends = itertools.pairwise((model.image_shape[2], *channels))
-  sizes = _sizes(model, channels)
+  sizes = networks.feature_sizes(model.image_shape, len(channels))[1:]
   return [
-    2 * KERNEL_SIZE**2 * inputs * outputs * height * width
+    2 * networks.KERNEL_SIZE**2 * inputs * outputs * height * width
     for (inputs, outputs), (height, width) in zip(ends, sizes, strict=True)
   ]
 
 
-def _sizes(model: VAE, channels: Sequence[int]) -> list[tuple[int, int]]:
-  """Height and width after each convolution."""
-  sizes = [model.image_shape[:2]]
-  for _ in channels:
-    height, width = (cpu_ops.output_size(size, STRIDE) for size in sizes[-1])
-    sizes.append((height, width))
-  return sizes[1:]
+def _num_features(model: VAE, channels: Sequence[int]) -> int:
+  """Returns how many features the last convolution gives."""
+  sizes = networks.feature_sizes(model.image_shape, len(channels))
+  return math.prod(sizes[-1]) * channels[-1]

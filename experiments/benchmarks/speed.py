@@ -127,7 +127,7 @@ def run(config: BenchmarkConfig, stop: signals.StopSignal) -> dict[str, Any]:
 
 
 def _cases(config: BenchmarkConfig) -> dict[workloads.Case, set[str]]:
-  """Every kind of step to be timed, once, with the sections that want it."""
+  """Returns every kind of step to be timed, with the sections that show it."""
   cases: dict[workloads.Case, set[str]] = {}
 
   def add(section: str, **changes: Any) -> None:
@@ -158,7 +158,7 @@ def _case(config: BenchmarkConfig, **changes: Any) -> workloads.Case:
 def _workloads(
   config: BenchmarkConfig, dataset: data.Dataset, processes: Executor
 ) -> Iterator[tuple[str, str, workloads.Workload]]:
-  """Everything to be timed: its kind, the case it belongs to, and itself."""
+  """Yields the kind of each workload, the name of its case, and the workload."""
   for case, sections in _cases(config).items():
     benched = workloads.Benched(case, dataset.train.images)
     yield 'step', case.name, benched.train_steps()
@@ -177,7 +177,7 @@ def _workloads(
 def _measure(
   config: BenchmarkConfig, dataset: data.Dataset, processes: Executor, stop: signals.StopSignal
 ) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-  """Rates of products, and a row for everything else, both repeat by repeat."""
+  """Returns the rates of products, and a row for each workload, both repeat by repeat."""
   timed: list[tuple[workloads.Workload, int]] = []
   rows: list[dict[str, Any]] = []
   for kind, case, workload in _workloads(config, dataset, processes):
@@ -206,7 +206,7 @@ def _measure(
 
 
 def _startup(workdir: Path, repeats: int, stop: signals.StopSignal) -> dict[str, list[float]]:
-  """Seconds until a binary answers --help, and until a run has taken its first step."""
+  """Returns the seconds until a binary answers --help, and until a run has taken its first step."""
   seconds: dict[str, list[float]] = {}
   names = ('no cache', 'empty cache', 'warm cache')
   progress = messages.progress_bar(repeats * (len(_BINARIES) + len(names)), 'start', unit='start')
@@ -232,7 +232,7 @@ def _command(binary: str) -> list[str]:
 
 
 def _first_step(workdir: Path, extra: Sequence[str]) -> float:
-  """Seconds until the metrics of the first training step are on disk."""
+  """Returns the seconds until the metrics of the first training step are on disk."""
   flags = [f'--workdir={workdir}', '--num_steps=1', '--log_every=1', *extra]
   metrics, began = workdir / 'metrics.jsonl', time.perf_counter()
   with subprocess.Popen([*_command('pretrain'), *flags], stderr=subprocess.PIPE) as process:
@@ -246,7 +246,7 @@ def _first_step(workdir: Path, extra: Sequence[str]) -> float:
 
 
 def _tables(result: dict[str, Any]) -> Iterator[str]:
-  """Markdown, from the result's JSON."""
+  """Yields Markdown tables of the result's JSON."""
   rates, rows = result['roofline'], result['rows']
   best = np.max(list(rates.values()), axis=0) / 1e9
   yield f'Roofline: {_range(best)} GFLOP/s, on {result["cores"]} cores; ' + ', '.join(
@@ -277,14 +277,18 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
 
 def _step(row: dict[str, Any]) -> list[str]:
   seconds, operations = np.array(row['seconds']), row['operations']
-  memory = '' if row['temp_bytes'] is None else f'{row["temp_bytes"] / 2**20:.1f}'
-  rate = _range(operations / seconds / 1e9)
-  cells = [row['name'], _range(1e3 * seconds), f'{operations / 1e9:.3g}', rate]
-  return [*cells, _percent(row['share']), memory]
+  return [
+    row['name'],
+    _range(1e3 * seconds),
+    f'{operations / 1e9:.3g}',
+    _range(operations / seconds / 1e9),
+    _percent(row['share']),
+    '' if row['temp_bytes'] is None else f'{row["temp_bytes"] / 2**20:.1f}',
+  ]
 
 
 def _compared(row: dict[str, Any], step: dict[str, Any]) -> list[str]:
-  """A piece or a twin beside the step that it belongs to."""
+  """Returns the cells of a piece or a twin beside the step that it belongs to."""
   seconds = np.array(row['seconds'])
   ratio = seconds / np.array(step['seconds'])
   share = _percent(row['share']) if 'share' in row else ''
@@ -293,7 +297,7 @@ def _compared(row: dict[str, Any], step: dict[str, Any]) -> list[str]:
 
 
 def _range(values: Any) -> str:
-  """Median, and the lowest to the highest."""
+  """Returns the median, and the lowest to the highest."""
   median, low, high = (f'{value:#.3g}'.rstrip('.') for value in _summary(values))
   return f'{median} ({low} to {high})'
 

@@ -1,4 +1,4 @@
-"""The training step once more, in eager PyTorch as one would write it there: what ours is timed by.
+"""The training step in eager PyTorch, as one would write it there, to compare our times with.
 
 The same networks (from our weights), selection, bound, optimiser and schedule; the random numbers
 come from PyTorch's own generator. Needs PyTorch, which nothing else does but this benchmark and the
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cli.flags import UsageError
-from se_vae.models import cpu_ops, networks
+from se_vae.models import networks
 from se_vae.models.vae import VAE, Params
 from se_vae.training import TrainConfig
 
@@ -27,7 +27,7 @@ _LOG_2PI = math.log(2.0 * math.pi)
 
 
 def load(num_threads: int) -> Any:
-  """PyTorch, with so many threads.
+  """Returns PyTorch, set to a number of threads.
 
   Raises:
     UsageError: if it is not installed.
@@ -79,7 +79,7 @@ class Twin:
     self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.num_steps)
 
   def place(self, images: np.ndarray) -> Any:
-    """Images `[N, H, W, C]` as the networks take them: rows, or `[N, C, H, W]` in their layout."""
+    """Returns images `[N, H, W, C]` as the networks take them: rows, or `[N, C, H, W]`."""
     tensor = self.torch.tensor(images)
     if not self.is_conv:
       return tensor.flatten(1)
@@ -100,7 +100,7 @@ class Twin:
       self.schedule.step()
 
   def loss_and_norms(self, x: Any, x_adv: Any, noise: np.ndarray) -> tuple[float, dict[str, float]]:
-    """The loss, and the norm of its gradient in the weights of either network."""
+    """Returns the loss, and the norm of its gradient in the weights of either network."""
     self.optimizer.zero_grad()
     loss = self.loss(x, x_adv, self.torch.tensor(noise))
     loss.backward()
@@ -112,7 +112,7 @@ class Twin:
     return float(loss.detach()), norms
 
   def encode(self, x: Any) -> tuple[Any, Any]:
-    """Mean and log-variance, each `[B, D]`."""
+    """Returns mean and log-variance, each `[B, D]`."""
     return self.encoder(x).chunk(2, dim=1)
 
   def select(self, x: Any, offsets: Any) -> Any:
@@ -127,8 +127,8 @@ class Twin:
     for _ in range(self.config.pgd_steps):
       x_adv.requires_grad_(True)
       mean, log_var = self.encode(x_adv)
-      move = ((mean - mean_a) ** 2).sum() + (((0.5 * log_var).exp() - sd_a) ** 2).sum()
-      (gradient,) = torch.autograd.grad(move, x_adv)
+      shift = ((mean - mean_a) ** 2).sum() + (((0.5 * log_var).exp() - sd_a) ** 2).sum()
+      (gradient,) = torch.autograd.grad(shift, x_adv)
       x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
     return x_adv
 
@@ -171,10 +171,7 @@ def _stack(torch: Any, widths: tuple[int, ...]) -> Any:
 def _convnets(torch: Any, model: VAE, layout: Any) -> tuple[Any, Any]:
   """3 x 3, stride 2, `SAME`: of even images only the far edges are padded, or cropped off again."""
   nn, channels = torch.nn, model.encoder.channels
-  sizes = [model.image_shape[:2]]
-  for _ in channels:
-    height, width = (cpu_ops.output_size(size, 2) for size in sizes[-1])
-    sizes.append((height, width))
+  sizes = networks.feature_sizes(model.image_shape, len(channels))
   encoder: list[Any] = []
   decoder: list[Any] = []  # from its end
   ends = itertools.pairwise((model.image_shape[2], *channels))
@@ -194,13 +191,13 @@ def _convnets(torch: Any, model: VAE, layout: Any) -> tuple[Any, Any]:
   def to_images(rows: Any) -> Any:
     return rows.unflatten(1, image).permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
-  encoder += [_layer(torch, to_rows), nn.Linear(math.prod(image), 2 * model.latent_dim)]
-  decoder += [_layer(torch, to_images), nn.ReLU(), nn.Linear(model.latent_dim, math.prod(image))]
+  encoder += [layer(torch, to_rows), nn.Linear(math.prod(image), 2 * model.latent_dim)]
+  decoder += [layer(torch, to_images), nn.ReLU(), nn.Linear(model.latent_dim, math.prod(image))]
   return nn.Sequential(*encoder), nn.Sequential(*decoder[::-1])
 
 
-def _layer(torch: Any, function: Callable[[Any], Any]) -> Any:
-  """A function as a layer."""
+def layer(torch: Any, function: Callable[[Any], Any]) -> Any:
+  """Returns a PyTorch module that applies a function."""
 
   class Layer(torch.nn.Module):
     def forward(self, x: Any) -> Any:
@@ -210,7 +207,7 @@ def _layer(torch: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _take_weights(torch: Any, net: Any, params: Any) -> None:
-  """Copies ours: dense `[I, O]` to `[O, I]`, convolutions `[K, K, I, O]` to `[O, I, K, K]`."""
+  """Copies our weights, dense `[I, O]` to `[O, I]`, and `[K, K, I, O]` to `[O, I, K, K]`."""
   head = [params['GaussianHead_0']['Dense_0']] if 'GaussianHead_0' in params else []
   dense = iter(_numbered(params, 'Dense') + head)
   conv = iter(_numbered(params, 'Conv'))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -30,8 +30,6 @@ from se_vae.training import TrainConfig, input_pipeline
 _ROWS = 1000
 _ROOFLINE_SECONDS = 0.1
 
-PIECES = ('attack', 'gradient', 'optimiser', 'all-reduce')
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -47,14 +45,14 @@ class Case:
 
   @property
   def name(self) -> str:
-    """For the tables."""
+    """The case's name in the tables."""
     size = f'ConvNet {self.conv_channels}' if self.arch == 'convnet' else f'MLP {self.hidden_units}'
     attack = f', L {self.pgd_steps}' if self.objective == 'se' else ''
     kind = f'{size} {self.objective.upper()}'
     return f'{kind}, batch {self.batch_size}, latent {self.latent_dim}{attack}'
 
   def model(self, image_shape: tuple[int, int, int]) -> VAE:
-    """The networks."""
+    """Returns the networks."""
     return vae.make_vae(
       image_shape,
       arch=self.arch,
@@ -64,7 +62,7 @@ class Case:
     )
 
   def train_config(self) -> TrainConfig:
-    """The settings of the step; the paper's and the defaults, but for the objective and L."""
+    """Returns the settings of the step: the defaults, but for the objective and L."""
     return TrainConfig(objective=self.objective, pgd_steps=self.pgd_steps)
 
 
@@ -86,14 +84,14 @@ class Workload:
 
 
 def time_steps(workload: Workload, steps: int) -> float:
-  """Seconds a step, of so many."""
+  """Returns the seconds that a step takes, as the mean over `steps` of them."""
   began = time.perf_counter()
   workload.run(steps)
   return (time.perf_counter() - began) / steps
 
 
 def steps_that_take(workload: Workload, seconds: float) -> int:
-  """How many steps to time, of a workload that has run before."""
+  """Returns how many steps take about `seconds`, for a workload that has run before."""
   steps = 1
   while (took := time_steps(workload, steps) * steps) < seconds / 4.0 and steps < _ROWS:
     steps *= 2
@@ -117,7 +115,7 @@ class Benched:
     self.indices = sharding.split(self.mesh, self.host_indices, axis=1)
 
   def train_steps(self) -> Workload:
-    """Whole steps, many to a dispatch, as `training.run` takes them."""
+    """Returns whole steps, many to a dispatch, as `training.run` takes them."""
     step, args, images = training.TrainStep(self.model), (self.config, self.key), self.host_images
     window = training.empty_window(step, self.state, args, images)
     carry = sharding.replicate_copy(self.mesh, (self.state, window))
@@ -139,12 +137,12 @@ class Benched:
     return Workload(self.case.name, run, operations, temp_bytes)
 
   def pieces(self) -> list[Workload]:
-    """The attack, the gradient with x' given, the update and the all-reduce, each alone."""
+    """Returns the attack, the gradient with x' given, the update and the all-reduce, each alone."""
     model, config, batch_size = self.model, self.config, self.case.batch_size
     optimizer = training.make_optimizer(config)
     params = self.state.params
-    attack_operations = batch_size * config.pgd_steps * flops.selection_step(model)
-    step_operations = flops.train_step(model, config, batch_size)
+    of_attack = batch_size * config.pgd_steps * flops.selection_step(model)
+    of_gradient = flops.train_step(model, config, batch_size) - of_attack
 
     def attack(batch: _Batch, total: jax.Array) -> jax.Array:
       zeros = jnp.zeros((len(batch.index), model.latent_dim))
@@ -166,20 +164,16 @@ class Benched:
     def all_reduce(_: _Batch, gradients: Params) -> Params:
       return sharding.mean_over_devices(gradients)
 
-    loops = (
-      self._loop(attack, jnp.zeros(())),
-      self._loop(gradient, params),
-      self._loop(update, (params, params, self.state.opt_state)),
-      self._loop(all_reduce, params),
-    )
-    operations = (attack_operations, step_operations - attack_operations, None, None)
+    name, update_carry = self.case.name, (params, params, self.state.opt_state)
     return [
-      Workload(f'{self.case.name}: {piece}', run, count)
-      for piece, run, count in zip(PIECES, loops, operations, strict=True)
+      Workload(f'{name}: attack', self._loop(attack, jnp.zeros(())), of_attack),
+      Workload(f'{name}: gradient', self._loop(gradient, params), of_gradient),
+      Workload(f'{name}: optimiser', self._loop(update, update_carry)),
+      Workload(f'{name}: all-reduce', self._loop(all_reduce, params)),
     ]
 
   def twin(self, torch: Any, memory_format: str) -> Twin:
-    """The same steps in eager PyTorch.
+    """Returns the same steps in eager PyTorch.
 
     Raises:
       AssertionError: if those are not the same steps.
@@ -193,7 +187,7 @@ class Benched:
     return twin
 
   def _loop(self, step: Callable[[Any, Any], Any], carry: Any) -> Callable[[int], Any]:
-    """Many steps on all devices in one dispatch; runs them."""
+    """Returns a function that runs many steps on all devices in one dispatch."""
     shape = self.images.shape[1:]
 
     def on_device(
@@ -226,7 +220,7 @@ class _Batch:
 
 
 def twin_steps(processes: Executor, case: Case, memory_format: str) -> Workload:
-  """The steps of `Benched.twin` in another process.
+  """Returns the steps of `Benched.twin` in another process.
 
   In one process PyTorch's threads and JAX's get in each other's way.
   """
@@ -253,7 +247,7 @@ def _twin(case: Case, memory_format: str, num_threads: int) -> Twin:
 def twin_error(
   twin: Twin, model: VAE, params: Params, config: TrainConfig, images: np.ndarray
 ) -> float:
-  """How far the twin's loss and gradient are from ours on some images, relative to the largest."""
+  """Returns the largest relative error of the twin's loss and norms of its gradient."""
   key, index = jax.random.key(4), jnp.arange(len(images))
   x, other = pixels(images), pixels(images[::-1])
   zeros = jnp.zeros((len(images), model.latent_dim))
@@ -272,7 +266,7 @@ def twin_error(
 
 
 def evaluation(case: Case, dataset: data.Dataset, num_examples: int, num_steps: int) -> Workload:
-  """The paper's PGD on a digit probe of an untrained encoder; one step attacks all images once."""
+  """Returns the paper's PGD on a probe of an untrained encoder; a step attacks all images."""
   x = dataset.test.images[:num_examples].astype(np.float32) / 255.0
   labels = dataset.test.labels['digit'][:num_examples]
   model = case.model(x.shape[1:])
@@ -294,9 +288,8 @@ def evaluation(case: Case, dataset: data.Dataset, num_examples: int, num_steps: 
   return Workload(name, lambda steps: [attack() for _ in range(steps)])
 
 
-def products(sizes: Sequence[int]) -> list[Workload]:
-  """Square float32 products, on one device, and one a device side by side."""
-  workloads = []
+def _products(sizes: Sequence[int]) -> Iterator[Workload]:
+  """Yields square float32 products, on one device, and one a device side by side."""
   for count in sorted({1, jax.device_count()}):
     mesh = sharding.data_mesh(count)
     for size in sizes:
@@ -308,8 +301,7 @@ def products(sizes: Sequence[int]) -> list[Workload]:
           result = product(a, b)
         jax.block_until_ready(result)
 
-      workloads.append(Workload(f'{count} x {size}^3', run, 2 * count * size**3))
-  return workloads
+      yield Workload(f'{count} x {size}^3', run, 2 * count * size**3)
 
 
 class Roofline:
@@ -317,13 +309,13 @@ class Roofline:
 
   def __init__(self, sizes: Sequence[int]) -> None:
     """Compiles products of these sizes."""
-    self.products = products(sizes)
+    self.products = list(_products(sizes))
     for product in self.products:
       product.run(1)
     self.steps = [steps_that_take(product, _ROOFLINE_SECONDS) for product in self.products]
 
   def measure(self) -> dict[str, float]:
-    """Operations a second of each product, by name."""
+    """Returns the operations a second of each product, by name."""
     return {
       product.name: (product.operations or 0) / time_steps(product, steps)
       for product, steps in zip(self.products, self.steps, strict=True)

@@ -47,10 +47,10 @@ def num_cores() -> int:
 def mesh_for(batch_size: int, num_devices: int | None = None) -> Any:
   """The data mesh over `num_devices` devices of each process, or as many as divide the batch.
 
-  Of CPU devices as many as have some examples each.
+  CPU devices are chosen so that each has at least 16 examples. Compiles nothing.
 
   Raises:
-    ArgumentError: if they do not divide it, or are not there. Compiles nothing.
+    ArgumentError: if the devices do not divide the batch, or are not there.
   """
   num_processes, most = jax.process_count(), jax.local_device_count()
   if batch_size % num_processes:
@@ -98,6 +98,6 @@ def versions() -> dict[str, str]:
 
 
 def device_kinds(mesh: Any = None) -> list[str]:
-  """The kinds of a mesh's devices, or of all, of all processes."""
+  """The kinds of a mesh's devices, or of all devices of all processes."""
   found = jax.devices() if mesh is None else mesh.devices.flat
   return [device.device_kind for device in found]

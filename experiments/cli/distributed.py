@@ -77,11 +77,7 @@ def joined(cluster: Cluster) -> Iterator[None]:
     return
   _check_port(cluster)
   _join(cluster)
-  shared: tuple[type[Exception], ...] = (
-    ArgumentError,
-    signals.Interrupted,
-    *app.failures(),
-  )
+  shared: tuple[type[Exception], ...] = (ArgumentError, signals.Interrupted, *app.failures())
   try:
     yield
   except shared:

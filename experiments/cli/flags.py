@@ -12,7 +12,7 @@ import dataclasses
 import shlex
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from absl import flags as absl_flags
@@ -23,6 +23,13 @@ Config = TypeVar('Config')
 
 # The flags defined here belong to the binary that asks for them, and are listed by its --help.
 absl_flags.disclaim_key_flags()
+
+_DEFINE: dict[Any, Callable[..., Any]] = {
+  bool: absl_flags.DEFINE_bool,
+  int: absl_flags.DEFINE_integer,
+  float: absl_flags.DEFINE_float,
+  str: absl_flags.DEFINE_string,
+}
 
 
 class UsageError(ArgumentError):
@@ -47,20 +54,13 @@ def define_flags(
   """Defines one absl flag for each setting of `config_type`."""
   for field, kind in _settings(config_type):
     default: Any = field.default
+    if isinstance(default, tuple):
+      default = [str(value) for value in default]
     description = field.metadata['help']
     if field.metadata['choices'] is not None:
       description += f' One of: {", ".join(field.metadata["choices"])}.'
-    if kind is bool:
-      absl_flags.DEFINE_bool(field.name, default, description, flag_values=flag_values)
-    elif kind is int:
-      absl_flags.DEFINE_integer(field.name, default, description, flag_values=flag_values)
-    elif kind is float:
-      absl_flags.DEFINE_float(field.name, default, description, flag_values=flag_values)
-    elif kind is str:
-      absl_flags.DEFINE_string(field.name, default, description, flag_values=flag_values)
-    else:
-      text = None if default is None else [str(value) for value in default]
-      absl_flags.DEFINE_list(field.name, text, description, flag_values=flag_values)
+    define = _DEFINE.get(kind, absl_flags.DEFINE_list)
+    define(field.name, default, description, flag_values=flag_values)
 
 
 def from_flags(
@@ -81,7 +81,12 @@ def _values(config_type: type[Any], flag_values: absl_flags.FlagValues) -> dict[
   for field, kind in _settings(config_type):
     value = flag_values[field.name].value
     if typing.get_origin(kind) is tuple and value is not None:
-      value = _parse_list(field.name, value, typing.get_args(kind)[0])
+      item_type = typing.get_args(kind)[0]
+      try:
+        value = tuple(item_type(item) for item in value)
+      except ValueError:
+        message = f'must be numbers separated by commas, got {value}'
+        raise ArgumentError(field.name, message) from None
     values[field.name] = value
   return values
 
@@ -93,28 +98,20 @@ def parse(config_type: type[Config], text: str, flag: str) -> Config:
     UsageError: if they are wrong; the message begins with `flag`.
   """
   with errors_begin_with(flag):
-    config = from_dict(config_type, _parse(config_type, shlex.split(text), flag))
+    config = from_dict(config_type, parse_values(config_type, shlex.split(text)))
     validate(config)
     return config
 
 
-def parse_value(config_type: type[Any], name: str, text: str, flag: str) -> Any:
-  """Returns the value of one setting, of which `text` is the value on a command line.
-
-  Limits are not checked, since they may depend on other settings.
+def parse_values(config_type: type[Any], arguments: list[str]) -> dict[str, Any]:
+  """Returns all settings by name, as command line arguments give them. Limits are not checked.
 
   Raises:
-    UsageError: if the text is no value of the setting; the message begins with `flag`.
+    absl.flags.Error, ArgumentError: if an argument is no flag, or has no value of its type.
   """
-  with errors_begin_with(flag):
-    return _parse(config_type, [f'--{name}={text}'], flag)[name]
-
-
-def _parse(config_type: type[Any], arguments: list[str], flag: str) -> dict[str, Any]:
-  """Returns all settings by name, as these command line arguments give them."""
   flag_values = absl_flags.FlagValues()
   define_flags(config_type, flag_values)
-  rest = flag_values([flag, *arguments])[1:]
+  rest = flag_values(['', *arguments])[1:]
   if rest:
     raise UsageError(f'unexpected argument {rest[0]!r}')
   return _values(config_type, flag_values)
@@ -215,10 +212,3 @@ def _settings(config_type: type[Any]) -> Iterator[tuple[dataclasses.Field[Any], 
       yield field, next(part for part in typing.get_args(kind) if part is not type(None))
     else:
       yield field, kind
-
-
-def _parse_list(name: str, items: Sequence[str], kind: Callable[[str], Any]) -> tuple[Any, ...]:
-  try:
-    return tuple(kind(item) for item in items)
-  except ValueError:
-    raise ArgumentError(name, f'must be numbers separated by commas, got {items}') from None

@@ -65,9 +65,9 @@ def lock(workdir: Path, *patterns: str, name: str = LOCK) -> Iterator[Callable[[
 
   Args:
     workdir: the directory.
-    *patterns: the names of the files that only the owner of the lock writes. Whatever killed
-      processes left of half-written ones is removed.
-    name: of the lock.
+    *patterns: the names of the files that only the owner of the lock writes. Half-written ones
+      that killed processes left are removed.
+    name: the name of the lock.
 
   Yields:
     A function that raises FileNotFoundError once the directory has vanished, even if another one

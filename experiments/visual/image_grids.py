@@ -64,7 +64,8 @@ def _pages(
   of_x_adv = model.encode(params, x_adv)
   noise_keys = attacks.example_keys(key, jnp.arange(100))
   z = jax.vmap(lambda one: jax.random.normal(one, (model.latent_dim,)))(noise_keys)
-  varied = jax.vmap(lambda latent: _varied(q.mean[0], latent))(latents)  # [L, T, D]
+  z_of_first = jnp.tile(q.mean[0], (len(_TRAVERSAL), 1))
+  varied = jax.vmap(lambda latent: z_of_first.at[:, latent].set(_TRAVERSAL))(latents)  # [L, T, D]
   traversals = model.decode(params, varied.reshape(-1, model.latent_dim))
   return {
     'reconstructions': jnp.stack(
@@ -73,11 +74,6 @@ def _pages(
     'samples': model.decode(params, z).reshape(10, 10, *model.image_shape),
     'traversals': traversals.reshape(*varied.shape[:2], *model.image_shape),
   }
-
-
-def _varied(z: jax.Array, latent: jax.Array) -> jax.Array:
-  """Copies of z `[D]` in which one latent takes each value of a traversal, `[T, D]`."""
-  return jnp.tile(z, (len(_TRAVERSAL), 1)).at[:, latent].set(_TRAVERSAL)
 
 
 def perturbation(reconstructions: np.ndarray) -> float:

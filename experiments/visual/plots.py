@@ -78,7 +78,10 @@ def save(
   from matplotlib.figure import Figure
 
   count = len(panels) + (latent_shifts is not None)
-  captions = [_wrapped(caption(curves)) for _, curves in panels]
+  captions = [
+    '\n'.join(textwrap.fill(line, 68, subsequent_indent='  ') for line in caption(curves))
+    for _, curves in panels
+  ]
   height = 3.6 + 0.13 * max(text.count('\n') + 1 for text in captions)
   figure = Figure(figsize=(4.2 * count, height), layout='constrained')
   FigureCanvasAgg(figure)
@@ -118,10 +121,6 @@ def caption(curves: Sequence[Curve]) -> list[str]:
   if len({curve.checks for curve in curves}) == 1:
     return [curves[0].checks]
   return [f'{curve.label}, {curve.checks}' for curve in curves]
-
-
-def _wrapped(lines: Sequence[str]) -> str:
-  return '\n'.join(textwrap.fill(line, 68, subsequent_indent='  ') for line in lines)
 
 
 def _look(objective: str, number: int, count: int) -> tuple[Any, str]:

@@ -1,13 +1,16 @@
-"""Layout of the report: tables, charts and pictures as data URIs, and the HTML template."""
+"""The page of a report: its tables, its charts and pictures as data URIs, and its HTML."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from experiments.visual import plots
+from se_vae.evaluation.verdicts import SanityCheck
 
 GENERATOR = 'se_vae experiments.report'  # marks a page as a report of this project
 
@@ -33,9 +36,6 @@ _METRICS = {
   'gradient_norm': ('Gradient norm', 'l2'),
   'active_latents': ('Active latents', 'number of latent dimensions in use'),
 }
-_ACCURACY = 'adversarial accuracy, with 95 % intervals'
-_SHIFT = 'squared W2 between the encodings of x and the attack; mean, and 5 % to 95 % of the images'
-
 _MOST_POINTS = 240  # of a line in a chart; longer ones are averaged in groups
 _MOST_MARKS = 20  # points of a line that are marked by a dot each
 
@@ -57,19 +57,23 @@ class Line(NamedTuple):
   high: Sequence[float] = ()
 
 
-class Number(NamedTuple):
-  """A number: as in the file, in JSON, and as the page shows it."""
-
-  exact: str
-  text: str
-
-
 class Series(NamedTuple):
-  """Values `[R]` at radii `[R]`, with a band `[R, 2]`."""
+  """Values `[R]` at radii `[R]`, with a band from `low` to `high` `[R]`."""
 
   radii: list[float]
   values: list[float]
-  band: list[tuple[float, float]]
+  low: list[float]
+  high: list[float]
+
+
+def series(radii: Any, values: Any, low: Any, high: Any) -> Series:
+  """A series of the numbers in a file.
+
+  Raises:
+    TypeError, ValueError: unless they are numbers, as many of each.
+  """
+  points = list(zip(radii, values, low, high, strict=True))
+  return Series(*([point[column] + 0.0 for point in points] for column in range(4)))
 
 
 class Picture(NamedTuple):
@@ -83,12 +87,15 @@ class Picture(NamedTuple):
 
 
 class Row(NamedTuple):
-  """A row of a table: the run, a remark, the verdict of its checks, and one cell a column."""
+  """A row of a table: the run, a remark, one cell a column, and the verdict of the checks.
+
+  A cell is a metric, or the value, low and high end of a curve; None where there is none.
+  """
 
   label: str
   style: Style
   note: str
-  cells: list[tuple[Number, ...] | None]
+  cells: Sequence[Any]
   checks: str = ''
 
 
@@ -103,31 +110,60 @@ class CurveRow(NamedTuple):
 
 
 class Table(NamedTuple):
-  """A table with a row for each run, and its chart as a data URI ('' if there is none)."""
+  """A table with a row for each run, and its chart as a data URI ('' if there is none).
+
+  Numbers are shown in the format `decimals`.
+  """
 
   title: str
   unit: str
   headings: list[str]
   rows: list[Row]
   chart: str = ''
+  decimals: str = '.5g'
+
+
+class Probe(NamedTuple):
+  """The content of a probe_TASK.json; `joint` has the names of several tasks and their curve."""
+
+  task: str
+  attack: str
+  num_examples: int
+  step: int
+  accuracy: Series
+  joint: tuple[str, Series] | None
+  latent_shift: Series | None
+  checks: list[SanityCheck]
+  summary: str
+
+
+class Run(NamedTuple):
+  """A run of experiments.pretrain; empty or None where a part is missing."""
+
+  label: str
+  style: Style
+  config: dict[str, Any]
+  environment: dict[str, Any]
+  state: str
+  rows: list[dict[str, float]]
+  test: dict[str, float] | None
+  probes: list[Probe]
+  pictures: list[Picture]
 
 
 def styles(objectives: Iterable[str]) -> list[Style]:
   """A style for each run, from the family of its objective; twelve in a family are distinct."""
-  counts = dict.fromkeys(_COLORS, 0)
-  found = []
-  for objective in objectives:
-    family = 'se' if objective == 'se' else 'vae'
-    colors, number = _COLORS[family], counts[family]
-    counts[family] += 1
-    found.append(Style(colors[number % len(colors)], _LINES[number // len(colors) % len(_LINES)]))
-  return found
+  families = {
+    objective: itertools.cycle([Style(color, line) for line in _LINES for color in colors])
+    for objective, colors in _COLORS.items()
+  }
+  return [next(families[objective]) for objective in objectives]
 
 
-def number(value: float, decimals: str) -> Number:
-  """A number with a typographic minus in its text; integers are shown in full."""
+def _shown(value: float, decimals: str) -> str:
+  """The text of a number, with a typographic minus; integers are shown in full."""
   text = f'{value:,}' if isinstance(value, int) else format(value, decimals)
-  return Number(json.dumps(value), text.replace('-', '\N{MINUS SIGN}'))
+  return text.replace('-', '\N{MINUS SIGN}')
 
 
 def thin(values: Sequence[float], most: int = _MOST_POINTS) -> list[float]:
@@ -177,14 +213,47 @@ def chart(
   return _data_uri('image/svg+xml', file.getvalue())
 
 
-def accuracy_table(title: str, curves: Sequence[CurveRow]) -> Table:
-  """A table and chart of adversarial accuracies."""
-  return _curve_table(title, _ACCURACY, curves, '.3f', (-0.02, 1.02))
+def panel(title: str, curves: Sequence[plots.Curve]) -> Table:
+  """A table and chart of a figure's panel, with a row for each curve."""
+  rows = []
+  for curve, style in zip(curves, styles(curve.objective for curve in curves), strict=True):
+    note = f'seeds: {len(curve.results)}'
+    numbers = series(
+      *(column.tolist() for column in (curve.radii, curve.accuracy, *curve.interval.T))
+    )
+    rows.append(CurveRow(curve.label, style, note, numbers, curve.checks))
+  return _accuracy_table(title, rows)
 
 
-def latent_shift_table(title: str, curves: Sequence[CurveRow]) -> Table:
-  """A table and chart of latent shifts."""
-  return _curve_table(title, _SHIFT, curves, '.4g', None)
+def _robustness(runs: Sequence[Run]) -> list[Table]:
+  """A table for each data set and task, each set of tasks together, and the latent shift."""
+  accuracies: dict[str, list[CurveRow]] = {}
+  shifts: dict[str, list[CurveRow]] = {}
+  not_run = plots.checks_summary()  # the checks are those of the probe's own curve
+  for run in runs:
+    dataset = run.config['dataset']
+    for probe in run.probes:
+      note = f'{probe.attack}, n = {probe.num_examples:,}, step {probe.step:,}'
+      curve = CurveRow(run.label, run.style, note, probe.accuracy, probe.summary)
+      title = f'{dataset}, {probe.task} probe, {probe.attack}'
+      accuracies.setdefault(title, []).append(curve)
+      if probe.joint:
+        tasks, numbers = probe.joint
+        joint = curve._replace(series=numbers, checks=not_run)
+        accuracies.setdefault(f'{dataset}, {tasks} probes together', []).append(joint)
+      if probe.latent_shift:
+        shift = curve._replace(series=probe.latent_shift, checks=not_run)
+        shifts.setdefault(f'{dataset}, latent shift under attack', []).append(shift)
+  unit = 'squared W2 between the encodings of x and the attack; mean, and 5 % to 95 % of the images'
+  return [
+    *(_accuracy_table(title, rows) for title, rows in accuracies.items()),
+    *(_curve_table(title, unit, rows, '.4g', None) for title, rows in shifts.items()),
+  ]
+
+
+def _accuracy_table(title: str, curves: Sequence[CurveRow]) -> Table:
+  unit = 'adversarial accuracy, with 95 % intervals'
+  return _curve_table(title, unit, curves, '.3f', (-0.02, 1.02))
 
 
 def _curve_table(
@@ -196,42 +265,43 @@ def _curve_table(
 ) -> Table:
   radii = sorted({radius for curve in curves for radius in curve.series.radii})
   rows, lines = [], []
-  for label, style, note, series, checks in curves:
-    cells = {
-      radius: tuple(number(each, decimals) for each in (value, *band))
-      for radius, value, band in zip(*series, strict=True)
-    }
+  for label, style, note, numbers, checks in curves:
+    cells = {radius: values for radius, *values in zip(*numbers, strict=True)}
     rows.append(Row(label, style, note, [cells.get(radius) for radius in radii], checks))
-    lows, highs = ([ends[side] for ends in series.band] for side in (0, 1))
-    lines.append(Line(style, series.radii, series.values, lows, highs))
+    lines.append(Line(style, *numbers))
   drawing = chart(lines, 'radius of the attack (l-inf, pixels in [0, 1])', y_limits=y_limits)
-  return Table(title, unit, [f'{radius:g}' for radius in radii], rows, drawing)
+  return Table(title, unit, [f'{radius:g}' for radius in radii], rows, drawing, decimals)
 
 
-def training_charts(runs: Sequence[tuple[Style, list[dict[str, float]]]]) -> list[Table]:
-  """A chart of every metric; each run is a style and its rows of metrics, at least one."""
-  last = max(rows[-1]['step'] for _, rows in runs)
+def _training(runs: Sequence[Run]) -> dict[str, list[Table]]:
+  """A chart of every metric, for each data set."""
+  by_dataset: dict[str, list[Run]] = {}
+  for run in runs:
+    if run.rows:
+      by_dataset.setdefault(run.config['dataset'], []).append(run)
+  return {dataset: _training_charts(group) for dataset, group in by_dataset.items()}
+
+
+def _training_charts(runs: Sequence[Run]) -> list[Table]:
+  last = max(run.rows[-1]['step'] for run in runs)
   tables = []
-  for name in _in_order(row for _, rows in runs for row in rows):
+  for name in _in_order(row for run in runs for row in run.rows):
     lines = []
-    for style, rows in runs:
-      steps, values = ([row[key] for row in rows if name in row] for key in ('step', name))
-      lines.append(Line(style, thin(steps), thin(values)))
+    for run in runs:
+      steps, values = ([row[key] for row in run.rows if name in row] for key in ('step', name))
+      lines.append(Line(run.style, thin(steps), thin(values)))
     drawing = chart(lines, 'training step', x_limits=(0.0, last or 1.0), size=(4.2, 2.6))
     tables.append(Table(*_named(name), [], [], drawing))
   return tables
 
 
-def metric_table(
-  runs: Sequence[tuple[str, Style, str]], metrics: Sequence[Mapping[str, float]]
-) -> Table:
-  """A table of one set of metrics a run; a run is its label, its style and its state."""
+def _metric_table(runs: Sequence[Run], metrics: Sequence[Mapping[str, float]]) -> Table:
+  """A table of one set of metrics a run."""
   names = _in_order(metrics)
   rows = []
-  for (label, style, state), values in zip(runs, metrics, strict=True):
-    numbers = (values.get(name) for name in names)
-    cells = [None if value is None else (number(value, '.5g'),) for value in numbers]
-    rows.append(Row(label, style, '' if values else state, list(cells)))
+  for run, values in zip(runs, metrics, strict=True):
+    cells = [values.get(name) for name in names]
+    rows.append(Row(run.label, run.style, '' if values else run.state, cells))
   return Table('', '', [_named(name)[0] for name in names], rows)
 
 
@@ -246,7 +316,7 @@ def _named(name: str) -> tuple[str, str]:
   return _METRICS.get(name, (name, ''))
 
 
-def side_by_side(
+def _side_by_side(
   columns: Sequence[Mapping[str, Any]], usual: Mapping[str, Any]
 ) -> list[tuple[str, list[str], bool]]:
   """Rows (name, values, whether they differ) of dicts, from each other or, if alone, from usual."""
@@ -282,8 +352,22 @@ def picture(content: bytes, title: str, text: str) -> Picture:
   return Picture(title, text, _data_uri('image/png', content), width, height)
 
 
-def render(**content: Any) -> str:
-  """The page; every text in `content` is escaped."""
+def render(
+  title: str,
+  runs: Sequence[Run],
+  figures: Sequence[tuple[Sequence[Table], str]],
+  unfinished: Sequence[str],
+  defaults: Mapping[str, Any],
+) -> str:
+  """The page, in HTML; every text in it is escaped.
+
+  Args:
+    title: heading of the page.
+    runs: the runs, at least one.
+    figures: the panels of each figure, and a note about it that may be empty.
+    unfinished: directories of figures that are not finished.
+    defaults: the settings that a single run is compared with.
+  """
   import jinja2  # slow to import
 
   environment = jinja2.Environment(
@@ -293,7 +377,22 @@ def render(**content: Any) -> str:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  page = environment.get_template('report.html').render(generator=GENERATOR, **content)
+  environment.filters['shown'] = _shown
+  pictures = {picture.title: picture.text for run in runs for picture in run.pictures}
+  page = environment.get_template('report.html').render(
+    generator=GENERATOR,
+    title=title,
+    runs=runs,
+    figures=figures,
+    unfinished=unfinished,
+    held_out=_metric_table(runs, [run.test or {} for run in runs]),
+    last_rows=_metric_table(runs, [run.rows[-1] if run.rows else {} for run in runs]),
+    robustness=_robustness(runs),
+    training=_training(runs),
+    pictures=pictures,
+    settings=_side_by_side([run.config for run in runs], defaults),
+    environment=_side_by_side([run.environment for run in runs], {}),
+  )
   return page.lstrip()
 
 

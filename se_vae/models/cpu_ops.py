@@ -31,7 +31,7 @@ _LAYOUT = ('HWNC', 'HWIO', 'HWNC')
 
 
 def identity(x: jax.Array) -> jax.Array:
-  """x itself: the activation function of a linear output."""
+  """Returns x: the activation function of a linear output."""
   return x
 
 
@@ -43,7 +43,7 @@ def dense(
   activation: Activation = identity,
   of_images: bool = False,
 ) -> jax.Array:
-  """`activation(x @ kernel + bias)`, `[B, K]` to `[B, N]`.
+  """Returns `activation(x @ kernel + bias)`, `[B, N]`.
 
   Args:
     x: `[B, K]`.
@@ -52,8 +52,7 @@ def dense(
     activation: elementwise.
     of_images: whether x is no output of another `dense`, so that its gradient is wanted as rows.
   """
-  product = _product_of_rows if of_images else _product
-  return activation(product(kernel, x.T) + bias[:, None]).T
+  return activation(_product(of_images, kernel, x.T) + bias[:, None]).T
 
 
 def conv(
@@ -64,7 +63,15 @@ def conv(
   stride: int,
   activation: Activation = identity,
 ) -> jax.Array:
-  """`SAME` convolution of images `[B, H, W, I]` with a kernel `[K, K, I, O]`, to `[B, h, w, O]`."""
+  """Returns the activated `SAME` convolution of images with a kernel, `[B, h, w, O]`.
+
+  Args:
+    x: images `[B, H, W, I]`.
+    kernel: `[K, K, I, O]`.
+    bias: `[O]`.
+    stride: in height and width.
+    activation: elementwise.
+  """
   convolve = jax.lax.platform_dependent(
     x.transpose(1, 2, 0, 3),
     kernel,
@@ -83,13 +90,13 @@ def conv_transpose(
   image_size: tuple[int, int],
   activation: Activation = identity,
 ) -> jax.Array:
-  """The transpose of the linear part of `conv`, `[B, h, w, O]` to `[B, H, W, I]`, plus a bias.
+  """Returns the activated transpose of the linear part of `conv`, plus a bias, `[B, H, W, I]`.
 
   Args:
-    y: features, of the shape that `conv` gives for images of `image_size`.
+    y: features `[B, h, w, O]`, of the shape that `conv` gives for images of `image_size`.
     kernel: `[K, K, I, O]`, the kernel of the convolution that is transposed.
     bias: `[I]`.
-    stride: its stride.
+    stride: the stride of that convolution.
     image_size: (H, W) of the result, with h = ceil(H / stride) and w = ceil(W / stride).
     activation: elementwise.
   """
@@ -103,39 +110,29 @@ def conv_transpose(
 
 
 def output_size(size: int, stride: int) -> int:
-  """Height or width after a `SAME` convolution."""
+  """Returns the height or width after a `SAME` convolution."""
   return -(-size // stride)
 
 
-@jax.custom_jvp
-def _product(kernel: jax.Array, features: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(of_images: bool, kernel: jax.Array, features: jax.Array) -> jax.Array:
   """Weights `[K, N]` and columns `[K, B]`, to columns `[N, B]`."""
+  del of_images  # it chooses the form of the gradient
   return _sum_over(_transposed(kernel), features, 1)
 
 
 @_product.defjvp
 def _product_jvp(
-  primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+  of_images: bool, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   (kernel, features), (d_kernel, d_features) = primals, tangents
   # A backward pass transposes these; each is written so that its transpose is fast.
-  tangent = _sum_over(kernel, d_features, 0) + _sum_over(d_kernel, features, 0)
-  return _product(kernel, features), tangent
-
-
-@jax.custom_jvp
-def _product_of_rows(kernel: jax.Array, features: jax.Array) -> jax.Array:
-  """The same, where the gradient in the features is wanted as rows `[B, K]`."""
-  return _sum_over(_transposed(kernel), features, 1)
-
-
-@_product_of_rows.defjvp
-def _product_of_rows_jvp(
-  primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-  (kernel, features), (d_kernel, d_features) = primals, tangents
-  tangent = _sum_over(_transposed(kernel), d_features, 1) + _sum_over(d_kernel, features, 0)
-  return _product_of_rows(kernel, features), tangent
+  if of_images:
+    by_features = _sum_over(_transposed(kernel), d_features, 1)
+  else:
+    by_features = _sum_over(kernel, d_features, 0)
+  tangent = by_features + _sum_over(d_kernel, features, 0)
+  return _product(of_images, kernel, features), tangent
 
 
 def _sum_over(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

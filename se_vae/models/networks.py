@@ -135,6 +135,16 @@ class Conv(nn.Module):
     )
 
 
+def feature_sizes(image_shape: tuple[int, int, int], num_layers: int) -> list[tuple[int, int]]:
+  """Returns (H, W) of an image, and after each of `num_layers` convolutions of stride 2."""
+  height, width, _ = image_shape
+  sizes = [(height, width)]
+  for _ in range(num_layers):
+    height, width = (cpu_ops.output_size(size, STRIDE) for size in sizes[-1])
+    sizes.append((height, width))
+  return sizes
+
+
 class ConvEncoder(nn.Module):
   """ReLU convolutions of stride 2, one for each of `channels`, then a `GaussianHead`."""
 
@@ -159,14 +169,9 @@ class ConvDecoder(nn.Module):
   @nn.compact
   def __call__(self, z: jax.Array) -> jax.Array:
     """Latents `[B, D]` to image means `[B, H, W, C]`."""
-    height, width, image_channels = self.image_shape
-    sizes = [(height, width)]  # of the images between the encoder's layers, from the input on
-    for _ in self.channels:
-      height, width = (cpu_ops.output_size(size, STRIDE) for size in sizes[-1])
-      sizes.append((height, width))
+    *sizes, (height, width) = feature_sizes(self.image_shape, len(self.channels))
     features = nn.relu(nn.Dense(height * width * self.channels[-1])(z))
     x = features.reshape(z.shape[0], height, width, self.channels[-1])
-    outputs = (image_channels, *self.channels[:-1])
-    for size, channels in reversed(list(zip(sizes[:-1], outputs, strict=True))[1:]):
+    for size, channels in reversed(list(zip(sizes[1:], self.channels[:-1], strict=True))):
       x = Conv(channels, nn.relu, transpose_to=size)(x)
-    return Conv(image_channels, nn.sigmoid, transpose_to=sizes[0])(x)
+    return Conv(self.image_shape[2], nn.sigmoid, transpose_to=sizes[0])(x)

@@ -40,7 +40,7 @@ class VAE:
   latent_dim: int
 
   def init(self, key: jax.Array) -> Params:
-    """Fresh parameters: `{'encoder': ..., 'decoder': ...}`.
+    """Returns fresh parameters: `{'encoder': ..., 'decoder': ...}`.
 
     Raises:
       ValueError: for a module that has variables besides its parameters, as batch statistics, or
@@ -55,14 +55,14 @@ class VAE:
     }
 
   def encode(self, params: Params, x: jax.Array) -> Gaussian:
-    """q(z | x) for images `[B, H, W, C]` in [0, 1]."""
+    """Returns q(z | x) for images `[B, H, W, C]` in [0, 1]."""
     if x.shape[1:] != self.image_shape:
       raise AssertionError(f'x must be [B, {", ".join(map(str, self.image_shape))}], got {x.shape}')
     q: Gaussian = self.encoder.apply(params['encoder'], x)
     return q
 
   def decode(self, params: Params, z: jax.Array) -> jax.Array:
-    """The decoder mean g(z) `[B, H, W, C]` in [0, 1], for latents `[B, D]`."""
+    """Returns the decoder mean g(z) `[B, H, W, C]` in [0, 1], for latents `[B, D]`."""
     if z.ndim != 2 or z.shape[1] != self.latent_dim:
       raise AssertionError(f'z must be [B, {self.latent_dim}], got {z.shape}')
     x_mean: jax.Array = self.decoder.apply(params['decoder'], z)
@@ -79,7 +79,7 @@ def make_vae(
   num_layers: int = 4,
   covariance: str = 'diagonal',
 ) -> VAE:
-  """One of the paper's models (Sec. 7).
+  """Returns one of the paper's models (Sec. 7).
 
   Example:
     >>> model = make_vae((28, 28, 1), latent_dim=32)
@@ -119,7 +119,7 @@ def make_vae(
 
 
 def _init(name: str, module: nn.Module, key: jax.Array, inputs: jax.Array) -> Any:
-  """The module's parameters; raises where it is no function of them and of its inputs alone."""
+  """Returns a module's parameters, if it is a function of them and of its inputs alone."""
   variables = module.init(key, inputs)
   others = sorted(set(variables) - {'params'})
   if others:
@@ -134,5 +134,5 @@ def _init(name: str, module: nn.Module, key: jax.Array, inputs: jax.Array) -> An
 
 
 def num_parameters(params: Params) -> int:
-  """The number of scalars in a parameter tree."""
+  """Returns the number of scalars in a parameter tree."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -18,7 +18,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,15 +34,50 @@ DTYPES = frozenset(
   + [f'{kind}{bits}' for kind in ('int', 'uint') for bits in (8, 16, 32, 64)]
 )
 
-Tensors = dict[str, np.ndarray]
-Metadata = dict[str, Any]
-
 _HEADER_KEY = 'se_vae'
 _NAME = re.compile(r'checkpoint_([0-9]{8,})_([0-9a-f]{64})\.safetensors')
 
 
 class CheckpointError(RuntimeError):
   """A checkpoint that cannot be written, read or used. The one-line message says which and why."""
+
+
+class Checkpoint(NamedTuple):
+  """The content of a checkpoint whose every byte has been verified.
+
+  Attributes:
+    path: the file.
+    tensors: the stored leaves, by their pytree paths.
+    metadata: JSON values, among them 'format', 'step' and 'versions'.
+  """
+
+  path: Path
+  tensors: dict[str, np.ndarray]
+  metadata: dict[str, Any]
+
+  def restore(self, template: Any) -> Any:
+    """Returns the tensors as a pytree of NumPy arrays.
+
+    Args:
+      template: a pytree of arrays or `jax.ShapeDtypeStruct`; the checkpoint must hold every leaf
+        with its shape and dtype, and no other.
+
+    Raises:
+      CheckpointError: naming every leaf that is missing, superfluous or of another shape or dtype.
+    """
+    expected = _named_leaves(template)
+    extra = sorted(self.tensors.keys() - expected)
+    differences = [f'{name!r} is not in the template' for name in extra]
+    for name, leaf in expected.items():
+      wanted = _described(leaf)
+      if name not in self.tensors:
+        differences.append(f'{name!r} is missing')
+      elif (stored := _described(self.tensors[name])) != wanted:
+        differences.append(f'{name!r} is {stored}, not {wanted}')
+    if differences:
+      raise CheckpointError(f'{self.path}: does not fit: {"; ".join(differences)}')
+    leaves = [self.tensors[name] for name in expected]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
 def save(
@@ -103,8 +138,8 @@ def steps(directory: str | Path) -> list[tuple[int, Path]]:
   return sorted(((int(match[1]), Path(directory) / match[0]) for match in matches), reverse=True)
 
 
-def load(path: str | Path) -> tuple[Tensors, Metadata]:
-  """Returns the tensors of one checkpoint by name, and its metadata.
+def load(path: str | Path) -> Checkpoint:
+  """Returns the content of one checkpoint.
 
   Raises:
     CheckpointError: if the file is missing or damaged.
@@ -113,42 +148,27 @@ def load(path: str | Path) -> tuple[Tensors, Metadata]:
   if match is None:
     raise CheckpointError(f'{path}: is not named checkpoint_<step>_<sha256>.safetensors')
   try:
-    if _digest(path) != match[2]:
+    with open(path, 'rb') as file:
+      digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    if digest != match[2]:
       raise CheckpointError(f'{path}: damaged, its SHA-256 is not the one in its name')
-    with safetensors.safe_open(path, framework='np') as file:
-      tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-      metadata = json.loads((file.metadata() or {}).get(_HEADER_KEY, 'null'))
+    with safetensors.safe_open(path, framework='np') as stored:
+      tensors = {name: stored.get_tensor(name) for name in stored.offset_keys()}
+      metadata = json.loads((stored.metadata() or {}).get(_HEADER_KEY, 'null'))
   except OSError as error:
     raise CheckpointError(f'{path}: cannot be read: {error.strerror or error}') from error
   # The last three are how NumPy types and JSON that only a foreign writer makes come out.
   except (safetensors.SafetensorError, AttributeError, ValueError, RecursionError) as error:
-    raise CheckpointError(f'{path}: is not a checkpoint: {_one_line(error)}') from error
+    raise CheckpointError(f'{path}: is not a checkpoint: {" ".join(str(error).split())}') from error
   if not isinstance(metadata, dict) or metadata.get('format') != FORMAT:
     raise CheckpointError(f'{path}: its metadata is not of format {FORMAT}')
   if metadata.get('step') != int(match[1]):
     raise CheckpointError(f'{path}: renamed, it is of step {metadata.get("step")!r}')
-  return tensors, metadata
+  return Checkpoint(Path(path), tensors, metadata)
 
 
-def restore(path: str | Path, template: Any) -> tuple[Any, Metadata]:
-  """Returns one checkpoint as a pytree of NumPy arrays, and its metadata.
-
-  Args:
-    path: the file.
-    template: a pytree of arrays or `jax.ShapeDtypeStruct`; the checkpoint must hold every
-      leaf with its shape and dtype, and no other.
-
-  Raises:
-    CheckpointError: if the file is missing or damaged, or does not fit the template.
-  """
-  tensors, metadata = load(path)
-  return unflatten(path, template, tensors), metadata
-
-
-def newest_good(
-  directory: str | Path, *, on_damage: Callable[[str], None]
-) -> tuple[Path, Tensors, Metadata] | None:
-  """Returns path, tensors and metadata of the newest good checkpoint; None if there is none at all.
+def load_latest(directory: str | Path, *, on_damage: Callable[[str], None]) -> Checkpoint | None:
+  """Returns the newest good checkpoint; None if there is none at all.
 
   Args:
     directory: may be missing.
@@ -160,70 +180,15 @@ def newest_good(
   candidates = steps(directory)
   for _, path in candidates:
     try:
-      return path, *load(path)
+      return load(path)
     except CheckpointError as error:
       on_damage(str(error))
   if not candidates:
     return None
   # Beside a writer, newer checkpoints may have replaced all that were listed.
   if steps(directory) != candidates:
-    return newest_good(directory, on_damage=on_damage)
+    return load_latest(directory, on_damage=on_damage)
   raise CheckpointError(f'{directory}: none of its {len(candidates)} checkpoints is good')
-
-
-def load_latest(
-  directory: str | Path, *, on_damage: Callable[[str], None]
-) -> tuple[Tensors, Metadata] | None:
-  """Returns what `newest_good` returns, without the path."""
-  found = newest_good(directory, on_damage=on_damage)
-  return None if found is None else found[1:]
-
-
-def restore_latest(
-  directory: str | Path, template: Any, *, on_damage: Callable[[str], None]
-) -> tuple[Any, Metadata] | None:
-  """Returns the newest good checkpoint as `restore` does; None if there is none at all.
-
-  A checkpoint that is whole but does not fit the template is the wrong one, not a damaged one.
-  An older checkpoint is not used instead.
-
-  Args:
-    directory: as in `newest_good`.
-    template: as in `restore`.
-    on_damage: as in `newest_good`.
-
-  Raises:
-    CheckpointError: as in `newest_good` and `restore`.
-  """
-  found = newest_good(directory, on_damage=on_damage)
-  if found is None:
-    return None
-  path, tensors, metadata = found
-  return unflatten(path, template, tensors), metadata
-
-
-def unflatten(path: str | Path, template: Any, tensors: Tensors) -> Any:
-  """Returns a pytree with the structure of a template and the tensors of a checkpoint for leaves.
-
-  Args:
-    path: the file, which an error names.
-    template: a pytree of arrays or `jax.ShapeDtypeStruct`.
-    tensors: one for each leaf of the template, by the leaf's path.
-
-  Raises:
-    CheckpointError: naming every leaf that is missing, superfluous or of another shape or dtype.
-  """
-  expected = _named_leaves(template)
-  differences = [f'{name!r} is not in the template' for name in sorted(tensors.keys() - expected)]
-  for name, leaf in expected.items():
-    wanted = f'{_dtype(leaf)}{list(np.shape(leaf))}'
-    if name not in tensors:
-      differences.append(f'{name!r} is missing')
-    elif (stored := f'{tensors[name].dtype}{list(tensors[name].shape)}') != wanted:
-      differences.append(f'{name!r} is {stored}, not {wanted}')
-  if differences:
-    raise CheckpointError(f'{path}: does not fit: {"; ".join(differences)}')
-  return jax.tree.unflatten(jax.tree.structure(template), [tensors[name] for name in expected])
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -242,6 +207,10 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 def _dtype(leaf: Any) -> str:
   """Returns the name of the dtype of an array, a `jax.ShapeDtypeStruct` or a number."""
   return str(leaf.dtype if hasattr(leaf, 'dtype') else np.asarray(leaf).dtype)
+
+
+def _described(leaf: Any) -> str:
+  return f'{_dtype(leaf)}{list(np.shape(leaf))}'
 
 
 def _serialise(step: int, tree: Any, metadata: Mapping[str, Any]) -> bytes:
@@ -276,21 +245,6 @@ def _prune(written: Path, step: int, keep: int) -> None:
       with contextlib.suppress(OSError):
         path.unlink()
     else:
-      good += _is_good(path)
-
-
-def _is_good(path: Path) -> bool:
-  try:
-    load(path)
-  except CheckpointError:
-    return False
-  return True
-
-
-def _digest(path: str | Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-  return ' '.join(str(error).split())
+      with contextlib.suppress(CheckpointError):
+        load(path)
+        good += 1

@@ -109,7 +109,7 @@ def load_saved(workdir: str | Path, model: vae.VAE | None = None) -> SavedModel:
     CheckpointError: if there is no good checkpoint, or it does not hold such a model.
   """
   directory = Path(workdir) / CHECKPOINTS
-  found = checkpoints.newest_good(
+  found = checkpoints.load_latest(
     directory, on_damage=lambda damage: warnings.warn(damage, stacklevel=4)
   )
   if found is None:
@@ -129,7 +129,7 @@ def load_saved(workdir: str | Path, model: vae.VAE | None = None) -> SavedModel:
       message = f"{path}: its metadata['model'] describes no model: {reason}"
       raise CheckpointError(message) from error
   stored = {name: tensor for name, tensor in tensors.items() if name.startswith('params/')}
-  params = checkpoints.unflatten(path, {'params': template}, stored)['params']
+  params = found._replace(tensors=stored).restore({'params': template})['params']
   return SavedModel(model, jax.tree.map(jnp.asarray, params), metadata, path)
 
 

@@ -29,24 +29,22 @@ class Chunk(NamedTuple):
   Attributes:
     images: uint8 `[K, B, H, W, C]`, split over the devices along B.
     examples: int32 `[K, B]`, their places in the training set, split likewise.
-    host_examples: the same on the host.
   """
 
   images: jax.Array
   examples: jax.Array
-  host_examples: np.ndarray
 
 
-def read_chunk(mesh: Mesh, images: np.ndarray, host_examples: np.ndarray) -> Chunk:
+def read_chunk(mesh: Mesh, images: np.ndarray, examples: np.ndarray) -> Chunk:
   """Puts batches on the devices. Each process reads its own devices' share alone.
 
   Args:
     mesh: the devices, whose number divides B.
     images: the training set `[N, H, W, C]`, uint8.
-    host_examples: int32 `[K, B]`, the examples of each step.
+    examples: int32 `[K, B]`, the examples of each step.
   """
-  examples: Any = sharding.split(mesh, host_examples, axis=1)
-  return Chunk(sharding.split_rows(mesh, images, host_examples), examples, host_examples)
+  placed: Any = sharding.split(mesh, examples, axis=1)
+  return Chunk(sharding.split_rows(mesh, images, examples), placed)
 
 
 def steps_per_chunk(images: np.ndarray, batch_size: int, at_most: int) -> int:

@@ -63,22 +63,20 @@ class Window(NamedTuple):
 def empty_window(step_function: StepFunction, state: Any, args: Any, images: np.ndarray) -> Window:
   """Returns the window before its first step, as NumPy arrays.
 
+  No step is taken: the shapes of the arguments alone are used.
+
   Args:
     step_function: the training step.
-    state: its state, of which only shapes are used, as of the two that follow.
+    state: its state.
     args: its further arguments.
     images: the training set `[N, H, W, C]`.
   """
-
-  def metrics_of_a_step() -> Metrics:
-    mesh = sharding.data_mesh(1)  # one device of each process
-    step = sharding.per_device(mesh, step_function, (None, None, 0, 0))
-    x, examples = jnp.zeros((mesh.size, *images.shape[1:])), jnp.zeros(mesh.size, jnp.int32)
-    metrics: Metrics = step(state, args, x, examples)[1]
-    return metrics
-
-  shapes = jax.eval_shape(metrics_of_a_step)
-  zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+  mesh = sharding.data_mesh(1)  # one device of each process
+  x = jax.ShapeDtypeStruct((mesh.size, *images.shape[1:]), jnp.float32)
+  examples = jax.ShapeDtypeStruct((mesh.size,), jnp.int32)
+  step = sharding.per_device(mesh, step_function, (None, None, 0, 0))
+  _, metrics = jax.eval_shape(step, state, args, x, examples)
+  zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in metrics.items()}
   return Window(np.zeros((), np.int32), zeros, np.full((), -1, np.int32), zeros)
 
 
@@ -219,16 +217,14 @@ def run(
     row_end = min((step // steps_per_row + 1) * steps_per_row, num_steps)
     count = min(dispatch_steps, chunk_steps, row_end - step)
     began = time.monotonic()
-    state, window = train_steps(
-      step_function, mesh, state, window, args, chunk.images, chunk.examples, np.int32(count)
-    )
+    state, window = train_steps(step_function, mesh, state, window, args, *chunk, np.int32(count))
+    step += count
     # The next batches are read while the devices work.
-    current, first_step, step = chunk, step, step + count
     chunk = input_pipeline.read_chunk(mesh, images, indices_for(step, chunk_steps))
     bad_step = int(window.bad_step)  # waits for the devices
     steps_per_second = count / (time.monotonic() - began)
     if bad_step >= 0:
-      examples = current.host_examples[bad_step - first_step]
+      examples = indices_for(bad_step, 1)[0]
       raise NotFiniteError(bad_step, _to_floats(window.bad_metrics), examples)
     row = None
     if step == row_end:

@@ -59,7 +59,7 @@ def config(workdir: Path, data_dir: Path, **changes) -> pretrain.PretrainConfig:
 
 
 def bits(workdir: Path) -> dict[str, bytes]:
-  arrays, _ = checkpoints.load_latest(workdir / 'checkpoints', on_damage=pytest.fail)
+  arrays = checkpoints.load_latest(workdir / 'checkpoints', on_damage=pytest.fail).tensors
   metrics = {'metrics': (workdir / 'metrics.jsonl').read_bytes()}
   return metrics | {name: array.tobytes() for name, array in arrays.items()}
 

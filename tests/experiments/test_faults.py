@@ -83,7 +83,7 @@ def assert_same_end(workdir: Path, expected: Path) -> None:
   results = [json.loads((path / 'result.json').read_text()) for path in (workdir, expected)]
   assert results[0]['test'] == results[1]['test']
   tensors = [
-    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail).tensors
     for path in (workdir, expected)
   ]
   assert tensors[0].keys() == tensors[1].keys()
@@ -138,7 +138,7 @@ def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, u
   assert 0 < step < 1500
   run(tmp_path, log_every=1500, checkpoint_every=1500)
   mine, theirs = (
-    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail).tensors
     for path in (tmp_path, undisturbed)
   )
   for name in (name for name in theirs if name.startswith(('params/', 'opt_state/'))):
@@ -327,7 +327,7 @@ def test_a_constant_rate_may_train_on_and_a_cosine_may_not(tmp_path):
   assert run(tmp_path, **longer)['step'] == 20
   run(tmp_path / 'straight', **longer)
   mine, theirs = (
-    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail).tensors
     for path in (tmp_path, tmp_path / 'straight')
   )
   for name, tensor in theirs.items():

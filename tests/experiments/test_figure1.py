@@ -88,8 +88,10 @@ def test_a_preset_names_every_encoder_once(tmp_path, flags, count):
   settings = [to_dict(piece.pretraining) for piece in pieces]
   assert len({values['workdir'] for values in settings}) == len(pieces) == count
   for piece, values in zip(pieces, settings, strict=True):
-    assert values['workdir'].endswith(f'latent{piece.latent_dim}_seed{piece.seed}')
-    assert values['dataset'] == ('color_mnist' if piece.encoders.color else 'mnist')
+    identity = piece.identity
+    assert values['workdir'].endswith(f'latent{identity["latent_dim"]}_seed{identity["seed"]}')
+    colored = identity['encoders'] == 'color_mlp'
+    assert values['dataset'] == ('color_mnist' if colored else 'mnist')
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_checkpoints(tmp_path, checkpoint, choices):
   path = tmp_path / checkpoint.name
   path.write_bytes(content)
   if content == original:
-    assert checkpoints.load(path)[1]['step'] == 7
+    assert checkpoints.load(path).metadata['step'] == 7
     return
   with pytest.raises(checkpoints.CheckpointError) as error:
     checkpoints.load(path)
@@ -123,7 +123,8 @@ def test_checkpoints_whose_name_fits_their_damage(tmp_path, checkpoint, choices)
   path.write_bytes(content)
   template = {'params': {'w': np.zeros((2, 3), np.float32)}, 'step': np.int32(0)}
   try:
-    tree, metadata = checkpoints.restore(path, template)
+    found = checkpoints.load(path)
+    tree, metadata = found.restore(template), found.metadata
   except checkpoints.CheckpointError as error:
     assert '\n' not in str(error)
   else:

@@ -152,8 +152,8 @@ def test_an_interrupted_run_ends_bitwise_equal(tmp_path):
       pretrain.run(config(broken), stop)
   pretrain.run(config(broken), signals.StopSignal())
   assert rows(broken) == rows(straight)
-  (one, _), (other, _) = (
-    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)
+  one, other = (
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail).tensors
     for path in (straight, broken)
   )
   assert one.keys() == other.keys()
@@ -288,8 +288,8 @@ def smoothed(trained, tmp_path_factory) -> Path:
 
 
 def test_a_run_starts_with_the_parameters_of_another_and_keeps_its_decoder(trained, smoothed):
-  (before, _), (after, _) = (
-    checkpoints.load_latest(workdir / 'checkpoints', on_damage=pytest.fail)
+  before, after = (
+    checkpoints.load_latest(workdir / 'checkpoints', on_damage=pytest.fail).tensors
     for workdir in (trained, smoothed)
   )
   names = [name for name in before if name.startswith('params/')]

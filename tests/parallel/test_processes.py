@@ -134,7 +134,7 @@ def alone(tmp_path_factory) -> Path:
 def assert_same_but_for_rounding(workdir: Path, expected: Path) -> None:
   """A gradient's sum in another order: 2e-7 of each tensor's largest entry, on one machine."""
   mine, theirs = (
-    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail)[0]
+    checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail).tensors
     for path in (workdir, expected)
   )
   assert mine.keys() == theirs.keys() and mine['step'] == TINY['num_steps']

@@ -49,11 +49,11 @@ def save_small(directory: pathlib.Path, *values: int, keep: int = 9) -> list[pat
 def restore_small(directory: pathlib.Path) -> tuple[int, list[str]]:
   """The step of the newest good checkpoint, and the damages reported on the way to it."""
   damages: list[str] = []
-  found = checkpoints.restore_latest(directory, small(0), on_damage=damages.append)
+  found = checkpoints.load_latest(directory, on_damage=damages.append)
   assert found is not None
-  tree, metadata = found
-  assert_same(tree, small(metadata['step']))
-  return metadata['step'], damages
+  step: int = found.metadata['step']
+  assert_same(found.restore(small(0)), small(step))
+  return step, damages
 
 
 def structure(tree: Any) -> Any:

@@ -38,16 +38,18 @@ def test_train_state_round_trip(tmp_path: pathlib.Path, abstract: bool) -> None:
   state = make_state()
   path = checkpoints.save(tmp_path, 12, jax.tree.map(jnp.asarray, state), {'config': {'seed': 1}})
   template = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, state)) if abstract else state
-  tree, metadata = checkpoints.restore(path, template)
+  checkpoint = checkpoints.load(path)
+  tree = checkpoint.restore(template)
   assert_same(tree, state)
   assert isinstance(tree, training.TrainState)
-  assert metadata['config'] == {'seed': 1}
+  assert checkpoint.path == path
+  assert checkpoint.metadata['config'] == {'seed': 1}
 
 
 def test_names_are_pytree_paths(tmp_path: pathlib.Path) -> None:
   path = checkpoints.save(tmp_path, 12, make_state(), {})
   assert re.fullmatch(r'checkpoint_00000012_[0-9a-f]{64}\.safetensors', path.name)
-  names = checkpoints.load(path)[0].keys()
+  names = checkpoints.load(path).tensors.keys()
   assert {'step', 'opt_state/0/count'} <= names
   assert any(name.startswith('params/encoder/params/') for name in names)
   assert any(name.startswith('opt_state/0/mu/decoder/params/') for name in names)
@@ -66,7 +68,7 @@ def test_file_is_plain_safetensors_with_json_metadata(tmp_path: pathlib.Path) ->
 def test_metadata_round_trip(tmp_path: pathlib.Path) -> None:
   metadata = {'text': 'é\n"\\', 'list': [1, 2.5, None, True], 'nested': {'a': {}}, 'versions': {}}
   path = checkpoints.save(tmp_path, 3, small(3), metadata)
-  assert checkpoints.load(path)[1] == {**metadata, 'format': 1, 'step': 3}
+  assert checkpoints.load(path).metadata == {**metadata, 'format': 1, 'step': 3}
 
 
 @pytest.mark.parametrize('dtype', sorted(checkpoints.DTYPES))
@@ -74,26 +76,26 @@ def test_metadata_round_trip(tmp_path: pathlib.Path) -> None:
 def test_every_dtype_and_shape(tmp_path: pathlib.Path, dtype: str, shape: tuple[int, ...]) -> None:
   tree = {'x': np.arange(np.prod(shape)).reshape(shape).astype(jnp.dtype(dtype))}
   path = checkpoints.save(tmp_path, 0, tree, {})
-  assert_same(checkpoints.restore(path, tree)[0], tree)
+  assert_same(checkpoints.load(path).restore(tree), tree)
 
 
 def test_special_values_keep_their_bits(tmp_path: pathlib.Path) -> None:
   bits = np.array([0x7FC00001, 0xFFC00000, 0x7F800000, 0x80000000, 0x00000001], np.uint32)
   path = checkpoints.save(tmp_path, 0, {'x': bits.view(np.float32)}, {})
-  assert_same(checkpoints.load(path)[0]['x'].view(np.uint32), bits)
+  assert_same(checkpoints.load(path).tensors['x'].view(np.uint32), bits)
 
 
 def test_memory_order_does_not_matter(tmp_path: pathlib.Path) -> None:
   x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
   tree = {'transposed': x.T, 'fortran': np.asfortranarray(x), 'strided': x[:, ::2], 'back': x[::-1]}
   path = checkpoints.save(tmp_path, 0, tree, {})
-  assert_same(checkpoints.restore(path, tree)[0], tree)
+  assert_same(checkpoints.load(path).restore(tree), tree)
 
 
 def test_numbers_tuples_and_empty_nodes(tmp_path: pathlib.Path) -> None:
   tree = {'tuple': (np.ones(2), [np.zeros(1)]), 'empty': (), 'none': None, 'number': 3}
   path = checkpoints.save(tmp_path, 0, tree, {})
-  restored, _ = checkpoints.restore(path, tree)
+  restored = checkpoints.load(path).restore(tree)
   assert structure(restored) == structure(tree)
   assert restored['number'] == 3
 
@@ -107,7 +109,7 @@ def test_same_content_is_the_same_file(tmp_path: pathlib.Path) -> None:
 
 def test_restored_arrays_do_not_depend_on_the_file(tmp_path: pathlib.Path) -> None:
   (path,) = save_small(tmp_path, 5)
-  tree, _ = checkpoints.restore(path, small(0))
+  tree = checkpoints.load(path).restore(small(0))
   path.write_bytes(b'')
   assert_same(tree, small(5))
 
@@ -129,11 +131,13 @@ def test_restored_arrays_do_not_depend_on_the_file(tmp_path: pathlib.Path) -> No
 def test_every_mismatch_is_named(tmp_path: pathlib.Path, template: Any, words: Any) -> None:
   _, newest = save_small(tmp_path, 1, 2)
   with pytest.raises(CheckpointError) as error:
-    checkpoints.restore(newest, template)
+    checkpoints.load(newest).restore(template)
   assert_one_line(error, newest, *words)
-  # A wrong template is not damage: neither reported as such nor a reason to try older files.
+  # A wrong template is not damage: neither reported as such nor a reason to use older files.
+  found = checkpoints.load_latest(tmp_path, on_damage=never)
+  assert found is not None
   with pytest.raises(CheckpointError) as error:
-    checkpoints.restore_latest(tmp_path, template, on_damage=never)
+    found.restore(template)
   assert_one_line(error, newest, *words)
 
 
@@ -143,7 +147,6 @@ def test_every_mismatch_is_named(tmp_path: pathlib.Path, template: Any, words: A
 def test_no_checkpoint_is_none(tmp_path: pathlib.Path) -> None:
   for directory in (tmp_path, tmp_path / 'missing'):
     assert checkpoints.steps(directory) == []
-    assert checkpoints.restore_latest(directory, small(0), on_damage=never) is None
     assert checkpoints.load_latest(directory, on_damage=never) is None
 
 
@@ -153,7 +156,7 @@ def test_none_good_is_an_error(tmp_path: pathlib.Path) -> None:
     path.write_bytes(b'')
   damages: list[str] = []
   with pytest.raises(CheckpointError, match='none of its 3 checkpoints is good') as error:
-    checkpoints.restore_latest(tmp_path, small(0), on_damage=damages.append)
+    checkpoints.load_latest(tmp_path, on_damage=damages.append)
   assert_one_line(error, tmp_path)
   assert [damage.split(':')[0] for damage in damages] == [str(path) for path in reversed(paths)]
 
@@ -162,9 +165,8 @@ def test_load_latest(tmp_path: pathlib.Path) -> None:
   save_small(tmp_path, 1, 2)
   found = checkpoints.load_latest(tmp_path, on_damage=never)
   assert found is not None
-  tensors, metadata = found
-  assert_same(tensors, small(2))
-  assert metadata['step'] == 2
+  assert_same(found.tensors, small(2))
+  assert found.metadata['step'] == 2
 
 
 def test_steps_are_numbers_newest_first(tmp_path: pathlib.Path) -> None:
@@ -241,7 +243,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: pathlib.Path) -> None:
     path = checkpoints.save(tmp_path, 2, small(value), {})
     assert checkpoints.steps(tmp_path)[0] == (2, path)
     assert listed(tmp_path) == [2, 1]
-    assert_same(checkpoints.load(path)[0], small(value))
+    assert_same(checkpoints.load(path).tensors, small(value))
 
 
 def test_saving_heals_a_damaged_twin(tmp_path: pathlib.Path) -> None:

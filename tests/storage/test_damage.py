@@ -188,7 +188,7 @@ def test_read_only_directory(tmp_path: pathlib.Path) -> None:
 def test_temporary_files_of_dead_writers_are_removed(tmp_path: pathlib.Path) -> None:
   for pid in (1, os.getpid(), 999_999_999):
     (tmp_path / f'.checkpoint_{pid}.safetensors.{pid}.tmp').write_bytes(b'half of it')
-  assert checkpoints.restore_latest(tmp_path, small(0), on_damage=never) is None
+  assert checkpoints.load_latest(tmp_path, on_damage=never) is None
   (path,) = save_small(tmp_path, 1)
   assert list(tmp_path.iterdir()) == [path]
 
@@ -237,10 +237,10 @@ KILLER = """
   def latest():
     def on_damage(damage):
       raise AssertionError(damage)
-    found = checkpoints.restore_latest(directory, template, on_damage=on_damage)
+    found = checkpoints.load_latest(directory, on_damage=on_damage)
     if found is None:
       return 0
-    tree, metadata = found
+    tree, metadata = found.restore(template), found.metadata
     assert tree['step'] == metadata['step'] and (tree['a'] == metadata['step']).all()
     return metadata['step']
 

@@ -159,11 +159,12 @@ def test_an_old_checkpoint_gives_the_same_encodings() -> None:
 
 def test_an_old_checkpoint_is_restored_as_a_state_of_training() -> None:
   ((step, path),) = checkpoints.steps(OLD / 'checkpoints')
-  tensors, _ = checkpoints.load(path)
+  checkpoint = checkpoints.load(path)
   config = training.TrainConfig(schedule='constant')
   model = vae.make_vae((28, 28, 1), latent_dim=2, hidden_units=4)
   template = jax.eval_shape(lambda: training.init_state(model, config, jax.random.key(0)))
-  state = {name: value for name, value in tensors.items() if not name.startswith('window/')}
-  restored = checkpoints.unflatten(path, template, state)
+  tensors = checkpoint.tensors.items()
+  state = {name: value for name, value in tensors if not name.startswith('window/')}
+  restored = checkpoint._replace(tensors=state).restore(template)
   assert restored.step == step == 3
   assert restored.opt_state[0].count == 3

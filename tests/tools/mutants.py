@@ -82,8 +82,8 @@ def run_tests(path: Path, source: str, order: list[str]) -> tuple[bool, list[str
 
       importlib.machinery.SourceFileLoader.get_code = mutated
       plugin = Order(order)
-      tests = str(path.parents[1] / 'tests' / f'test_{path.stem}.py')
-      status = pytest.main(['-x', '-q', '-p', 'no:cacheprovider', tests], plugins=[plugin])
+      tests = sorted(map(str, (path.parents[1] / 'tests').glob(f'test_{path.stem}*.py')))
+      status = pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *tests], plugins=[plugin])
       names = [plugin.failed] if status else sorted(plugin.times, key=plugin.times.get)
       os.write(writer, '\n'.join(names).encode())
     finally:
