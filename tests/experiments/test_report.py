@@ -16,6 +16,7 @@ import pytest
 from experiments import figure1, pretrain, probe, report
 from experiments.cli.flags import UsageError, to_dict
 from experiments.visual import image_grids, report_page
+from se_vae.evaluation import verdicts
 
 RADII = [0.0, 0.05, 0.1, 0.3]
 VOID = {'meta', 'img', 'br'}
@@ -327,8 +328,8 @@ def test_every_curve_stands_beside_the_verdict_of_its_checks(run):
   write_probe(other, checks=[])
   directories = [str(run), str(other)]
   text = report.run(report.ReportConfig(directories[0], tuple(directories[1:]))).read_text()
-  verdicts = re.search(r'<ul class="verdicts">(.*?)</ul>', text, re.DOTALL).group(1)
-  first, second = re.findall(r'<strong>(\w+)</strong>.*?<br>(.*?)</li>', verdicts, re.DOTALL)
+  listed = re.search(r'<ul class="verdicts">(.*?)</ul>', text, re.DOTALL).group(1)
+  first, second = re.findall(r'<strong>(\w+)</strong>.*?<br>(.*?)</li>', listed, re.DOTALL)
   assert first == ('se', verdicts.summary(checks)) and '1 failed' in first[1]
   assert second == ('unchecked', 'checks: not run')
 
