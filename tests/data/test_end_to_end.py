@@ -103,6 +103,7 @@ def test_the_probe_knows_the_labels_of_any_set(trained):
     run_probe(trained, task='digit')
 
 
+@pytest.mark.slow
 def test_a_convnet_takes_large_images_of_odd_sides_and_more_classes(tmp_path):
   """Also where the set does not promise their size."""
   data_dir = prepared(tmp_path / 'set', (37, 50, 1), 12, declared=(None, None, 1))

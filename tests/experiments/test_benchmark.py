@@ -105,6 +105,7 @@ def test_the_twin_takes_the_same_step(arch, objective, memory_format):
   assert same.mean() > 0.99  # a gradient of rounding's size may have either sign
 
 
+@pytest.mark.slow
 def test_the_binary_measures_what_it_is_asked_for(tmp_path, capsys):
   config = speed.BenchmarkConfig(
     workdir=str(tmp_path),

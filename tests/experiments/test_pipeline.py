@@ -185,6 +185,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
   assert not all(map(math.isfinite, report['metrics'].values()))
 
 
+@pytest.mark.slow
 def test_full_covariance_encoders_train_and_are_probed(tmp_path):
   pretrain.run(config(tmp_path, covariance='full', num_steps=20), signals.StopSignal())
   losses = [row['loss'] for row in rows(tmp_path)]
@@ -310,6 +311,7 @@ def test_fit_smooths_as_the_binary_does(trained, smoothed):
     se_vae.fit(model, frozen, np.zeros((64, 28, 28, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_smoothing_a_trained_encoder_makes_it_more_robust():
   """With a third of the steps, beyond the intervals of 500 examples, and the decoder as it was."""
   dataset = data.load('mnist_5k')
