@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,10 +9,8 @@ import scipy.optimize
 import scipy.special
 
 from se_vae.evaluation import linear_probe
-from se_vae.models import vae
 from se_vae.parallel import sharding
-
-SHAPE = (3, 4, 1)
+from tests.evaluation.small_model import SHAPE, model_and_params
 
 
 def clusters(num_classes: int, count: int = 150, scales=(1.0, 30.0, 0.02)):
@@ -165,17 +160,6 @@ def test_fit_that_does_not_converge_raises():
 # ---------------------------------------------------------------------------------------------
 # Encoder means
 # ---------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def model_and_params():
-  model = vae.make_vae(SHAPE, latent_dim=2, hidden_units=5, num_layers=1)
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda leaf: (rng.normal(size=leaf.shape) / len(leaf) ** 0.5).astype(np.float32),
-    jax.eval_shape(model.init, jax.random.key(0)),
-  )
-  return model, params
 
 
 IMAGES = np.random.default_rng(1).integers(0, 256, (10, *SHAPE), np.uint8)

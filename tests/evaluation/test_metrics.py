@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -14,22 +13,11 @@ import scipy.stats
 from se_vae.evaluation import metrics
 from se_vae.models import vae
 from se_vae.parallel import sharding
+from tests.evaluation.small_model import SHAPE, model_and_params
 
-SHAPE = (3, 4, 1)
 KEY = jax.random.key(2)
 OBS_VAR = 0.3
 IMAGES = np.random.default_rng(1).integers(0, 256, (10, *SHAPE), np.uint8)
-
-
-@functools.cache
-def model_and_params():
-  model = vae.make_vae(SHAPE, latent_dim=2, hidden_units=5, num_layers=1)
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda leaf: (rng.normal(size=leaf.shape) / len(leaf) ** 0.5).astype(np.float32),
-    jax.eval_shape(model.init, jax.random.key(0)),
-  )
-  return model, params
 
 
 def held_out(images=IMAGES, num_devices: int = 1, **options):
