@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments import pretrain, probe
+from experiments import pretrain, probe, records
 from experiments.cli import flags, signals, workdirs
 
 
@@ -33,10 +33,9 @@ def run(
 def _finished(attack: probe.ProbeConfig, pretraining: dict[str, Any]) -> dict[str, Any] | None:
   """The result of an attack that has already run with equal settings on the same encoder."""
   path = Path(str(attack.workdir)) / f'{probe.file_stem(attack)}.json'
-  used = ('task', 'num_examples', 'radii', 'accuracy', 'interval', 'config', 'pretraining', 'step')
-  result = workdirs.read_json(path, *used)
+  result = workdirs.read_json(path, records.Probe)
   if result is None:
     return None
-  found = (probe.stored_config(result['config']), result['pretraining'], result['step'])
+  found = (probe.stored_config(result['config']), result.get('pretraining'), result['step'])
   wanted = (flags.to_dict(attack), pretraining['config'], pretraining['step'])
-  return result if found == wanted else None
+  return dict(result) if found == wanted else None

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import recording
+from experiments import recording, records
 from experiments.cli import app, devices, distributed, flags, messages, signals, workdirs
 from se_vae.config import (
   PRECISIONS,
@@ -25,6 +25,7 @@ from se_vae.config import (
   setting,
   validate,
 )
+from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -36,6 +37,9 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 # Seconds to wait for a dispatch once a signal has come; a dispatch takes about one.
 _PATIENCE = 60.0
+
+# What a checkpoint is that other programs wrote.
+NOT_A_RUN = 'no checkpoint of pretrain'
 
 # Settings that may differ when a run is resumed, since the trained model does not depend on them.
 _PLACES = frozenset({'workdir', 'data_dir', 'cache_dir'})
@@ -97,13 +101,21 @@ def stored_config(values: dict[str, Any]) -> PretrainConfig:
 
   Args:
     values: the settings by name, of this version or an older one.
+
+  Raises:
+    JsonError: if they are no settings of this binary.
   """
   values = dict(values)
   values.pop('device_data_limit', None)  # the training set is always read from the host now
   step_size = values.pop('pgd_step_size', None)  # was absolute
-  if step_size is not None and values['radius'] > 0.0:
-    values['relative_step_size'] = step_size / values['radius']
-  return flags.from_dict(PretrainConfig, values)
+  try:
+    config = flags.from_dict(PretrainConfig, values)
+    if step_size is None or not config.train.radius:
+      return config
+    relative = json_files.check(step_size, float, 'pgd_step_size') / config.train.radius
+    return flags.replace(config, relative_step_size=relative)
+  except (ArgumentError, TypeError) as error:
+    raise json_files.JsonError(str(error)) from None
 
 
 def load_dataset(config: DataConfig, workdir: str | Path | None) -> data.Dataset:
@@ -142,9 +154,10 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   """
   if processes.is_first():
     workdir = workdirs.check_workdir(config.workdir)
-    begun = workdirs.read_json(workdir / recording.CONFIG, 'config')
+    path = workdir / recording.CONFIG
+    begun = workdirs.read_json(path, records.Run, lambda run: stored_config(run['config']))
     if begun is not None:
-      _check_same_settings(begun['config'], config)
+      _check_same_settings(stored_config(begun['config']), config)
   dataset = load_dataset(config.data, config.workdir)
   check_batch_size(config.batch_size, dataset)
   if processes.is_first() and not checkpoints.steps(workdir / recording.CHECKPOINTS):
@@ -256,13 +269,15 @@ def _restore(
   directory = Path(str(config.workdir)) / recording.CHECKPOINTS
   found = checkpoints.load_latest(directory, on_damage=messages.warn)
   if found is not None:
+    with json_files.naming(found.path, NOT_A_RUN):
+      saved = json_files.check(found.metadata, records.Run)
+      before = stored_config(saved['config'])
     tree = found.restore({**state._asdict(), 'window': window})
-    saved = found.metadata
-    _check_same_settings(saved['config'], config)  # should config.json be lost
+    _check_same_settings(before, config)  # should config.json be lost
     if saved['data']['digest'] != dataset.digest:
       raise ArgumentError('data_dir', 'holds other data than the run was started with')
     window = tree.pop('window')
-    return training.TrainState(**tree), window, saved.get('source')
+    return training.TrainState(**tree), window, found.metadata.get('source')
   source = _load_source(config, dataset)
   if source is None:
     return state, window, None
@@ -300,9 +315,9 @@ def _load_source(config: PretrainConfig, dataset: data.Dataset) -> model_store.S
   return source
 
 
-def _check_same_settings(before: dict[str, Any], config: PretrainConfig) -> None:
+def _check_same_settings(before: PretrainConfig, config: PretrainConfig) -> None:
   """Raises ArgumentError for settings that differ from those that the run was started with."""
-  stored = flags.to_dict(stored_config(before))
+  stored = flags.to_dict(before)
   longer = config.train.schedule == 'constant' and config.train.num_steps > stored['num_steps']
   free = _FREE_SETTINGS | ({'num_steps'} if longer else set())
   now = flags.to_dict(config)

@@ -25,10 +25,11 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pretrain
+from experiments import pretrain, records
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.config import SUITES, setting, validate
+from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -122,8 +123,9 @@ def prepare(config: ProbeConfig) -> Prepared:
   """
   validate(config)
   workdir = workdirs.check_workdir(config.workdir, _LOCK)
-  model, params, metadata, _ = _load('--workdir', workdir)
-  pretraining = pretrain.stored_config(metadata['config'])
+  model, params, metadata, saved = _load('--workdir', workdir)
+  with json_files.naming(saved, pretrain.NOT_A_RUN):
+    pretraining = pretrain.stored_config(metadata['config'])
   # The directories of the run and of its data may have moved since.
   data_dir = config.data_dir or pretraining.data.data_dir
   dataset = pretrain.load_dataset(dataclasses.replace(pretraining.data, data_dir=data_dir), workdir)
@@ -146,11 +148,14 @@ def prepare(config: ProbeConfig) -> Prepared:
 
 def _load(flag: str, workdir: Path) -> model_store.SavedModel:
   try:
-    return model_store.load_saved(workdir)
-  except checkpoints.CheckpointError as error:
+    saved = model_store.load_saved(workdir)
+    with json_files.naming(saved.path, pretrain.NOT_A_RUN):
+      json_files.check(saved.metadata, records.Run)
+  except (checkpoints.CheckpointError, json_files.JsonError) as error:
     raise UsageError(
       f'{flag}: holds no pretrained encoder, run experiments.pretrain there first: {error}'
     ) from None
+  return saved
 
 
 def _load_surrogate(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from experiments import pretrain, probe, recording
+from experiments import pretrain, probe, recording, records
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from se_vae.config import ArgumentError, DataConfig, ModelConfig, TrainConfig, setting, validate
 
@@ -152,10 +152,10 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   probe.check_fits(attack, dataset)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
   with workdirs.lock(workdir, recording.RESULT):
-    before = workdirs.read_json(workdir / recording.RESULT, 'radii', 'accuracy', 'config')
+    before = workdirs.read_json(workdir / recording.RESULT, records.Supervised)
     wanted = flags.to_dict(config), dataset.provenance()
-    if before is not None and (_with_defaults(before['config']), before.get('data')) == wanted:
-      return before
+    if before is not None and (_with_defaults(before['config']), before['data']) == wanted:
+      return dict(before)
     classifier, params = _train(config, workdir, attack.task, dataset, mesh, stop)
     outcome = probe.evaluate(
       attack,

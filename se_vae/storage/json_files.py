@@ -7,17 +7,30 @@ where a float is expected.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypeVar, Union, get_args, get_origin, is_typeddict
-
-from se_vae.storage import atomic_files
+from typing import (
+  Annotated,
+  Any,
+  Literal,
+  NotRequired,
+  TypeVar,
+  Union,
+  get_args,
+  get_origin,
+  is_typeddict,
+)
 
 T = TypeVar('T')
+
+# Marks lists of a `TypedDict` that must have as many items: Annotated[list[float], SAME_LENGTH].
+SAME_LENGTH = 'same length'
 
 # No file of this project comes near these limits; without them a foreign one can exhaust memory.
 LARGEST = 2**28  # bytes
@@ -51,15 +64,17 @@ def read(path: Path, kind: type[T]) -> T:
   """
   with path.open('rb') as file:
     content = file.read(LARGEST + 1)
-  try:
+  with naming(path):
     return loads(content, kind)
+
+
+@contextlib.contextmanager
+def naming(path: Path, fault: str = 'damaged') -> Iterator[None]:
+  """Adds the path of a file, and what is wrong with it, to a JsonError of the block."""
+  try:
+    yield
   except JsonError as error:
-    raise JsonError(f'{path}: damaged ({error})') from None
-
-
-def write(path: Path, content: Any) -> None:
-  """Writes a JSON file, whole or not at all."""
-  atomic_files.write(path, f'{dumps(content, indent=2)}\n'.encode())
+    raise JsonError(f'{path}: {fault} ({error})') from None
 
 
 def loads(text: bytes, kind: type[T]) -> T:
@@ -90,8 +105,8 @@ def check(content: Any, kind: type[T], place: str = '') -> T:
   Args:
     content: the values.
     kind: `bool`, `int`, `float`, `str`, `list[X]`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]`,
-      `Literal[...]`, `X | None`, `Any`, or a `TypedDict`. Lists stay lists where it says tuple. Of
-      a `TypedDict` the values of other names are not checked.
+      `Literal[...]`, `X | None`, `Any`, or a `TypedDict`. Lists stay lists where it says tuple. A
+      `TypedDict` may have more names, whose values are not checked.
     place: where the content stands, for the error.
 
   Raises:
@@ -104,7 +119,7 @@ def _checked(content: Any, kind: Any, place: str) -> Any:
   base, arguments = get_origin(kind) or kind, get_args(kind)
   if kind is Any:
     return content
-  if base is NotRequired:
+  if base in (NotRequired, Annotated):
     return _checked(content, arguments[0], place)
   if base in (Union, types.UnionType):  # X | None
     (rest,) = (each for each in arguments if each is not types.NoneType)
@@ -120,14 +135,20 @@ def _checked(content: Any, kind: Any, place: str) -> Any:
     if missing:
       raise JsonError(f'{place or "the content"} has no {", ".join(missing)}')
     known = {name: hints[name] for name in given if name in hints}
-    return given | {n: _checked(given[n], hint, _join(place, n)) for n, hint in known.items()}
+    given |= {n: _checked(given[n], hint, _join(place, n)) for n, hint in known.items()}
+    counts = {n: len(given[n]) for n, hint in known.items() if get_origin(hint) is Annotated}
+    if len(set(counts.values())) > 1:
+      raise JsonError(f'{place or "the content"} has lists of different lengths: {counts}')
+    return given
   if kind is float and content is None:
     return math.nan
   accepted = {float: (int, float), tuple: (list, tuple)}.get(base, base)
   if not isinstance(content, accepted) or (isinstance(content, bool) and base is not bool):
     raise JsonError(f'{place or "the content"} must be {_WORDS[base]}, got {_shown(content)}')
   if base is dict and arguments:
-    return {name: _checked(each, arguments[1], _join(place, name)) for name, each in content.items()}
+    return {
+      name: _checked(each, arguments[1], _join(place, name)) for name, each in content.items()
+    }
   if base is tuple and arguments[-1] is not ...:
     if len(content) != len(arguments):
       raise JsonError(f'{place} must have {len(arguments)} items, got {len(content)}')
