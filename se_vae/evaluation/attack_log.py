@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from se_vae.data import examples
 from se_vae.storage import atomic_files
 
 
@@ -65,8 +66,10 @@ class AttackLog:
 
   def save(self, path: Path, fingerprint: str) -> None:
     """Writes an npz file atomically; `fingerprint` identifies the evaluation."""
+    arrays: dict[str, Any] = {'fingerprint': np.array(fingerprint)}
+    arrays |= {name: np.asarray(value) for name, value in vars(self).items()}
     with atomic_files.replacing(path) as file:
-      np.savez(file, fingerprint=np.array(fingerprint), **vars(self))
+      np.savez(file, sha256=np.array(examples.sha256(arrays)), **arrays)
 
   @classmethod
   def load(cls, path: Path, fingerprint: str) -> AttackLog:
@@ -78,11 +81,15 @@ class AttackLog:
     try:
       with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
         content = dict(arrays)
+      if str(content.pop('sha256')) != examples.sha256(content):
+        raise ValueError('its SHA-256 is not the one in it')
       stored = str(content.pop('fingerprint'))
       names = tuple(map(str, content.pop('names')))
       log = cls(names, int(content.pop('done')), **content)
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-      raise AttackLogError(f'{path}: is not an attack log: {error}') from error
+    except Exception as error:  # NumPy and zipfile have errors of many types for damage
+      reason = ' '.join(str(error).split())[:200]
+      message = f'{path}: is not an attack log: {reason}; remove it to start afresh'
+      raise AttackLogError(message) from error
     if stored != fingerprint:
       raise AttackLogError(f'{path}: belongs to another evaluation; remove it to start afresh')
     return log
