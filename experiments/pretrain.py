@@ -115,7 +115,7 @@ def stored_config(values: dict[str, Any]) -> PretrainConfig:
     relative = json_files.check(step_size, float, 'pgd_step_size') / config.train.radius
     return flags.replace(config, relative_step_size=relative)
   except (ArgumentError, TypeError) as error:
-    raise json_files.JsonError(str(error)) from None
+    raise json_files.JsonError(' '.join(str(error).split())[:300]) from None
 
 
 def load_dataset(config: DataConfig, workdir: str | Path | None) -> data.Dataset:

@@ -168,7 +168,8 @@ def _optional(hint: Any) -> bool:
 
 
 def _join(place: str, name: str) -> str:
-  return f'{place}.{name}' if place else name
+  shown = name if name.isidentifier() else _shown(name)  # a file may hold any name
+  return f'{place}.{shown}' if place else shown
 
 
 def _shown(content: Any) -> str:
