@@ -145,7 +145,41 @@ def test_an_interrupted_evaluation_ends_with_the_same_result(tmp_path):
     evaluate(latents_fn=latents, state_path=path, seed=1)
   path.write_bytes(path.read_bytes()[:100])
   with pytest.raises(ValueError, match='is not an attack log'):
-    AttackLog.load(path, '')
+    AttackLog.load(path, '', np.zeros(1))
+
+
+def test_a_state_belongs_to_what_the_functions_compute(tmp_path):
+  """Parameters may be closed over; other devices and batch sizes round differently."""
+  _, _, (encoder, probe, bias) = examples()
+
+  def closed(scale, offset=0.0):
+    return {
+      'logits_fn': lambda x: linear(x, scale * encoder, probe, bias),
+      'latents_fn': lambda x: latents(x, encoder + offset, probe, bias),
+      'args': (),
+    }
+
+  options = dict(state_path=tmp_path / 'state.npz', check_examples=0)
+  log = evaluate(**closed(1.0), **options).attack_log
+  calls = []
+  resumed = evaluate(
+    **closed(1.0),
+    **options,
+    batch_size=7,
+    mesh=sharding.data_mesh(4),
+    progress=lambda *done: calls.append(done),
+  )
+  assert calls == [(len(RADII) - 1, len(RADII) - 1)]  # nothing was attacked again
+  np.testing.assert_array_equal(resumed.attack_log.images, log.images)
+  for other in (closed(1.001), closed(1.0, offset=0.001)):
+    with pytest.raises(ValueError, match='belongs to another evaluation'):
+      evaluate(**other, **options)
+
+
+@pytest.mark.parametrize('path', ['.', 'missing/state.npz'])
+def test_a_state_that_cannot_be_written_is_refused_before_any_work(path, tmp_path):
+  with pytest.raises(ValueError, match='state_path: must be a file in a directory that exists'):
+    evaluate(logits_fn=None, state_path=tmp_path / path)
 
 
 def test_checks_that_have_nothing_to_attack_are_skipped():
