@@ -115,7 +115,13 @@ def encoder_means(
     >>> params = model.init(jax.random.key(0))
     >>> encoder_means(model, params, np.zeros((5, 2, 2, 1), np.uint8)).shape
     (5, 3)
+
+  Raises:
+    ArgumentError: unless there are images, of this dtype and rank.
   """
+  if images.ndim != 4 or images.dtype != np.uint8 or not images.size:
+    message = f'must be uint8 [N, H, W, C], at least one, got {images.dtype} {images.shape}'
+    raise ArgumentError('images', message)
   mesh = sharding.data_mesh() if mesh is None else mesh
   params = sharding.replicate(mesh, params)
   encode = functools.partial(_encode_means, model, params)

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from experiments import probe
+from experiments import probe, records
+from se_vae.storage import json_files
 
 OLD = Path(__file__).parents[1] / 'storage' / 'old_checkpoint'
 
@@ -20,3 +22,20 @@ def test_the_probe_takes_the_encoder_and_the_data_of_an_old_run(tmp_path):
   assert prepared.images.shape == (7, 28, 28, 1)
   assert np.all(prepared.labels == prepared.dataset.test.labels['digit'][:7])
   assert prepared.model.encode(prepared.params, prepared.images).mean.shape == (7, 2)
+
+
+@pytest.mark.parametrize(
+  ('pattern', 'kind'),
+  [
+    ('results/figure1.json', records.Figure),
+    ('results/*_probe_digit*.json', records.Probe),
+    ('results/sweep_*.json', records.Sweep),
+    ('tests/storage/old_checkpoint/config.json', records.Run),
+    ('tests/storage/old_checkpoint/result.json', records.Result),
+  ],
+)
+def test_files_of_earlier_versions_have_the_types_that_are_read(pattern, kind):
+  paths = list(Path(__file__).parents[2].glob(pattern))
+  assert paths
+  for path in paths:
+    json_files.read(path, kind)
