@@ -80,7 +80,7 @@ class ProbeConfig:
   moves: bool = setting(False, 'Measure the largest latent shift, without labels.')
   strict: bool = setting(False, 'Exit with code 1 if a check fails.')
   num_examples: int | None = setting(
-    None, 'Test examples to attack, in canonical order; all if not given.', at_least=1
+    None, 'Test examples to attack, a fair sample of all; all if not given.', at_least=1
   )
   batch_size: int = setting(256, 'Examples attacked at a time; changes no result.', at_least=1)
   standardize: bool = setting(False, 'Standardise each latent before the fit, as in fit_probe.')

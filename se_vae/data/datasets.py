@@ -8,8 +8,8 @@
 `color_mnist` and `fashion_mnist` are read from the four IDX files or from a prepared TFDS set.
 `tfds:NAME[/CONFIG][:VERSION]` names any TFDS set with an image and a class label.
 
-The examples of each split are in the canonical order of `examples`. A TFDS set is decoded once
-where there is a `cache`.
+The order of the examples depends on their content only (see `examples`). A TFDS set is decoded
+once where there is a `cache`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from se_vae.data.examples import (
   DataError,
   Source,
   list_directory,
+  sampling_order,
   sha256,
   split_off_a_sixth,
 )
@@ -32,7 +33,7 @@ from se_vae.data.examples import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-  """One split, in canonical order.
+  """One split.
 
   Attributes:
     images: uint8 [N, H, W, C], values 0 to 255; read-only where they are mapped from a file.
@@ -51,7 +52,8 @@ class Dataset:
   Attributes:
     name: the name it was loaded by.
     train: the training split.
-    test: the test split, or the validation split where that was asked for.
+    test: the test split, or the validation split where that was asked for; every prefix is a fair
+      sample of it.
     num_classes: task name -> number of classes.
     source: where the data came from, for people.
     digest: SHA-256 (hex) over every array of both splits, which names exactly the data used.
@@ -88,13 +90,13 @@ def load(
     data_seed: chooses the colours of coloured sets, in [0, 2**31).
     cache_dir: where decoded TFDS sets are kept, since decoding takes a while and memory may be too
       small for them; None decodes into memory.
-    validation: hold the test split back. `test` is then the last sixth of the training split
+    validation: hold the test split back. `test` then has the last sixth of the training split
       and `train` the rest; each example keeps the colour it has in the full training split.
     image_size: S, for `tfds:` sets: the central square of every image, as S x S pixels. None takes
       them as they are; they must then be of one size.
 
   Returns:
-    The data set; each split is in canonical order.
+    The data set, in an order that does not depend on where the data came from.
 
   Raises:
     DataError: if a name, directory, file or seed is unusable.
@@ -118,6 +120,8 @@ def load(
   if validation:
     kept, held_out = split_off_a_sixth(len(train.images))
     train, test = _rows(train, kept), _rows(train, held_out)
+  if contents.is_stratified:
+    test = _rows(test, sampling_order(test.images))
   return Dataset(dataset, train, test, num_classes, contents.source, _digest(train, test))
 
 
@@ -198,7 +202,7 @@ def _colored(split: Split, data_seed: int, split_index: int) -> Split:
   return Split(images, split.labels | {'color': color_ids})
 
 
-def _rows(split: Split, rows: slice) -> Split:
+def _rows(split: Split, rows: slice | np.ndarray) -> Split:
   return Split(split.images[rows], {task: ids[rows] for task, ids in split.labels.items()})
 
 

