@@ -259,8 +259,7 @@ def _restore(
     tree = found.restore({**state._asdict(), 'window': window})
     saved = found.metadata
     _check_same_settings(saved['config'], config)  # should config.json be lost
-    if saved['data']['digest'] != dataset.digest:
-      raise ArgumentError('data_dir', 'holds other data than the run was started with')
+    dataset.check_is_that_of(saved['data']['digest'])
     window = tree.pop('window')
     return training.TrainState(**tree), window, saved.get('source')
   source = _load_source(config, dataset)

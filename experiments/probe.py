@@ -118,7 +118,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   """Loads the encoder and its data, and checks all settings. Compiles and writes nothing.
 
   Raises:
-    UsageError: naming the flag.
+    ArgumentError: if a setting cannot be used.
   """
   validate(config)
   workdir = workdirs.check_workdir(config.workdir, _LOCK)
@@ -128,8 +128,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   data_dir = config.data_dir or pretraining.data.data_dir
   dataset = pretrain.load_dataset(dataclasses.replace(pretraining.data, data_dir=data_dir), workdir)
   check_fits(config, dataset)
-  if dataset.digest != metadata['data']['digest']:
-    raise UsageError('--data_dir: holds other data than the encoder was trained on')
+  dataset.check_is_that_of(metadata['data']['digest'])
   count = config.num_examples or len(dataset.test.images)
   return Prepared(
     workdir,
@@ -164,7 +163,7 @@ def _load_surrogate(
   if path.resolve() == workdir.resolve():
     raise UsageError('--surrogate: is --workdir itself; name another run')
   surrogate = _load('--surrogate', path)
-  if surrogate.metadata['data']['digest'] != dataset.digest:
+  if not dataset.is_that_of(surrogate.metadata['data']['digest']):
     raise UsageError('--surrogate: was trained on other data than --workdir')
   return surrogate
 

@@ -30,6 +30,8 @@ from se_vae.data.examples import (
   split_off_a_sixth,
 )
 
+_EMBEDDED = ('mnist_5k', 'color_mnist_5k')
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
@@ -57,6 +59,7 @@ class Dataset:
     num_classes: task name -> number of classes.
     source: where the data came from, for people.
     digest: SHA-256 (hex) over every array of both splits, which names exactly the data used.
+    digest_before: that of version 0.2, which had the test split of some sets in another order.
   """
 
   name: str
@@ -65,6 +68,22 @@ class Dataset:
   num_classes: dict[str, int]
   source: str
   digest: str
+  digest_before: str
+
+  def is_that_of(self, digest: str) -> bool:
+    """Returns whether a run that recorded `digest` had these examples, in whichever order."""
+    return digest in (self.digest, self.digest_before)
+
+  def check_is_that_of(self, digest: str) -> None:
+    """Raises DataError unless a run that recorded `digest` had these examples."""
+    if not self.is_that_of(digest):
+      embedded = self.name in _EMBEDDED
+      way_out = 'start a new run' if embedded else 'name the directory with the data of the run'
+      raise DataError(
+        'dataset' if embedded else 'data_dir',
+        f'the {self.name} of {self.source} is other data than the run was started with (SHA-256'
+        f' {self.digest[:12]}, then {digest[:12]}); {way_out}',
+      )
 
   def provenance(self) -> dict[str, str]:
     """Returns the source and the digest, as every result records them."""
@@ -120,9 +139,11 @@ def load(
   if validation:
     kept, held_out = split_off_a_sixth(len(train.images))
     train, test = _rows(train, kept), _rows(train, held_out)
+  digest = digest_before = _digest(train, test)
   if contents.is_stratified:
     test = _rows(test, sampling_order(test.images))
-  return Dataset(dataset, train, test, num_classes, contents.source, _digest(train, test))
+    digest = _digest(train, test)
+  return Dataset(dataset, train, test, num_classes, contents.source, digest, digest_before)
 
 
 def check(dataset: str, data_dir: str | None = None, image_size: int | None = None) -> None:
@@ -151,7 +172,7 @@ def _find(dataset: str, data_dir: str | None, image_size: int | None) -> Source:
     )
   if image_size is not None and (image_size < 1 or not is_tfds):
     raise DataError('image_size', f'must be >= 1, and is for tfds: sets; got {image_size}')
-  if dataset in ('mnist_5k', 'color_mnist_5k'):
+  if dataset in _EMBEDDED:
     if data_dir is not None:
       raise DataError('data_dir', f'{dataset} is embedded and takes no data directory')
     return mnist.EmbeddedDigits()

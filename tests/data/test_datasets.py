@@ -47,6 +47,15 @@ def test_reordering_in_place_is_indexing():
     np.testing.assert_array_equal(array, expected)
 
 
+def test_runs_on_the_former_order_go_on_and_those_on_other_data_do_not(digits, colored, tmp_path):
+  for digest in (digits.digest, digits.digest_before):
+    digits.check_is_that_of(digest)
+  assert_raises(lambda: digits.check_is_that_of(colored.digest), 'dataset: ', 'start a new run')
+  idx = data.load('fashion_mnist', data_dir=write_idx(tmp_path, tiny_arrays()))
+  assert idx.digest == idx.digest_before
+  assert_raises(lambda: idx.check_is_that_of(digits.digest), 'data_dir: ', idx.digest[:12])
+
+
 # Colours
 
 
