@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import shutil
 import struct
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from se_vae import data
-from se_vae.data import tfds
+from se_vae.data import mnist, tfds
 from tests.data.tiny_idx import (
   STEMS,
   assert_raises,
@@ -216,8 +217,15 @@ def test_real_mnist_plain_or_compressed(mnist_dir, tmp_path):
   assert dataset.test.images.shape == (10_000, 28, 28, 1)
 
 
-def test_real_mnist_is_not_taken_for_another_set(mnist_dir):
-  assert_raises(lambda: data.load('fashion_mnist', data_dir=mnist_dir), 'is a file of mnist')
+def test_other_files_are_not_taken_for_fashion_mnist(tmp_path, monkeypatch, fashion_sha256):
+  arrays = tiny_arrays()
+  directory = write_idx(tmp_path, arrays)
+  digests = {stem: hashlib.sha256(idx_bytes(arrays[stem])).hexdigest() for stem in STEMS}
+  for stem in STEMS:
+    expected = digests | {stem: fashion_sha256[stem]}
+    monkeypatch.setitem(mnist._SHA256, 'fashion_mnist', expected)
+    message = 'is not the file of fashion_mnist'
+    assert_raises(lambda: data.load('fashion_mnist', data_dir=directory), file_name(stem), message)
 
 
 def test_real_mnist_with_one_flipped_bit_is_refused(mnist_dir, tmp_path):
