@@ -28,7 +28,7 @@ from etils import epy
 from experiments import pretrain
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
-from se_vae.config import SUITES, setting, validate
+from se_vae.config import SUITES, ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -126,7 +126,15 @@ def prepare(config: ProbeConfig) -> Prepared:
   pretraining = pretrain.stored_config(metadata['config'])
   # The directories of the run and of its data may have moved since.
   data_dir = config.data_dir or pretraining.data.data_dir
-  dataset = pretrain.load_dataset(dataclasses.replace(pretraining.data, data_dir=data_dir), workdir)
+  try:
+    dataset = pretrain.load_dataset(
+      dataclasses.replace(pretraining.data, data_dir=data_dir), workdir
+    )
+  except ArgumentError as error:
+    if config.data_dir is None and data_dir is not None:
+      message = f'{error.message}. This is from the run; name the directory where its data are now'
+      raise ArgumentError(error.arguments, message) from None
+    raise
   check_fits(config, dataset)
   dataset.check_is_that_of(metadata['data']['digest'])
   count = config.num_examples or len(dataset.test.images)
