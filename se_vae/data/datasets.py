@@ -120,8 +120,8 @@ def load(
   Raises:
     DataError: if a name, directory, file or seed is unusable.
   """
-  if not 0 <= data_seed < 2**31:
-    raise DataError('data_seed', f'must be in [0, 2**31), got {data_seed}')
+  if not isinstance(data_seed, int | np.integer) or not 0 <= data_seed < 2**31:
+    raise DataError('data_seed', f'must be an integer in [0, 2**31), got {data_seed!r}')
   contents = _find(dataset, data_dir, image_size).read(cache_dir)
   if contents.train.images.shape[1:] != contents.test.images.shape[1:]:
     raise DataError('data_dir', f'training and test images of {dataset!r} differ in size')
@@ -163,7 +163,7 @@ def check(dataset: str, data_dir: str | None = None, image_size: int | None = No
 
 def _find(dataset: str, data_dir: str | None, image_size: int | None) -> Source:
   """Returns the source of a data set, after the cheap checks."""
-  is_tfds = tfds.NAME.fullmatch(dataset) is not None
+  is_tfds = isinstance(dataset, str) and tfds.NAME.fullmatch(dataset) is not None
   if dataset not in DATASETS and not is_tfds:
     raise DataError(
       'dataset',

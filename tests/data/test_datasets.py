@@ -99,7 +99,7 @@ def test_gray_sets_ignore_the_seed(digits):
   assert data.load('mnist_5k', data_seed=2**31 - 1).digest == digits.digest
 
 
-@pytest.mark.parametrize('seed', [-1, 2**31])
+@pytest.mark.parametrize('seed', [-1, 2**31, 1.5, 'a', None])
 def test_data_seed_must_be_in_range(seed):
   assert_raises(lambda: data.load('color_mnist_5k', data_seed=seed), 'data_seed', str(seed))
 
@@ -132,7 +132,18 @@ def test_validation_needs_enough_examples(tmp_path):
 
 
 def test_unknown_names_are_refused():
-  for name in ('x', 'MNIST', 'mnist ', '', 'tfds:', 'tfds:../x', 'tfds:a/../b', 'a\nb', 'color_x'):
+  for name in (
+    'x',
+    'MNIST',
+    'mnist ',
+    '',
+    'tfds:',
+    'tfds:../x',
+    'tfds:a/../b',
+    'a\nb',
+    'color_x',
+    3,
+  ):
     assert_raises(lambda name=name: data.check(name, None), 'dataset', repr(name), 'mnist_5k')
 
 

@@ -29,5 +29,5 @@ def test_data_that_are_not_where_the_run_had_them_have_a_way_out(tmp_path, monke
   workdir = shutil.copytree(OLD, tmp_path / 'run')
   moved = flags.replace(pretrain.PretrainConfig(), dataset='mnist', data_dir='relative/gone')
   monkeypatch.setattr(pretrain, 'stored_config', lambda _: moved)
-  with pytest.raises(ArgumentError, match="data_dir: 'relative/gone' .*name the directory"):
+  with pytest.raises(ArgumentError, match=r"data_dir: 'relative/gone' .*name the directory"):
     probe.prepare(probe.ProbeConfig(workdir=str(workdir)))
