@@ -120,5 +120,5 @@ class Supervised(Curve):
   """result.json of supervised."""
 
   config: dict[str, Any]
-  data: dict[str, Any]
+  data: NotRequired[dict[str, Any]]
   checks: NotRequired[list[CheckRecord]]

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import probe, records
+from experiments import pretrain, probe, records
+from experiments.cli import flags
+from se_vae.config import ArgumentError
 from se_vae.storage import json_files
 
 OLD = Path(__file__).parents[1] / 'storage' / 'old_checkpoint'
@@ -24,12 +26,20 @@ def test_the_probe_takes_the_encoder_and_the_data_of_an_old_run(tmp_path):
   assert prepared.model.encode(prepared.params, prepared.images).mean.shape == (7, 2)
 
 
+def test_data_that_are_not_where_the_run_had_them_have_a_way_out(tmp_path, monkeypatch):
+  workdir = shutil.copytree(OLD, tmp_path / 'run')
+  moved = flags.replace(pretrain.PretrainConfig(), dataset='mnist', data_dir='relative/gone')
+  monkeypatch.setattr(pretrain, 'stored_config', lambda _: moved)
+  with pytest.raises(ArgumentError, match=r"data_dir: 'relative/gone' .*name the directory"):
+    probe.prepare(probe.ProbeConfig(workdir=str(workdir)))
+
+
 @pytest.mark.parametrize(
   ('pattern', 'kind'),
   [
     ('results/figure1.json', records.Figure),
     ('results/*_probe_digit*.json', records.Probe),
-    ('results/sweep_*.json', records.Sweep),
+    ('results/sweep_gamma.json', records.Sweep),
     ('tests/storage/old_checkpoint/config.json', records.Run),
     ('tests/storage/old_checkpoint/result.json', records.Result),
   ],
