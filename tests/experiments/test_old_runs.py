@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import pretrain, probe, records
 from experiments.cli import flags
+from experiments.cli.flags import UsageError
+from se_vae import make_vae, save_model
 from se_vae.config import ArgumentError
 from se_vae.storage import json_files
 
@@ -49,3 +52,11 @@ def test_files_of_earlier_versions_have_the_types_that_are_read(pattern, kind):
   assert paths
   for path in paths:
     json_files.read(path, kind)
+
+
+def test_a_saved_model_is_no_run_to_probe(tmp_path):
+  arguments = {'image_shape': (2, 2, 1), 'latent_dim': 1, 'num_layers': 1, 'hidden_units': 1}
+  params = make_vae(**arguments).init(jax.random.key(0))
+  save_model(tmp_path, params, **arguments)
+  with pytest.raises(UsageError, match=r'--workdir: .*pretrain there first: .*has no config, data'):
+    probe.prepare(probe.ProbeConfig(workdir=str(tmp_path)))
