@@ -61,6 +61,7 @@ def maximal_values(
   Raises:
     ArgumentError: for bad radii or counts, images outside the bounds, or no images.
   """
+  x = np.asarray(x, np.float32)
   attacked_classifier.check_images(x, bounds)
   attacked_classifier.check_radii(radii)
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, batch_size=batch_size)
@@ -173,7 +174,7 @@ def max_latent_shift(
   Raises:
     ArgumentError: for arguments that `maximal_values` refuses.
   """
-  mesh = sharding.data_mesh() if mesh is None else mesh
+  mesh, x = sharding.data_mesh() if mesh is None else mesh, np.asarray(x, np.float32)
   latents = sharding.map_batches(
     mesh, lambda images: latents_fn(images, *args), x, min(batch_size, len(x))
   )
