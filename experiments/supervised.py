@@ -25,7 +25,6 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
   import jax.numpy as jnp
   import numpy as np
-  import optax
 
   from experiments.visual import probe_results
   from se_vae import attacks, data, training
@@ -105,7 +104,8 @@ class SupervisedStep:
     """
     config, growth, key, labels = args
     objective, aim = losses.CrossEntropy(self.classifier), losses.Aim(labels[examples])
-    size = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1.0, growth * config.num_steps))
+    done = (state.step + 1).astype(jnp.float32)
+    size = jnp.minimum(1.0, done / jnp.maximum(1.0, growth * config.num_steps))
     x_adv = attacks.pgd(
       objective,
       jax.random.fold_in(key, state.step),
@@ -121,9 +121,10 @@ class SupervisedStep:
 
     value, gradients = sharding.mean_over_devices(jax.value_and_grad(loss)(state.params))
     optimizer = training.make_optimizer(config)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    after = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-    return after, {'loss': value}
+    params, opt_state = training.apply_gradients(
+      optimizer, gradients, state.opt_state, state.params
+    )
+    return State(state.step + 1, params, opt_state), {'loss': value}
 
 
 def main() -> None:
@@ -210,7 +211,8 @@ def _train(
   def init(key: jax.Array) -> State:
     num_classes = dataset.num_classes[task]
     layer = linear_probe.LinearProbe(
-      jnp.zeros((config.model.latent_dim, num_classes)), jnp.zeros(num_classes)
+      jnp.zeros((config.model.latent_dim, num_classes), jnp.float32),
+      jnp.zeros(num_classes, jnp.float32),
     )
     params = {'encoder': model.init(key)['encoder']}, layer
     opt_state = training.make_optimizer(train_config).init(params)

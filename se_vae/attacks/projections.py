@@ -87,15 +87,23 @@ class Ball:
     def draw(key: jax.Array) -> jax.Array:
       if self.norm == 'linf':
         return jax.random.uniform(key, shape, self.x.dtype, -1.0, 1.0)
-      return jax.random.ball(key, math.prod(shape), dtype=self.x.dtype).reshape(shape)
+      return random(jax.random.ball, key, math.prod(shape), self.x.dtype).reshape(shape)
 
     return self.project(self.x + self.radius * jax.vmap(draw)(keys))
 
   def extreme_points(self, keys: jax.Array) -> jax.Array:
     """Uniform draws from the corners of the box or from the sphere `[B, ...]`, then clipped."""
-    draw = jax.random.rademacher if self.norm == 'linf' else jax.random.normal
-    offsets = jax.vmap(lambda key: draw(key, self.x.shape[1:], self.x.dtype))(keys)
+    generator = jax.random.rademacher if self.norm == 'linf' else jax.random.normal
+    shape, dtype = self.x.shape[1:], self.x.dtype
+    offsets = jax.vmap(lambda key: random(generator, key, shape, dtype))(keys)
     return self.step(self.x, offsets, step_size=self.radius)
+
+
+def random(generator: Callable[..., Any], key: jax.Array, size: Any, dtype: Any) -> jax.Array:
+  """A draw from a distribution of `jax.random`, the same whatever `jax_enable_x64` is."""
+  with jax.enable_x64(dtype == jnp.float64):
+    drawn: jax.Array = generator(key, size, dtype=dtype)
+  return drawn
 
 
 def ball(

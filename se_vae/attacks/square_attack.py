@@ -63,12 +63,15 @@ def square(
   height, width, channels = _as_image(x.shape[1:])
   sides = jnp.asarray(_sides(num_queries, height, width))
 
+  def signs(example_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return projections.random(jax.random.rademacher, example_key, shape, x.dtype)
+
   def to_image(pixels: jax.Array) -> jax.Array:
     """Values that broadcast to (H, W, C), as one example of x."""
     return jnp.broadcast_to(pixels, (height, width, channels)).reshape(x.shape[1:])
 
   def stripes(example_key: jax.Array) -> jax.Array:
-    return to_image(jax.random.rademacher(example_key, (1, width, channels), x.dtype))
+    return to_image(signs(example_key, (1, width, channels)))
 
   def draw_square(
     example_key: jax.Array, x_adv: jax.Array, x: jax.Array, side: jax.Array
@@ -80,8 +83,8 @@ def square(
     row, column = jnp.arange(height, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32)
     rows, columns = (row >= top) & (row < top + tall), (column >= left) & (column < left + wide)
     inside = to_image(rows[:, None, None] & columns[None, :, None])
-    signs = to_image(jax.random.rademacher(sign_key, (1, 1, channels), x.dtype))
-    return jnp.where(inside, x + ball.radius * signs, x_adv)
+    corner = x + ball.radius * to_image(signs(sign_key, (1, 1, channels)))
+    return jnp.where(inside, corner, x_adv)
 
   def query(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)

@@ -78,6 +78,7 @@ def adversarial_accuracy(
     ArgumentError: for an argument out of range, or clean logits that are not finite.
   """
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts)
+  attacked_classifier.check_step_size(relative_step_size)
   classifier, _ = attacked_classifier.prepare(logits_fn, x, labels, radii=radii, **options)
   suite = attack_suite.standard(
     logits_fn, num_steps=num_steps, restarts=restarts, relative_step_size=relative_step_size
@@ -187,6 +188,7 @@ def evaluate(
     AttackLogError: for a state that is damaged or belongs to another evaluation.
   """
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, num_queries=num_queries)
+  attacked_classifier.check_step_size(relative_step_size)
   path = None if state_path is None else Path(state_path)
   if path is not None and (path.is_dir() or not path.parent.is_dir()):
     raise ArgumentError('state_path', f'must be a file in a directory that exists, got {path}')
@@ -207,6 +209,11 @@ def evaluate(
     mesh=mesh,
     latents_fn=latents_fn,
   )
+  if reconstruct_fn is not None:
+    attacked_classifier.check_function('reconstruct_fn', reconstruct_fn, classifier.x, args)
+  if surrogate is not None:
+    other, other_args = surrogate
+    attacked_classifier.check_function('surrogate', other, classifier.x, other_args, logits=True)
   if max(radii) > classifier.diameter:
     raise ArgumentError(
       'radii', f'must be at most the pixel range {classifier.diameter:g}, got {max(radii)}'
