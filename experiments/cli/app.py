@@ -53,6 +53,7 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
       raise UsageError(f'unexpected argument {argv[1]!r}; settings are given as --flag=value')
     _use_compilation_cache(flags.from_flags(RuntimeConfig).compilation_cache_dir)
     main()
+    sys.stdout.flush()  # a full disk is told in a line as well
   except ArgumentError as error:
     _fail(2, flags.name_flags(error))
   except KeyboardInterrupt:  # before a binary listens to signals, or after it has finished
