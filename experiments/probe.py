@@ -28,7 +28,7 @@ from etils import epy
 from experiments import pretrain
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
-from se_vae.config import SUITES, setting, validate
+from se_vae.config import SUITES, ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -399,6 +399,11 @@ def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
   if config.num_examples is not None and config.num_examples > available:
     raise UsageError(
       f'--num_examples: must be at most the {available} test examples; got {config.num_examples}'
+    )
+  labels = dataset.test.labels[config.task][: config.num_examples]
+  if (labels == labels[0]).all():
+    raise ArgumentError(
+      'num_examples', f'is too small: all of them are of {config.task} {labels[0]}'
     )
 
 

@@ -35,7 +35,7 @@ def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 
   )
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):
   """A bar that tells times once there are any, and does not tell the same progress twice."""
 
   _displayed = -1

@@ -88,7 +88,8 @@ class StopSignal:
     """Ends the process at a second signal, or if a first one is not honoured in time."""
     for signum in os.read(reader, 1):
       self.signum = signum
-      again, waited = [], 0.0
+      again: list[int] = []
+      waited = 0.0
       # The binary may need more patience than it did when the signal came.
       while not again and not self._honoured.is_set() and waited < self.patience:
         remaining, waited = self.patience - waited, self.patience

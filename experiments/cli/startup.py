@@ -1,4 +1,4 @@
-"""What a binary does before its first import: streams that can be written to, and a quiet Ctrl-C."""
+"""What a binary does before its first import: safe streams, and no traceback for Ctrl-C."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Descriptor(io.FileIO):
 
   dropped: type[OSError]
 
-  def write(self, data: Any) -> int | None:
+  def write(self, data: Any, /) -> int:
     try:
       return super().write(data)
     except self.dropped:

@@ -231,9 +231,7 @@ def test_a_log_file_has_plain_lines(capsys):
   assert '\r' not in text and text.endswith('\n')
   first, *_, last = lines = text.splitlines()
   assert first == 'pretrain: 0/3'
-  assert re.fullmatch(
-    r'pretrain: 3/3, 00:00 gone, 00:00 left, [0-9.]+ steps/s, loss=1\.0', last
-  )
+  assert re.fullmatch(r'pretrain: 3/3, 00:00 gone, 00:00 left, [0-9.]+ steps/s, loss=1\.0', last)
   assert len({line.partition(',')[0] for line in lines}) == len(lines)
 
 
