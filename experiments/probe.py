@@ -28,7 +28,7 @@ from etils import epy
 from experiments import pretrain
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
-from se_vae.config import SUITES, ArgumentError, setting, validate
+from se_vae.config import SUITES, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -402,9 +402,7 @@ def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
     )
   labels = dataset.test.labels[config.task][: config.num_examples]
   if (labels == labels[0]).all():
-    raise ArgumentError(
-      'num_examples', f'is too small: all of them are of {config.task} {labels[0]}'
-    )
+    raise UsageError(f'--num_examples: is too small: all of them are of {config.task} {labels[0]}')
 
 
 if __name__ == '__main__':

@@ -81,7 +81,7 @@ def _check_split(share: int, num_devices: int) -> None:
   if share % num_devices:
     raise ArgumentError(
       ('batch_size', 'num_devices'),
-      f'{share} examples of each process cannot be split evenly over {num_devices} devices',
+      f'{share} examples cannot be split evenly over {num_devices} devices',
     )
 
 

@@ -44,6 +44,9 @@ class _Descriptor(io.FileIO):
       return super().write(data)
     except self.dropped:
       return len(data)
+    except OSError:
+      self.dropped = OSError  # the binary tells it once, and then cannot write what is left
+      raise
 
 
 def _text(number: int, stream: Any, dropped: type[OSError]) -> io.TextIOWrapper:
