@@ -74,6 +74,7 @@ class PretrainConfig:
     'Devices of each process. If not given, as many as divide the batch, and of CPU cores as many '
     'as have 16 examples each.',
     at_least=1,
+    at_most=1024,
   )
 
   def __post_init__(self) -> None:
@@ -162,7 +163,8 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   check_batch_size(config.batch_size, dataset)
   if processes.is_first() and not checkpoints.steps(workdir / recording.CHECKPOINTS):
     _load_source(config, dataset)
-  devices.mesh_for(config.batch_size, config.num_devices)
+  mesh = devices.mesh_for(config.batch_size, config.num_devices)
+  devices.check_memory(config.model, dataset.train.images.shape[1:], mesh)
   return dataset
 
 

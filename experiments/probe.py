@@ -412,6 +412,9 @@ def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
     raise UsageError(
       f'--num_examples: must be at most the {available} test examples; got {config.num_examples}'
     )
+  labels = dataset.test.labels[config.task][: config.num_examples]
+  if (labels == labels[0]).all():
+    raise UsageError(f'--num_examples: is too small: all of them are of {config.task} {labels[0]}')
 
 
 if __name__ == '__main__':

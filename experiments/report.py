@@ -71,7 +71,7 @@ def run(config: ReportConfig) -> Path:
   directories = [_directory('--workdir', config.workdir)]
   directories += [_directory('--compare', name) for name in config.compare or ()]
   output = _check_output(Path(config.output) if config.output else directories[0] / 'report.html')
-  atomic_files.write(output, render(directories).encode())
+  atomic_files.write(output, render(directories).encode(errors='surrogateescape'))
   return output
 
 

@@ -152,6 +152,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   pretrain.check_batch_size(config.batch_size, dataset)
   probe.check_fits(attack, dataset)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
+  devices.check_memory(config.model, dataset.train.images.shape[1:], mesh, part='encoder')
   with workdirs.lock(workdir, recording.RESULT):
     before = workdirs.read_json(workdir / recording.RESULT, records.Supervised)
     wanted = flags.to_dict(config), dataset.provenance()

@@ -22,6 +22,10 @@ OPTIMIZERS = ('adam', 'sgd')
 SCHEDULES = ('constant', 'cosine')
 SUITES = ('standard', 'worst_case')
 
+# What JAX's 32-bit arrays hold: a larger number would become another one, a smaller one 0.
+_LARGEST_INT = 2**31 - 1
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 2.0**-126, 2.0**127
+
 Class = TypeVar('Class', bound=type)
 
 
@@ -78,8 +82,8 @@ def setting(
 def validate(config: Any) -> None:
   """Checks every field of a dataclass of settings against its limits.
 
-  Limits apply to each item of a tuple, and None is within all limits. Fields that are dataclasses
-  of settings themselves are checked too.
+  Limits apply to each item of a tuple, and None is within all limits. Every number must be one that
+  JAX's 32-bit arrays hold. Fields that are dataclasses of settings themselves are checked too.
 
   Raises:
     ArgumentError: for the first field that is outside its limits.
@@ -111,6 +115,10 @@ def _violation(value: Any, limits: Any) -> str | None:
     return f'> {limits["above"]}'
   if limits['at_most'] is not None and value > limits['at_most']:
     return f'<= {limits["at_most"]}'
+  if isinstance(value, float) and value and not _SMALLEST_FLOAT <= abs(value) <= _LARGEST_FLOAT:
+    return f'of a size between {_SMALLEST_FLOAT:.1e} and {_LARGEST_FLOAT:.1e}, as float32 holds'
+  if isinstance(value, int) and abs(value) > _LARGEST_INT:
+    return f'<= {_LARGEST_INT}'
   return None
 
 

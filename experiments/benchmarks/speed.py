@@ -48,7 +48,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae.storage import atomic_files
 
 SECTIONS = ('steps', 'growth', 'profile', 'torch', 'evaluation', 'startup')
-_BINARIES = ('pretrain', 'probe', 'figure1', 'benchmark')
+_BINARIES = ('pretrain', 'probe', 'figure1', 'benchmarks.speed')
 _EVALUATION_STEPS = 40
 
 
@@ -214,7 +214,9 @@ def _startup(workdir: Path, repeats: int, stop: signals.StopSignal) -> dict[str,
     for repeat in range(repeats):
       for binary in _BINARIES:
         began = time.perf_counter()
-        subprocess.run([*_command(binary), '--help'], stdout=subprocess.DEVNULL, check=False)
+        shown = subprocess.run([*_command(binary), '--help'], capture_output=True, check=False)
+        if b'--workdir' not in shown.stdout:
+          raise OSError(f'experiments.{binary} --help shows no flags')
         seconds.setdefault(f'{binary} --help', []).append(time.perf_counter() - began)
         progress.update()
       cache = f'--compilation_cache_dir={directory}/cache{repeat}'
@@ -235,13 +237,14 @@ def _first_step(workdir: Path, extra: Sequence[str]) -> float:
   """Returns the seconds until the metrics of the first training step are on disk."""
   flags = [f'--workdir={workdir}', '--num_steps=1', '--log_every=1', *extra]
   metrics, began = workdir / 'metrics.jsonl', time.perf_counter()
-  with subprocess.Popen([*_command('pretrain'), *flags], stderr=subprocess.PIPE) as process:
+  with subprocess.Popen(
+    [*_command('pretrain'), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  ) as process:
     while not (metrics.exists() and metrics.stat().st_size):
       if process.poll() is not None:
         raise OSError(f'experiments.pretrain ended with exit code {process.returncode}')
       time.sleep(0.005)
     seconds = time.perf_counter() - began
-    process.communicate()
   return seconds
 
 

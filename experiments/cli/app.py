@@ -7,14 +7,15 @@ import functools
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, logging
 from absl import flags as absl_flags
 from etils import epy
 
-from experiments.cli import flags
+from experiments.cli import flags, messages
 from experiments.cli.flags import UsageError
 from experiments.cli.signals import Interrupted
 from experiments.cli.workdirs import check_directory
@@ -28,6 +29,9 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 # The flags defined here belong to every binary, and are listed by its --help.
 absl_flags.disclaim_key_flags()
+
+# The flags that decide how much memory a binary needs.
+_SIZES = ('batch_size', 'latent_dim', 'hidden_units', 'conv_channels', 'image_size')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +57,11 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
       raise UsageError(f'unexpected argument {argv[1]!r}; settings are given as --flag=value')
     _use_compilation_cache(flags.from_flags(RuntimeConfig).compilation_cache_dir)
     main()
+    sys.stdout.flush()  # a full disk is told in a line as well
   except ArgumentError as error:
-    _fail(2, flags.name_flags(error))
+    # An argument of the library that is no flag: the command line may be right, and its result bad.
+    known = not error.arguments or any(name in absl_flags.FLAGS for name in error.arguments)
+    _fail(2 if known else 1, flags.name_flags(error, absl_flags.FLAGS))
   except KeyboardInterrupt:  # before a binary listens to signals, or after it has finished
     print('SIGINT', file=sys.stderr)
     sys.exit(128 + signal.SIGINT)
@@ -64,6 +71,11 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
     sys.exit(128 + interrupted.signum)
   except failures() as error:
     _fail(1, str(error))
+  except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
+    message = out_of_memory(error)
+    if message is None:
+      raise
+    _fail(1, message)
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -75,6 +87,16 @@ def failures() -> tuple[type[Exception], ...]:
     json_files.JsonError,
     processes.OtherProcessError,
   )
+
+
+def out_of_memory(error: BaseException) -> str | None:
+  """Returns what to do about an error if the memory of the host or of a device was too small."""
+  if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
+    return None
+  names = ', '.join(f'--{name}' for name in _SIZES if name in absl_flags.FLAGS)
+  advice = f'; smaller values of {names} need less' if names else ''
+  first_line = str(error).strip().partition('\n')[0]
+  return f'out of memory{advice}: {first_line}'
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -99,7 +121,8 @@ def _fail(code: int, message: str) -> NoReturn:
 def _use_compilation_cache(directory: str | None) -> None:
   """Keeps every compiled program in `directory`, however small, and looks for it there first.
 
-  XLA compiles for the very CPU that it runs on, so a directory is for one host.
+  XLA compiles for the very CPU that it runs on, so a directory is for one host. JAX warns of every
+  program that it cannot read or write; the first warning is shown.
   """
   if directory is None:
     return
@@ -107,3 +130,15 @@ def _use_compilation_cache(directory: str | None) -> None:
   jax.config.update('jax_compilation_cache_dir', directory)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  show, shown = warnings.showwarning, False
+
+  def show_once(message: Warning | str, *where: Any, **more: Any) -> None:
+    nonlocal shown
+    if 'persistent compilation cache' not in str(message):
+      show(message, *where, **more)
+    elif not shown:
+      shown = True
+      text = 'damaged or not writable; such programs are compiled anew each time'
+      messages.warn(f'--compilation_cache_dir: {text} (the first: {message})')
+
+  warnings.showwarning = show_once

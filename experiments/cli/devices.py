@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epy
 
 from experiments.cli.messages import warn
-from se_vae.config import ArgumentError
+from se_vae.config import ArgumentError, ModelConfig
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
 
+  from se_vae.models import vae
   from se_vae.parallel import sharding
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scikit-learn', 'se_vae')
@@ -31,7 +35,12 @@ def use_all_cores(batch_size: int, num_devices: int | None = None) -> None:
   XLA's CPU backend runs the small matrix products of this project faster side by side on several
   devices than each spread over all cores. Must run before JAX is first used; leaves accelerators
   alone, and any number of host devices that the user chose.
+
+  Raises:
+    ArgumentError: if the devices do not divide the batch: JAX would start them all first.
   """
+  if num_devices is not None:
+    _check_split(batch_size, num_devices)
   chosen: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
   if chosen > 0 or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
     return
@@ -63,12 +72,61 @@ def mesh_for(batch_size: int, num_devices: int | None = None) -> Any:
     num_devices = split(share, most)
   elif num_devices > most:
     raise ArgumentError('num_devices', f'must be <= {most}, the devices here; got {num_devices}')
-  elif share % num_devices:
+  else:
+    _check_split(share, num_devices)
+  return sharding.data_mesh(num_devices)
+
+
+def _check_split(share: int, num_devices: int) -> None:
+  if share % num_devices:
     raise ArgumentError(
       ('batch_size', 'num_devices'),
-      f'{batch_size} examples cannot be split evenly over {num_processes * num_devices} devices',
+      f'{share} examples cannot be split evenly over {num_devices} devices',
     )
-  return sharding.data_mesh(num_devices)
+
+
+def check_memory(
+  config: ModelConfig, image_shape: Sequence[int], mesh: Any, part: str | None = None
+) -> None:
+  """Checks that a model can be trained, before anything is allocated: the system may kill it.
+
+  Args:
+    config: the settings of the model.
+    image_shape: (H, W, C).
+    mesh: the devices.
+    part: 'encoder' if that alone is trained.
+
+  Raises:
+    ArgumentError: if the parameters, their gradients and Adam's averages need more memory than an
+      accelerator has, or on a CPU, where every device has a copy, more than the machine has.
+  """
+  names = ('latent_dim', 'hidden_units' if config.arch == 'mlp' else 'conv_channels')
+  device = mesh.local_devices[0]
+  on_cpu = device.platform == 'cpu'
+  here = _host_memory() if on_cpu else (device.memory_stats() or {}).get('bytes_limit')
+  try:
+    needed = (
+      4
+      * _parameter_bytes(config, tuple(image_shape), part)
+      * (len(mesh.local_devices) if on_cpu else 1)
+    )
+  except OverflowError as error:
+    raise ArgumentError(names, f'too large: {error}') from None
+  if here is not None and needed > here:
+    needs, has = (f'{size / 2**30:,.1f} GiB' for size in (needed, here))
+    raise ArgumentError(names, f'training needs at least {needs} of memory, and there are {has}')
+
+
+@functools.lru_cache
+def _parameter_bytes(config: ModelConfig, image_shape: Any, part: str | None) -> int:
+  model = vae.make_vae(image_shape, **dataclasses.asdict(config))
+  shapes = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+  leaves = jax.tree.leaves(shapes if part is None else shapes[part])
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _host_memory() -> int:
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def warn_of_idle_devices(mesh: Any, batch_size: int) -> None:

@@ -82,8 +82,9 @@ def joined(cluster: Cluster) -> Iterator[None]:
     yield
   except shared:
     raise
-  except jax.errors.JaxRuntimeError as error:
-    _leave(1, f'error: lost the other processes, or a device: {" ".join(str(error).split())}')
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    lost = f'lost the other processes, or a device: {" ".join(str(error).split())}'
+    _leave(1, f'error: {app.out_of_memory(error) or lost}')
   except SystemExit as error:
     _leave(error.code if isinstance(error.code, int) else 1)
   except BaseException:

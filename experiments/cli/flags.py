@@ -47,9 +47,16 @@ class UsageError(ArgumentError):
     return self.message
 
 
-def name_flags(error: ArgumentError) -> str:
-  """Returns the message of an error in one line, with `--` before the name of every argument."""
-  flags = ', '.join(f'--{name}' for name in error.arguments)
+def name_flags(error: ArgumentError, known: absl_flags.FlagValues | None = None) -> str:
+  """Returns the message of an error in one line, with `--` before the name of every flag.
+
+  Args:
+    error: the error.
+    known: the flags that there are; if None, every argument is one.
+  """
+  flags = ', '.join(
+    f'--{name}' if known is None or name in known else name for name in error.arguments
+  )
   return ' '.join((f'{flags}: {error.message}' if flags else error.message).split())
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-_LINE = '{desc}: {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}'
+_TERMINAL = '{l_bar}{bar}| {n_fmt}/{total_fmt}{times}{postfix}'
+_LINE = '{desc}: {n_fmt}/{total_fmt}{times}{postfix}'
 
 
 def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 'step') -> Any:
@@ -21,17 +22,47 @@ def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 
     unit: the name of a unit.
   """
   terminal = sys.stderr.isatty()
-  return tqdm(
+  return _Bar(
     total=total,
     initial=initial,
     desc=description,
     unit=unit,
     file=sys.stderr if terminal else _Lines(),
     dynamic_ncols=terminal,
-    bar_format=None if terminal else _LINE,
+    bar_format=_TERMINAL if terminal else _LINE,
     mininterval=0.2 if terminal else 15.0,
     smoothing=0.1,
   )
+
+
+class _Bar(tqdm):
+  """A bar that tells times once there are any, and does not tell the same progress twice."""
+
+  _displayed = -1
+
+  @property
+  def format_dict(self) -> dict[str, Any]:
+    """The values that the format of the bar names."""
+    values: dict[str, Any] = super().format_dict
+    return {**values, 'times': _times(**values)}
+
+  def display(self, *args: Any, **kwargs: Any) -> None:
+    """Shows the bar unless it has shown this progress already, as tqdm does again at the end."""
+    if self.n != self._displayed:
+      super().display(*args, **kwargs)
+    self._displayed = self.n
+
+
+def _times(
+  n: int, total: int, initial: int, elapsed: float, rate: float | None, unit: str, **_: Any
+) -> str:
+  """Returns the time gone, the time left and the speed, in words; nothing before the first unit."""
+  if n <= initial or elapsed <= 0.0:
+    return ''
+  rate = rate or (n - initial) / elapsed
+  speed = f'{rate:.1f} {unit}s/s' if rate >= 1.0 else f'{1.0 / rate:.1f} s/{unit}'
+  gone, left = (tqdm.format_interval(seconds) for seconds in (elapsed, (total - n) / rate))
+  return f', {gone} gone, {left} left, {speed}'
 
 
 class _Lines:

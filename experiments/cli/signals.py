@@ -88,10 +88,15 @@ class StopSignal:
     """Ends the process at a second signal, or if a first one is not honoured in time."""
     for signum in os.read(reader, 1):
       self.signum = signum
-      again, _, _ = select.select([reader], [], [], self.patience)
+      again: list[int] = []
+      waited = 0.0
+      # The binary may need more patience than it did when the signal came.
+      while not again and not self._honoured.is_set() and waited < self.patience:
+        remaining, waited = self.patience - waited, self.patience
+        again, _, _ = select.select([reader], [], [], remaining)
       if not again and not self._honoured.is_set():
         print(
-          f'\n{signal.Signals(signum).name}: a step takes longer than {self.patience:g} s and was '
+          f'\n{signal.Signals(signum).name}: a step takes longer than {waited:g} s and was '
           'not waited for; what was saved before stays. Run the same command again to go on.',
           file=sys.stderr,
           flush=True,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import tempfile
 import textwrap
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from se_vae.evaluation import verdicts
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 _LABELS = {'vae': 'VAE', 'se': 'SE'}
 _COLORS = {'vae': '#d95f02', 'se': '#1b6ca8'}
@@ -62,6 +68,20 @@ def checks_summary(*results: dict[str, Any]) -> str:
   return verdicts.summary([check for result in results for check in result.get('checks', ())])
 
 
+def new_figure(width: float, height: float) -> Figure:
+  """Returns an empty figure of this size in inches.
+
+  Matplotlib would write a list of the fonts it finds into the home directory. It goes into a
+  temporary one, which the import alone needs, unless MPLCONFIGDIR names another.
+  """
+  with contextlib.ExitStack() as stack:
+    if 'MPLCONFIGDIR' not in os.environ:
+      os.environ['MPLCONFIGDIR'] = stack.enter_context(tempfile.TemporaryDirectory())
+      stack.callback(os.environ.pop, 'MPLCONFIGDIR')
+    from matplotlib.figure import Figure  # slow to import
+  return Figure(figsize=(width, height), layout='constrained')
+
+
 def save(
   file: BinaryIO,
   panels: Sequence[tuple[str, Sequence[Curve]]],
@@ -74,17 +94,13 @@ def save(
     panels: title and curves of each panel.
     latent_shifts: the radii, means and quantiles that `experiments.probe` writes, for a last panel.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-  from matplotlib.figure import Figure
-
   count = len(panels) + (latent_shifts is not None)
   captions = [
     '\n'.join(textwrap.fill(line, 68, subsequent_indent='  ') for line in caption(curves))
     for _, curves in panels
   ]
   height = 3.6 + 0.13 * max(text.count('\n') + 1 for text in captions)
-  figure = Figure(figsize=(4.2 * count, height), layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = new_figure(4.2 * count, height)
   axes = figure.subplots(1, count, squeeze=False)[0]
   for axis, (title, curves), text in zip(axes, panels, captions, strict=False):
     variants = sorted({curve.variant for curve in curves}, key=lambda name: (len(name), name))

@@ -190,12 +190,11 @@ def chart(
     y_limits: ends of the vertical axis; those of the lines if None.
     size: width and height, in inches.
   """
-  import matplotlib as mpl  # slow to import
-  from matplotlib.figure import Figure
+  figure = plots.new_figure(*size)
+  import matplotlib as mpl  # there since there is a figure
 
   options = {'svg.fonttype': 'none', 'svg.hashsalt': GENERATOR, 'axes.unicode_minus': True}
   with mpl.rc_context(options):
-    figure = Figure(figsize=size, layout='constrained')
     axis = figure.subplots()
     for i, line in enumerate(lines):
       color, kind = line.style

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from absl import flags as absl_flags
@@ -25,6 +28,8 @@ def exit_code(main: Callable[[], Any]) -> Any:
   """The code with which a binary with this `main` ends, in this process."""
   values = absl_flags.FlagValues()
   flags.define_flags(app.RuntimeConfig, values)
+  for name in ('data_dir', 'a', 'b', 'batch_size'):
+    absl_flags.DEFINE_string(name, None, '', flag_values=values)
   absl_flags.DEFINE_integer('verbosity', 0, '', flag_values=values)
   values(['binary', '--verbosity=0'])
   with pytest.MonkeyPatch.context() as patch:
@@ -48,6 +53,18 @@ def raises(error: BaseException) -> Callable[[], None]:
     (UsageError('--radius: must be >= 0; got -1'), 2, 'error: --radius: must be >= 0; got -1'),
     (ArgumentError('data_dir', 'is\nmissing'), 2, 'error: --data_dir: is missing'),
     (ArgumentError(('a', 'b'), 'must differ'), 2, 'error: --a, --b: must differ'),
+    (ArgumentError(('means', 'b'), 'must fit'), 2, 'error: means, --b: must fit'),
+    (ArgumentError('means', 'must be finite'), 1, 'error: means: must be finite'),
+    (
+      MemoryError('8 GiB'),
+      1,
+      'error: out of memory; smaller values of --batch_size need less: 8 GiB',
+    ),
+    (
+      RuntimeError('RESOURCE_EXHAUSTED: 8 bytes\nthe rest'),
+      1,
+      'error: out of memory; smaller values of --batch_size need less: RESOURCE_EXHAUSTED: 8 bytes',
+    ),
     (FileNotFoundError('the disk\nis gone'), 1, 'error: the disk is gone'),
     (ZeroDivisionError('by zero'), 1, 'error: by zero'),
     (KeyboardInterrupt(), 130, 'SIGINT'),
@@ -58,9 +75,24 @@ def test_an_error_is_one_line_and_a_code(capsys, error, code, line):
   assert capsys.readouterr().err == f'{line}\n'
 
 
-def test_a_bug_keeps_its_traceback():
-  with pytest.raises(KeyError):
-    exit_code(raises(KeyError('bug')))
+@pytest.mark.parametrize('bug', [KeyError('bug'), RuntimeError('INTERNAL: bug')])
+def test_a_bug_keeps_its_traceback(bug):
+  with pytest.raises(type(bug)):
+    exit_code(raises(bug))
+
+
+def test_damaged_programs_in_the_cache_are_one_warning(tmp_path, monkeypatch, capsys):
+  shown = []
+  monkeypatch.setattr(warnings, 'showwarning', lambda message, *_: shown.append(message))
+  monkeypatch.setattr(app, 'jax', mock.MagicMock())
+  app._use_compilation_cache(str(tmp_path))
+  for message in ('Error reading persistent compilation cache entry', 'another'):
+    for number in (1, 2):
+      warnings.showwarning(f'{message} {number}', UserWarning, 'compiler.py', 782)
+  assert shown == ['another 1', 'another 2']
+  error = capsys.readouterr().err
+  assert error.startswith('warning: --compilation_cache_dir: ') and error.count('\n') == 1
+  assert 'entry 1' in error
 
 
 @pytest.mark.parametrize(('saves', 'says'), [(True, 'SIGINT: saved.'), (False, 'nothing is kept')])
@@ -120,9 +152,96 @@ def test_a_signal_ends_a_process_in_the_middle_of_a_long_dispatch(patience, coun
     assert 'Run the same command again' in stderr.splitlines()[-1]
 
 
-def test_ctrl_c_while_a_binary_imports_is_no_traceback():
-  """JAX and the library are imported within `main`."""
-  code = 'from experiments.cli import app\nimport os, signal\n'
-  code += 'app.run(lambda: (os.kill(os.getpid(), signal.SIGINT), __import__("jax")))'
-  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-  assert (done.returncode, done.stderr) == (130, 'SIGINT\n')
+def test_a_signal_waits_as_long_as_the_binary_says_afterwards(monkeypatch, capsys):
+  """It comes while the binary prepares, which takes less patience than a step."""
+  stop, waited = signals.StopSignal(), []
+
+  def select(*arguments):
+    waited.append(arguments[-1])
+    stop.patience = 60.0
+    return [], [], []
+
+  monkeypatch.setattr(signals.select, 'select', select)
+  monkeypatch.setattr(signals.os, '_exit', sys.exit)
+  reader, writer = os.pipe()
+  os.write(writer, bytes([signal.SIGTERM]))
+  with pytest.raises(SystemExit, match='143'):
+    stop._watch(reader)
+  os.close(reader)
+  os.close(writer)
+  assert waited == [10.0, 50.0]
+  assert 'SIGTERM: a step takes longer than 60 s' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('binary', 'module'), [('pretrain', 'absl'), ('pretrain', 'jax'), ('report', 'numpy')]
+)
+def test_ctrl_c_while_a_binary_imports_is_no_traceback(tmp_path, binary, module):
+  """An exception within an import would become another one, or crash an extension module."""
+  (tmp_path / f'{module}.py').write_text('import os, signal; os.kill(os.getpid(), signal.SIGINT)')
+  done = subprocess.run(
+    [sys.executable, '-m', f'experiments.{binary}', f'--workdir={tmp_path}'],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (130, '', 'SIGINT\n')
+
+
+# Writes a file and a little of everything, as a binary does.
+TALK = """
+from experiments.cli import startup
+startup.prepare()
+import sys
+with open(sys.argv[1], 'w') as file:
+  print('out ü', flush=True)
+  print('err ü', file=sys.stderr)
+  print('kept', file=file)
+print('out')
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize('closed', [(), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize('encoding', ['utf-8', 'ascii'])
+def test_streams_that_are_closed_or_ascii_end_nothing(tmp_path, closed, encoding):
+  done = subprocess.run(
+    [sys.executable, '-c', TALK, str(tmp_path / 'file')],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONIOENCODING': encoding},
+    capture_output=True,
+    preexec_fn=lambda: [os.close(number) for number in closed],
+  )
+  letter = 'ü'.encode(encoding, 'backslashreplace')
+  assert done.returncode == 3
+  assert done.stdout == (b'' if 1 in closed else b'out ' + letter + b'\nout\n')
+  assert done.stderr == (b'' if 2 in closed else b'err ' + letter + b'\n')
+  assert (tmp_path / 'file').read_bytes() == b'kept\n'
+
+
+def test_a_reader_that_goes_away_ends_nothing(tmp_path):
+  """As in `binary 2>&1 | head -1`."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  command = [sys.executable, '-c', TALK, str(tmp_path / 'file')]
+  done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=writer)
+  os.close(writer)
+  assert done.returncode == 3
+  assert (tmp_path / 'file').read_bytes() == b'kept\n'
+
+
+def test_a_full_disk_for_the_output_is_told_in_a_line():
+  if not os.path.exists('/dev/full'):
+    pytest.skip('needs /dev/full')
+  code = 'from experiments.cli import startup; startup.prepare(); from experiments.cli import app;'
+  with open('/dev/full', 'wb') as full:
+    done = subprocess.run(
+      [sys.executable, '-c', code + "app.run(lambda: print('result'))"],
+      cwd=ROOT,
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+  assert done.returncode == 1
+  assert done.stderr.startswith('error: ') and 'No space left' in done.stderr

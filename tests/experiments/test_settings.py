@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 from absl import flags as absl_flags
 
 from experiments import figure1, pretrain, probe
-from experiments.cli import distributed, flags
-from se_vae.config import ArgumentError, TrainConfig, setting, validate
+from experiments.cli import devices, distributed, flags
+from se_vae.config import ArgumentError, ModelConfig, TrainConfig, setting, validate
 from se_vae.storage import json_files
 
 BINARIES = {'pretrain': pretrain.PretrainConfig, 'probe': probe.ProbeConfig}
@@ -43,6 +44,15 @@ def test_defaults_are_within_their_limits():
     ({'kind': 'green'}, "kind: must be one of red, blue; got 'green'"),
     ({'values': (0.1, -2.0)}, 'values: must be >= 0; got -2.0'),
     ({'values': ()}, 'values: needs at least one value'),
+    ({'count': 2**31}, 'count: must be <= 2147483647; got 2147483648'),
+    (
+      {'rate': 1e-300},
+      'rate: must be of a size between 1.2e-38 and 1.7e+38, as float32 holds; got 1e-300',
+    ),
+    (
+      {'values': (0.0, 1e300)},
+      'values: must be of a size between 1.2e-38 and 1.7e+38, as float32 holds; got 1e+300',
+    ),
   ],
 )
 def test_values_outside_their_limits_are_named(change, message):
@@ -103,6 +113,8 @@ WRONG_COMMANDS = [
   ('pretrain', '--workdir={tmp}/w --batch_size=4001', '--batch_size'),
   ('pretrain', '--workdir={tmp}/w --batch_size=many', '--batch_size'),
   ('pretrain', '--workdir={tmp}/w --num_devices=3', '--num_devices'),
+  ('pretrain', '--workdir={tmp}/w --num_devices=100000', '--num_devices'),
+  ('pretrain', '--workdir={tmp}/w --latent_dim=10000000', '--latent_dim, --hidden_units'),
   ('pretrain', '--workdir={tmp}/w --coordinator=localhost:1', '--process_id'),
   ('pretrain', '--workdir={tmp}/w --objective=gan', '--objective'),
   ('pretrain', '--workdir={tmp}/w --arch=transformer', '--arch'),
@@ -128,6 +140,7 @@ WRONG_COMMANDS = [
   ('supervised', '--workdir={tmp}/w --probe=--radi=1', '--probe'),
   ('supervised', '--workdir={tmp}/w --probe=--l2=2', '--probe'),
   ('supervised', '--workdir={tmp}/w --probe=--joint', '--probe'),
+  ('supervised', '--workdir={tmp}/w --probe=--num_examples=1', '--num_examples'),
   ('supervised', '--workdir={tmp}/w --growth=2', '--growth'),
   ('supervised', '--workdir={tmp}/w --num_steps=0', '--num_steps'),
   ('supervised', '--workdir={tmp}/w --batch_size=4001', '--batch_size'),
@@ -147,8 +160,13 @@ for module, arguments, directory in json.load(sys.stdin):
       os.dup2(os.open(f'{directory}/../{name}', os.O_WRONLY | os.O_CREAT), number)
     sys.argv = [module, *arguments]
     del sys.modules[module]
-    runpy.run_module(module, run_name='__main__', alter_sys=True)
-    sys.exit(0)
+    code = 0
+    try:
+      runpy.run_module(module, run_name='__main__', alter_sys=True)
+    except SystemExit as end:
+      code = end.code
+    sys.stdout.flush()
+    os._exit(code)  # without the second that Python takes to clear its modules
   _, status = os.wait()
   print(os.waitstatus_to_exitcode(status), flush=True)
 """
@@ -192,6 +210,44 @@ def test_wrong_commands_fail_in_one_line_and_leave_no_trace(outcomes, command):
   assert len(stderr.splitlines()) == 1 and stderr.startswith('error: '), stderr
   assert command[2] in stderr
   assert left == ['file']
+
+
+def test_too_many_devices_are_refused_before_jax_starts_them(monkeypatch):
+  monkeypatch.setattr(devices, 'jax', None)
+  with pytest.raises(ArgumentError, match='64 examples cannot be split evenly over 128 devices'):
+    devices.use_all_cores(64, 128)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'latent_dim': 10**6}, r'latent_dim, hidden_units: training needs at least \S+ GiB of memory'),
+    ({'latent_dim': 2**31 - 1, 'covariance': 'full'}, 'latent_dim, hidden_units: too large'),
+    ({'arch': 'convnet', 'conv_channels': 10**5}, 'latent_dim, conv_channels: training needs'),
+  ],
+)
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_made(
+  monkeypatch, settings, message
+):
+  monkeypatch.setattr(devices, '_host_memory', lambda: 2**30)
+  mesh = devices.mesh_for(16, 1)
+  with pytest.raises(ArgumentError, match=message):
+    devices.check_memory(ModelConfig(**settings), (28, 28, 1), mesh)
+
+
+@pytest.mark.parametrize(('part', 'weights'), [('encoder', 406), (None, 406 + 392)])
+def test_a_model_that_just_fits_is_not_refused(monkeypatch, part, weights):
+  """16 -> 8 -> 8 -> 8 -> 8 -> 6 and 3 -> 8 -> 8 -> 8 -> 8 -> 16, with biases, on two devices."""
+  config = ModelConfig(latent_dim=3, hidden_units=8)
+  needed = 2 * 4 * 4 * weights  # on each device parameters, gradients and two averages in float32
+  check = functools.partial(
+    devices.check_memory, config, (4, 4, 1), devices.mesh_for(16, 2), part=part
+  )
+  monkeypatch.setattr(devices, '_host_memory', lambda: needed)
+  check()
+  monkeypatch.setattr(devices, '_host_memory', lambda: needed - 1)
+  with pytest.raises(ArgumentError, match='latent_dim'):
+    check()
 
 
 def test_limits_are_part_of_the_flag_reference():

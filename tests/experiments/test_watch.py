@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import struct
 import sys
@@ -217,7 +218,7 @@ def test_a_terminal_has_one_line_that_is_written_over(capsys, monkeypatch):
       bar.set_postfix(loss=loss, refresh=False)
       bar.update()
   *_, last = (text := capsys.readouterr().err).split('\r')
-  assert text.count('\n') <= 1 and '3/3' in last and 'step/s' in last and 'loss=1.0' in last
+  assert text.count('\n') <= 1 and '3/3' in last and ' steps/s' in last and 'loss=1.0' in last
 
 
 def test_a_log_file_has_plain_lines(capsys):
@@ -228,6 +229,14 @@ def test_a_log_file_has_plain_lines(capsys):
       bar.update()
   text = capsys.readouterr().err
   assert '\r' not in text and text.endswith('\n')
-  first, *_, last = text.splitlines()
-  assert first.startswith('pretrain: 0/3,')
-  assert last.startswith('pretrain: 3/3, 00:00 gone, 00:00 left') and last.endswith('loss=1.0')
+  first, *_, last = lines = text.splitlines()
+  assert first == 'pretrain: 0/3'
+  assert re.fullmatch(r'pretrain: 3/3, 00:00 gone, 00:00 left, [0-9.]+ steps/s, loss=1\.0', last)
+  assert len({line.partition(',')[0] for line in lines}) == len(lines)
+
+
+@pytest.mark.parametrize(('n', 'says'), [(2, ''), (6, '2.0 steps/s'), (3, '2.0 s/step')])
+def test_a_speed_is_told_in_words_once_it_is_known(n, says):
+  """Two of ten steps were done before."""
+  times = messages._times(n=n, total=10, initial=2, elapsed=2.0, rate=None, unit='step')
+  assert times.endswith(says) and bool(times) == bool(says)
