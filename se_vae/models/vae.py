@@ -18,7 +18,7 @@ from se_vae.models import networks
 Params = Any  # {'encoder': pytree, 'decoder': pytree}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class VAE:
   """A variational autoencoder of two Flax Linen modules: encoder q(z | x), decoder mean g(z).
 
@@ -38,6 +38,10 @@ class VAE:
   decoder: nn.Module
   image_shape: tuple[int, int, int]
   latent_dim: int
+
+  def __repr__(self) -> str:
+    encoder, decoder = type(self.encoder).__name__, type(self.decoder).__name__
+    return f'VAE({encoder}, {decoder}, {self.image_shape}, {self.latent_dim} latents)'
 
   def init(self, key: jax.Array) -> Params:
     """Returns fresh parameters in float32: `{'encoder': ..., 'decoder': ...}`.
