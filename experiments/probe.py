@@ -306,7 +306,7 @@ def evaluate(
 @contextlib.contextmanager
 def _progress(description: str, stop: signals.StopSignal) -> Iterator[Callable[[int, int], None]]:
   """The `progress` of an attack: a bar that looks for a signal whenever it advances."""
-  with messages.progress_bar(1, description, unit='attack') as bar:
+  with messages.progress_bar(None, description, unit='attack') as bar:
 
     def advance(done: int, total: int) -> None:
       bar.total = total

@@ -158,11 +158,11 @@ class Recorder:
     """
     before, step = self._step, int(progress.state.step)
     self._step = step
-    self._bar.update(step - before)
     self._check_place()  # a checkpoint would make the directory anew, without what was in it
     tree = {**progress.state._asdict(), 'window': progress.window}
     if progress.row is not None:
       self._record_row(step, progress.row, tree)
+    self._bar.update(step - before)
     if self._is_due(before, step) or stopping:
       os.fsync(self._metrics.fileno())  # no row may be missing before a checkpoint
       if self._events is not None:

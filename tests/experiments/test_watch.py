@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import struct
 import sys
@@ -226,8 +227,20 @@ def test_a_log_file_has_plain_lines(capsys):
     for loss in ('3.0', '2.0', '1.0'):
       bar.set_postfix(loss=loss, refresh=False)
       bar.update()
+    bar.refresh()  # nothing is new
   text = capsys.readouterr().err
   assert '\r' not in text and text.endswith('\n')
-  first, *_, last = text.splitlines()
-  assert first.startswith('pretrain: 0/3,')
-  assert last.startswith('pretrain: 3/3, 00:00 gone, 00:00 left') and last.endswith('loss=1.0')
+  first, *_, last = lines = text.splitlines()
+  assert first == 'pretrain: 0/3'
+  assert len({line.split(',')[0] for line in lines}) == len(lines)
+  assert re.fullmatch(
+    r'pretrain: 3/3, 00:00 gone, 00:00 left, [\d.e+]+ step/s, loss=1\.0', last
+  )
+
+
+def test_a_bar_whose_end_is_not_known_yet_has_started(capsys):
+  with messages.progress_bar(None, 'attack', unit='attack') as bar:
+    bar.total = 2
+    bar.update(2)
+  first, last = capsys.readouterr().err.splitlines()
+  assert first == 'attack: started' and last.startswith('attack: 2/2, ') and '? ' not in last
