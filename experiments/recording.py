@@ -212,7 +212,8 @@ class Recorder:
     """Writes the pages of images and result.json, and returns what is in it."""
     figures, pages = self._examiner.examine(jax.device_get(params))
     for name, page in pages.items():
-      image_grids.save(self.workdir / f'{name}.png', page)
+      rows = image_grids.ROWS if name == 'reconstructions' else ()
+      image_grids.save(self.workdir / f'{name}.png', page, rows)
     result = {'step': self._num_steps, 'test': figures, **self._metadata}
     workdirs.write_json(self.workdir / RESULT, result)
     return result

@@ -16,7 +16,7 @@ class AttackLogError(ValueError):
   """A file that is no attack log, or the log of another evaluation."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class AttackLog:
   """The result of every attack so far, for N examples; `evaluate` fills it in.
 
@@ -39,6 +39,10 @@ class AttackLog:
   forwards: np.ndarray
   gradients: np.ndarray
   images: np.ndarray
+
+  def __repr__(self) -> str:
+    misclassified = int(np.isfinite(self.radius).sum())
+    return f'AttackLog({misclassified} of {len(self.radius)} examples misclassified)'
 
   @classmethod
   def empty(cls, names: tuple[str, ...], x: np.ndarray) -> AttackLog:

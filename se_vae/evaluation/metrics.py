@@ -20,7 +20,7 @@ from se_vae.parallel import sharding
 _ACTIVE_VARIANCE = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AdversarialAccuracy:
   """Which of N examples are classified correctly under attack, at each of R radii.
 
@@ -48,6 +48,14 @@ class AdversarialAccuracy:
       for row in self.correct
     ]
     return np.array([(interval.low, interval.high) for interval in intervals])
+
+  def __str__(self) -> str:
+    points = zip(self.accuracy, self.radii, strict=True)
+    accuracy = ', '.join(f'{value:.3f} at {radius:g}' for value, radius in points)
+    return f'n = {self.correct.shape[1]}: {accuracy}'
+
+  def __repr__(self) -> str:
+    return f'AdversarialAccuracy({self})'
 
 
 def active_latents(means: np.ndarray) -> int:

@@ -78,6 +78,8 @@ def test_an_honest_evaluation_passes_all_checks(attack):
   assert [check.number for check in result.checks] == list(range(1, 13))
   assert result.passed and not skipped(result), result.checks
   assert repr(result).endswith('checks: 12 passed, 0 failed, 0 skipped)')
+  assert all('\n' not in repr(part) for part in (result, result.curve, result.attack_log))
+  assert repr(result.curve).startswith(f'AdversarialAccuracy(n = {COUNT}: ')
 
 
 def test_worst_case_is_at_most_standard():
