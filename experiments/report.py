@@ -221,7 +221,7 @@ class _Reader:
     pictures += [
       (
         file.with_name(f'{file.stem}_images.png'),
-        f'Adversarial images, {probe.task} probe, {probe.attack}',
+        f'Adversarial images, {probe.task} probe, {probe.attack} attack',
         _ADVERSARIAL,
       )
       for file, probe in probes.items()

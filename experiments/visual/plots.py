@@ -111,6 +111,7 @@ def save(
     _draw_latent_shifts(axes[-1], latent_shifts)
   for axis in axes:
     axis.set_xlabel('attack radius (l-inf, pixels in [0, 1])')
+    axis.locator_params(axis='x', nbins=7)  # or the numbers touch
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
   figure.savefig(file, dpi=150, format='png')
