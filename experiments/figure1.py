@@ -217,6 +217,7 @@ def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
     atomic_files.write(workdir / 'figure1.md', text.encode())
   minutes = (time.monotonic() - started) / 60.0
   print(f'\n{text}\n{workdir}/figure1.png, .json, .csv and .md, after {minutes:.1f} minutes')
+  print(plots.checks_summary(*results))
   return content
 
 

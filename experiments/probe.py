@@ -395,7 +395,7 @@ def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
   validate(config)
   if config.task not in dataset.num_classes:
     raise UsageError(
-      f'--task: {dataset.name} has no {config.task} labels; its tasks are '
+      f'--task: {dataset.name} has no task {config.task}; its tasks are '
       f'{", ".join(dataset.num_classes)}'
     )
   for task in dataset.num_classes if config.joint else (config.task,):
@@ -406,7 +406,7 @@ def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
         f'{", ".join(map(str, sorted(missing)))}, and names {dataset.num_classes[task]}'
       )
   if config.joint and len(dataset.num_classes) < 2:
-    raise UsageError(f'--joint: needs several tasks; {dataset.name} has {config.task} labels alone')
+    raise UsageError(f'--joint: needs several tasks; {dataset.name} has {config.task} alone')
   available = len(dataset.test.images)
   if config.num_examples is not None and config.num_examples > available:
     raise UsageError(

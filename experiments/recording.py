@@ -158,11 +158,11 @@ class Recorder:
     """
     before, step = self._step, int(progress.state.step)
     self._step = step
-    self._bar.update(step - before)
     self._check_place()  # a checkpoint would make the directory anew, without what was in it
     tree = {**progress.state._asdict(), 'window': progress.window}
     if progress.row is not None:
       self._record_row(step, progress.row, tree)
+    self._bar.update(step - before)
     if self._is_due(before, step) or stopping:
       os.fsync(self._metrics.fileno())  # no row may be missing before a checkpoint
       if self._events is not None:
@@ -212,7 +212,8 @@ class Recorder:
     """Writes the pages of images and result.json, and returns what is in it."""
     figures, pages = self._examiner.examine(jax.device_get(params))
     for name, page in pages.items():
-      image_grids.save(self.workdir / f'{name}.png', page)
+      rows = image_grids.ROWS if name == 'reconstructions' else ()
+      image_grids.save(self.workdir / f'{name}.png', page, rows)
     result = {'step': self._num_steps, 'test': figures, **self._metadata}
     workdirs.write_json(self.workdir / RESULT, result)
     return result

@@ -61,19 +61,24 @@ class LatentShift(TypedDict):
 
 
 class Attack(TypedDict):
-  """The settings of a probe that a report names."""
+  """The settings of an attack that a report names."""
 
   attack: str
 
 
-class Probe(Curve):
-  """The result of a probe."""
+class Attacked(Curve):
+  """What the results of a probe and of a supervised classifier share."""
 
   task: str
   num_examples: int
   step: int
-  config: Attack
   checks: NotRequired[list[CheckRecord]]
+
+
+class Probe(Attacked):
+  """The result of a probe."""
+
+  config: Attack
   joint: NotRequired[Joint]
   moves: NotRequired[LatentShift]
   pretraining: NotRequired[dict[str, Any]]
@@ -116,9 +121,11 @@ class Sweep(TypedDict):
   results: list[Variant]
 
 
-class Supervised(Curve):
+class Supervised(Attacked):
   """result.json of supervised."""
 
   config: dict[str, Any]
-  data: NotRequired[dict[str, Any]]
-  checks: NotRequired[list[CheckRecord]]
+  evaluation: Attack
+  data: Data
+  versions: dict[str, str]
+  devices: NotRequired[list[str]]

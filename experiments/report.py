@@ -3,8 +3,9 @@ r"""Writes one self-contained HTML page about a run, several runs side by side, 
   python -m experiments.report --workdir=runs/se --compare=runs/vae
 
 The page, `report.html` in --workdir or --output, needs no network: it contains its pictures and
-charts. A run is a directory of experiments.pretrain, with the results of experiments.probe in it; a
-directory of experiments.figure1 stands for all of its runs. No other file is written.
+charts. A run is a directory of experiments.pretrain, with the results of experiments.probe in it,
+or of experiments.supervised. A directory of experiments.figure1 or experiments.sweep stands for all
+of its runs. No other file is written.
 """
 
 from __future__ import annotations
@@ -16,23 +17,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiments import figure1, pretrain, recording, records
+from experiments import figure1, pretrain, recording, records, supervised
 from experiments.cli import app, flags, messages
 from experiments.cli.flags import UsageError
-from experiments.visual import plots, report_page
+from experiments.visual import report_page
 from experiments.visual.report_page import Picture, Probe, Run, Series, Style, Table
 from se_vae.config import setting, validate
+from se_vae.evaluation import verdicts
 from se_vae.evaluation.verdicts import SanityCheck
 from se_vae.storage import atomic_files, json_files
 
 Part = TypeVar('Part')
 
 FIGURE = 'figure1.json'
+SWEEP = 'sweep.json'
 
 _PICTURES = {
   'reconstructions': (
     'Reconstructions',
-    "rows: held-out images; selected x'; reconstructions of the images; reconstructions of x'",
+    "held-out images x, the x' that the attack of training selects, and reconstructions of both",
   ),
   'samples': ('Samples', 'a hundred images decoded from samples of the prior'),
   'traversals': (
@@ -42,8 +45,8 @@ _PICTURES = {
   ),
 }
 _ADVERSARIAL = (
-  'images that are misclassified within some radius, in ascending order of it; rows: images; '
-  'adversarial images; reconstructions of the images; reconstructions of the adversarial images'
+  'test images x that are misclassified under attack only, in ascending order of the radius, '
+  "their adversarial images x', and reconstructions of both"
 )
 
 
@@ -51,18 +54,18 @@ _ADVERSARIAL = (
 class ReportConfig:
   """The flags of this binary."""
 
-  workdir: str | None = setting(None, 'Directory of a run, or of a figure.')
+  workdir: str | None = setting(None, 'Directory of a run, of a figure, or of a sweep.')
   compare: tuple[str, ...] | None = setting(None, 'Directories to show beside it.')
   output: str | None = setting(None, "The page to write; 'report.html' in --workdir if not given.")
 
 
 def main() -> None:
   """Entry point."""
-  print(run(flags.from_flags(ReportConfig)))
+  run(flags.from_flags(ReportConfig))
 
 
 def run(config: ReportConfig) -> Path:
-  """Writes the page; returns its path.
+  """Writes the page, prints its path and the summary of all checks; returns the path.
 
   Raises:
     UsageError: for a wrong flag, or if no run can be read, before anything is written.
@@ -71,18 +74,20 @@ def run(config: ReportConfig) -> Path:
   directories = [_directory('--workdir', config.workdir)]
   directories += [_directory('--compare', name) for name in config.compare or ()]
   output = _check_output(Path(config.output) if config.output else directories[0] / 'report.html')
-  atomic_files.write(output, render(directories).encode(errors='surrogateescape'))
+  page, checks = render(directories)
+  atomic_files.write(output, page.encode(errors='surrogateescape'))
+  print(f'{output}\n{verdicts.summary(checks)}')
   return output
 
 
 def _directory(flag: str, name: str | None) -> Path:
   if not name:
-    raise UsageError(f'{flag}: is required; the directory of a run, or of a figure')
+    raise UsageError(f'{flag}: is required; the directory of a run, of a figure, or of a sweep')
   path = Path(name)
   if not path.is_dir():
     raise UsageError(f'{flag}: {path} is not a directory')
   if not runs_in(path):
-    raise UsageError(f'{flag}: {path} holds no run; experiments.pretrain makes one')
+    raise UsageError(f'{flag}: {path} holds no run; experiments.pretrain or supervised makes one')
   return path
 
 
@@ -97,19 +102,25 @@ def _check_output(path: Path) -> Path:
 
 def runs_in(directory: Path) -> list[Path]:
   """The directory itself if it is a run's, else the runs in it, in the order of their names."""
-  candidates = [directory] if (directory / recording.CONFIG).exists() else directory.iterdir()
-  return sorted(path for path in candidates if (path / recording.CONFIG).exists())
+  candidates = [directory] if _settings_file(directory).exists() else directory.iterdir()
+  return sorted(path for path in candidates if _settings_file(path).exists())
 
 
-def render(directories: Sequence[Path]) -> str:
-  """The page about these directories, which names the files that it leaves out.
+def _settings_file(directory: Path) -> Path:
+  """The file with the settings of a run; a supervised classifier has them in its result alone."""
+  path = directory / recording.CONFIG
+  return path if path.exists() else directory / recording.RESULT
+
+
+def render(directories: Sequence[Path]) -> tuple[str, list[SanityCheck]]:
+  """The page about these directories, which names the files that it leaves out, and its checks.
 
   Raises:
     UsageError: if the settings of no run can be read.
   """
   reader = _Reader()
   paths = list(dict.fromkeys(path for directory in directories for path in runs_in(directory)))
-  configs = {path: reader.read(path / recording.CONFIG, _load_config) for path in paths}
+  configs = {path: reader.read(_settings_file(path), _load_config) for path in paths}
   known = {path: config for path, config in configs.items() if config is not None}
   if not known:
     raise UsageError(f'--workdir: no run can be shown: {reader.damages[0]}')
@@ -118,14 +129,23 @@ def render(directories: Sequence[Path]) -> str:
   figures = [path / FIGURE for path in directories if (path / FIGURE).exists()]
   drawn = [reader.read(path, _load_figure) for path in figures]
   runs = [reader.run(path, label, style, *config) for (path, config), label, style in labelled]
-  return report_page.render(
+  # The checks are shown for each run, so those of the figures' results are the same ones.
+  checks = [check for run in runs for probe in run.probes for check in probe.checks]
+  page = report_page.render(
     title=', '.join(_labels(directories)),
     runs=runs,
     figures=[figure for figure in drawn if figure is not None],
-    unfinished=[str(d) for d in directories if d not in paths and not (d / FIGURE).exists()],
+    unfinished=[str(d) for d in directories if d not in paths and not _is_whole(d)],
     damages=reader.damages,
-    defaults=flags.to_dict(pretrain.PretrainConfig()),
+    defaults=flags.to_dict(
+      supervised.SupervisedConfig() if runs[0].supervised else pretrain.PretrainConfig()
+    ),
   )
+  return page, checks
+
+
+def _is_whole(directory: Path) -> bool:
+  return any((directory / name).exists() for name in (FIGURE, SWEEP))
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -174,6 +194,11 @@ class _Reader:
     self, path: Path, label: str, style: Style, config: dict[str, Any], environment: dict[str, Any]
   ) -> Run:
     """The run in a directory."""
+    if config['objective'] == report_page.SUPERVISED:
+      attacked = self.read(path / recording.RESULT, _load_classifier)
+      state = f'finished: {config["num_steps"]:,} steps'
+      results = [] if attacked is None else [attacked]
+      return Run(label, style, config, environment, state, [], None, results, [])
     result = self.read(path / recording.RESULT, lambda file: json_files.read(file, records.Result))
     num_steps = config['num_steps']
     finished = result is not None and result['step'] == num_steps
@@ -196,7 +221,7 @@ class _Reader:
     pictures += [
       (
         file.with_name(f'{file.stem}_images.png'),
-        f'Adversarial images, {probe.task} probe, {probe.attack}',
+        f'Adversarial images, {probe.task} probe, {probe.attack} attack',
         _ADVERSARIAL,
       )
       for file, probe in probes.items()
@@ -225,9 +250,14 @@ class _Reader:
 
 def _load_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
   """The settings of a run, and its versions, devices and data."""
-  content = json_files.read(path, records.Run)
-  with json_files.naming(path):
-    config = flags.to_dict(pretrain.stored_config(content['config']))
+  content: records.Run | records.Supervised
+  if path.name == recording.RESULT:
+    content = json_files.read(path, records.Supervised)
+    config = {'objective': report_page.SUPERVISED, **_supervised_config(content['config'])}
+  else:
+    content = json_files.read(path, records.Run)
+    with json_files.naming(path):
+      config = flags.to_dict(pretrain.stored_config(content['config']))
   environment = {
     **content['versions'],
     'devices': content.get('devices'),
@@ -237,6 +267,13 @@ def _load_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
   return config, environment
 
 
+def _supervised_config(values: dict[str, Any]) -> dict[str, Any]:
+  try:
+    return flags.to_dict(flags.from_dict(supervised.SupervisedConfig, values))
+  except TypeError as error:  # a setting that does not exist
+    raise json_files.JsonError(str(error)) from None
+
+
 def _load_picture(path: Path, title: str, text: str) -> Picture:
   return report_page.picture(path.read_bytes(), title, text)
 
@@ -244,17 +281,29 @@ def _load_picture(path: Path, title: str, text: str) -> Picture:
 def _load_probe(path: Path) -> Probe:
   content = json_files.read(path, records.Probe)
   joint, shift = content.get('joint'), content.get('moves')
+  return _attacked(content, content['config']['attack'])._replace(
+    joint=(' and '.join(joint['tasks']), _accuracy(joint)) if joint else None,
+    latent_shift=_latent_shift(shift) if shift else None,
+  )
+
+
+def _load_classifier(path: Path) -> Probe:
+  content = json_files.read(path, records.Supervised)
+  return _attacked(content, content['evaluation']['attack'])
+
+
+def _attacked(content: records.Attacked, attack: str) -> Probe:
   checks = [SanityCheck.from_json(check) for check in content.get('checks', ())]
   return Probe(
     task=content['task'],
-    attack=content['config']['attack'],
+    attack=attack,
     num_examples=content['num_examples'],
     step=content['step'],
     accuracy=_accuracy(content),
-    joint=(' and '.join(joint['tasks']), _accuracy(joint)) if joint else None,
-    latent_shift=_latent_shift(shift) if shift else None,
+    joint=None,
+    latent_shift=None,
     checks=checks,
-    summary=plots.checks_summary({'checks': checks}),
+    summary=verdicts.summary(checks),
   )
 
 

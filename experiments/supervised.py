@@ -29,7 +29,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.visual import probe_results
   from se_vae import attacks, data, training
   from se_vae.attacks import losses
-  from se_vae.evaluation import linear_probe, verdicts
+  from se_vae.evaluation import linear_probe
   from se_vae.models import vae
   from se_vae.parallel import sharding
   from se_vae.storage import checkpoints
@@ -133,9 +133,7 @@ def main() -> None:
   devices.use_all_cores(config.batch_size)
   with signals.StopSignal().listening() as stop:
     result = run(config, stop)
-  for radius, accuracy in zip(result['radii'], result['accuracy'], strict=True):
-    print(f'{radius:6.3f}  {accuracy:.3f}')
-  print(verdicts.summary(result.get('checks', ())))
+  print(probe_results.as_text(result, 'classifier, trained with labels,'))
 
 
 def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:

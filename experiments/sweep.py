@@ -33,6 +33,11 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 # Settings that the variants of a sweep share.
 _SHARED = ('workdir', 'data_dir', 'cache_dir')
 
+_CAPTION = (
+  'Means over the seeds: the ELBO of held-out images, in nats, their squared error, the number of '
+  'active latents, and the adversarial accuracy at each l-inf radius'
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
@@ -116,9 +121,9 @@ def run(
       plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve in groups])])
     workdirs.write_csv(workdir / 'sweep.csv', _table(groups, with_intervals=True))
     header, *rows = (map(_cell, row) for row in _table(groups, with_intervals=False))
-    text = messages.markdown_table(header, rows)
+    text = f'{_CAPTION}\n\n{messages.markdown_table(header, rows)}'
     atomic_files.write(workdir / 'sweep.md', f'{text}\n'.encode())
-    print(text)
+    print(f'{text}\n{plots.checks_summary(*results)}')
     return {**content, 'results': results}
 
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import functools
 import io
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from se_vae import attacks, training
 from se_vae.data.transforms import pixels
 from se_vae.models import vae
 from se_vae.storage import atomic_files
 
+# What the rows of a page of attacked images show.
+ROWS = ('image x', "attacked x'", 'reconstruction\nof x', "reconstruction\nof x'")
+
 # Values of the latent that a traversal varies, and the number of latents on a page.
 _TRAVERSAL = np.linspace(-3.0, 3.0, 10, dtype=np.float32)
 _MOST_LATENTS = 10
+
+_ROW = 40  # the lowest row, in pixels of the picture, that has room for a label of two lines
 
 
 def pages(
@@ -40,10 +47,10 @@ def pages(
     means: encoder means `[M, D]` of some images; their variance orders the latents.
 
   Returns:
-    Pages `[rows, columns, H, W, C]` in [0, 1], by name. `reconstructions` has a row each of images,
-    selected x', reconstructions of the images, and reconstructions of x'. `samples` has a hundred
-    images decoded from the prior. `traversals` has the first image, decoded with one latent a row
-    varied from -3 to 3; the latent whose mean varies most comes first.
+    Pages `[rows, columns, H, W, C]` in [0, 1], by name. `reconstructions` has the `ROWS`, with the
+    selected x'. `samples` has a hundred images decoded from the prior. `traversals` has the first
+    image, decoded with one latent a row varied from -3 to 3; the latent whose mean varies most
+    comes first.
   """
   order = np.argsort(-np.var(means, axis=0), kind='stable')[:_MOST_LATENTS]
   drawn = _pages(model, config, params, key, pixels(images), jnp.asarray(order))
@@ -92,12 +99,13 @@ def _mean_shift(model: vae.VAE, params: vae.Params, x: jax.Array, x_adv: jax.Arr
   return jnp.mean(training.EncodingShift(model)(x_adv, params, model.encode(params, x)))
 
 
-def encode_png(page: np.ndarray, scale: int = 1) -> bytes:
+def encode_png(page: np.ndarray, scale: int = 1, labels: Sequence[str] = ()) -> bytes:
   """A page `[rows, columns, H, W, C]` in [0, 1] as one PNG picture.
 
   Args:
     page: images of 1 or 3 channels; values outside [0, 1] are clipped.
     scale: width and height of a pixel in the picture.
+    labels: texts to the left of the rows, if any.
 
   Raises:
     ValueError: for another number of channels.
@@ -108,11 +116,27 @@ def encode_png(page: np.ndarray, scale: int = 1) -> bytes:
   grid = page.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
   pixels = np.round(255.0 * np.clip(grid, 0.0, 1.0)).astype(np.uint8)
   pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+  picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
   buffer = io.BytesIO()
-  Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(buffer, 'png')
+  (_labelled(picture, labels) if labels else picture).save(buffer, 'png')
   return buffer.getvalue()
 
 
-def save(path: Path, page: np.ndarray) -> None:
-  """Writes a page to a PNG file at twice its size."""
-  atomic_files.write(path, encode_png(page, scale=2))
+def _labelled(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
+  """The picture to the right of the labels of its rows."""
+  font = ImageFont.load_default(13)
+  draw = ImageDraw.Draw(picture)
+  margin = 12 + round(max(draw.textbbox((0, 0), label, font)[2] for label in labels))
+  page = Image.new(picture.mode, (margin + picture.width, picture.height), 'white')
+  page.paste(picture, (margin, 0))
+  draw = ImageDraw.Draw(page)
+  for row, label in enumerate(labels):
+    middle = (row + 0.5) / len(labels) * picture.height
+    draw.text((6, middle), label, 'black', font, anchor='lm')
+  return page
+
+
+def save(path: Path, page: np.ndarray, labels: Sequence[str] = ()) -> None:
+  """Writes a page to a PNG file, at twice its size or so large that labels fit beside the rows."""
+  scale = max(2, math.ceil(_ROW / page.shape[2])) if labels else 2
+  atomic_files.write(path, encode_png(page, scale, labels))

@@ -103,7 +103,7 @@ def save(
   figure = new_figure(4.2 * count, height)
   axes = figure.subplots(1, count, squeeze=False)[0]
   for axis, (title, curves), text in zip(axes, panels, captions, strict=False):
-    variants = sorted({curve.variant for curve in curves}, key=lambda name: (len(name), name))
+    variants = list(dict.fromkeys(curve.variant for curve in curves))
     for curve in curves:
       color, style = _look(curve.objective, variants.index(curve.variant), len(variants))
       axis.plot(
@@ -122,11 +122,12 @@ def save(
       fontsize=7.5,
       parse_math=False,
     )
-  axes[0].set_ylabel('adversarial accuracy')
+  axes[0].set_ylabel('adversarial accuracy, 95 % interval')
   if latent_shifts is not None:
     _draw_latent_shifts(axes[-1], latent_shifts)
   for axis in axes:
     axis.set_xlabel('attack radius (l-inf, pixels in [0, 1])')
+    axis.locator_params(axis='x', nbins=7)  # or the numbers touch
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
   figure.savefig(file, dpi=150, format='png')
@@ -151,7 +152,7 @@ def _look(objective: str, number: int, count: int) -> tuple[Any, str]:
 def _draw_latent_shifts(axis: Any, shifts: dict[str, Any]) -> None:
   radii, levels = shifts['radii'], list(shifts['quantiles'])
   lowest, highest = (shifts['quantiles'][level] for level in (levels[0], levels[-1]))
-  band = f'{levels[0]} to {levels[-1]} of the images'
+  band = f'{float(levels[0]):.0%} to {float(levels[-1]):.0%} of the images'.replace('%', ' %')
   axis.plot(radii, shifts['mean'], marker='o', ms=3.5, color='k', label='mean')
   axis.fill_between(radii, lowest, highest, color='k', alpha=0.15, linewidth=0, label=band)
   axis.set(title='latent shift under attack', ylabel='squared W2')

@@ -55,12 +55,17 @@ def latent_shift(radii: Sequence[float], shift: np.ndarray) -> dict[str, Any]:
   }
 
 
-def as_text(result: dict[str, Any]) -> str:
-  """Lines of text: the curves, every sanity check, and the summary of the checks."""
-  config = result['config']
+def as_text(result: dict[str, Any], attacked: str = 'probe') -> str:
+  """Lines of text: the curves, every sanity check, and the summary of the checks.
+
+  Args:
+    result: the JSON of a probe's or of a supervised classifier's result.
+    attacked: what was attacked, for the header.
+  """
+  workdir, attack = result['config']['workdir'], result['evaluation']['attack']
   lines = [
-    f'{config["workdir"]}: {config["task"]} probe on {result["num_examples"]} test images',
-    f'radius  adversarial accuracy [95 % interval], {config["attack"]}',
+    f'{workdir}: {result["task"]} {attacked} on {result["num_examples"]} test images',
+    f'radius  adversarial accuracy [95 % interval], {attack}',
   ]
   for radius, accuracy, (low, high) in zip(
     result['radii'], result['accuracy'], result['interval'], strict=True
@@ -72,10 +77,10 @@ def as_text(result: dict[str, Any]) -> str:
   if 'moves' in result:
     values = ' '.join(f'{value:.3g}' for value in result['moves']['mean'])
     lines.append(f'mean latent shift, squared W2: {values}')
-  for check in map(verdicts.SanityCheck.from_json, result['checks']):
+  for check in map(verdicts.SanityCheck.from_json, result.get('checks', ())):
     verdict = 'FAIL' if check.verdict == 'fail' else check.verdict
     lines.append(f'{verdict:7}  {check.number:2d} {check.name}: {check.figure}')
-  return '\n'.join([*lines, verdicts.summary(result['checks'])])
+  return '\n'.join([*lines, plots.checks_summary(result)])
 
 
 def write(
@@ -123,7 +128,7 @@ def write(
   if len(chosen):
     rows = [images[chosen], outcome.attack_log.images[chosen]]
     page = np.stack([*rows, *map(reconstruct, rows)])
-    image_grids.save(stem.with_name(f'{stem.name}_images.png'), page)
+    image_grids.save(stem.with_name(f'{stem.name}_images.png'), page, image_grids.ROWS)
   path = stem.with_name('robustness.json')
   name = stem.name.removeprefix('probe_')
   workdirs.write_json(path, {**(workdirs.read_json(path, dict[str, Any]) or {}), name: result})

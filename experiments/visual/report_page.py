@@ -14,9 +14,12 @@ from se_vae.evaluation.verdicts import SanityCheck
 
 GENERATOR = 'se_vae experiments.report'  # marks a page as a report of this project
 
+SUPERVISED = 'supervised'  # in place of an objective
+
 # A family of colours for each objective; a colour that comes again has another kind of line. The
 # names of the lines are the same in CSS and in Matplotlib.
 _COLORS = {
+  SUPERVISED: ('#71767d', '#9c7a3c', '#a3a8ae', '#4f7f7f'),
   'se': ('#1b6ca8', '#2a8c3c', '#7b3fb5', '#1497a6'),
   'vae': ('#d95f02', '#c2185b', '#8c564b', '#b08900'),
 }
@@ -124,7 +127,10 @@ class Table(NamedTuple):
 
 
 class Probe(NamedTuple):
-  """The content of a probe_TASK.json; `joint` has the names of several tasks and their curve."""
+  """The result of a probe, or of a supervised classifier.
+
+  `joint` has the names of several tasks and their curve.
+  """
 
   task: str
   attack: str
@@ -138,7 +144,7 @@ class Probe(NamedTuple):
 
 
 class Run(NamedTuple):
-  """A run of experiments.pretrain; empty or None where a part is missing."""
+  """A run of experiments.pretrain or supervised; empty or None where a part is missing."""
 
   label: str
   style: Style
@@ -149,6 +155,11 @@ class Run(NamedTuple):
   test: dict[str, float] | None
   probes: list[Probe]
   pictures: list[Picture]
+
+  @property
+  def supervised(self) -> bool:
+    """Whether it is a classifier that was trained with labels, and no encoder."""
+    return bool(self.config['objective'] == SUPERVISED)
 
 
 def styles(objectives: Iterable[str]) -> list[Style]:
@@ -233,8 +244,9 @@ def _robustness(runs: Sequence[Run]) -> list[Table]:
     dataset = run.config['dataset']
     for probe in run.probes:
       note = f'{probe.attack}, n = {probe.num_examples:,}, step {probe.step:,}'
+      note = f'trained with labels, {note}' if run.supervised else note
       curve = CurveRow(run.label, run.style, note, probe.accuracy, probe.summary)
-      title = f'{dataset}, {probe.task} probe, {probe.attack}'
+      title = f'{dataset}, {probe.task} probe, {probe.attack} attack'
       accuracies.setdefault(title, []).append(curve)
       if probe.joint:
         tasks, numbers = probe.joint
@@ -366,7 +378,7 @@ def render(
     title: heading of the page.
     runs: the runs, at least one.
     figures: the panels of each figure, and a note about it that may be empty.
-    unfinished: directories of figures that are not finished.
+    unfinished: directories that hold runs, and neither a figure nor a sweep.
     damages: a line about each file that is left out.
     defaults: the settings that a single run is compared with.
   """
@@ -381,6 +393,7 @@ def render(
   )
   environment.filters['shown'] = _shown
   pictures = {picture.title: picture.text for run in runs for picture in run.pictures}
+  encoders = [run for run in runs if not run.supervised]
   page = environment.get_template('report.html').render(
     generator=GENERATOR,
     title=title,
@@ -388,8 +401,9 @@ def render(
     figures=figures,
     unfinished=unfinished,
     damages=damages,
-    held_out=_metric_table(runs, [run.test or {} for run in runs]),
-    last_rows=_metric_table(runs, [run.rows[-1] if run.rows else {} for run in runs]),
+    encoders=encoders,
+    held_out=_metric_table(encoders, [run.test or {} for run in encoders]),
+    last_rows=_metric_table(encoders, [run.rows[-1] if run.rows else {} for run in encoders]),
     robustness=_robustness(runs),
     training=_training(runs),
     pictures=pictures,

@@ -38,11 +38,6 @@ class AdversarialAccuracy:
     """Adversarial accuracy at each radius, `[R]`, in [0, 1]."""
     return self.correct.mean(axis=1)
 
-  def __repr__(self) -> str:
-    pairs = zip(self.accuracy, self.radii, strict=True)
-    accuracy = ', '.join(f'{value:.3f} at {radius:g}' for value, radius in pairs)
-    return f'AdversarialAccuracy(n = {self.correct.shape[1]}: {accuracy})'
-
   def interval(self, confidence: float = 0.95) -> np.ndarray:
     """Wilson score interval of each accuracy, `[R, 2]`."""
     from scipy.stats import binomtest  # slow to import
@@ -53,6 +48,14 @@ class AdversarialAccuracy:
       for row in self.correct
     ]
     return np.array([(interval.low, interval.high) for interval in intervals])
+
+  def __str__(self) -> str:
+    points = zip(self.accuracy, self.radii, strict=True)
+    accuracy = ', '.join(f'{value:.3f} at {radius:g}' for value, radius in points)
+    return f'n = {self.correct.shape[1]}: {accuracy}'
+
+  def __repr__(self) -> str:
+    return f'AdversarialAccuracy({self})'
 
 
 def active_latents(means: np.ndarray) -> int:

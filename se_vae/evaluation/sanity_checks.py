@@ -111,10 +111,11 @@ def large_radius(claim: Claim) -> Judgement:
     accuracy.append(len(left) / claim.count)
     if not len(left):
       break
+  curve = zip(accuracy, radii, strict=True)
+  reached = ', '.join(f'{value:.4f} at radius {radius:g}' for value, radius in curve)
   return (
     max(accuracy) <= largest_share and accuracy[-1] <= _ROBUST_AT_LARGE_RADII,
-    f'accuracy {accuracy[0]:.4f} at {radii[0]:g} (most frequent class {largest_share:.4f}), '
-    f'{accuracy[-1]:.4f} at {radii[-1]:g}',
+    f'accuracy {reached}; the most frequent class has {largest_share:.4f} of the examples',
     {'radii': radii, 'accuracy': accuracy, 'largest_share': largest_share},
   )
 
@@ -291,7 +292,7 @@ def informative(claim: Claim) -> Judgement:
     defects.append('latent scale')
   if not figures.get('squared_error', 0.0) <= figures.get('variance', np.inf):
     defects.append('reconstructions are worse than the mean image')
-  text = ', '.join(f'{name} {value:.4g}' for name, value in figures.items())
+  text = ', '.join(f'{name.replace("_", " ")} {value:.4g}' for name, value in figures.items())
   return not defects, '; '.join([text, *defects]), figures
 
 

@@ -99,7 +99,7 @@ def test_the_probe_knows_the_labels_of_any_set(trained):
   result = run_probe(trained)
   assert result['num_examples'] == 20
   assert result['accuracy'][0] > 0.3  # the grey tells the class; chance is 0.1
-  with pytest.raises(UsageError, match='--task: tfds:objects has no digit labels'):
+  with pytest.raises(UsageError, match='--task: tfds:objects has no task digit'):
     run_probe(trained, task='digit')
 
 

@@ -96,6 +96,7 @@ def test_3_monotone():
 @pytest.mark.parametrize(
   ('accuracy', 'expected'),
   [
+    ({0.5: 0.0}, True),
     ({0.5: 0.1, 0.75: 0.0}, True),
     ({0.5: 0.2, 0.75: 0.0}, False),
     ({0.5: 0.1, 0.75: 0.1, 1.0: 0.1}, False),
@@ -113,6 +114,8 @@ def test_4_large_radius(accuracy, expected):
     )
   )
   assert found[0] == expected
+  for radius, value in accuracy.items():  # each once, beside its own accuracy
+    assert found[1].count(f'{value:.4f} at radius {radius:g}') == 1
   assert found[2]['radii'] == list(accuracy) and found[2]['accuracy'] == list(accuracy.values())
 
 

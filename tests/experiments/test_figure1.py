@@ -54,7 +54,8 @@ def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
   }
   text = (tmp_path / 'figure1.md').read_text()
   assert '(d) MNIST, digit task, ConvNet' in text
-  assert text in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert text in printed and printed.endswith('\nchecks: not run\n')
   # Neither the checks that were not run nor the optimiser that is not the paper's go unsaid.
   assert {row['checks'] for row in table} == {'checks: not run'}
   assert {result['checks_summary'] for result in first['results']} == {'checks: not run'}

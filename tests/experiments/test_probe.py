@@ -206,7 +206,7 @@ def test_a_signal_stops_the_checks_too(config, monkeypatch, workdir):
     ({'surrogate': 'itself'}, '--surrogate: is --workdir itself'),
     ({'surrogate': 'colored'}, '--surrogate: was trained on other data'),
     ({'surrogate': 'colored', 'check_examples': 0}, '--surrogate: .*--check_examples above 0'),
-    ({'joint': True}, '--joint: needs several tasks; mnist_5k has digit labels alone'),
+    ({'joint': True}, '--joint: needs several tasks; mnist_5k has digit alone'),
   ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_fitted(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html.parser
 import json
 import re
 import shutil
-import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import figure1, pretrain, probe, report
+from experiments import figure1, pretrain, probe, report, supervised
 from experiments.cli.flags import UsageError, to_dict
-from experiments.visual import image_grids, report_page
+from experiments.visual import image_grids
 from se_vae.evaluation import verdicts
 
 RADII = [0.0, 0.05, 0.1, 0.3]
@@ -162,82 +160,6 @@ def test_every_number_is_the_files(run):
     assert rounded == pytest.approx(json.loads(value), rel=1e-4, abs=5e-4)
 
 
-def drawn(uri: str) -> xml.etree.ElementTree.Element:
-  """The SVG picture in a data URI, its names without their namespaces."""
-  kind, content = uri.split(';base64,')
-  assert kind == 'data:image/svg+xml'
-  text = base64.b64decode(content).decode()
-  return xml.etree.ElementTree.fromstring(re.sub(r' xmlns(:\w+)?="[^"]*"|xlink:', '', text))
-
-
-def points_of(picture: xml.etree.ElementTree.Element, name: str) -> np.ndarray:
-  """The points `[N, 2]` of the path in the group of this id."""
-  group = picture.find(f".//g[@id='{name}']")
-  shape = group.find('path')
-  if shape is None and group.find('defs/path') is None:
-    return np.empty((0, 2))  # nothing to draw
-  offset = np.zeros(2)
-  if shape is None:  # a band: defined first, then put into its place
-    shape = group.find('defs/path')
-    offset += [float(group.find('g/use').get(axis)) for axis in 'xy']
-  numbers = re.findall(r'[-+]?[0-9.]+(?:e[-+]?[0-9]+)?', shape.get('d'))
-  return np.array(numbers, float).reshape(-1, 2) + offset
-
-
-def scales(picture: xml.etree.ElementTree.Element) -> list[np.ndarray]:
-  """For both axes the line (slope, offset) from a place in the drawing to a value, by its ticks."""
-  found = []
-  for axis in 'xy':
-    places, values = [], []
-    for tick in picture.iter('g'):
-      if tick.get('id', '').startswith(f'{axis}tick_'):
-        places.append(float(next(tick.iter('use')).get(axis)))
-        values.append(float(next(tick.iter('text')).text.replace('\N{MINUS SIGN}', '-')))
-    found.append(np.polyfit(places, values, 1))
-  return found
-
-
-def test_curves_are_drawn_where_the_numbers_are():
-  style = report_page.Style('#1b6ca8', 'solid')
-  line = report_page.Line(style, [0.0, 0.1, 0.4], [0.9, 0.5, 0.2], [0.8, 0.4, 0.1], [1.0, 0.6, 0.3])
-  picture = drawn(report_page.chart([line], 'radius', y_limits=(0.0, 1.0)))
-  x_scale, y_scale = scales(picture)
-  x, y = points_of(picture, 'line_0').T
-  np.testing.assert_allclose(np.polyval(x_scale, x), line.x, atol=1e-5)
-  np.testing.assert_allclose(np.polyval(y_scale, y), line.y, atol=1e-5)
-  x, y = points_of(picture, 'band_0').T
-  corners = {
-    (round(a, 4), round(b, 4))
-    for a, b in zip(np.polyval(x_scale, x), np.polyval(y_scale, y), strict=True)
-  }
-  assert corners == {*zip(line.x, line.low, strict=True), *zip(line.x, line.high, strict=True)}
-
-
-@pytest.mark.parametrize('values', [[], [2.0], [1.0, 1.0], [float('nan'), 1.0], [-1e9, 1e9]])
-def test_charts_of_few_flat_or_missing_values(values):
-  style = report_page.Style('#1b6ca8', 'solid')
-  line = report_page.Line(style, list(range(len(values))), values)
-  picture = drawn(report_page.chart([line], 'step'))
-  assert len(points_of(picture, 'line_0')) == np.isfinite(values).sum()
-  left, top, width, height = map(float, picture.get('viewBox').split())
-  for tick in picture.iter('use'):
-    assert left <= float(tick.get('x')) <= left + width
-    assert top <= float(tick.get('y')) <= top + height
-
-
-def test_long_curves_are_averaged_in_groups():
-  assert report_page.thin([1.0, 2.0, 3.0], 3) == [1.0, 2.0, 3.0]
-  assert report_page.thin([1.0, 2.0, 3.0, 4.0, 9.0], 3) == [1.5, 3.5, 9.0]
-  assert len(report_page.thin([0.0] * 3000, 240)) <= 240
-
-
-def test_runs_side_by_side_look_different():
-  """Twelve runs of each objective; one objective's colours are never the other's."""
-  styles = report_page.styles(['se', 'vae'] * 12)
-  assert len(set(styles)) == 24
-  assert not {style.color for style in styles[::2]} & {style.color for style in styles[1::2]}
-
-
 def test_the_page_needs_no_network(run):
   write_probe(run)
   text = render_text(run)
@@ -360,17 +282,67 @@ def test_a_figure(tmp_path):
     results.append({**write_probe(run), **identity})
   directory = str(tmp_path)
   text = report.run(report.ReportConfig(workdir=directory)).read_text()
-  assert 'the figure is not finished' in text and 'mnist_mlp_vae' in text
+  assert 'holds no finished figure' in text and 'mnist_mlp_vae' in text
   panels = [dataclasses.asdict(figure1.PANELS[2])]
   figure = tmp_path / 'figure1.json'
   figure.write_text(json.dumps({'panels': panels, 'results': results, 'optimizer': 'Adam, ours'}))
   text = report.run(report.ReportConfig(workdir=directory)).read_text()
-  assert 'the figure is not finished' not in text
+  assert 'holds no finished figure' not in text
   assert '(c) MNIST, digit task, MLP' in text and 'Adam, ours' in text
   page = Page(text)
   first = page.rows.index(page.row('Radius')) + 1
   for row, result in zip(page.rows[first : first + 2], results, strict=True):
     assert [cell.split()[0] for cell in row[1:]] == [shown(v, '.3f') for v in result['accuracy']]
+
+
+def test_a_sweep_is_no_unfinished_figure(run):
+  (run.parent / 'sweep.json').write_text('{}')
+  text = render_text(run.parent)
+  assert 'holds no finished figure' not in text and 'finished: 300 steps' in text
+
+
+def write_supervised(directory: Path, **changes) -> dict:
+  """A supervised classifier as experiments.supervised leaves it."""
+  directory.mkdir()
+  result = write_probe(directory)
+  (directory / 'probe_digit.json').unlink()
+  result |= {
+    'config': to_dict(supervised.SupervisedConfig()) | changes,
+    'evaluation': {'attack': 'worst_case'},
+    'data': {'source': 'embedded', 'digest': 'abc'},
+    'versions': {'python': '3.11', 'jax': '0.10'},
+    'devices': ['cpu'],
+  }
+  (directory / 'result.json').write_text(json.dumps(result))
+  return result
+
+
+def test_a_supervised_classifier_alone(tmp_path, capsys):
+  result = write_supervised(tmp_path / 'ceiling', growth=0.5)
+  page = render(tmp_path / 'ceiling')
+  trained = page.row('ceiling')
+  assert trained[1:5] == ['supervised', 'mnist_5k', 'mlp', '64'] and '10,000' in trained[-1]
+  curve = next(row for row in page.rows if len(row) == 1 + len(RADII) and row[0] == 'ceiling')
+  assert [cell.split()[0] for cell in curve[1:]] == [shown(v, '.3f') for v in result['accuracy']]
+  assert page.row('growth') == ['growth ≠', '0.5'] and page.row('radius') == ['radius', '0.2']
+  assert ['✗ FAIL', '6 converged', '9 more'] in page.rows
+  text = (tmp_path / 'ceiling' / 'report.html').read_text()
+  assert 'no pictures yet' not in text and 'no metrics yet' not in text
+  assert capsys.readouterr().out.splitlines()[-1] == verdicts.summary(result['checks'])
+
+
+def test_a_supervised_classifier_beside_an_encoder(run):
+  write_probe(run)
+  write_supervised(run.parent / 'ceiling')
+  broken = run.parent / 'broken'
+  write_supervised(broken)
+  (broken / 'result.json').write_text('{"step": 3}')
+  write_supervised(run.parent / 'unknown', gama=1)
+  page = render(run, run.parent / 'ceiling', broken, run.parent / 'unknown')
+  assert page.row('gamma') == ['gamma ≠', '1.0', 'not given']
+  assert page.row('num_steps') == ['num_steps ≠', '300', '10000']
+  assert any(item.startswith(f'{broken / "result.json"}: damaged (') for item in page.items)
+  assert any('gama' in item for item in page.items)
 
 
 def test_a_setting_that_an_older_run_does_not_know_is_the_default(run):

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import pretrain, probe, supervised, sweep
-from experiments.cli import signals
+from experiments import pretrain, probe, report, supervised, sweep
+from experiments.cli import flags, signals
 from experiments.cli.flags import from_dict, to_dict
 from se_vae import training
 from se_vae.config import ArgumentError
@@ -73,18 +73,23 @@ def test_a_sweep_writes_its_runs_and_the_means_over_seeds(swept):
   assert all(result['checks_summary'] == 'checks: not run' for result in results)
   elbo = np.mean([result['held_out']['elbo'] for result in results])
   assert float(row['elbo']) == pytest.approx(elbo, abs=0.051)
-  header, rule, line = (swept / 'sweep.md').read_text().splitlines()
-  assert header.count('|') == rule.count('|') == line.count('|') and '| vae | 2 |' in line
+  caption, _, header, rule, line = (swept / 'sweep.md').read_text().splitlines()
+  assert (
+    'adversarial accuracy' in caption
+    and header.count('|') == rule.count('|') == line.count('|')
+    and '| vae | 2 |' in line
+  )
   assert line.endswith('| checks: not run |')
   assert (swept / 'sweep.png').stat().st_size > 1000
 
 
-def test_finished_runs_are_not_repeated_and_their_seconds_are_kept(swept, monkeypatch):
+def test_finished_runs_are_not_repeated_and_their_seconds_are_kept(swept, monkeypatch, capsys):
   monkeypatch.setattr(training, 'run', pytest.fail)
   monkeypatch.setattr(probe, 'run', pytest.fail)
   before = json.loads((swept / 'sweep.json').read_text())
   base = dataclasses.replace(BASE, workdir=str(swept))
   sweep.run(config_of('objective=vae seed=3,4'), base, signals.StopSignal())
+  assert capsys.readouterr().out.endswith('\nchecks: not run\n')
   assert json.loads((swept / 'sweep.json').read_text())['results'] == before['results']
 
 
@@ -119,7 +124,7 @@ def test_every_combination_is_a_variant(tmp_path):
     ('gamma=1', "--task='digit", '--probe: No closing quotation'),
     ('gamma=1', 'digit', "--probe: unexpected argument 'digit'"),
     ('gamma=1', '--workdir=x', '--probe: --workdir is a flag of its own'),
-    ('gamma=1', '--task=color', '--task: mnist_5k has no color labels'),
+    ('gamma=1', '--task=color', '--task: mnist_5k has no task color'),
     ('gamma=1', '--num_examples=1001', '--num_examples: must be at most the 1000'),
   ],
 )
@@ -137,7 +142,9 @@ def supervised_config(workdir: Path, **changes) -> supervised.SupervisedConfig:
   return from_dict(supervised.SupervisedConfig, {'workdir': str(workdir), **options})
 
 
-def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(tmp_path, monkeypatch):
+def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(
+  tmp_path, monkeypatch, capsys
+):
   straight = supervised.run(supervised_config(tmp_path / 'a'), signals.StopSignal())
   clean, attacked = straight['accuracy']
   assert clean > 0.4 and 0.2 < attacked <= clean  # chance is a tenth
@@ -153,3 +160,17 @@ def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(tmp_pat
   with monkeypatch.context() as patch:  # what is finished is not attacked again
     patch.setattr(probe, 'evaluate', pytest.fail)
     assert supervised.run(supervised_config(tmp_path / 'b'), signals.StopSignal()) == resumed
+    # What is printed names the failed checks, with the curve and its intervals.
+    check = {'number': 7, 'name': 'Square is weaker', 'verdict': 'fail', 'figure': '9 of 200'}
+    result = tmp_path / 'b' / 'result.json'
+    result.write_text(json.dumps(resumed | {'checks': [check]}))
+    patch.setattr(flags, 'from_flags', lambda _: supervised_config(tmp_path / 'b'))
+    supervised.main()
+    header, _, _, attacked_line, failed, summary = capsys.readouterr().out.splitlines()
+    assert header.endswith('b: digit classifier, trained with labels, on 200 test images')
+    low, high = resumed['interval'][1]
+    assert attacked_line == f' 0.050  {attacked:.3f} [{low:.3f}, {high:.3f}]'
+    assert failed == 'FAIL      7 Square is weaker: 9 of 200'
+    assert summary == 'checks: 0 passed, 1 failed (7: Square is weaker), 0 skipped'
+    report.run(report.ReportConfig(workdir=str(tmp_path / 'b')))
+    assert capsys.readouterr().out == f'{tmp_path / "b" / "report.html"}\n{summary}\n'

@@ -140,7 +140,8 @@ def test_checkpoints_are_looked_at(watched):
     with Image.open(io.BytesIO(png)) as small, Image.open(watched / f'{name}.png') as large:
       rows_and_columns = PICTURES[name]
       assert small.size == tuple(28 * count for count in reversed(rows_and_columns))
-      np.testing.assert_array_equal(np.asarray(small), np.asarray(large)[::2, ::2][: small.height])
+      pixels_of_rows = np.asarray(large)[::2, -2 * small.width :: 2]  # without their labels
+      np.testing.assert_array_equal(np.asarray(small), pixels_of_rows[: small.height])
 
 
 def test_a_resumed_run_has_every_step_once(watched, tmp_path, monkeypatch):
@@ -208,6 +209,19 @@ def test_a_traversal_moves_one_latent(watched):
   q_a, q_b = model.encode(params, originals), model.encode(params, selected)
   moved = image_grids.squared_w2(model, params, pages['reconstructions'])
   assert moved == pytest.approx(float(se_vae.squared_w2(q_a, q_b).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(('size', 'scale', 'channels'), [(28, 2, 1), (8, 5, 3)])
+def test_every_row_of_a_page_has_its_label_beside_it(tmp_path, size, scale, channels):
+  page = np.zeros((4, 3, size, size, channels), np.float32)
+  image_grids.save(tmp_path / 'page.png', page, image_grids.ROWS)
+  with Image.open(tmp_path / 'page.png') as picture:
+    pixels_of_page = np.asarray(picture)
+  margin = pixels_of_page[:, : -3 * size * scale]
+  assert len(margin) == 4 * size * scale and not pixels_of_page[:, margin.shape[1] :].any()
+  for row in np.split(margin, 4):
+    ink = (row < 128).reshape(len(row), -1).any(axis=1)
+    assert ink.any() and not ink[[0, -1]].any()  # whole, and in no other row
 
 
 def test_a_terminal_has_one_line_that_is_written_over(capsys, monkeypatch):
