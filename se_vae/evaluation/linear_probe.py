@@ -153,7 +153,7 @@ def fit_probe(
     max_iter: maximal number of L-BFGS iterations.
 
   Returns:
-    The probe, for means that are not standardised: its weights include the division.
+    The probe for means that are not standardised, since its weights include the division.
 
   Raises:
     ArgumentError: if the means are not finite, a label is not in [0, num_classes), or a class has
