@@ -12,6 +12,7 @@ import optax
 from docutils import nodes
 from docutils.utils.math import latex2mathml
 from sphinx.application import Sphinx
+from sphinx.ext import autosummary
 from sphinx.writers.html5 import HTML5Translator
 
 ROOT = Path(__file__).parents[1]
@@ -57,13 +58,18 @@ nitpick_ignore_regex = [
 ]
 autodoc_member_order = 'bysource'
 autodoc_typehints_format = 'short'
-autodoc_default_options = {'members': True, 'show-inheritance': True}
+autodoc_default_options = {'members': True}
+autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
-autodoc_type_aliases = {'ArrayLike': 'jax.typing.ArrayLike', 'jax.typing.ArrayLike': 'jax.typing.ArrayLike'}
+autodoc_type_aliases = {
+  'ArrayLike': 'jax.typing.ArrayLike',
+  'jax.typing.ArrayLike': 'jax.typing.ArrayLike',
+}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 autosummary_generate = False
+autosummary.WELL_KNOWN_ABBREVIATIONS += ('Eq.', 'Sec.')  # they end no sentence
 # Lists of the names that the docstrings and types mention, in Sphinx's plain format.
 intersphinx_mapping = {
   'flax': ('https://flax.readthedocs.io/en/latest/', 'inventories/flax.txt'),
@@ -105,7 +111,7 @@ def visit_math(translator: HTML5Translator, node: nodes.math) -> None:
   # As in TeX: a norm does not grow with what is in it, and a function stands off from its argument.
   mathml = mathml.replace('<mo>‖', '<mo stretchy="false" lspace="0" rspace="0">‖')
   mathml = re.sub(r'(&ApplyFunction;</mo>)(?=\s*<m[^o])', r'\1<mspace width="0.17em"/>', mathml)
-  translator.body.append(mathml)
+  translator.body.append(f'<div class="formula">{mathml}</div>' if block else mathml)
   raise nodes.SkipNode
 
 
@@ -117,10 +123,19 @@ def skip_fields(
 
 
 def shorten_signature(
-  app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, result: str | None
+  app: Sphinx,
+  what: str,
+  name: str,
+  obj: object,
+  options: object,
+  signature: str | None,
+  result: str | None,
 ) -> tuple[str | None, str | None]:
   """Writes aliases of types as the source does, and leaves out what Flax adds to a module."""
-  signature, result = (text and re.sub(r"TypeAliasForwardRef\('([^']*)'\)", r'\1', text) for text in (signature, result))
+  signature, result = (
+    text and re.sub(r"TypeAliasForwardRef\('([^']*)'\)", r'\1', text)
+    for text in (signature, result)
+  )
   return signature and re.sub(r',? *parent: .*\)$', ')', signature), result
 
 
