@@ -226,8 +226,9 @@ def _train(
   else:
     tree, saved = found.restore(template), found.metadata
     saved_settings = _with_defaults(saved['config']) | dict.fromkeys(_FREE_SETTINGS)
-    if saved_settings != settings or saved['digest'] != dataset.digest:
+    if saved_settings != settings:
       raise ArgumentError('workdir', f'the run in {workdir} was started with other settings')
+    dataset.check_is_that_of(saved['digest'])
     state = State(**tree)
   indices_for = functools.partial(
     data.batch_indices, config.seed, batch_size=config.batch_size, num_examples=len(images)
