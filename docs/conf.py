@@ -70,9 +70,9 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 autosummary_generate = False
 autosummary.WELL_KNOWN_ABBREVIATIONS += ('Eq.', 'Sec.')  # they end no sentence
-# Lists of the names that the docstrings and types mention, in Sphinx's plain format.
+# Written by hand in Sphinx's plain format, with the names that types and docstrings mention.
 intersphinx_mapping = {
-  'flax': ('https://flax.readthedocs.io/en/latest/', 'inventories/flax.txt'),
+  'flax': ('https://flax-linen.readthedocs.io/en/latest/', 'inventories/flax.txt'),
   'jax': ('https://docs.jax.dev/en/latest/', 'inventories/jax.txt'),
   'numpy': ('https://numpy.org/doc/stable/', 'inventories/numpy.txt'),
   'optax': ('https://optax.readthedocs.io/en/latest/', 'inventories/optax.txt'),
