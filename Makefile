@@ -14,11 +14,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready-$(VERSION)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 UV := .venv-uv/bin/uv
-LOCK := $(UV) pip compile setup.cfg --extra=test --universal --python-version=3.11 \
+LOCK := $(UV) pip compile setup.cfg --extra=test --extra=docs --universal --python-version=3.11 \
   --generate-hashes --no-emit-index-url --quiet --custom-compile-command='make lock' --output-file=requirements.txt
 WORKDIR ?= runs/figure1
 
-.PHONY: figure1 test notebook check lint types soak lowest lock upgrade format python clean
+.PHONY: figure1 test notebook docs check lint types soak lowest lock upgrade format python clean
 
 figure1: $(READY)  ## The paper's Figure 1 on the embedded digits, into $(WORKDIR).
 	$(BIN)/python -m experiments.figure1 --workdir=$(WORKDIR)
@@ -33,6 +33,9 @@ soak: $(READY)  ## The slow tests: kills, full disks, 10,000 fuzzed inputs of ea
 notebook: $(READY)  ## Runs the notebook from top to bottom.
 	$(BIN)/python -m pytest tests/test_notebook.py
 
+docs: $(READY)  ## The documentation site, into build/docs; a warning is an error. Needs no network.
+	$(BIN)/python -m sphinx --builder=html --nitpicky --fail-on-warning --keep-going --quiet docs build/docs
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +44,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-check: lint types notebook test  ## What continuous integration runs.
+check: lint types docs notebook test  ## What continuous integration runs.
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -268,7 +268,7 @@ def exp_remainder(t: jax.Array) -> jax.Array:
 
 
 def exp_remainder_near_zero(t: jax.Array) -> jax.Array:
-  """Returns exp(t) - 1 - t for |t| < 1 by a power series, without an exponential."""
+  """Returns exp(t) - 1 - t for -1 < t < 1 by a power series, without an exponential."""
   series = jnp.zeros_like(t)
   for k in range(_SERIES_ORDER, 1, -1):  # Horner: t^2/2! (1 + t/3 (1 + t/4 (...)))
     series = (1.0 + series) * t / k

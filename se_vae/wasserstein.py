@@ -6,7 +6,7 @@ of one family. The functions whose names end in `_full` take means and covarianc
 
 One form covers both families. With square roots S_a = A A^T and S_b = B B^T of the covariances, let
 g_1..g_D be the singular values of B^T A (for factorised Gaussians g is sd_a sd_b, elementwise), and
-let t = 2 gamma g and u = sqrt(1 + t^2). Then
+let t = 2 gamma g and u = sqrt(1 + t^2). Then::
 
     squared_w2             = ||m_a - m_b||^2 + min_O ||A - B O||_F^2                 (Eq. 12)
     entropic_squared_w2    = squared_w2 + 2 sum_k g_k (1 + 1/(u_k + t_k)) / (u_k + 1)   (Eq. 19)

@@ -71,7 +71,7 @@ def pgd(
     index: `[B]` integers that identify the examples; `arange(B)` if None.
 
   Returns:
-    x_adv, of x's shape and dtype: inside `bounds` exactly, inside the linf ball to one unit in the
+    x_adv of x's shape and dtype, inside `bounds` exactly, inside the linf ball to one unit in the
     last place, inside the l2 ball to rounding.
 
   Raises:

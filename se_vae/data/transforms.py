@@ -43,7 +43,7 @@ def draw_colors(count: int, data_seed: int, split_index: int) -> np.ndarray:
   """Returns independent, uniform colour ids.
 
   Args:
-    count: N.
+    count: the number N of images.
     data_seed: in [0, 2**31).
     split_index: the number of the split; each split has colours of its own.
 

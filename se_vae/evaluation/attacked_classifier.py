@@ -32,7 +32,7 @@ class AttackedClassifier:
     x: images `[N, ...]`, float32.
     labels: `[N]`, int32.
     key: root of all random draws.
-    num_classes: K.
+    num_classes: the number K of classes.
     norm: of the balls.
     bounds: lowest and highest pixel value.
     batch_size: examples at a time.

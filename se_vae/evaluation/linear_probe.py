@@ -153,13 +153,13 @@ def fit_probe(
   Args:
     means: training encodings `[N, D]`.
     labels: `[N]` integers in [0, num_classes).
-    num_classes: K.
+    num_classes: the number K of classes.
     l2: weight of the penalty l2 / 2 ||W||^2, added to the sum of the cross-entropies.
     standardize: whether to divide each latent by its standard deviation over the training set.
     max_iter: maximal number of L-BFGS iterations.
 
   Returns:
-    The probe, for means that are not standardised: its weights include the division.
+    The probe for means that are not standardised, since its weights include the division.
 
   Raises:
     ArgumentError: if shapes, dtypes or values do not fit, a class has no example, or the fit does

@@ -46,7 +46,7 @@ class GaussianHead(nn.Module):
   """One linear layer from features to a Gaussian over D latents.
 
   Attributes:
-    latent_dim: D.
+    latent_dim: the latent dimension D.
     covariance: 'diagonal' (2 D units: mean and log-variance, the paper's) or 'full' (D units for
       the mean and D (D + 1) / 2 for a Cholesky factor with the exponential of its diagonal).
   """

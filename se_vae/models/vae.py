@@ -31,7 +31,7 @@ class VAE:
     encoder: module from images `[B, H, W, C]` to a `Gaussian` with means `[B, D]`.
     decoder: module from latents `[B, D]` to image means `[B, H, W, C]`.
     image_shape: (H, W, C).
-    latent_dim: D.
+    latent_dim: the latent dimension D.
   """
 
   encoder: nn.Module
