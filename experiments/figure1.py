@@ -254,7 +254,7 @@ def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Pi
           'workdir': directory,
           'dataset': ('color_' if encoders.color else '') + preset.dataset,
           'data_dir': config.data_dir,
-          'cache_dir': str(workdir / 'data'),
+          'cache_dir': str(workdir.absolute() / 'data'),
           'arch': encoders.arch,
           'num_steps': encoders.num_steps,
           **varied,

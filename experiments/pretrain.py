@@ -274,8 +274,7 @@ def _restore(
       before = stored_config(saved['config'])
     tree = found.restore({**state._asdict(), 'window': window})
     _check_same_settings(before, config)  # should config.json be lost
-    if saved['data']['digest'] != dataset.digest:
-      raise ArgumentError('data_dir', 'holds other data than the run was started with')
+    dataset.check_is_that_of(saved['data']['digest'])
     window = tree.pop('window')
     return training.TrainState(**tree), window, found.metadata.get('source')
   source = _load_source(config, dataset)
@@ -317,10 +316,10 @@ def _load_source(config: PretrainConfig, dataset: data.Dataset) -> model_store.S
 
 def _check_same_settings(before: PretrainConfig, config: PretrainConfig) -> None:
   """Raises ArgumentError for settings that differ from those that the run was started with."""
-  stored = flags.to_dict(before)
+  stored = flags.absolute(flags.to_dict(before))
   longer = config.train.schedule == 'constant' and config.train.num_steps > stored['num_steps']
   free = _FREE_SETTINGS | ({'num_steps'} if longer else set())
-  now = flags.to_dict(config)
+  now = flags.absolute(flags.to_dict(config))
   changed = [name for name in now if name not in free and stored[name] != now[name]]
   if changed:
     values = '; '.join(f'{name} was {stored[name]}, now {now[name]}' for name in changed)

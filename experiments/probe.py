@@ -28,7 +28,7 @@ from etils import epy
 from experiments import pretrain, records
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
-from se_vae.config import SUITES, setting, validate
+from se_vae.config import SUITES, ArgumentError, setting, validate
 from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -81,7 +81,7 @@ class ProbeConfig:
   moves: bool = setting(False, 'Measure the largest latent shift, without labels.')
   strict: bool = setting(False, 'Exit with code 1 if a check fails.')
   num_examples: int | None = setting(
-    None, 'Test examples to attack, in canonical order; all if not given.', at_least=1
+    None, 'Test examples to attack, a fair sample of all; all if not given.', at_least=1
   )
   batch_size: int = setting(256, 'Examples attacked at a time; changes no result.', at_least=1)
   standardize: bool = setting(False, 'Standardise each latent before the fit, as in fit_probe.')
@@ -119,7 +119,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   """Loads the encoder and its data, and checks all settings. Compiles and writes nothing.
 
   Raises:
-    UsageError: naming the flag.
+    ArgumentError: if a setting cannot be used.
   """
   validate(config)
   workdir = workdirs.check_workdir(config.workdir, _LOCK)
@@ -128,10 +128,17 @@ def prepare(config: ProbeConfig) -> Prepared:
     pretraining = pretrain.stored_config(metadata['config'])
   # The directories of the run and of its data may have moved since.
   data_dir = config.data_dir or pretraining.data.data_dir
-  dataset = pretrain.load_dataset(dataclasses.replace(pretraining.data, data_dir=data_dir), workdir)
+  try:
+    dataset = pretrain.load_dataset(
+      dataclasses.replace(pretraining.data, data_dir=data_dir), workdir
+    )
+  except ArgumentError as error:
+    if config.data_dir is None and data_dir is not None:
+      message = f'{error.message}. This is from the run; name the directory where its data are now'
+      raise ArgumentError(error.arguments, message) from None
+    raise
   check_fits(config, dataset)
-  if dataset.digest != metadata['data']['digest']:
-    raise UsageError('--data_dir: holds other data than the encoder was trained on')
+  dataset.check_is_that_of(metadata['data']['digest'])
   count = config.num_examples or len(dataset.test.images)
   return Prepared(
     workdir,
@@ -169,7 +176,7 @@ def _load_surrogate(
   if path.resolve() == workdir.resolve():
     raise UsageError('--surrogate: is --workdir itself; name another run')
   surrogate = _load('--surrogate', path)
-  if surrogate.metadata['data']['digest'] != dataset.digest:
+  if not dataset.is_that_of(surrogate.metadata['data']['digest']):
     raise UsageError('--surrogate: was trained on other data than --workdir')
   return surrogate
 

@@ -25,7 +25,6 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
   import jax.numpy as jnp
   import numpy as np
-  import optax
 
   from experiments.visual import probe_results
   from se_vae import attacks, data, training
@@ -105,7 +104,8 @@ class SupervisedStep:
     """
     config, growth, key, labels = args
     objective, aim = losses.CrossEntropy(self.classifier), losses.Aim(labels[examples])
-    size = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1.0, growth * config.num_steps))
+    done = (state.step + 1).astype(jnp.float32)
+    size = jnp.minimum(1.0, done / jnp.maximum(1.0, growth * config.num_steps))
     x_adv = attacks.pgd(
       objective,
       jax.random.fold_in(key, state.step),
@@ -121,9 +121,10 @@ class SupervisedStep:
 
     value, gradients = sharding.mean_over_devices(jax.value_and_grad(loss)(state.params))
     optimizer = training.make_optimizer(config)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    after = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-    return after, {'loss': value}
+    params, opt_state = training.apply_gradients(
+      optimizer, gradients, state.opt_state, state.params
+    )
+    return State(state.step + 1, params, opt_state), {'loss': value}
 
 
 def main() -> None:
@@ -152,7 +153,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   with workdirs.lock(workdir, recording.RESULT):
     before = workdirs.read_json(workdir / recording.RESULT, records.Supervised)
     wanted = flags.to_dict(config), dataset.provenance()
-    if before is not None and (_with_defaults(before['config']), before['data']) == wanted:
+    if before is not None and (_with_defaults(before['config']), before.get('data')) == wanted:
       return dict(before)
     classifier, params = _train(config, workdir, attack.task, dataset, mesh, stop)
     outcome = probe.evaluate(
@@ -208,7 +209,8 @@ def _train(
   def init(key: jax.Array) -> State:
     num_classes = dataset.num_classes[task]
     layer = linear_probe.LinearProbe(
-      jnp.zeros((config.model.latent_dim, num_classes)), jnp.zeros(num_classes)
+      jnp.zeros((config.model.latent_dim, num_classes), jnp.float32),
+      jnp.zeros(num_classes, jnp.float32),
     )
     params = {'encoder': model.init(key)['encoder']}, layer
     opt_state = training.make_optimizer(train_config).init(params)
@@ -224,8 +226,9 @@ def _train(
   else:
     tree, saved = found.restore(template), found.metadata
     saved_settings = _with_defaults(saved['config']) | dict.fromkeys(_FREE_SETTINGS)
-    if saved_settings != settings or saved['digest'] != dataset.digest:
+    if saved_settings != settings:
       raise ArgumentError('workdir', f'the run in {workdir} was started with other settings')
+    dataset.check_is_that_of(saved['digest'])
     state = State(**tree)
   indices_for = functools.partial(
     data.batch_indices, config.seed, batch_size=config.batch_size, num_examples=len(images)

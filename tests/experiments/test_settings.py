@@ -14,6 +14,7 @@ from absl import flags as absl_flags
 from experiments import figure1, pretrain, probe
 from experiments.cli import distributed, flags
 from se_vae.config import ArgumentError, TrainConfig, setting, validate
+from se_vae.storage import json_files
 
 BINARIES = {'pretrain': pretrain.PretrainConfig, 'probe': probe.ProbeConfig}
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,25 @@ def test_values_outside_their_limits_are_named(change, message):
     validate(Example(**change))
   assert str(error.value) == message
   assert flags.name_flags(error.value) == f'--{message}'
+
+
+def test_directories_that_are_recorded_are_absolute(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', '/home/of/test')
+  text = '--workdir=run --data_dir=data --init_from=../vae --cache_dir=~/cache'
+  config = flags.parse(pretrain.PretrainConfig, text, '--flags')
+  assert (config.workdir, config.data.data_dir) == ('run', str(tmp_path / 'data'))
+  assert (config.init_from, config.data.cache_dir) == (
+    str(tmp_path.parent / 'vae'),
+    '/home/of/test/cache',
+  )
+  before = flags.to_dict(config) | {'init_from': '../vae'}  # as earlier versions recorded it
+  pretrain._check_same_settings(before, config)
+  values = absl_flags.FlagValues()
+  flags.define_flags(probe.ProbeConfig, values)
+  values(['', '--data_dir=data', '--surrogate='])
+  parsed = flags.from_flags(probe.ProbeConfig, values)
+  assert (parsed.data_dir, parsed.surrogate) == (str(tmp_path / 'data'), '')
 
 
 def test_json_round_trip():
@@ -223,3 +243,21 @@ def test_settings_of_an_older_version_are_understood():
     assert config.train == TrainConfig(relative_step_size=expected)
   config = pretrain.stored_config(old | {'pgd_step_size': 0.05, 'radius': 0.0})
   assert config.train == TrainConfig(radius=0.0)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'gamma': 'x'}, "gamma: the value must be a number, got 'x'"),
+    ({'pgd_steps': 2.5}, r'pgd_steps: the value must be an integer, got 2\.5'),
+    ({'radius': -1}, 'radius: must be >= 0'),
+    ({'workdir': ['a']}, 'workdir: the value must be a text'),
+    ({'pgd_step_size': 'x'}, 'pgd_step_size must be a number'),
+    ({'a\nb': 1}, 'PretrainConfig has no setting a b'),
+  ],
+)
+def test_stored_settings_of_the_wrong_type_are_refused_in_a_line(change, message):
+  stored = flags.to_dict(pretrain.PretrainConfig()) | change
+  with pytest.raises(json_files.JsonError, match=f'^{message}') as error:
+    pretrain.stored_config(stored)
+  assert '\n' not in str(error.value)

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-COUNT = int(os.environ.get('SE_VAE_FUZZ', '250'))
+COUNT = int(os.environ.get('SE_VAE_FUZZ', '100'))
 
 
 def fuzz(share: float = 1.0) -> settings:
