@@ -126,6 +126,6 @@ class Supervised(Attacked):
 
   config: dict[str, Any]
   evaluation: Attack
-  data: Data
+  data: NotRequired[Data]
   versions: dict[str, str]
   devices: NotRequired[list[str]]

@@ -258,11 +258,12 @@ def _load_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     content = json_files.read(path, records.Run)
     with json_files.naming(path):
       config = flags.to_dict(pretrain.stored_config(content['config']))
+  data = content.get('data')  # version 0.1.0 did not write it for a supervised classifier
   environment = {
     **content['versions'],
     'devices': content.get('devices'),
-    'data': content['data']['source'],
-    'digest of the data': content['data']['digest'],
+    'data': data and data['source'],
+    'digest of the data': data and data['digest'],
   }
   return config, environment
 

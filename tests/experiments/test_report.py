@@ -333,13 +333,16 @@ def test_a_supervised_classifier_alone(tmp_path, capsys):
 
 def test_a_supervised_classifier_beside_an_encoder(run):
   write_probe(run)
-  write_supervised(run.parent / 'ceiling')
+  result = write_supervised(run.parent / 'ceiling')
+  del result['data']  # as in version 0.1.0
+  (run.parent / 'ceiling' / 'result.json').write_text(json.dumps(result))
   broken = run.parent / 'broken'
   write_supervised(broken)
   (broken / 'result.json').write_text('{"step": 3}')
   write_supervised(run.parent / 'unknown', gama=1)
   page = render(run, run.parent / 'ceiling', broken, run.parent / 'unknown')
   assert page.row('gamma') == ['gamma ≠', '1.0', 'not given']
+  assert page.row('data ') == ['data ≠', 'embedded', 'not given']
   assert page.row('num_steps') == ['num_steps ≠', '300', '10000']
   assert any(item.startswith(f'{broken / "result.json"}: damaged (') for item in page.items)
   assert any('gama' in item for item in page.items)
