@@ -145,6 +145,7 @@ class DataConfig:
     None,
     'Resize the central square of every image of a tfds: data set to this many pixels a side.',
     at_least=1,
+    at_most=4096,
   )
   data_seed: int = setting(
     0, 'Seed of the colours of color_* data sets.', at_least=0, at_most=2**31 - 1

@@ -76,7 +76,7 @@ class BenchmarkConfig:
     (32, 64, 128), 'Latent dimensions, for growth.', at_least=1
   )
   roofline_sizes: tuple[int, ...] = setting(
-    (512, 1024, 2048), 'Sizes of square matrix products.', at_least=1
+    (512, 1024, 2048), 'Sizes of square matrix products.', at_least=1, at_most=16_384
   )
   num_examples: int = setting(1000, 'Test images of the evaluation.', at_least=1, at_most=1000)
   repeats: int = setting(5, 'Turns of every measurement.', at_least=1)

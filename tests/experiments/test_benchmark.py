@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import sys
 
@@ -173,6 +174,11 @@ def test_batches_larger_than_the_data_are_refused(tmp_path):
   config = speed.BenchmarkConfig(workdir=str(tmp_path / 'w'), batch_sizes=(4001,))
   with pytest.raises(UsageError, match='--batch_sizes: at most 4000'):
     speed.run(config, signals.StopSignal())
+
+
+@pytest.mark.parametrize('binary', speed._BINARIES)
+def test_the_binaries_whose_start_is_measured_are_there(binary):
+  assert importlib.util.find_spec(f'experiments.{binary}') is not None
 
 
 @pytest.mark.slow
