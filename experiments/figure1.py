@@ -253,7 +253,7 @@ def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Pi
         places: dict[str, Any] = {
           'workdir': directory,
           'data_dir': config.data_dir,
-          'cache_dir': str(workdir / 'data'),
+          'cache_dir': str(workdir.absolute() / 'data'),
         }
         settings = {
           **places,

@@ -168,7 +168,7 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   dataset = load_dataset(config.data, config.workdir)
   check_batch_size(config.batch_size, dataset)
   if processes.is_first() and begun is not None:
-    _check_same_data(begun, dataset)
+    dataset.check_is_that_of(begun['data']['digest'])
   if processes.is_first() and not checkpoints.steps(workdir / recording.CHECKPOINTS):
     _load_source(config, dataset)
   devices.mesh_for(config.batch_size, config.num_devices)
@@ -280,7 +280,7 @@ def _restore(
   if found is not None:
     saved = found.metadata
     _check_same_settings(saved, config)  # should config.json be lost
-    _check_same_data(saved, dataset)
+    dataset.check_is_that_of(saved['data']['digest'])
     tree = found.restore({**state._asdict(), 'window': window})
     window = tree.pop('window')
     return training.TrainState(**tree), window, saved.get('source')
@@ -320,7 +320,7 @@ def _load_source(config: PretrainConfig, dataset: data.Dataset) -> model_store.S
 
 def settings_of_model(stored: dict[str, Any]) -> dict[str, Any]:
   """Returns those of a run's stored settings that the trained model depends on."""
-  values = flags.to_dict(stored_config(stored))
+  values = flags.absolute(flags.to_dict(stored_config(stored)))
   return {name: value for name, value in values.items() if name not in _FREE_SETTINGS}
 
 
@@ -331,7 +331,7 @@ def _check_same_settings(saved: dict[str, Any], config: PretrainConfig) -> None:
     saved: the content of config.json, or the metadata of a checkpoint.
     config: the settings now.
   """
-  stored, now = settings_of_model(saved['config']), flags.to_dict(config)
+  stored, now = settings_of_model(saved['config']), flags.absolute(flags.to_dict(config))
   changed = [name for name, value in stored.items() if value != now[name]]
   longer = config.train.schedule == 'constant' and config.train.num_steps > stored['num_steps']
   if longer:
@@ -352,11 +352,6 @@ def _is_source(directory: str | None, source: dict[str, Any] | None) -> bool:
     return False
   found = checkpoints.steps(Path(directory) / recording.CHECKPOINTS)
   return source['checkpoint'] in (path.name for _, path in found)
-
-
-def _check_same_data(saved: dict[str, Any], dataset: data.Dataset) -> None:
-  if saved['data']['digest'] != dataset.digest:
-    raise ArgumentError('data_dir', 'holds other data than the run was started with')
 
 
 def _check_same_everywhere(config: PretrainConfig, dataset: data.Dataset) -> None:

@@ -28,7 +28,7 @@ from etils import epy
 from experiments import identity, pretrain
 from experiments.cli import app, devices, flags, messages, provenance, signals, workdirs
 from experiments.cli.flags import UsageError
-from se_vae.config import SUITES, ArgumentError, DataConfig, setting, validate
+from se_vae.config import SUITES, ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -87,7 +87,7 @@ class ProbeConfig:
   moves: bool = setting(False, 'Measure the largest latent shift, without labels.')
   strict: bool = setting(False, 'Exit with code 1 if a check fails.')
   num_examples: int | None = setting(
-    None, 'Test examples to attack, in canonical order; all if not given.', at_least=1
+    None, 'Test examples to attack, a fair sample of all; all if not given.', at_least=1
   )
   batch_size: int = setting(256, 'Examples attacked at a time; changes no result.', at_least=1)
   standardize: bool = setting(False, 'Standardise each latent before the fit, as in fit_probe.')
@@ -139,10 +139,9 @@ def prepare(config: ProbeConfig) -> Prepared:
     run = output = workdirs.check_workdir(config.workdir, lock_name=_LOCK)
   workdirs.check_owner('workdir', run, workdirs.PRETRAIN)
   model, params, metadata, checkpoint = pretrain.load_run('workdir', run)
-  dataset = pretrain.load_dataset(_data_config(config, metadata), output)
+  dataset = _load_dataset(config, metadata, output)
   check_fits(config, dataset)
-  if dataset.digest != metadata['data']['digest']:
-    raise ArgumentError('data_dir', 'holds other data than the encoder was trained on')
+  dataset.check_is_that_of(metadata['data']['digest'])
   count = config.num_examples or len(dataset.test.images)
   return Prepared(
     output,
@@ -158,15 +157,20 @@ def prepare(config: ProbeConfig) -> Prepared:
   )
 
 
-def _data_config(config: ProbeConfig, metadata: dict[str, Any]) -> DataConfig:
-  """Returns the settings of the encoder's data, whose directories may have moved since."""
+def _load_dataset(config: ProbeConfig, metadata: dict[str, Any], output: Path) -> data.Dataset:
+  """Loads the encoder's data, whose directories may have moved since."""
   stored = pretrain.stored_config(metadata['config']).data
-  cache_dir = config.cache_dir
+  data_dir, cache_dir = config.data_dir or stored.data_dir, config.cache_dir
   if not (cache_dir or config.output) and stored.cache_dir and Path(stored.cache_dir).is_dir():
     cache_dir = stored.cache_dir
-  return dataclasses.replace(
-    stored, data_dir=config.data_dir or stored.data_dir, cache_dir=cache_dir
-  )
+  stored = dataclasses.replace(stored, data_dir=data_dir, cache_dir=cache_dir)
+  try:
+    return pretrain.load_dataset(stored, output)
+  except ArgumentError as error:
+    if config.data_dir is None and data_dir is not None:
+      message = f'{error.message}. This is from the run; name the directory where its data are now'
+      raise ArgumentError(error.arguments, message) from None
+    raise
 
 
 def _load_surrogate(
@@ -181,7 +185,7 @@ def _load_surrogate(
     raise ArgumentError('surrogate', 'is the run in workdir itself; name another one')
   workdirs.check_owner('surrogate', path, workdirs.PRETRAIN)
   surrogate = pretrain.load_run('surrogate', path)
-  if surrogate.metadata['data']['digest'] != dataset.digest:
+  if not dataset.is_that_of(surrogate.metadata['data']['digest']):
     raise ArgumentError('surrogate', 'was trained on other data than the run in workdir')
   return surrogate
 

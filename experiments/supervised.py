@@ -232,11 +232,9 @@ def _train(
     state = jax.jit(init)(init_key)
   else:
     saved = found.metadata
-    if _settings(saved['config'], free) != settings or saved['digest'] != dataset.digest:
-      raise ArgumentError(
-        'workdir',
-        f'the run in {workdir} was started with other settings or data; choose another directory',
-      )
+    if _settings(saved['config'], free) != settings:
+      raise ArgumentError('workdir', f'the run in {workdir} was started with other settings')
+    dataset.check_is_that_of(saved['digest'])
     state = State(**found.restore(template))
   indices_for = functools.partial(
     data.batch_indices, config.seed, batch_size=config.batch_size, num_examples=len(images)

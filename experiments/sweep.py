@@ -136,7 +136,7 @@ def variants_of(
     UsageError: for flags that do not exist or cannot have such a value.
   """
   attack = probe.parse(config.probe)
-  cache_dir = base.data.cache_dir or str(workdir / 'data')
+  cache_dir = base.data.cache_dir or str(workdir.absolute() / 'data')
   varied = _parse(config.vary)
   for values in itertools.product(*varied.values()):
     own = dict(zip(varied, values, strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import types
 import typing
@@ -20,6 +21,9 @@ from absl import flags as absl_flags
 from se_vae.config import ArgumentError, validate
 
 Config = TypeVar('Config')
+
+# Directories that results record. A relative one would name another place from elsewhere.
+_DIRECTORIES = ('data_dir', 'cache_dir', 'init_from', 'surrogate')
 
 # The flags defined here belong to the binary that asks for them, and are listed by its --help.
 absl_flags.disclaim_key_flags()
@@ -71,7 +75,7 @@ def from_flags(
   Raises:
     ArgumentError: if a value is outside its limits.
   """
-  config = from_dict(config_type, _values(config_type, flag_values))
+  config = from_dict(config_type, absolute(_values(config_type, flag_values)))
   validate(config)
   return config
 
@@ -91,6 +95,16 @@ def _values(config_type: type[Any], flag_values: absl_flags.FlagValues) -> dict[
   return values
 
 
+def absolute(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns settings by name, with the directories that results record as absolute paths."""
+  paths = {
+    name: os.path.abspath(os.path.expanduser(values[name]))
+    for name in _DIRECTORIES
+    if values.get(name)
+  }
+  return values | paths
+
+
 def parse(config_type: type[Config], text: str, flag: str) -> Config:
   """Returns the configuration that the flags in `text` describe.
 
@@ -98,7 +112,7 @@ def parse(config_type: type[Config], text: str, flag: str) -> Config:
     UsageError: if they are wrong; the message begins with `flag`.
   """
   with errors_begin_with(flag):
-    config = from_dict(config_type, parse_values(config_type, shlex.split(text)))
+    config = from_dict(config_type, absolute(parse_values(config_type, shlex.split(text))))
     validate(config)
     return config
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from se_vae.attacks import projected_gradient, projections
+from se_vae.attacks import columns, projected_gradient, projections
 from se_vae.attacks.projections import Norm
 
 # The paper's constants: momentum, and the share of rising steps below which the step is halved.
@@ -77,17 +77,24 @@ def apgd(
   radius = jnp.asarray(radius, x.dtype)
   ball = projections.Ball(x, radius, norm, bounds)
   first = projected_gradient.first_point(ball, key, start, index)
-  value, gradient = projected_gradient.values_and_gradients(objective, first, args)
-  batch = x.shape[:1]
+  evaluate = functools.partial(projected_gradient.values_and_gradients, objective, args=args)
+  return columns.inside(functools.partial(_ascend, num_steps=num_steps), evaluate, ball, first)
+
+
+def _ascend(
+  evaluate: columns.Evaluate, ball: projections.Ball, first: jax.Array, *, num_steps: int
+) -> jax.Array:
+  """The best of all iterates."""
+  value, gradient = evaluate(first)
   intervals = jnp.asarray(_intervals(num_steps))
 
   def step(i: jax.Array, state: _State) -> _State:
     ahead = ball.step(state.x_adv, state.gradient, step_size=state.step_size)
-    share = jnp.where(i == 0, 1.0, _MOMENTUM).astype(x.dtype)
+    share = jnp.where(i == 0, 1.0, _MOMENTUM).astype(first.dtype)
     inertia = (1.0 - share) * (state.x_adv - state.previous)
     x_adv = ball.project(state.x_adv + share * (ahead - state.x_adv) + inertia)
-    value, gradient = projected_gradient.values_and_gradients(objective, x_adv, args)
-    best, best_value = projections.better(x_adv, value, state.best, state.best_value)
+    value, gradient = evaluate(x_adv)
+    best, best_value = ball.better(x_adv, value, state.best, state.best_value)
     state = state._replace(
       x_adv=x_adv,
       previous=state.x_adv,
@@ -95,19 +102,19 @@ def apgd(
       gradient=gradient,
       best=best,
       best_value=best_value,
-      best_gradient=projections.where(value > state.best_value, gradient, state.best_gradient),
+      best_gradient=ball.where(value > state.best_value, gradient, state.best_gradient),
       rises=state.rises + (value > state.value).astype(jnp.int32),
     )
     return jax.lax.cond(intervals[i] > 0, at_checkpoint, lambda _, same: same, intervals[i], state)
 
   def at_checkpoint(interval: jax.Array, state: _State) -> _State:
-    stagnates = state.rises.astype(x.dtype) < _RISING * interval.astype(x.dtype)
+    stagnates = state.rises.astype(first.dtype) < _RISING * interval.astype(first.dtype)
     stuck = ~state.halved & ~(state.best_value > state.checkpoint_value)
     halve = stagnates | stuck
     return state._replace(
-      x_adv=projections.where(halve, state.best, state.x_adv),
+      x_adv=ball.where(halve, state.best, state.x_adv),
       value=jnp.where(halve, state.best_value, state.value),
-      gradient=projections.where(halve, state.best_gradient, state.gradient),
+      gradient=ball.where(halve, state.best_gradient, state.gradient),
       step_size=jnp.where(halve, 0.5 * state.step_size, state.step_size),
       rises=jnp.zeros_like(state.rises),
       halved=halve,
@@ -124,9 +131,9 @@ def apgd(
     best=first,
     best_value=value,
     best_gradient=gradient,
-    step_size=jnp.full(batch, 2.0 * radius, x.dtype),
-    rises=jnp.zeros(batch, jnp.int32),
-    halved=jnp.ones(batch, bool),  # the first checkpoint has no unhalved one before it
+    step_size=jnp.full(ball.batch_size, 2.0 * ball.radius, first.dtype),
+    rises=jnp.zeros(ball.batch_size, jnp.int32),
+    halved=jnp.ones(ball.batch_size, bool),  # the first checkpoint has no unhalved one before it
     checkpoint_value=value,
   )
   return jax.lax.fori_loop(0, num_steps, step, state).best

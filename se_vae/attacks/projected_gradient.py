@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from se_vae.attacks import projections
+from se_vae.attacks import columns, projections
 from se_vae.attacks.projections import Norm
 
 Objective = Callable[..., jax.Array]
@@ -83,23 +83,37 @@ def pgd(
   step_size = jnp.asarray(relative_step_size, x.dtype) * radius
   ball = projections.Ball(x, radius, norm, bounds)
   first = first_point(ball, key, start, index)
+  evaluate = functools.partial(values_and_gradients, objective, args=args)
+  ascend = functools.partial(_ascend, num_steps=num_steps, step_size=step_size, keep_best=keep_best)
+  return columns.inside(ascend, evaluate, ball, first)
+
+
+def _ascend(
+  evaluate: columns.Evaluate,
+  ball: projections.Ball,
+  first: jax.Array,
+  *,
+  num_steps: int,
+  step_size: jax.Array,
+  keep_best: bool,
+) -> jax.Array:
+  """The last or the best iterate of step, project, repeat."""
 
   def step(_: int, x_adv: jax.Array) -> jax.Array:
-    gradient = values_and_gradients(objective, x_adv, args)[1]
-    return ball.step(x_adv, gradient, step_size=step_size)
+    return ball.step(x_adv, evaluate(x_adv)[1], step_size=step_size)
 
   if not keep_best:
     return jax.lax.fori_loop(0, num_steps, step, first)
 
   def step_and_compare(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     x_adv, best, best_value = carry
-    values, gradient = values_and_gradients(objective, x_adv, args)
-    best, best_value = projections.better(x_adv, values, best, best_value)
+    values, gradient = evaluate(x_adv)
+    best, best_value = ball.better(x_adv, values, best, best_value)
     return ball.step(x_adv, gradient, step_size=step_size), best, best_value
 
-  lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
+  lowest = jnp.full(ball.batch_size, -jnp.inf, first.dtype)
   last, best, best_value = jax.lax.fori_loop(0, num_steps, step_and_compare, (first, first, lowest))
-  return projections.better(last, objective(last, *args), best, best_value)[0]
+  return ball.better(last, evaluate(last)[0], best, best_value)[0]
 
 
 def fgsm(

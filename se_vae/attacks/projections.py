@@ -1,6 +1,6 @@
 """The ball that an attack stays in: random points of it, steps of steepest ascent, projections.
 
-All functions take and return images `[B, ...]` and treat each example on its own.
+All functions treat each example on its own. Images are `[B, ...]`, or have another batch axis.
 """
 
 from __future__ import annotations
@@ -25,12 +25,19 @@ class Ball:
     radius: a scalar >= 0.
     norm: 'linf' or 'l2', of the difference to x over all pixels of an example.
     bounds: the lowest and the highest pixel value.
+    batch_axis: of x, and of all images that the methods take; 0 where points are drawn.
   """
 
   x: jax.Array
   radius: jax.Array
   norm: Norm
   bounds: tuple[float, float]
+  batch_axis: int = 0
+
+  @property
+  def batch_size(self) -> int:
+    """The number of images."""
+    return self.x.shape[self.batch_axis]
 
   def project(self, x_adv: jax.Array) -> jax.Array:
     """The images of the ball that are nearest to x_adv; for l2, nearest up to the clipping."""
@@ -39,7 +46,7 @@ class Ball:
       highest = jnp.minimum(self.x + self.radius, self.bounds[1])
       return jnp.clip(x_adv, lowest, highest)
     offset = x_adv - self.x
-    length = _l2_norm(offset)
+    length = _l2_norm(offset, self.batch_axis)
     shrunk = self.radius / jnp.where(length > 0.0, length, 1.0)
     offset = offset * jnp.where(length > self.radius, shrunk, 1.0)
     # x is inside the bounds, so clipping moves every pixel towards x: the ball still holds.
@@ -53,8 +60,19 @@ class Ball:
       gradient: of each example's value in its own image, `[B, ...]`.
       step_size: the step's length in the ball's norm, a scalar or `[B]`.
     """
-    length = _per_example(step_size, x_adv)
-    return self.project(x_adv + length * _direction(gradient, self.norm))
+    length = _per_example(step_size, x_adv, self.batch_axis)
+    return self.project(x_adv + length * _direction(gradient, self.norm, self.batch_axis))
+
+  def where(self, chosen: jax.Array, x_a: jax.Array, x_b: jax.Array) -> jax.Array:
+    """x_a for the chosen examples `[B]`, x_b for the others."""
+    return jnp.where(_per_example(chosen, x_a, self.batch_axis), x_a, x_b)
+
+  def better(
+    self, x_adv: jax.Array, values: jax.Array, best: jax.Array, best_value: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Of two images the one of the larger value, and that value; the old one where they tie."""
+    improved = values > best_value
+    return self.where(improved, x_adv, best), jnp.where(improved, values, best_value)
 
   def random_points(self, keys: jax.Array) -> jax.Array:
     """Uniform draws from the ball `[B, ...]`, one for each of the keys `[B]`, then clipped."""
@@ -72,19 +90,6 @@ class Ball:
     draw = jax.random.rademacher if self.norm == 'linf' else jax.random.normal
     offsets = jax.vmap(lambda key: draw(key, self.x.shape[1:], self.x.dtype))(keys)
     return self.step(self.x, offsets, step_size=self.radius)
-
-
-def better(
-  x_adv: jax.Array, values: jax.Array, best: jax.Array, best_value: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Of two images the one of the larger value, and that value; the old one where they tie."""
-  improved = values > best_value
-  return where(improved, x_adv, best), jnp.where(improved, values, best_value)
-
-
-def where(chosen: jax.Array, x_a: jax.Array, x_b: jax.Array) -> jax.Array:
-  """x_a for the chosen examples `[B]`, x_b for the others."""
-  return jnp.where(_per_example(chosen, x_a), x_a, x_b)
 
 
 def check(
@@ -112,27 +117,27 @@ def check(
     raise ValueError(f'bounds must be (lowest, highest), got {bounds}')
 
 
-def _direction(gradient: jax.Array, norm: Norm) -> jax.Array:
+def _direction(gradient: jax.Array, norm: Norm, batch_axis: int) -> jax.Array:
   """The unit step of steepest ascent; zero where the gradient is zero or NaN."""
   gradient = jnp.nan_to_num(gradient)  # one NaN must not make the image illegal
   if norm == 'linf':
     return jnp.sign(gradient)
   # Scaled by the largest entry first: a tiny gradient must not underflow when it is squared.
-  scale = jnp.max(jnp.abs(gradient), axis=_pixels(gradient), keepdims=True)
+  scale = jnp.max(jnp.abs(gradient), axis=_pixels(gradient, batch_axis), keepdims=True)
   scaled = gradient / jnp.where(scale > 0.0, scale, 1.0)
-  return scaled / jnp.maximum(_l2_norm(scaled), 1.0)
+  return scaled / jnp.maximum(_l2_norm(scaled, batch_axis), 1.0)
 
 
-def _l2_norm(x: jax.Array) -> jax.Array:
-  """Euclidean length of each example, `[B, 1, ...]`."""
-  return jnp.sqrt(jnp.sum(x**2, axis=_pixels(x), keepdims=True))
+def _l2_norm(x: jax.Array, batch_axis: int) -> jax.Array:
+  """Euclidean length of each example, with axes of length 1 for the pixels."""
+  return jnp.sqrt(jnp.sum(x**2, axis=_pixels(x, batch_axis), keepdims=True))
 
 
-def _pixels(x: jax.Array) -> tuple[int, ...]:
+def _pixels(x: jax.Array, batch_axis: int) -> tuple[int, ...]:
   """The axes of an example."""
-  return tuple(range(1, x.ndim))
+  return tuple(axis for axis in range(x.ndim) if axis != batch_axis)
 
 
-def _per_example(values: jax.Array, x: jax.Array) -> jax.Array:
-  """A scalar or `[B]`, with axes of length 1 up to the rank of x."""
-  return values.reshape(-1, *(1,) * (x.ndim - 1))
+def _per_example(values: jax.Array, x: jax.Array, batch_axis: int) -> jax.Array:
+  """A scalar or `[B]`, with an axis of length 1 for each axis of an example of x."""
+  return jnp.expand_dims(values.reshape(-1), _pixels(x, batch_axis))

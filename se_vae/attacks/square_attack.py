@@ -85,11 +85,11 @@ def square(
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
     changed = jax.vmap(draw_square, in_axes=(0, 0, 0, None))(step_keys, carry[0], x, sides[i])
     x_adv = ball.project(changed)
-    return projections.better(x_adv, objective(x_adv, *args), *carry)
+    return ball.better(x_adv, objective(x_adv, *args), *carry)
 
   start = ball.project(x + radius * jax.vmap(stripes)(keys))
   lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
-  first = projections.better(start, objective(start, *args), start, lowest)
+  first = ball.better(start, objective(start, *args), start, lowest)
   return jax.lax.fori_loop(1, num_queries, query, first)[0]
 
 

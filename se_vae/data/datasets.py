@@ -8,8 +8,8 @@
 `color_mnist` and `fashion_mnist` are read from the four IDX files or from a prepared TFDS set.
 `tfds:NAME[/CONFIG][:VERSION]` names any TFDS set with an image and a class label.
 
-The examples of each split are in the canonical order of `examples`. A TFDS set is decoded once
-where there is a `cache`.
+The order of the examples depends on their content only (see `examples`). A TFDS set is decoded
+once where there is a `cache`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from se_vae.data.examples import (
   DataError,
   Source,
   list_directory,
+  sampling_order,
   sha256,
   split_off_a_sixth,
 )
 
+_EMBEDDED = ('mnist_5k', 'color_mnist_5k')
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-  """One split, in canonical order.
+  """One split.
 
   Attributes:
     images: uint8 [N, H, W, C], values 0 to 255; read-only where they are mapped from a file.
@@ -51,10 +54,12 @@ class Dataset:
   Attributes:
     name: the name it was loaded by.
     train: the training split.
-    test: the test split, or the validation split where that was asked for.
+    test: the test split, or the validation split where that was asked for; every prefix is a fair
+      sample of it.
     num_classes: task name -> number of classes.
     source: where the data came from, for people.
     digest: SHA-256 (hex) over every array of both splits, which names exactly the data used.
+    digest_before: that of version 0.2, which had the test split of some sets in another order.
   """
 
   name: str
@@ -63,6 +68,22 @@ class Dataset:
   num_classes: dict[str, int]
   source: str
   digest: str
+  digest_before: str
+
+  def is_that_of(self, digest: str) -> bool:
+    """Returns whether a run that recorded `digest` had these examples, in whichever order."""
+    return digest in (self.digest, self.digest_before)
+
+  def check_is_that_of(self, digest: str) -> None:
+    """Raises DataError unless a run that recorded `digest` had these examples."""
+    if not self.is_that_of(digest):
+      embedded = self.name in _EMBEDDED
+      way_out = 'start a new run' if embedded else 'name the directory with the data of the run'
+      raise DataError(
+        'dataset' if embedded else 'data_dir',
+        f'the {self.name} of {self.source} is other data than the run was started with (SHA-256'
+        f' {self.digest[:12]}, then {digest[:12]}); {way_out}',
+      )
 
   def provenance(self) -> dict[str, str]:
     """Returns the source and the digest, as every result records them."""
@@ -88,19 +109,19 @@ def load(
     data_seed: chooses the colours of coloured sets, in [0, 2**31).
     cache_dir: where decoded TFDS sets are kept, since decoding takes a while and memory may be too
       small for them; None decodes into memory.
-    validation: hold the test split back. `test` is then the last sixth of the training split
+    validation: hold the test split back. `test` then has the last sixth of the training split
       and `train` the rest; each example keeps the colour it has in the full training split.
     image_size: S, for `tfds:` sets: the central square of every image, as S x S pixels. None takes
       them as they are; they must then be of one size.
 
   Returns:
-    The data set; each split is in canonical order.
+    The data set, in an order that does not depend on where the data came from.
 
   Raises:
     DataError: if a name, directory, file or seed is unusable.
   """
-  if not 0 <= data_seed < 2**31:
-    raise DataError('data_seed', f'must be in [0, 2**31), got {data_seed}')
+  if not isinstance(data_seed, int | np.integer) or not 0 <= data_seed < 2**31:
+    raise DataError('data_seed', f'must be an integer in [0, 2**31), got {data_seed!r}')
   contents = _find(dataset, data_dir, image_size).read(cache_dir)
   if contents.train.images.shape[1:] != contents.test.images.shape[1:]:
     raise DataError('data_dir', f'training and test images of {dataset!r} differ in size')
@@ -118,7 +139,11 @@ def load(
   if validation:
     kept, held_out = split_off_a_sixth(len(train.images))
     train, test = _rows(train, kept), _rows(train, held_out)
-  return Dataset(dataset, train, test, num_classes, contents.source, _digest(train, test))
+  digest = digest_before = _digest(train, test)
+  if contents.is_stratified:
+    test = _rows(test, sampling_order(test.images))
+    digest = _digest(train, test)
+  return Dataset(dataset, train, test, num_classes, contents.source, digest, digest_before)
 
 
 def check(dataset: str, data_dir: str | None = None, image_size: int | None = None) -> None:
@@ -138,7 +163,7 @@ def check(dataset: str, data_dir: str | None = None, image_size: int | None = No
 
 def _find(dataset: str, data_dir: str | None, image_size: int | None) -> Source:
   """Returns the source of a data set, after the cheap checks."""
-  is_tfds = tfds.NAME.fullmatch(dataset) is not None
+  is_tfds = isinstance(dataset, str) and tfds.NAME.fullmatch(dataset) is not None
   if dataset not in DATASETS and not is_tfds:
     raise DataError(
       'dataset',
@@ -147,7 +172,7 @@ def _find(dataset: str, data_dir: str | None, image_size: int | None) -> Source:
     )
   if image_size is not None and (image_size < 1 or not is_tfds):
     raise DataError('image_size', f'must be >= 1, and is for tfds: sets; got {image_size}')
-  if dataset in ('mnist_5k', 'color_mnist_5k'):
+  if dataset in _EMBEDDED:
     if data_dir is not None:
       raise DataError('data_dir', f'{dataset} is embedded and takes no data directory')
     return mnist.EmbeddedDigits()
@@ -198,7 +223,7 @@ def _colored(split: Split, data_seed: int, split_index: int) -> Split:
   return Split(images, split.labels | {'color': color_ids})
 
 
-def _rows(split: Split, rows: slice) -> Split:
+def _rows(split: Split, rows: slice | np.ndarray) -> Split:
   return Split(split.images[rows], {task: ids[rows] for task, ids in split.labels.items()})
 
 

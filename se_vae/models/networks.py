@@ -28,12 +28,10 @@ class Dense(nn.Module):
   Attributes:
     units: the number of outputs.
     activation: an elementwise function of the outputs.
-    of_images: whether the layer takes flattened images, and not another layer's outputs.
   """
 
   units: int
   activation: cpu_ops.Activation = cpu_ops.identity
-  of_images: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,7 +39,7 @@ class Dense(nn.Module):
     init = nn.initializers.lecun_normal()
     kernel = self.param('kernel', init, (x.shape[1], self.units), x.dtype)
     bias = self.param('bias', nn.initializers.zeros_init(), (self.units,), x.dtype)
-    return cpu_ops.dense(x, kernel, bias, activation=self.activation, of_images=self.of_images)
+    return cpu_ops.dense(x, kernel, bias, activation=self.activation)
 
 
 class GaussianHead(nn.Module):
@@ -87,8 +85,8 @@ class MLPEncoder(nn.Module):
   def __call__(self, x: jax.Array) -> Gaussian:
     """Images `[B, H, W, C]` to a Gaussian with means `[B, D]`."""
     features = x.reshape(x.shape[0], -1)
-    for layer, units in enumerate(self.hidden):
-      features = Dense(units, nn.relu, of_images=layer == 0)(features)
+    for units in self.hidden:
+      features = Dense(units, nn.relu)(features)
     return GaussianHead(self.latent_dim, self.covariance)(features)
 
 

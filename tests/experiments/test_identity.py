@@ -186,7 +186,7 @@ def test_other_data_is_refused_for_a_finished_run_too(run):
   config = json.loads((run / 'config.json').read_text())
   config['data']['digest'] = 'another'
   (run / 'config.json').write_text(json.dumps(config))
-  with pytest.raises(ArgumentError, match='data_dir: holds other data'):
+  with pytest.raises(ArgumentError, match=r'dataset: .*other data than the run'):
     train(run)
 
 

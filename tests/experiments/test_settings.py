@@ -51,6 +51,25 @@ def test_values_outside_their_limits_are_named(change, message):
   assert flags.name_flags(error.value) == f'--{message}'
 
 
+def test_directories_that_are_recorded_are_absolute(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', '/home/of/test')
+  text = '--workdir=run --data_dir=data --init_from=../vae --cache_dir=~/cache'
+  config = flags.parse(pretrain.PretrainConfig, text, '--flags')
+  assert (config.workdir, config.data.data_dir) == ('run', str(tmp_path / 'data'))
+  assert (config.init_from, config.data.cache_dir) == (
+    str(tmp_path.parent / 'vae'),
+    '/home/of/test/cache',
+  )
+  before = flags.to_dict(config) | {'init_from': '../vae'}  # as earlier versions recorded it
+  pretrain._check_same_settings(before, config)
+  values = absl_flags.FlagValues()
+  flags.define_flags(probe.ProbeConfig, values)
+  values(['', '--data_dir=data', '--surrogate='])
+  parsed = flags.from_flags(probe.ProbeConfig, values)
+  assert (parsed.data_dir, parsed.surrogate) == (str(tmp_path / 'data'), '')
+
+
 def test_json_round_trip():
   config = Example(count=5, rate=0.25, values=(1.0, 2.0))
   assert flags.from_dict(Example, flags.to_dict(config)) == config

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from se_vae import attacks
 from se_vae.models import cpu_ops
 from tests.oracles import in_float64
 
@@ -275,8 +276,8 @@ def test_one_program_serves_every_platform():
 # Linear layers
 
 
-def dense(kernel, x, of_images=False):
-  return cpu_ops.dense(x, kernel, jnp.zeros(kernel.shape[1]), of_images=of_images)
+def dense(kernel, x):
+  return cpu_ops.dense(x, kernel, jnp.zeros(kernel.shape[1]))
 
 
 def plain(kernel, x):
@@ -291,58 +292,50 @@ def factors(batch=()):
 def test_a_layer_adds_its_bias_and_applies_its_activation():
   kernel, x = (np.float32(factor) for factor in factors())
   bias = np.arange(4, dtype=np.float32) - 1.5
-  for of_images in (False, True):
-    outputs = jax.jit(
-      lambda *args, of_images=of_images: cpu_ops.dense(
-        *args, activation=jax.nn.relu, of_images=of_images
-      )
-    )(x, kernel, bias)
-    np.testing.assert_allclose(outputs, np.maximum(x @ kernel + bias, 0.0), rtol=1e-5, atol=1e-6)
+  outputs = jax.jit(functools.partial(cpu_ops.dense, activation=jax.nn.relu))(x, kernel, bias)
+  np.testing.assert_allclose(outputs, np.maximum(x @ kernel + bias, 0.0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('of_images', [False, True])
 @in_float64
-def test_value_and_derivatives_are_those_of_the_plain_product(of_images):
-  ours = functools.partial(dense, of_images=of_images)
+def test_value_and_derivatives_are_those_of_the_plain_product():
   args = factors()
-  np.testing.assert_allclose(jax.jit(ours)(*args), plain(*args), rtol=1e-14)
+  np.testing.assert_allclose(jax.jit(dense)(*args), plain(*args), rtol=1e-14)
   weights = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)))
   for derivative in (jax.grad, jax.jacfwd):
     actual, expected = (
       derivative(lambda *args, f=f: jnp.sum(jnp.sin(f(*args)) * weights), (0, 1))(*args)
-      for f in (ours, plain)
+      for f in (dense, plain)
     )
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), actual, expected
     )
-  check_grads(lambda *args: jnp.sin(ours(*args)), args, order=2)
+  check_grads(lambda *args: jnp.sin(dense(*args)), args, order=2)
 
 
-@pytest.mark.parametrize('of_images', [False, True])
 @in_float64
-def test_a_layer_can_be_mapped(of_images):
-  ours = functools.partial(dense, of_images=of_images)
+def test_a_layer_can_be_mapped():
   kernel, x = factors(batch=(2,))
   expected = jnp.stack([plain(kernel[i], x[i]) for i in range(2)])
-  np.testing.assert_allclose(jax.vmap(ours)(kernel, x), expected, rtol=1e-14)
+  np.testing.assert_allclose(jax.vmap(dense)(kernel, x), expected, rtol=1e-14)
   gradient = jax.grad(lambda kernel, x, f: jnp.sum(f(kernel, x) ** 2))
-  one_kernel = jax.vmap(lambda x: gradient(kernel[0], x, ours))(x)
+  one_kernel = jax.vmap(lambda x: gradient(kernel[0], x, dense))(x)
   np.testing.assert_allclose(
     one_kernel, jnp.stack([gradient(kernel[0], each, plain) for each in x]), rtol=1e-12
   )
 
 
-def test_a_loop_transposes_nothing():
-  """Ascent on the input of two layers, as an attack does it."""
+def test_the_loop_of_an_attack_transposes_nothing():
+  """The attack is on two layers."""
 
-  def loop(x, kernel):
-    def value(x):
-      hidden = cpu_ops.dense(x, kernel, jnp.zeros(8), activation=jax.nn.relu, of_images=True)
-      return jnp.sum(jnp.cos(cpu_ops.dense(hidden, kernel, jnp.zeros(8))))
+  def value(x, kernel):
+    hidden = cpu_ops.dense(x.reshape(2, 8), kernel, jnp.zeros(8), activation=jax.nn.relu)
+    return jnp.sum(jnp.cos(cpu_ops.dense(hidden, kernel, jnp.zeros(8))), axis=1)
 
-    return jax.lax.fori_loop(0, 5, lambda _, x: x + jax.grad(value)(x), x)
-
-  program = jax.jit(loop).lower(jnp.ones((2, 8)), jnp.ones((8, 8))).compile().as_text()
+  x, kernel = jnp.ones((2, 2, 4)), jnp.ones((8, 8))
+  attack = attacks.pgd.lower(
+    value, jax.random.key(0), x, radius=0.1, num_steps=5, start=x, args=(kernel,)
+  )
+  program = attack.compile().as_text()
   program = re.sub(r'metadata={.*?}', '', program)
   products = re.findall(r'lhs_contracting_dims={(.)}, rhs_contracting_dims={(.)}', program)
   assert len(products) == 4  # there and back through two layers
