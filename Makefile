@@ -28,7 +28,7 @@ test: $(READY)  ## All tests but the slow ones.
 
 soak: $(READY)  ## The slow tests: kills, full disks, 10,000 fuzzed inputs of each kind.
 	$(BIN)/python -m pytest -m slow tests
-	SE_VAE_FUZZ=10000 $(BIN)/python -m pytest tests/experiments/test_fuzz.py
+	SE_VAE_FUZZ=10000 $(BIN)/python -m pytest tests/experiments/test_fuzz.py tests/test_fuzz_arrays.py
 
 notebook: $(READY)  ## Runs the notebook from top to bottom.
 	$(BIN)/python -m pytest tests/test_notebook.py

@@ -10,14 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments import pretrain
+from experiments import pretrain, records
 from experiments.cli import workdirs
 
 _PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
 # Checkpoints identify the surrogate, and the others change no result.
 _FREE_SETTINGS = (*_PLACES, 'surrogate', 'strict', 'batch_size')
 _RENAMED = {'pgd_step_size': 'relative_step_size'}
-_USED = ('task', 'num_examples', 'radii', 'accuracy', 'interval', 'checks')
 
 
 def finished(path: Path, attack: dict[str, Any]) -> dict[str, Any] | None:
@@ -28,8 +27,10 @@ def finished(path: Path, attack: dict[str, Any]) -> dict[str, Any] | None:
     attack: what a result holds of the attack: `config` of the probe, `pretraining` (the settings)
       and `step` of the encoder, `checkpoint`, `surrogate`, `surrogate_checkpoint` and `data`.
   """
-  result = workdirs.read_json(path, *_USED, 'config', 'pretraining', 'step', 'data')
-  if result is None or not _same(result, attack):
+  result = workdirs.read_json(
+    path, records.FinishedProbe, lambda found: pretrain.settings_of_model(found['pretraining'])
+  )
+  if result is None or not _same(dict(result), attack):
     return None
   config = {**result['config'], 'workdir': attack['config']['workdir']}
   return {**result, 'config': config}

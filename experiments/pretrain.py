@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import recording
+from experiments import recording, records
 from experiments.cli import app, devices, distributed, flags, signals, workdirs
 from se_vae.config import (
   PRECISIONS,
@@ -25,6 +25,7 @@ from se_vae.config import (
   setting,
   validate,
 )
+from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -36,6 +37,9 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 # Seconds to wait for a dispatch once a signal has come; a dispatch takes about one.
 _PATIENCE = 60.0
+
+# What a checkpoint is that other programs wrote.
+NOT_A_RUN = 'no checkpoint of pretrain'
 
 # Settings that may differ when a run is resumed, since the trained model does not depend on them.
 _PLACES = frozenset({'workdir', 'data_dir', 'cache_dir'})
@@ -97,13 +101,21 @@ def stored_config(values: dict[str, Any]) -> PretrainConfig:
 
   Args:
     values: the settings by name, of this version or an older one.
+
+  Raises:
+    JsonError: if they are no settings of this binary.
   """
   values = dict(values)
   values.pop('device_data_limit', None)  # the training set is always read from the host now
   step_size = values.pop('pgd_step_size', None)  # was absolute
-  if step_size is not None and values['radius'] > 0.0:
-    values['relative_step_size'] = step_size / values['radius']
-  return flags.from_dict(PretrainConfig, values)
+  try:
+    config = flags.from_dict(PretrainConfig, values)
+    if step_size is None or not config.train.radius:
+      return config
+    relative = json_files.check(step_size, float, 'pgd_step_size') / config.train.radius
+    return flags.replace(config, relative_step_size=relative)
+  except (ArgumentError, TypeError) as error:
+    raise json_files.JsonError(' '.join(str(error).split())[:300]) from None
 
 
 def load_dataset(config: DataConfig, workdir: str | Path | None) -> data.Dataset:
@@ -162,7 +174,8 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   """
   if processes.is_first():
     workdir = workdirs.check_workdir(config.workdir, workdirs.PRETRAIN)
-    begun = workdirs.read_json(workdir / recording.CONFIG, 'config', 'data')
+    path = workdir / recording.CONFIG
+    begun = workdirs.read_json(path, records.Run, lambda run: stored_config(run['config']))
     if begun is not None:
       _check_same_settings(begun, config)
   dataset = load_dataset(config.data, config.workdir)
@@ -278,12 +291,13 @@ def _restore(
   """
   found = recording.load_newest(Path(str(config.workdir)))
   if found is not None:
-    saved = found.metadata
-    _check_same_settings(saved, config)  # should config.json be lost
+    with json_files.naming(found.path, NOT_A_RUN):
+      saved = json_files.check(found.metadata, records.Run)
+      _check_same_settings(saved, config)  # should config.json be lost
     dataset.check_is_that_of(saved['data']['digest'])
     tree = found.restore({**state._asdict(), 'window': window})
     window = tree.pop('window')
-    return training.TrainState(**tree), window, saved.get('source')
+    return training.TrainState(**tree), window, found.metadata.get('source')
   source = _load_source(config, dataset)
   if source is None:
     return state, window, None
@@ -324,12 +338,15 @@ def settings_of_model(stored: dict[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in values.items() if name not in _FREE_SETTINGS}
 
 
-def _check_same_settings(saved: dict[str, Any], config: PretrainConfig) -> None:
+def _check_same_settings(saved: records.Run, config: PretrainConfig) -> None:
   """Raises ArgumentError for settings that differ from those that the run was started with.
 
   Args:
     saved: the content of config.json, or the metadata of a checkpoint.
     config: the settings now.
+
+  Raises:
+    JsonError: if those are no settings of this binary.
   """
   stored, now = settings_of_model(saved['config']), flags.absolute(flags.to_dict(config))
   changed = [name for name, value in stored.items() if value != now[name]]
@@ -346,7 +363,7 @@ def _check_same_settings(saved: dict[str, Any], config: PretrainConfig) -> None:
     )
 
 
-def _is_source(directory: str | None, source: dict[str, Any] | None) -> bool:
+def _is_source(directory: str | None, source: records.Source | None) -> bool:
   """Returns whether a directory holds the checkpoint that a run has started with."""
   if directory is None or source is None:
     return False

@@ -25,10 +25,11 @@ from typing import Any
 
 from etils import epy
 
-from experiments import identity, pretrain
+from experiments import identity, pretrain, records
 from experiments.cli import app, devices, flags, messages, provenance, signals, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.config import SUITES, ArgumentError, setting, validate
+from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -137,8 +138,7 @@ def prepare(config: ProbeConfig) -> Prepared:
     output = workdirs.check_workdir(config.output, argument='output', lock_name=_LOCK)
   else:
     run = output = workdirs.check_workdir(config.workdir, lock_name=_LOCK)
-  workdirs.check_owner('workdir', run, workdirs.PRETRAIN)
-  model, params, metadata, checkpoint = pretrain.load_run('workdir', run)
+  model, params, metadata, checkpoint = _load('workdir', run)
   dataset = _load_dataset(config, metadata, output)
   check_fits(config, dataset)
   dataset.check_is_that_of(metadata['data']['digest'])
@@ -155,6 +155,14 @@ def prepare(config: ProbeConfig) -> Prepared:
     devices.mesh_for(config.batch_size),
     _load_surrogate(config, run, dataset),
   )
+
+
+def _load(argument: str, workdir: Path) -> model_store.SavedModel:
+  workdirs.check_owner(argument, workdir, workdirs.PRETRAIN)
+  saved = pretrain.load_run(argument, workdir)
+  with json_files.naming(saved.path, pretrain.NOT_A_RUN):
+    pretrain.stored_config(json_files.check(saved.metadata, records.Run)['config'])
+  return saved
 
 
 def _load_dataset(config: ProbeConfig, metadata: dict[str, Any], output: Path) -> data.Dataset:
@@ -183,8 +191,7 @@ def _load_surrogate(
   path = Path(config.surrogate)
   if path.resolve() == workdir.resolve():
     raise ArgumentError('surrogate', 'is the run in workdir itself; name another one')
-  workdirs.check_owner('surrogate', path, workdirs.PRETRAIN)
-  surrogate = pretrain.load_run('surrogate', path)
+  surrogate = _load('surrogate', path)
   if not dataset.is_that_of(surrogate.metadata['data']['digest']):
     raise ArgumentError('surrogate', 'was trained on other data than the run in workdir')
   return surrogate

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import Any
 
 from etils import epy
 
+from experiments import records
 from experiments.cli import messages, provenance, workdirs
+from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
@@ -112,9 +113,9 @@ class Recorder:
 
   def result(self, num_steps: int) -> dict[str, Any] | None:
     """Returns the result of a run that has come to its end, or None if it has to be made."""
-    result = read_result(self.workdir, num_steps, 'test')
+    result = read_result(self.workdir, num_steps, records.Result)
     # Without config.json both are written again.
-    return result if workdirs.read_json(self.workdir / CONFIG, 'config') is not None else None
+    return result if workdirs.read_json(self.workdir / CONFIG, records.Run) is not None else None
 
   def start(
     self,
@@ -177,7 +178,7 @@ class Recorder:
     checkpoint. The best one is saved before the newest one: an interruption between the two changes
     neither.
     """
-    self._metrics.write(json.dumps({'step': step, **row}) + '\n')
+    self._metrics.write(json_files.dumps({'step': step, **row}) + '\n')
     self._metrics.flush()
     self._bar.set_postfix(loss=f'{row["loss"]:.1f}', refresh=False)
     row_start = (step - 1) // self._log_every * self._log_every
@@ -225,7 +226,7 @@ class Recorder:
     return result
 
 
-def read_result(workdir: Path, num_steps: int, *names: str) -> dict[str, Any] | None:
+def read_result(workdir: Path, num_steps: int, kind: type[Any]) -> dict[str, Any] | None:
   """Returns the result in a work directory; None if it is missing or has to be made again.
 
   A result is valid for one checkpoint, whose name holds the digest of its content. It has to be
@@ -234,10 +235,10 @@ def read_result(workdir: Path, num_steps: int, *names: str) -> dict[str, Any] | 
   Args:
     workdir: the work directory.
     num_steps: the number of training steps.
-    *names: what the result must have beside its step, checkpoint and settings.
+    kind: the type of the result in `records`.
   """
   path = workdir / RESULT
-  result = workdirs.read_json(path, 'step', 'config', *names)
+  result: dict[str, Any] | None = workdirs.read_json(path, kind)
   if result is None or result['step'] != num_steps:
     return None
   name = checkpoint_name(workdir, num_steps)
@@ -279,19 +280,33 @@ def _best_loss(directory: Path) -> float:
   return math.inf if found is None else float(found.metadata['loss'])
 
 
+def read_rows(path: Path) -> tuple[list[dict[str, float]], str]:
+  """Returns the rows of metrics.jsonl, and one line about those that are damaged; '' for none.
+
+  The last line of a killed run is half a line, which is no damage.
+  """
+  rows, damages = [], []
+  with path.open('rb') as file:
+    lines = iter(lambda: file.readline(json_files.LARGEST), b'')
+    for number, line in enumerate(lines, start=1):
+      try:
+        row = json_files.loads(line, dict[str, float])
+        json_files.check(row, records.Row)
+      except json_files.JsonError as error:
+        if line.endswith(b'\n'):
+          damages.append(f'line {number} is damaged, left out ({error})')
+      else:
+        rows.append(row)
+  more = f'; so are {len(damages) - 1} more lines' if len(damages) > 1 else ''
+  return rows, f'{path}: {damages[0]}{more}' if damages else ''
+
+
 def _drop_rows_after(path: Path, step: int) -> None:
   """Keeps the rows up to `step`; what came after the last checkpoint will be written again."""
   if not path.exists():
     return
-  kept = []
-  lines = path.read_bytes().splitlines()
-  for number, line in enumerate(lines, start=1):
-    try:
-      row_step = json.loads(line)['step']
-    except (ValueError, TypeError, KeyError):
-      if number < len(lines):  # the last line of a killed run is half a line
-        messages.warn(f'{path}: line {number} is damaged, left out')
-      continue
-    if row_step <= step:
-      kept.append(line + b'\n')
-  atomic_files.write(path, b''.join(kept))
+  rows, damage = read_rows(path)
+  if damage:
+    messages.warn(damage)
+  kept = [f'{json_files.dumps(row)}\n' for row in rows if row['step'] <= step]
+  atomic_files.write(path, ''.join(kept).encode())

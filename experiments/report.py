@@ -9,22 +9,23 @@ directory of experiments.figure1 stands for all of its runs. No other file is wr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from experiments import figure1, pretrain, recording
-from experiments.cli import app, flags
+from experiments import figure1, pretrain, recording, records
+from experiments.cli import app, flags, messages
 from experiments.cli.flags import UsageError
 from experiments.visual import plots, report_page
 from experiments.visual.report_page import Picture, Probe, Run, Series, Style, Table
 from se_vae.config import setting, validate
 from se_vae.evaluation.verdicts import SanityCheck
-from se_vae.storage import atomic_files
+from se_vae.storage import atomic_files, json_files
+
+Part = TypeVar('Part')
 
 FIGURE = 'figure1.json'
 
@@ -64,7 +65,7 @@ def run(config: ReportConfig) -> Path:
   """Writes the page; returns its path.
 
   Raises:
-    UsageError: for a wrong flag or a damaged file, before anything is written.
+    UsageError: for a wrong flag, or if no run can be read, before anything is written.
   """
   validate(config)
   directories = [_directory('--workdir', config.workdir)]
@@ -101,20 +102,28 @@ def runs_in(directory: Path) -> list[Path]:
 
 
 def render(directories: Sequence[Path]) -> str:
-  """The page about these directories.
+  """The page about these directories, which names the files that it leaves out.
 
   Raises:
-    UsageError: for a damaged file; names it.
+    UsageError: if the settings of no run can be read.
   """
+  reader = _Reader()
   paths = list(dict.fromkeys(path for directory in directories for path in runs_in(directory)))
-  configs, environments = zip(*map(_load_config, paths), strict=True)
-  styles = report_page.styles(config['objective'] for config in configs)
+  configs = {path: reader.read(path / recording.CONFIG, _load_config) for path in paths}
+  known = {path: config for path, config in configs.items() if config is not None}
+  if not known:
+    raise UsageError(f'--workdir: no run can be shown: {reader.damages[0]}')
+  styles = report_page.styles(config['objective'] for config, _ in known.values())
+  labelled = zip(known.items(), _labels(list(known)), styles, strict=True)
   figures = [path / FIGURE for path in directories if (path / FIGURE).exists()]
+  drawn = [reader.read(path, _load_figure) for path in figures]
+  runs = [reader.run(path, label, style, *config) for (path, config), label, style in labelled]
   return report_page.render(
     title=', '.join(_labels(directories)),
-    runs=list(map(_load_run, paths, _labels(paths), styles, configs, environments)),
-    figures=list(map(_load_figure, figures)),
+    runs=runs,
+    figures=[figure for figure in drawn if figure is not None],
     unfinished=[str(d) for d in directories if d not in paths and not (d / FIGURE).exists()],
+    damages=reader.damages,
     defaults=flags.to_dict(pretrain.PretrainConfig()),
   )
 
@@ -125,124 +134,150 @@ def _labels(paths: Sequence[Path]) -> list[str]:
   return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-@contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-  """Raises a UsageError that names the file, if what the context reads is not what a run writes."""
-  try:
-    yield
-  except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
-    reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
-    raise UsageError(f'{path}: is damaged ({reason})') from None
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+  """Reads the files of a report; those that cannot be read are left out.
 
+  Attributes:
+    damages: one line about each file that is left out.
+  """
 
-def _load_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The settings of a run, and its versions, devices and data."""
-  path = directory / recording.CONFIG
-  with _damage_named(path):
-    content = json.loads(path.read_text())
-    config = flags.to_dict(pretrain.stored_config(content['config']))
-    texts = {name: str(config[name]) for name in ('dataset', 'objective')}
-    environment = {
-      **dict(content['versions']),
-      'devices': content['devices'],
-      'data': content['data']['source'],
-      'digest of the data': content['data']['digest'],
-    }
-    return config | texts | {'num_steps': int(config['num_steps'])}, environment
+  damages: list[str] = dataclasses.field(default_factory=list)
 
+  def read(self, path: Path, load: Callable[[Path], Part], expected: bool = False) -> Part | None:
+    """Returns what `load` makes of a file; None if it is missing, damaged or not readable.
 
-def _load_run(
-  path: Path, label: str, style: Style, config: dict[str, Any], environment: dict[str, Any]
-) -> Run:
-  rows = _load_rows(path / recording.METRICS)
-  step, test = _load_result(path / recording.RESULT)
-  num_steps = config['num_steps']
-  state = f'finished: {num_steps:,} steps'
-  if step != num_steps:
-    test, step = None, int(rows[-1]['step']) if rows else 0
-    state = f'not finished: {step:,} of {num_steps:,} steps'
-    not_finite = path / recording.NOT_FINITE
-    if not_finite.exists():
-      with _damage_named(not_finite):
-        state += f'; step {int(json.loads(not_finite.read_text())["step"]):,} was not finite'
-  pictures = [(path / f'{name}.png', *words) for name, words in _PICTURES.items()]
-  probes = []
-  for file in sorted(path.glob('probe_*.json')):
-    probe = _load_probe(file)
-    probes.append(probe)
-    title = f'Adversarial images, {probe.task} probe, {probe.attack}'
-    pictures.append((file.with_name(f'{file.stem}_images.png'), title, _ADVERSARIAL))
-  drawn = [_load_picture(*picture) for picture in pictures if picture[0].exists()]
-  return Run(label, style, config, environment, state, rows, test, probes, drawn)
+    Args:
+      path: the file.
+      load: raises OSError or ValueError for a file that it cannot read.
+      expected: whether a missing file is noted too.
+    """
+    try:
+      return load(path)
+    except FileNotFoundError:
+      if expected:
+        self.leave_out(f'{path}: missing')
+    except OSError as error:
+      self.leave_out(f'{path}: cannot be read: {error.strerror or error}')
+    except json_files.JsonError as error:
+      self.leave_out(str(error))
+    except ValueError as error:  # lists of different lengths, or no picture
+      self.leave_out(f'{path}: damaged ({error})')
+    return None
 
+  def leave_out(self, damage: str) -> None:
+    """Notes and prints what is wrong with a file."""
+    self.damages.append(damage)
+    messages.warn(f'{damage}; left out')
 
-def _load_rows(path: Path) -> list[dict[str, float]]:
-  """The rows of metrics.jsonl, without a last one that is half written."""
-  if not path.exists():
-    return []
-  with _damage_named(path):
-    *lines, _ = path.read_text().split('\n')
-    rows = map(json.loads, lines)
-    return [{'step': row['step'], **_floats(row)} for row in rows]
-
-
-def _load_result(path: Path) -> tuple[int, dict[str, float] | None]:
-  """The step and the figures of a trained model; step 0 without the file."""
-  if not path.exists():
-    return 0, None
-  with _damage_named(path):
-    content = json.loads(path.read_text())
-    return int(content['step']), _floats(content['test'])
-
-
-def _load_picture(path: Path, title: str, text: str) -> Picture:
-  with _damage_named(path):
-    return report_page.picture(path.read_bytes(), title, text)
-
-
-def _floats(values: Mapping[str, Any]) -> dict[str, float]:
-  for name, value in values.items():
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      raise TypeError(f'{name} is {value!r}')
-  return dict(values)
-
-
-def _load_probe(path: Path) -> Probe:
-  with _damage_named(path):
-    content = json.loads(path.read_text())
-    joint, shift = content.get('joint'), content.get('moves')
-    checks = [SanityCheck.from_json(check) for check in content['checks']]
-    return Probe(
-      task=str(content['task']),
-      attack=str(content['config']['attack']),
-      num_examples=int(content['num_examples']),
-      step=int(content['step']),
-      accuracy=_accuracy(content),
-      joint=(' and '.join(map(str, joint['tasks'])), _accuracy(joint)) if joint else None,
-      latent_shift=_latent_shift(shift) if shift else None,
-      checks=checks,
-      summary=plots.checks_summary({'checks': checks}),
+  def run(
+    self, path: Path, label: str, style: Style, config: dict[str, Any], environment: dict[str, Any]
+  ) -> Run:
+    """The run in a directory."""
+    result = self.read(path / recording.RESULT, lambda file: json_files.read(file, records.Result))
+    num_steps = config['num_steps']
+    finished = result is not None and result['step'] == num_steps
+    metrics = self.read(path / recording.METRICS, recording.read_rows, expected=finished)
+    rows, damage = metrics or ([], '')
+    if damage:
+      self.leave_out(damage)
+    state = f'finished: {num_steps:,} steps'
+    if not finished:
+      unread = result is None and (path / recording.RESULT).exists()
+      state = 'no result that can be read' if unread else 'not finished'
+      state += f': {int(rows[-1]["step"]) if rows else 0:,} of {num_steps:,} steps'
+      not_finite = self.read(
+        path / recording.NOT_FINITE, lambda file: json_files.read(file, records.Row)
+      )
+      if not_finite is not None:
+        state += f'; step {not_finite["step"]:,} was not finite'
+    probes = {file: self.read(file, _load_probe) for file in sorted(path.glob('probe_*.json'))}
+    pictures = [(path / f'{name}.png', *words) for name, words in _PICTURES.items()]
+    pictures += [
+      (
+        file.with_name(f'{file.stem}_images.png'),
+        f'Adversarial images, {probe.task} probe, {probe.attack}',
+        _ADVERSARIAL,
+      )
+      for file, probe in probes.items()
+      if probe is not None
+    ]
+    drawn = [
+      self.read(
+        file,
+        functools.partial(_load_picture, title=title, text=text),
+        expected=finished and file.stem in _PICTURES,
+      )
+      for file, title, text in pictures
+    ]
+    return Run(
+      label,
+      style,
+      config,
+      environment,
+      state,
+      rows,
+      result['test'] if result is not None and finished else None,
+      [probe for probe in probes.values() if probe is not None],
+      [picture for picture in drawn if picture is not None],
     )
 
 
-def _accuracy(content: Any) -> Series:
-  low, high = zip(*content['interval'], strict=True)
-  return report_page.series(content['radii'], content['accuracy'], low, high)
+def _load_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The settings of a run, and its versions, devices and data."""
+  content = json_files.read(path, records.Run)
+  with json_files.naming(path):
+    config = flags.to_dict(pretrain.stored_config(content['config']))
+  environment = {
+    **content['versions'],
+    'devices': content.get('devices'),
+    'data': content['data']['source'],
+    'digest of the data': content['data']['digest'],
+  }
+  return config, environment
 
 
-def _latent_shift(content: Any) -> Series:
-  low, *_, high = content['quantiles'].values()
-  return report_page.series(content['radii'], content['mean'], low, high)
+def _load_picture(path: Path, title: str, text: str) -> Picture:
+  return report_page.picture(path.read_bytes(), title, text)
+
+
+def _load_probe(path: Path) -> Probe:
+  content = json_files.read(path, records.Probe)
+  joint, shift = content.get('joint'), content.get('moves')
+  checks = [SanityCheck.from_json(check) for check in content.get('checks', ())]
+  return Probe(
+    task=content['task'],
+    attack=content['config']['attack'],
+    num_examples=content['num_examples'],
+    step=content['step'],
+    accuracy=_accuracy(content),
+    joint=(' and '.join(joint['tasks']), _accuracy(joint)) if joint else None,
+    latent_shift=_latent_shift(shift) if shift else None,
+    checks=checks,
+    summary=plots.checks_summary({'checks': checks}),
+  )
+
+
+def _accuracy(curve: records.Curve) -> Series:
+  low, high = ([ends[end] for ends in curve['interval']] for end in (0, 1))
+  return report_page.series(curve['radii'], curve['accuracy'], low, high)
+
+
+def _latent_shift(shift: records.LatentShift) -> Series:
+  low, *_, high = shift['quantiles'].values()
+  return report_page.series(shift['radii'], shift['mean'], low, high)
 
 
 def _load_figure(path: Path) -> tuple[list[Table], str]:
   """The panels of a figure, and what it says of the optimizer."""
-  with _damage_named(path):
-    content = json.loads(path.read_text())
-    panels = [figure1.Panel(**panel) for panel in content['panels']]
-    curves = [figure1.curves_of(panel, content['results']) for panel in panels]
-    tables = [report_page.panel(p.title, c) for p, c in zip(panels, curves, strict=True)]
-    return tables, str(content.get('optimizer', ''))
+  content = json_files.read(path, records.Figure)
+  results = [dict(result) for result in content['results']]
+  tables = []
+  for each in content['panels']:
+    panel = figure1.Panel(each['title'], each['encoders'], each['task'])
+    curves = [curve for curve in figure1.curves_of(panel, results) if curve.results]
+    tables.append(report_page.panel(panel.title, curves))
+  return tables, content.get('optimizer', '')
 
 
 if __name__ == '__main__':

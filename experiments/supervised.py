@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from experiments import pretrain, probe, recording
+from experiments import pretrain, probe, recording, records
 from experiments.cli import app, devices, flags, messages, provenance, signals, workdirs
 from se_vae.config import ArgumentError, DataConfig, ModelConfig, TrainConfig, setting, validate
 
@@ -25,7 +25,6 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
   import jax.numpy as jnp
   import numpy as np
-  import optax
 
   from experiments.visual import probe_results
   from se_vae import attacks, data, training
@@ -105,7 +104,8 @@ class SupervisedStep:
     """
     config, growth, key, labels = args
     objective, aim = losses.CrossEntropy(self.classifier), losses.Aim(labels[examples])
-    size = jnp.minimum(1.0, (state.step + 1) / jnp.maximum(1.0, growth * config.num_steps))
+    done = (state.step + 1).astype(jnp.float32)
+    size = jnp.minimum(1.0, done / jnp.maximum(1.0, growth * config.num_steps))
     x_adv = attacks.pgd(
       objective,
       jax.random.fold_in(key, state.step),
@@ -121,9 +121,10 @@ class SupervisedStep:
 
     value, gradients = sharding.mean_over_devices(jax.value_and_grad(loss)(state.params))
     optimizer = training.make_optimizer(config)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    after = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-    return after, {'loss': value}
+    params, opt_state = training.apply_gradients(
+      optimizer, gradients, state.opt_state, state.params
+    )
+    return State(state.step + 1, params, opt_state), {'loss': value}
 
 
 def main() -> None:
@@ -153,7 +154,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     probe.check_fits(attack, dataset)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
   with workdirs.lock(workdir, recording.RESULT):
-    before = recording.read_result(workdir, config.num_steps, 'radii', 'accuracy', 'data')
+    before = recording.read_result(workdir, config.num_steps, records.Supervised)
     if (
       before is not None
       and before['data']['digest'] == dataset.digest
@@ -216,7 +217,8 @@ def _train(
   def init(key: jax.Array) -> State:
     num_classes = dataset.num_classes[task]
     layer = linear_probe.LinearProbe(
-      jnp.zeros((config.model.latent_dim, num_classes)), jnp.zeros(num_classes)
+      jnp.zeros((config.model.latent_dim, num_classes), jnp.float32),
+      jnp.zeros(num_classes, jnp.float32),
     )
     params = {'encoder': model.init(key)['encoder']}, layer
     opt_state = training.make_optimizer(train_config).init(params)

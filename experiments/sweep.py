@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pretrain, probe
+from experiments import pretrain, probe, records
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.config import setting, validate
@@ -94,8 +94,9 @@ def run(
       'devices': devices.device_kinds(),
     }
     path = workdir / 'sweep.json'
-    before = workdirs.read_json(path, 'results') or {'results': []}
-    seconds = {str(result['varied']): result['seconds'] for result in before['results']}
+    before = workdirs.read_json(path, records.Sweep)
+    known = before['results'] if before is not None else []
+    seconds = {str(result['varied']): result['seconds'] for result in known}
     results: list[dict[str, Any]] = []
     for number, each in enumerate(variants, start=1):
       name = f'[{number}/{len(variants)}] {_label(each.varied)}'

@@ -5,7 +5,8 @@ Sec. 6. `FullGaussian` has a dense covariance, stored as a Cholesky factor. The 
 is the latent dimension D and all axes before it are batch axes: functions return one value for each
 Gaussian of the batch, of shape `[...]`. Densities, entropies and divergences are in nats.
 
-All functions raise AssertionError where shapes do not fit, also under `jit`; nothing is broadcast.
+All functions raise AssertionError where shapes do not fit or arrays are not floating point, also
+under `jit`; nothing is broadcast.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class DiagonalGaussian:
     """Returns the log-density at `z` `[..., D]`, in nats, `[...]`."""
     check_gaussian(self)
     chex.assert_equal_shape([self.mean, z])
+    check_floating(z=z)
     whitened = (z - self.mean) * jnp.exp(-0.5 * self.log_var)
     return -0.5 * jnp.sum(whitened**2 + self.log_var + LOG_2PI, axis=-1)
 
@@ -116,6 +118,7 @@ class FullGaussian:
     """Returns the log-density at `z` `[..., D]`, in nats, `[...]`."""
     check_gaussian(self)
     chex.assert_equal_shape([self.mean, z])
+    check_floating(z=z)
     whitened = _solve_tril(self.scale_tril, (z - self.mean)[..., None])[..., 0]
     return -0.5 * (jnp.sum(whitened**2, axis=-1) + self.log_det() + self.dim * LOG_2PI)
 
@@ -206,7 +209,8 @@ def expected_log_standard_normal(q: Gaussian) -> jax.Array:
 
 
 def check_gaussian(q: Gaussian) -> None:
-  """Raises AssertionError unless the shapes of the parameters of `q` fit each other."""
+  """Raises AssertionError unless the parameters of `q` are floating point, and fit each other."""
+  check_floating(**vars(q))
   if isinstance(q, DiagonalGaussian):
     if q.mean.ndim < 1 or q.mean.shape != q.log_var.shape:
       raise AssertionError(
@@ -215,6 +219,13 @@ def check_gaussian(q: Gaussian) -> None:
       )
   else:
     _check_square('FullGaussian', 'scale_tril', q.mean, q.scale_tril)
+
+
+def check_floating(**arrays: jax.Array) -> None:
+  """Raises AssertionError, naming the argument, unless all arrays are floating point."""
+  for name, array in arrays.items():
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise AssertionError(f'{name} must be floating point, got {array.dtype}')
 
 
 def check_pair(q_a: Gaussian, q_b: Gaussian) -> None:

@@ -72,6 +72,7 @@ def gaussian_log_likelihood(
     AssertionError: if the shapes differ, or obs_var is not a scalar.
     ValueError: if the value of obs_var is known, and it is not finite or not > 0.
   """
+  gaussians.check_floating(x=x, x_mean=x_mean)
   if x.shape != x_mean.shape or x.ndim < 1:
     raise AssertionError(
       f'x and x_mean must have one shape [B, ...], got {x.shape}, {x_mean.shape}'
@@ -114,8 +115,8 @@ def elbo(
     AssertionError: if shapes do not fit, or obs_var is not a scalar.
     ValueError: if the value of obs_var is known, and it is not finite or not > 0.
   """
-  _check_batch(x, 'q', q)
   log_likelihood = gaussian_log_likelihood(x, x_mean, obs_var)
+  _check_batch(x, 'q', q)
   kl = gaussians.kl_to_standard_normal(q)
   return ElboTerms(log_likelihood - kl, log_likelihood, kl)
 
@@ -156,8 +157,8 @@ def se_elbo(
     TypeError: if q_a and q_b are of different families.
     ValueError: if the value of gamma or obs_var is known and outside its range.
   """
-  _check_batch(x, 'q_a', q_a)
   log_likelihood = gaussian_log_likelihood(x, x_mean, obs_var)
+  _check_batch(x, 'q_a', q_a)
   log_prior_a = gaussians.expected_log_standard_normal(q_a)
   log_prior_b = gaussians.expected_log_standard_normal(q_b)
   transport_cost = wasserstein.entropic_transport_cost(q_a, q_b, gamma)
@@ -202,7 +203,7 @@ def _check_batch(x: jax.Array, name: str, q: Gaussian) -> None:
 
 
 def _check_obs_var(obs_var: jax.typing.ArrayLike) -> None:
-  if jnp.ndim(obs_var) != 0:
-    raise AssertionError(f'obs_var must be a scalar, got shape {jnp.shape(obs_var)}')
+  if jnp.ndim(obs_var) != 0 or jnp.iscomplexobj(obs_var):
+    raise AssertionError(f'obs_var must be a scalar and real, got {obs_var}')
   if not isinstance(obs_var, jax.core.Tracer) and not 0.0 < float(np.asarray(obs_var)) < math.inf:
     raise ValueError(f'obs_var must be finite and > 0, got {obs_var}')

@@ -316,8 +316,8 @@ def entropic_transport_cost_full(
 
 def check_gamma(gamma: ArrayLike) -> None:
   """Raises an error unless `gamma` is a scalar and, if its value is known, finite and >= 0."""
-  if jnp.ndim(gamma) != 0:
-    raise AssertionError(f'gamma must be a scalar, got shape {jnp.shape(gamma)}')
+  if jnp.ndim(gamma) != 0 or jnp.iscomplexobj(gamma):
+    raise AssertionError(f'gamma must be a scalar and real, got {gamma}')
   if not isinstance(gamma, jax.core.Tracer) and not 0.0 <= float(np.asarray(gamma)) < math.inf:
     raise ValueError(f'gamma must be finite and >= 0, got {gamma}')
 

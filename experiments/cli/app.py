@@ -24,7 +24,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
 
   from se_vae.parallel import processes
-  from se_vae.storage import checkpoints
+  from se_vae.storage import checkpoints, json_files
 
 # The flags defined here belong to every binary, and are listed by its --help.
 absl_flags.disclaim_key_flags()
@@ -68,7 +68,13 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
 
 def failures() -> tuple[type[Exception], ...]:
   """Returns the errors of the machine and of the numbers, which are told in one line."""
-  return (OSError, ArithmeticError, checkpoints.CheckpointError, processes.OtherProcessError)
+  return (
+    OSError,
+    ArithmeticError,
+    checkpoints.CheckpointError,
+    json_files.JsonError,
+    processes.OtherProcessError,
+  )
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

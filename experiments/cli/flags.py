@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from absl import flags as absl_flags
 
 from se_vae.config import ArgumentError, validate
+from se_vae.storage import json_files
 
 Config = TypeVar('Config')
 
@@ -163,7 +164,8 @@ def from_dict(config_type: type[Config], values: dict[str, Any]) -> Config:
   """Returns the configuration with these settings, and defaults for the others.
 
   Raises:
-    ArgumentError: if a value is outside the limits that the configuration checks itself.
+    ArgumentError: if a value is not of its type, or outside the limits that the configuration
+      checks itself.
     TypeError: if there is no setting of a name.
   """
   unknown = values.keys() - names(config_type)
@@ -177,7 +179,10 @@ def from_dict(config_type: type[Config], values: dict[str, Any]) -> Config:
       part = {name: values[name] for name in names(kind) if name in values}
       arguments[field.name] = from_dict(kind, part)
     elif field.name in values:
-      value = values[field.name]
+      try:
+        value = json_files.check(values[field.name], kind, 'the value')
+      except json_files.JsonError as error:
+        raise ArgumentError(field.name, str(error)) from None
       arguments[field.name] = tuple(value) if isinstance(value, list) else value
   return config_type(**arguments)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epy
 
@@ -17,7 +16,9 @@ from experiments.cli.messages import warn
 from se_vae.config import ArgumentError
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
-  from se_vae.storage import atomic_files, checkpoints, locks
+  from se_vae.storage import atomic_files, checkpoints, json_files, locks
+
+Content = TypeVar('Content')
 
 LOCK = '.lock'
 
@@ -98,8 +99,8 @@ def _owner(directory: Path) -> str | None:
       return 'se_vae.save_model'
     if found is not None:
       return PRETRAIN if 'model' in found.metadata else SUPERVISED
-  result = directory / 'result.json'
-  return SUPERVISED if 'radii' in (read_json(result) or {}) else None
+  result = read_json(directory / 'result.json', dict[str, Any])
+  return SUPERVISED if 'radii' in (result or {}) else None
 
 
 @contextlib.contextmanager
@@ -141,30 +142,33 @@ def _in_use_errors(workdir: Path, argument: str = 'workdir') -> Iterator[None]:
     raise ArgumentError(argument, f'{workdir} is in use by {owner}') from None
 
 
-def read_json(path: Path, *names: str) -> dict[str, Any] | None:
-  """Returns the object in a JSON file; None if the file is missing or damaged.
+def read_json(
+  path: Path, kind: type[Content], verify: Callable[[Content], object] = lambda content: None
+) -> Content | None:
+  """Returns what a JSON file holds; None if the file is missing or damaged.
 
   A damaged file gives a warning. It is no error, because a run can write it again.
 
   Args:
     path: the file.
-    *names: the object must have them.
+    kind: what it must hold, as for `json_files.check`.
+    verify: raises JsonError for content that is damaged in other ways.
   """
   try:
-    content = json.loads(path.read_bytes())
+    content = json_files.read(path, kind)
+    with json_files.naming(path):
+      verify(content)
   except FileNotFoundError:
     return None
-  except (ValueError, RecursionError):
-    content = None
-  if not isinstance(content, dict) or not content.keys() >= {*names}:
-    warn(f'{path}: damaged, not used')
+  except json_files.JsonError as error:
+    warn(f'{error}; not used')
     return None
   return content
 
 
 def write_json(path: Path, content: Any) -> None:
   """Writes a JSON file, whole or not at all."""
-  atomic_files.write(path, f'{json.dumps(content, indent=2)}\n'.encode())
+  atomic_files.write(path, f'{json_files.dumps(content, indent=2)}\n'.encode())
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:

@@ -62,8 +62,8 @@ def _pages(
   q = model.encode(params, x)
   x_adv = training.select(model, config, params, key, x, q)
   of_x_adv = model.encode(params, x_adv)
-  noise_keys = attacks.example_keys(key, jnp.arange(100))
-  z = jax.vmap(lambda one: jax.random.normal(one, (model.latent_dim,)))(noise_keys)
+  noise_keys = attacks.example_keys(key, jnp.arange(100, dtype=jnp.int32))
+  z = jax.vmap(lambda one: jax.random.normal(one, (model.latent_dim,), jnp.float32))(noise_keys)
   z_of_first = jnp.tile(q.mean[0], (len(_TRAVERSAL), 1))
   varied = jax.vmap(lambda latent: z_of_first.at[:, latent].set(_TRAVERSAL))(latents)  # [L, T, D]
   traversals = model.decode(params, varied.reshape(-1, model.latent_dim))

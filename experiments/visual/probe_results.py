@@ -129,7 +129,7 @@ def write(
     image_grids.save(stem.with_name(f'{stem.name}_images.png'), page)
   path = stem.with_name('robustness.json')
   name = stem.name.removeprefix('probe_')
-  workdirs.write_json(path, {**(workdirs.read_json(path) or {}), name: result})
+  workdirs.write_json(path, {**(workdirs.read_json(path, dict[str, Any]) or {}), name: result})
   workdirs.write_json(stem.with_suffix('.json'), result)
 
 

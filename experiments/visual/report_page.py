@@ -340,15 +340,16 @@ def picture(content: bytes, title: str, text: str) -> Picture:
   """A picture for the page.
 
   Raises:
-    ValueError: if `content` is not a PNG picture.
+    ValueError: if `content` is not a whole PNG picture.
   """
-  from PIL import Image, UnidentifiedImageError
+  from PIL import Image
 
   try:
     with Image.open(io.BytesIO(content), formats=('png',)) as image:
       width, height = image.size
-  except UnidentifiedImageError:
-    raise ValueError('not a PNG picture') from None
+      image.verify()
+  except Exception:  # Pillow has an error of its own for every kind of damage
+    raise ValueError('not a whole PNG picture') from None
   return Picture(title, text, _data_uri('image/png', content), width, height)
 
 
@@ -357,6 +358,7 @@ def render(
   runs: Sequence[Run],
   figures: Sequence[tuple[Sequence[Table], str]],
   unfinished: Sequence[str],
+  damages: Sequence[str],
   defaults: Mapping[str, Any],
 ) -> str:
   """The page, in HTML; every text in it is escaped.
@@ -366,6 +368,7 @@ def render(
     runs: the runs, at least one.
     figures: the panels of each figure, and a note about it that may be empty.
     unfinished: directories of figures that are not finished.
+    damages: a line about each file that is left out.
     defaults: the settings that a single run is compared with.
   """
   import jinja2  # slow to import
@@ -385,6 +388,7 @@ def render(
     runs=runs,
     figures=figures,
     unfinished=unfinished,
+    damages=damages,
     held_out=_metric_table(runs, [run.test or {} for run in runs]),
     last_rows=_metric_table(runs, [run.rows[-1] if run.rows else {} for run in runs]),
     robustness=_robustness(runs),

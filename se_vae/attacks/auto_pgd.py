@@ -32,6 +32,7 @@ class _State(NamedTuple):
   checkpoint_value: jax.Array  # [B], best value at the last checkpoint
 
 
+@projections.checked
 @functools.partial(jax.jit, static_argnames=('objective', 'num_steps', 'norm', 'bounds'))
 def apgd(
   objective: projected_gradient.Objective,
@@ -70,12 +71,12 @@ def apgd(
     start where no value is a number.
 
   Raises:
-    AssertionError: if shapes do not fit.
-    ValueError: for an unknown norm, num_steps < 1, or bounds that are not (lowest, highest).
+    AssertionError: if shapes do not fit, x is empty, or x is not of a float dtype.
+    ValueError: for an unknown norm, num_steps < 1, or bounds that are not (lowest, highest). If x
+      and the radius are not traced, also for images outside the bounds, or a radius that is not
+      finite or < 0.
   """
-  projections.check(x, radius=radius, norm=norm, bounds=bounds, num_steps=num_steps)
-  radius = jnp.asarray(radius, x.dtype)
-  ball = projections.Ball(x, radius, norm, bounds)
+  ball = projections.ball(x, radius, norm, bounds)
   first = projected_gradient.first_point(ball, key, start, index)
   evaluate = functools.partial(projected_gradient.values_and_gradients, objective, args=args)
   return columns.inside(functools.partial(_ascend, num_steps=num_steps), evaluate, ball, first)

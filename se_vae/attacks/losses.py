@@ -36,7 +36,7 @@ class Aim(NamedTuple):
 
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """The highest other logit minus the label's, `[B]`: above 0 where the classifier is wrong."""
-  is_label = jnp.arange(logits.shape[-1])[None] == labels[:, None]
+  is_label = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None] == labels[:, None]
   others = jnp.where(is_label, -jnp.inf, logits).max(axis=-1)
   return others - _logit(logits, labels)
 

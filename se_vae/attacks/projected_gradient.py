@@ -22,6 +22,7 @@ Objective = Callable[..., jax.Array]
 _STEPS_ACROSS = 2.5
 
 
+@projections.checked
 @functools.partial(
   jax.jit, static_argnames=('objective', 'num_steps', 'norm', 'bounds', 'keep_best')
 )
@@ -56,7 +57,8 @@ def pgd(
     key: one PRNG key. Example i draws from `fold_in(key, index[i])`, so its result depends neither
       on the batch size nor on its neighbours.
     x: clean images `[B, ...]`, inside `bounds`.
-    radius: radius of the ball, a scalar >= 0, traced: one compilation serves a whole curve.
+    radius: radius of the ball, a scalar >= 0, traced: one compilation serves a whole curve. All
+      results are NaN if it is traced in another function and is not finite or not >= 0.
     num_steps: number of gradient steps L >= 1.
     relative_step_size: length of a step in the ball's norm, as a share of the radius: a scalar,
       traced; `2.5 / num_steps` if None.
@@ -73,15 +75,15 @@ def pgd(
     last place, inside the l2 ball to rounding.
 
   Raises:
-    AssertionError: if shapes do not fit.
-    ValueError: for an unknown norm, num_steps < 1, or bounds that are not (lowest, highest).
+    AssertionError: if shapes do not fit, x is empty, or x is not of a float dtype.
+    ValueError: for an unknown norm, num_steps < 1, or bounds that are not (lowest, highest). If x
+      and the radius are not traced, also for images outside the bounds, or a radius that is not
+      finite or < 0.
   """
-  projections.check(x, radius=radius, norm=norm, bounds=bounds, num_steps=num_steps)
-  radius = jnp.asarray(radius, x.dtype)
+  ball = projections.ball(x, radius, norm, bounds)
   if relative_step_size is None:
     relative_step_size = _STEPS_ACROSS / num_steps
-  step_size = jnp.asarray(relative_step_size, x.dtype) * radius
-  ball = projections.Ball(x, radius, norm, bounds)
+  step_size = jnp.asarray(relative_step_size, x.dtype) * ball.radius
   first = first_point(ball, key, start, index)
   evaluate = functools.partial(values_and_gradients, objective, args=args)
   ascend = functools.partial(_ascend, num_steps=num_steps, step_size=step_size, keep_best=keep_best)
@@ -141,8 +143,10 @@ def fgsm(
     x_adv, of x's shape and dtype, inside the ball and `bounds`.
 
   Raises:
-    AssertionError: if shapes do not fit.
-    ValueError: for an unknown norm, or bounds that are not (lowest, highest).
+    AssertionError: if shapes do not fit, x is empty, or x is not of a float dtype.
+    ValueError: for an unknown norm, or bounds that are not (lowest, highest). If x and
+      the radius are not traced, also for images outside the bounds, or a radius that is not finite
+      or < 0.
   """
   return pgd(
     objective,
@@ -158,6 +162,7 @@ def fgsm(
   )
 
 
+@projections.checked
 def noise(
   key: jax.Array,
   x: jax.Array,
@@ -184,11 +189,12 @@ def noise(
     x_adv, of x's shape and dtype, inside the ball and `bounds`.
 
   Raises:
-    AssertionError: if shapes do not fit.
-    ValueError: for an unknown norm, or bounds that are not (lowest, highest).
+    AssertionError: if shapes do not fit, x is empty, or x is not of a float dtype.
+    ValueError: for an unknown norm, or bounds that are not (lowest, highest). If x and
+      the radius are not traced, also for images outside the bounds, or a radius that is not finite
+      or < 0.
   """
-  projections.check(x, radius=radius, norm=norm, bounds=bounds)
-  ball = projections.Ball(x, jnp.asarray(radius, x.dtype), norm, bounds)
+  ball = projections.ball(x, radius, norm, bounds)
   keys = batch_keys(key, index, x.shape[0])
   return ball.extreme_points(keys) if extreme else ball.random_points(keys)
 
@@ -206,7 +212,7 @@ def first_point(
 
 def batch_keys(key: jax.Array, index: jax.Array | None, batch_size: int) -> jax.Array:
   """The `example_keys` of a batch, with `arange(B)` for an index of None."""
-  index = jnp.arange(batch_size) if index is None else index
+  index = jnp.arange(batch_size, dtype=jnp.int32) if index is None else index
   if index.shape != (batch_size,):
     raise AssertionError(f'index must have the shape {(batch_size,)}, got {index.shape}')
   return example_keys(key, index)
@@ -217,15 +223,21 @@ def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
-def values_and_gradients(
-  objective: Objective, x_adv: jax.Array, args: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array]:
-  """The objective `[B]`, and the gradient `[B, ...]` of each value in its own image.
+def values(objective: Objective, x_adv: jax.Array, args: tuple[Any, ...]) -> jax.Array:
+  """The objective `[B]`, in the dtype of the images.
 
   Raises:
     AssertionError: if the objective does not return one value per example.
   """
-  values, vjp = jax.vjp(lambda x_adv: objective(x_adv, *args), x_adv)
-  if values.shape != x_adv.shape[:1]:
-    raise AssertionError(f'objective must return one value per example, got {values.shape}')
-  return values, vjp(jnp.ones_like(values))[0]
+  found = objective(x_adv, *args)
+  if found.shape != x_adv.shape[:1]:
+    raise AssertionError(f'objective must return one value per example, got {found.shape}')
+  return found.astype(x_adv.dtype)
+
+
+def values_and_gradients(
+  objective: Objective, x_adv: jax.Array, args: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+  """The `values` `[B]`, and the gradient `[B, ...]` of each in its own image."""
+  found, vjp = jax.vjp(lambda x_adv: values(objective, x_adv, args), x_adv)
+  return found, vjp(jnp.ones_like(found))[0]

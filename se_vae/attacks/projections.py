@@ -6,12 +6,18 @@ All functions treat each example on its own. Images are `[B, ...]`, or have anot
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
+Arguments = ParamSpec('Arguments')
 Norm = Literal['linf', 'l2']
 NORMS: tuple[str, ...] = ('linf', 'l2')
 
@@ -48,7 +54,7 @@ class Ball:
     offset = x_adv - self.x
     length = _l2_norm(offset, self.batch_axis)
     shrunk = self.radius / jnp.where(length > 0.0, length, 1.0)
-    offset = offset * jnp.where(length > self.radius, shrunk, 1.0)
+    offset = offset * jnp.where(length <= self.radius, 1.0, shrunk)
     # x is inside the bounds, so clipping moves every pixel towards x: the ball still holds.
     return jnp.clip(self.x + offset, *self.bounds)
 
@@ -81,40 +87,85 @@ class Ball:
     def draw(key: jax.Array) -> jax.Array:
       if self.norm == 'linf':
         return jax.random.uniform(key, shape, self.x.dtype, -1.0, 1.0)
-      return jax.random.ball(key, math.prod(shape), dtype=self.x.dtype).reshape(shape)
+      return random(jax.random.ball, key, math.prod(shape), self.x.dtype).reshape(shape)
 
     return self.project(self.x + self.radius * jax.vmap(draw)(keys))
 
   def extreme_points(self, keys: jax.Array) -> jax.Array:
     """Uniform draws from the corners of the box or from the sphere `[B, ...]`, then clipped."""
-    draw = jax.random.rademacher if self.norm == 'linf' else jax.random.normal
-    offsets = jax.vmap(lambda key: draw(key, self.x.shape[1:], self.x.dtype))(keys)
+    generator = jax.random.rademacher if self.norm == 'linf' else jax.random.normal
+    shape, dtype = self.x.shape[1:], self.x.dtype
+    offsets = jax.vmap(lambda key: random(generator, key, shape, dtype))(keys)
     return self.step(self.x, offsets, step_size=self.radius)
 
 
-def check(
-  x: jax.Array,
-  *,
-  radius: jax.typing.ArrayLike,
-  norm: str,
-  bounds: tuple[float, float],
-  **counts: int,
-) -> None:
-  """Raises AssertionError or ValueError unless an attack can start from these arguments.
+def random(generator: Callable[..., Any], key: jax.Array, size: Any, dtype: Any) -> jax.Array:
+  """A draw from a distribution of `jax.random`, the same whatever `jax_enable_x64` is."""
+  with jax.enable_x64(dtype == jnp.float64):
+    drawn: jax.Array = generator(key, size, dtype=dtype)
+  return drawn
 
-  The counts, such as `num_steps`, must be at least 1.
+
+def ball(
+  x: jax.Array, radius: jax.typing.ArrayLike, norm: Norm, bounds: tuple[float, float]
+) -> Ball:
+  """The ball about images `[B, ...]`; no image is in it if the radius is not finite and >= 0.
+
+  A traced radius cannot be refused. All that an attack returns is NaN then, and no image that looks
+  as if it had been attacked.
   """
-  if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise AssertionError(f'x must be floating point [B, ...], got {x.dtype} {x.shape}')
+  radius = jnp.asarray(radius, x.dtype)
+  radius = jnp.where((radius >= 0.0) & (radius < jnp.inf), radius, jnp.nan)
+  return Ball(x, radius, norm, bounds)
+
+
+def checked(attack: Callable[Arguments, jax.Array]) -> Callable[Arguments, jax.Array]:
+  """An attack that checks its arguments first: what is traced by its shape and dtype alone."""
+  signature = inspect.signature(attack)
+
+  @functools.wraps(attack)
+  def checking(*args: Arguments.args, **kwargs: Arguments.kwargs) -> jax.Array:
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    _check(**bound.arguments)
+    return attack(*args, **kwargs)
+
+  return checking
+
+
+def _check(
+  *,
+  x: jax.Array,
+  radius: jax.typing.ArrayLike,
+  bounds: tuple[float, float],
+  norm: str = 'linf',
+  **others: Any,
+) -> None:
+  if x.ndim < 2 or x.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise AssertionError(
+      f'x must be floating point [B, ...], and not empty, got {x.dtype} {x.shape}'
+    )
   if jnp.ndim(radius) != 0:
     raise AssertionError(f'radius must be a scalar, got shape {jnp.shape(radius)}')
-  for name, count in counts.items():
-    if count < 1:
-      raise ValueError(f'{name} must be >= 1, got {count}')
+  for name in ('num_steps', 'num_queries'):
+    if others.get(name, 1) < 1:
+      raise ValueError(f'{name} must be >= 1, got {others[name]}')
   if norm not in NORMS:
     raise ValueError(f'norm must be one of {", ".join(NORMS)}, got {norm!r}')
-  if not bounds[0] < bounds[1]:
+  lowest, highest = bounds
+  if not lowest < highest:
     raise ValueError(f'bounds must be (lowest, highest), got {bounds}')
+  if _is_known(radius) and not 0.0 <= float(np.asarray(radius)) < math.inf:
+    raise ValueError(f'radius must be finite and >= 0, got {radius}')
+  if _is_known(x):
+    pixels = np.asarray(x)  # JAX would trace, within another function, what is known
+    least, most = pixels.min(), pixels.max()
+    if not (lowest <= least and most <= highest):  # NaN is outside too
+      raise ValueError(f'x must lie in the bounds {bounds}, got values from {least} to {most}')
+
+
+def _is_known(value: Any) -> bool:
+  return not isinstance(value, jax.core.Tracer) and getattr(value, 'is_fully_addressable', True)
 
 
 def _direction(gradient: jax.Array, norm: Norm, batch_axis: int) -> jax.Array:

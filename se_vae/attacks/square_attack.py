@@ -20,6 +20,7 @@ _FIRST_SHARE = 0.8
 _HALVED_AFTER = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
+@projections.checked
 @functools.partial(jax.jit, static_argnames=('objective', 'num_queries', 'bounds'))
 def square(
   objective: projected_gradient.Objective,
@@ -52,44 +53,49 @@ def square(
     The best of all queried images, of x's shape and dtype, inside the ball and `bounds`.
 
   Raises:
-    AssertionError: if shapes do not fit.
-    ValueError: for num_queries < 1, or bounds that are not (lowest, highest).
+    AssertionError: if shapes do not fit, x is empty, or x is not of a float dtype.
+    ValueError: for num_queries < 1, or bounds that are not (lowest, highest). If x and
+      the radius are not traced, also for images outside the bounds, or a radius that is not finite
+      or < 0.
   """
-  projections.check(x, radius=radius, norm='linf', bounds=bounds, num_queries=num_queries)
-  radius = jnp.asarray(radius, x.dtype)
-  ball = projections.Ball(x, radius, 'linf', bounds)
+  ball = projections.ball(x, radius, 'linf', bounds)
   keys = projected_gradient.batch_keys(key, index, x.shape[0])
   height, width, channels = _as_image(x.shape[1:])
   sides = jnp.asarray(_sides(num_queries, height, width))
+
+  def signs(example_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return projections.random(jax.random.rademacher, example_key, shape, x.dtype)
 
   def to_image(pixels: jax.Array) -> jax.Array:
     """Values that broadcast to (H, W, C), as one example of x."""
     return jnp.broadcast_to(pixels, (height, width, channels)).reshape(x.shape[1:])
 
   def stripes(example_key: jax.Array) -> jax.Array:
-    return to_image(jax.random.rademacher(example_key, (1, width, channels), x.dtype))
+    return to_image(signs(example_key, (1, width, channels)))
 
   def draw_square(
     example_key: jax.Array, x_adv: jax.Array, x: jax.Array, side: jax.Array
   ) -> jax.Array:
     row_key, column_key, sign_key = jax.random.split(example_key, 3)
     tall, wide = jnp.minimum(side, height), jnp.minimum(side, width)
-    row = jnp.arange(height) - jax.random.randint(row_key, (), 0, height - tall + 1)
-    column = jnp.arange(width) - jax.random.randint(column_key, (), 0, width - wide + 1)
-    rows, columns = (row >= 0) & (row < tall), (column >= 0) & (column < wide)
+    top = jax.random.randint(row_key, (), 0, height - tall + 1, jnp.int32)
+    left = jax.random.randint(column_key, (), 0, width - wide + 1, jnp.int32)
+    row, column = jnp.arange(height, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32)
+    rows, columns = (row >= top) & (row < top + tall), (column >= left) & (column < left + wide)
     inside = to_image(rows[:, None, None] & columns[None, :, None])
-    signs = to_image(jax.random.rademacher(sign_key, (1, 1, channels), x.dtype))
-    return jnp.where(inside, x + radius * signs, x_adv)
+    corner = x + ball.radius * to_image(signs(sign_key, (1, 1, channels)))
+    return jnp.where(inside, corner, x_adv)
 
   def query(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
     changed = jax.vmap(draw_square, in_axes=(0, 0, 0, None))(step_keys, carry[0], x, sides[i])
     x_adv = ball.project(changed)
-    return ball.better(x_adv, objective(x_adv, *args), *carry)
+    return ball.better(x_adv, projected_gradient.values(objective, x_adv, args), *carry)
 
-  start = ball.project(x + radius * jax.vmap(stripes)(keys))
+  start = ball.project(x + ball.radius * jax.vmap(stripes)(keys))
   lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
-  first = ball.better(start, objective(start, *args), start, lowest)
+  value = projected_gradient.values(objective, start, args)
+  first = ball.better(start, value, start, lowest)
   return jax.lax.fori_loop(1, num_queries, query, first)[0]
 
 

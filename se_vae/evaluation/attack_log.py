@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from se_vae.data import examples
 from se_vae.storage import atomic_files
+
+# Logits of one function differ by less than this share of the largest, on whatever devices.
+_ROUNDING = 1e-4
 
 
 class AttackLogError(ValueError):
@@ -28,6 +32,7 @@ class AttackLog:
     forwards: `[N]`, forward passes spent on the example, without those that come with a gradient.
     gradients: `[N]`, gradients spent on the example.
     images: `[N, ...]`, the adversarial image; the clean image of a robust example.
+    outputs: `[N, ...]`, the clean logits, with the representations if there are any.
   """
 
   names: tuple[str, ...]
@@ -38,14 +43,15 @@ class AttackLog:
   forwards: np.ndarray
   gradients: np.ndarray
   images: np.ndarray
+  outputs: np.ndarray
 
   @classmethod
-  def empty(cls, names: tuple[str, ...], x: np.ndarray) -> AttackLog:
-    """The log of clean images `[N, ...]` before the first attack."""
+  def empty(cls, names: tuple[str, ...], x: np.ndarray, outputs: np.ndarray) -> AttackLog:
+    """The log of clean images `[N, ...]` and their outputs before the first attack."""
     count = len(x)
     restart, forwards, gradients = np.zeros((3, count), np.int64)
     radius, attack = np.full(count, np.inf), np.full(count, -1)
-    return cls(names, 0, radius, attack, restart, forwards, gradients, x.copy())
+    return cls(names, 0, radius, attack, restart, forwards, gradients, x.copy(), outputs)
 
   def robust(self, radii: np.ndarray) -> np.ndarray:
     """Whether each example is robust at each radius, bool `[R, N]`.
@@ -65,12 +71,14 @@ class AttackLog:
 
   def save(self, path: Path, fingerprint: str) -> None:
     """Writes an npz file atomically; `fingerprint` identifies the evaluation."""
+    arrays: dict[str, Any] = {'fingerprint': np.array(fingerprint)}
+    arrays |= {name: np.asarray(value) for name, value in vars(self).items()}
     with atomic_files.replacing(path) as file:
-      np.savez(file, fingerprint=np.array(fingerprint), **vars(self))
+      np.savez(file, sha256=np.array(examples.sha256(arrays)), **arrays)
 
   @classmethod
-  def load(cls, path: Path, fingerprint: str) -> AttackLog:
-    """Reads what `save` wrote.
+  def load(cls, path: Path, fingerprint: str, outputs: np.ndarray) -> AttackLog:
+    """Reads what `save` wrote, for a classifier that gives these `outputs` on the clean images.
 
     Raises:
       AttackLogError: if the file is damaged, or belongs to another evaluation.
@@ -78,11 +86,23 @@ class AttackLog:
     try:
       with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
         content = dict(arrays)
+      if str(content.pop('sha256')) != examples.sha256(content):
+        raise ValueError('its SHA-256 is not the one in it')
       stored = str(content.pop('fingerprint'))
       names = tuple(map(str, content.pop('names')))
       log = cls(names, int(content.pop('done')), **content)
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-      raise AttackLogError(f'{path}: is not an attack log: {error}') from error
-    if stored != fingerprint:
+    except Exception as error:  # NumPy and zipfile have errors of many types for damage
+      reason = ' '.join(str(error).split())[:200]
+      message = f'{path}: is not an attack log: {reason}; remove it to start afresh'
+      raise AttackLogError(message) from error
+    if stored != fingerprint or not _agree(log.outputs, outputs):
       raise AttackLogError(f'{path}: belongs to another evaluation; remove it to start afresh')
     return log
+
+
+def _agree(a: np.ndarray, b: np.ndarray) -> bool:
+  """Whether these are outputs of one function. Devices and batch sizes change only their rounding.
+
+  A digest would not do, as it changes with the last bit.
+  """
+  return a.shape == b.shape and np.allclose(a, b, rtol=0.0, atol=_ROUNDING * np.abs(b).max())

@@ -138,13 +138,13 @@ def prepare(
     raise ArgumentError('norm', f'must be one of {", ".join(projections.NORMS)}, got {norm!r}')
   x, labels = x.astype(np.float32), labels.astype(np.int32)
   check_images(x, bounds)
-  shape = jax.eval_shape(logits_fn, x[:1], *args).shape
-  if len(shape) != 2 or shape[0] != 1 or shape[1] < 2:
-    raise ArgumentError('logits_fn', f'must give [B, K] with K >= 2, got {shape} for one image')
-  if labels.min() < 0 or labels.max() >= shape[1]:
+  _, num_classes = check_function('logits_fn', logits_fn, x, args, logits=True)
+  if labels.min() < 0 or labels.max() >= num_classes:
     raise ArgumentError(
-      'labels', f'must lie in [0, {shape[1]}), got [{labels.min()}, {labels.max()}]'
+      'labels', f'must lie in [0, {num_classes}), got [{labels.min()}, {labels.max()}]'
     )
+  if latents_fn is not None:
+    check_function('latents_fn', latents_fn, x, args)
   mesh = sharding.data_mesh() if mesh is None else mesh
   classifier = AttackedClassifier(
     logits_fn=logits_fn,
@@ -152,12 +152,12 @@ def prepare(
     x=x,
     labels=labels,
     key=jax.random.key(seed),
-    num_classes=shape[1],
+    num_classes=num_classes,
     norm=norm,
     bounds=bounds,
     batch_size=min(batch_size, len(x)),
     mesh=mesh,
-    targets=Targets(x, labels, x, shape[1], bounds),
+    targets=Targets(x, labels, x, num_classes, bounds),
   )
   logits = classifier.apply(logits_fn, x)
   if not np.isfinite(logits).all():
@@ -173,8 +173,9 @@ def prepare(
 
 def check_radii(radii: Sequence[float]) -> None:
   """Raises ArgumentError unless there are radii, all finite and >= 0."""
-  if not len(radii) or min(radii) < 0.0 or not np.isfinite(radii).all():
-    raise ArgumentError('radii', f'must be finite and >= 0, got {list(radii)}')
+  found = np.asarray(radii)
+  if found.ndim != 1 or not len(found) or not np.isfinite(found).all() or found.min() < 0.0:
+    raise ArgumentError('radii', f'must be finite and >= 0, at least one in a list, got {radii}')
 
 
 def check_counts(**counts: int) -> None:
@@ -184,8 +185,35 @@ def check_counts(**counts: int) -> None:
       raise ArgumentError(name, f'must be >= 1, got {count}')
 
 
+def check_function(
+  name: str, function: Model, x: np.ndarray, args: tuple[Any, ...], *, logits: bool = False
+) -> tuple[int, ...]:
+  """The shape of what a function gives for two of the images x. It is traced, and not run.
+
+  Raises:
+    ArgumentError: unless it gives floats, a row for each image; or logits `[B, K]` if that is said.
+  """
+  two = jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype)
+  output = jax.eval_shape(function, two, *args)
+  shape: tuple[int, ...] = getattr(output, 'shape', ())
+  dtype = getattr(output, 'dtype', type(output))
+  fits = len(shape) >= 2 and shape[0] == 2 and jnp.issubdtype(dtype, jnp.floating)
+  if not fits or (logits and (len(shape) > 2 or shape[1] < 2)):
+    wanted = '[B, K] with K >= 2' if logits else '[B, ...]'
+    raise ArgumentError(name, f'must give floats {wanted}, got {dtype} {shape} for 2 images')
+  return shape
+
+
+def check_step_size(relative_step_size: float | None) -> None:
+  """Raises ArgumentError unless it is None, or finite and > 0."""
+  if relative_step_size is not None and not 0.0 < relative_step_size < np.inf:
+    raise ArgumentError('relative_step_size', f'must be finite and > 0, got {relative_step_size}')
+
+
 def check_images(x: np.ndarray, bounds: tuple[float, float]) -> None:
   """Raises ArgumentError unless there are images, all inside the bounds."""
+  if not bounds[0] < bounds[1]:
+    raise ArgumentError('bounds', f'must be (lowest, highest), got {bounds}')
   if not len(x) or not (x.min() >= bounds[0] and x.max() <= bounds[1]):  # NaN is outside too
     found = f'[{x.min()}, {x.max()}]' if len(x) else 'none'
     raise ArgumentError('x', f'must lie in {bounds}, got {found}')

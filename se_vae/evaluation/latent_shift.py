@@ -61,6 +61,7 @@ def maximal_values(
   Raises:
     ArgumentError: for bad radii or counts, images outside the bounds, or no images.
   """
+  x = _images(x)
   attacked_classifier.check_images(x, bounds)
   attacked_classifier.check_radii(radii)
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, batch_size=batch_size)
@@ -90,6 +91,15 @@ def maximal_values(
       found[i] = np.maximum(found[i], np.where(np.isnan(values), np.inf, values))
   found = np.maximum.accumulate(found, axis=0)
   return found[[order.index(float(radius)) for radius in radii]]
+
+
+def _images(x: np.ndarray) -> np.ndarray:
+  """The images in float32; raises ArgumentError unless they are floats `[N, ...]`, at least one."""
+  x = np.asarray(x)
+  if x.ndim < 2 or not x.size or not np.issubdtype(x.dtype, np.floating):
+    message = f'must be float images [N, ...], at least one, got {x.dtype} {x.shape}'
+    raise ArgumentError('x', message)
+  return x.astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnames='objective')
@@ -129,6 +139,7 @@ def joint_accuracy(
     ArgumentError: if the numbers of classifiers, labels and arguments differ, or for arguments that
       `maximal_values` refuses.
   """
+  x = _images(x)
   if labels.shape != (len(x), len(logits_fns)) or len(args) != len(logits_fns):
     raise ArgumentError(
       ('labels', 'args'),
@@ -173,7 +184,7 @@ def max_latent_shift(
   Raises:
     ArgumentError: for arguments that `maximal_values` refuses.
   """
-  mesh = sharding.data_mesh() if mesh is None else mesh
+  mesh, x = sharding.data_mesh() if mesh is None else mesh, _images(x)
   latents = sharding.map_batches(
     mesh, lambda images: latents_fn(images, *args), x, min(batch_size, len(x))
   )

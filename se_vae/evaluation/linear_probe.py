@@ -115,7 +115,13 @@ def encoder_means(
     >>> params = model.init(jax.random.key(0))
     >>> encoder_means(model, params, np.zeros((5, 2, 2, 1), np.uint8)).shape
     (5, 3)
+
+  Raises:
+    ArgumentError: unless there are images, of this dtype and rank.
   """
+  if images.ndim != 4 or images.dtype != np.uint8 or not images.size:
+    message = f'must be uint8 [N, H, W, C], at least one, got {images.dtype} {images.shape}'
+    raise ArgumentError('images', message)
   mesh = sharding.data_mesh() if mesh is None else mesh
   params = sharding.replicate(mesh, params)
   encode = functools.partial(_encode_means, model, params)
@@ -156,14 +162,27 @@ def fit_probe(
     The probe, for means that are not standardised: its weights include the division.
 
   Raises:
-    ArgumentError: if the means are not finite, a label is not in [0, num_classes), or a class has
-      no example.
-    RuntimeError: if the fit does not converge.
+    ArgumentError: if shapes, dtypes or values do not fit, a class has no example, or the fit does
+      not converge.
   """
   from sklearn.exceptions import ConvergenceWarning  # slow to import
   from sklearn.linear_model import LogisticRegression
   from threadpoolctl import threadpool_limits
 
+  means, labels = np.asarray(means), np.asarray(labels)
+  is_matrix = means.ndim == 2 and means.size > 0 and np.issubdtype(means.dtype, np.floating)
+  if (
+    not is_matrix or labels.shape != means.shape[:1] or not np.issubdtype(labels.dtype, np.integer)
+  ):
+    raise ArgumentError(
+      ('means', 'labels'),
+      f'must be floats [N, D] and integers [N], got {means.dtype} {means.shape} and '
+      f'{labels.dtype} {labels.shape}',
+    )
+  if num_classes < 2:
+    raise ArgumentError('num_classes', f'must be >= 2, got {num_classes}')
+  if not 0.0 < l2 < np.inf:
+    raise ArgumentError('l2', f'must be finite and > 0, got {l2}')
   if not np.isfinite(means).all():
     raise ArgumentError('means', 'must be finite: the encoder has diverged')
   classes, found = set(range(num_classes)), set(np.unique(labels).tolist())
@@ -189,7 +208,8 @@ def fit_probe(
       with threadpool_limits(1):
         classifier.fit((means - center) / scale, labels)
     except ConvergenceWarning as error:
-      raise RuntimeError(f'the probe did not converge in {max_iter} iterations') from error
+      message = f'must be larger: the probe did not converge in {max_iter} iterations'
+      raise ArgumentError('l2', message) from error
   coefficients, intercept = classifier.coef_, classifier.intercept_
   if binary:
     coefficients = np.concatenate([-coefficients, coefficients]) / 2.0

@@ -78,6 +78,7 @@ def adversarial_accuracy(
     ArgumentError: for an argument out of range, or clean logits that are not finite.
   """
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts)
+  attacked_classifier.check_step_size(relative_step_size)
   classifier, _ = attacked_classifier.prepare(logits_fn, x, labels, radii=radii, **options)
   suite = attack_suite.standard(
     logits_fn, num_steps=num_steps, restarts=restarts, relative_step_size=relative_step_size
@@ -187,6 +188,10 @@ def evaluate(
     AttackLogError: for a state that is damaged or belongs to another evaluation.
   """
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, num_queries=num_queries)
+  attacked_classifier.check_step_size(relative_step_size)
+  path = None if state_path is None else Path(state_path)
+  if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    raise ArgumentError('state_path', f'must be a file in a directory that exists, got {path}')
   if check_examples < 0:
     raise ArgumentError('check_examples', f'must be >= 0, got {check_examples}')
   if attack not in SUITES:
@@ -204,6 +209,11 @@ def evaluate(
     mesh=mesh,
     latents_fn=latents_fn,
   )
+  if reconstruct_fn is not None:
+    attacked_classifier.check_function('reconstruct_fn', reconstruct_fn, classifier.x, args)
+  if surrogate is not None:
+    other, other_args = surrogate
+    attacked_classifier.check_function('surrogate', other, classifier.x, other_args, logits=True)
   if max(radii) > classifier.diameter:
     raise ArgumentError(
       'radii', f'must be at most the pixel range {classifier.diameter:g}, got {max(radii)}'
@@ -237,8 +247,9 @@ def evaluate(
     'seed': seed,
     'radii': sorted({0.0, *map(float, radii)}),
   }
-  path = None if state_path is None else Path(state_path)
-  log = _attack_all(classifier, suite, logits, config, path, progress)
+  representation = logits if latents_fn is None else classifier.targets.latents
+  outputs = logits if latents_fn is None else np.hstack([logits, representation])
+  log = _attack_all(classifier, suite, outputs, config, path, progress)
   radii_asked = np.asarray(radii, np.float64)
   curve = AdversarialAccuracy(radii_asked, log.robust(radii_asked))
   if not check_examples:
@@ -254,7 +265,7 @@ def evaluate(
     count=min(check_examples, len(logits)),
     num_steps=num_steps,
     num_queries=num_queries,
-    representation=logits if latents_fn is None else classifier.targets.latents,
+    representation=representation,
     reconstruct_fn=reconstruct_fn,
     surrogate=surrogate,
   )
@@ -264,18 +275,23 @@ def evaluate(
 def _attack_all(
   classifier: AttackedClassifier,
   suite: Suite,
-  logits: np.ndarray,
+  outputs: np.ndarray,
   config: dict[str, Any],
   state_path: Path | None,
   progress: Progress,
 ) -> AttackLog:
-  """Runs every attempt of every attack at every radius on the examples left; can be resumed."""
+  """Runs every attempt of every attack at every radius on the examples left; can be resumed.
+
+  The clean `outputs` `[N, ...]` begin with the logits.
+  """
   fingerprint = _fingerprint(classifier, config)
   if state_path is not None and state_path.exists():
-    log = AttackLog.load(state_path, fingerprint)
+    log = AttackLog.load(state_path, fingerprint, outputs)
   else:
-    log = AttackLog.empty(('clean', *(attack.name for attack in suite.attacks)), classifier.x)
-    correct = np.asarray(losses.is_correct(jnp.asarray(logits), jnp.asarray(classifier.labels)))
+    names = ('clean', *(attack.name for attack in suite.attacks))
+    log = AttackLog.empty(names, classifier.x, outputs)
+    logits, labels = outputs[:, : classifier.num_classes], classifier.labels
+    correct = np.asarray(losses.is_correct(jnp.asarray(logits), jnp.asarray(labels)))
     wrong = np.flatnonzero(~correct)
     log.record(wrong, classifier.x[wrong], radius=np.zeros(len(wrong)), attack=0, restart=0)
     log.forwards += 1
@@ -332,7 +348,7 @@ def _smallest_radii(
 
 
 def _fingerprint(classifier: AttackedClassifier, config: dict[str, Any]) -> str:
-  """A digest of everything that the attack log depends on but the functions themselves."""
+  """A digest of what the attack log depends on, but for the functions, which have its `outputs`."""
   digest = hashlib.sha256(repr(sorted(config.items())).encode())
   for leaf in (classifier.x, classifier.labels, *jax.tree.leaves(classifier.args)):
     digest.update(np.ascontiguousarray(leaf).tobytes())

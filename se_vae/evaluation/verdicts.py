@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+
+from se_vae.storage import json_files
+
+
+class CheckRecord(TypedDict):
+  """A check in a JSON file; files of older versions have `passed` alone and no verdict."""
+
+  number: int
+  name: str
+  figure: str
+  verdict: NotRequired[Literal['pass', 'fail', 'skipped']]
+  passed: NotRequired[bool | None]
+  values: NotRequired[dict[str, Any]]
 
 
 class SanityCheck(NamedTuple):
@@ -40,13 +53,14 @@ class SanityCheck(NamedTuple):
     """What `to_json` gave, in files of older versions too, which have `passed` alone.
 
     Raises:
-      KeyError, TypeError, ValueError: for values that are no check.
+      JsonError: for values that are no check.
     """
-    verdict = content.get('verdict') or ('pass' if content['passed'] else 'fail')
-    if verdict not in ('pass', 'fail', 'skipped'):
-      raise ValueError(f'verdict must be pass, fail or skipped, got {verdict!r}')
-    number, name, figure = int(content['number']), str(content['name']), str(content['figure'])
-    return cls(number, name, verdict, figure, dict(content.get('values', {})))
+    check = json_files.check(dict(content), CheckRecord)
+    if 'verdict' not in check and check.get('passed') is None:
+      raise json_files.JsonError('a check has no verdict')
+    verdict = check.get('verdict') or ('pass' if check['passed'] else 'fail')
+    values = check.get('values', {})
+    return cls(check['number'], check['name'], verdict, check['figure'], values)
 
 
 def summary(checks: Iterable[SanityCheck | Mapping[str, Any]]) -> str:

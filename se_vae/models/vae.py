@@ -40,15 +40,15 @@ class VAE:
   latent_dim: int
 
   def init(self, key: jax.Array) -> Params:
-    """Returns fresh parameters: `{'encoder': ..., 'decoder': ...}`.
+    """Returns fresh parameters in float32: `{'encoder': ..., 'decoder': ...}`.
 
     Raises:
       ValueError: for a module that has variables besides its parameters, as batch statistics, or
         that draws random numbers, as dropout does.
     """
     encoder_key, decoder_key = jax.random.split(key)
-    x = jnp.zeros((1, *self.image_shape))
-    z = jnp.zeros((1, self.latent_dim))
+    x = jnp.zeros((1, *self.image_shape), jnp.float32)
+    z = jnp.zeros((1, self.latent_dim), jnp.float32)
     return {
       'encoder': _init('encoder', self.encoder, encoder_key, x),
       'decoder': _init('decoder', self.decoder, decoder_key, z),
@@ -56,15 +56,13 @@ class VAE:
 
   def encode(self, params: Params, x: jax.Array) -> Gaussian:
     """Returns q(z | x) for images `[B, H, W, C]` in [0, 1]."""
-    if x.shape[1:] != self.image_shape:
-      raise AssertionError(f'x must be [B, {", ".join(map(str, self.image_shape))}], got {x.shape}')
+    _check('x', x, self.image_shape)
     q: Gaussian = self.encoder.apply(params['encoder'], x)
     return q
 
   def decode(self, params: Params, z: jax.Array) -> jax.Array:
     """Returns the decoder mean g(z) `[B, H, W, C]` in [0, 1], for latents `[B, D]`."""
-    if z.ndim != 2 or z.shape[1] != self.latent_dim:
-      raise AssertionError(f'z must be [B, {self.latent_dim}], got {z.shape}')
+    _check('z', z, (self.latent_dim,))
     x_mean: jax.Array = self.decoder.apply(params['decoder'], z)
     return x_mean
 
@@ -116,6 +114,15 @@ def make_vae(
     encoder = networks.ConvEncoder(latent_dim, channels, covariance)
     decoder = networks.ConvDecoder(image_shape, channels)
   return VAE(encoder, decoder, image_shape, latent_dim)
+
+
+def _check(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
+  """Raises AssertionError unless this is a batch of floats, each row of the given shape."""
+  floating = jnp.issubdtype(array.dtype, jnp.floating)
+  if array.ndim == 0 or array.shape[1:] != shape or not array.shape[0] or not floating:
+    wanted = ', '.join(map(str, ('B', *shape)))
+    message = f'{name} must be [{wanted}] of floats, not empty, got {array.dtype} {array.shape}'
+    raise AssertionError(message)
 
 
 def _init(name: str, module: nn.Module, key: jax.Array, inputs: jax.Array) -> Any:

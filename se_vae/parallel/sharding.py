@@ -105,7 +105,7 @@ def gather_over_devices(rows: jax.Array) -> jax.Array:
 
 def share_of_batch(size: int) -> jax.Array:
   """Returns the positions in the whole batch of this device's `size` examples, in `per_device`."""
-  return jax.lax.axis_index(DATA_AXIS) * size + jnp.arange(size)
+  return jax.lax.axis_index(DATA_AXIS) * size + jnp.arange(size, dtype=jnp.int32)
 
 
 def split(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:

@@ -18,14 +18,14 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from se_vae.storage import atomic_files
+from se_vae.storage import atomic_files, json_files
 
 FORMAT = 1
 # What safetensors both writes and reads as NumPy arrays; it writes float8, but cannot read it.
@@ -40,6 +40,13 @@ _NAME = re.compile(r'checkpoint_([0-9]{8,})_([0-9a-f]{64})\.safetensors')
 
 class CheckpointError(RuntimeError):
   """A checkpoint that cannot be written, read or used. The one-line message says which and why."""
+
+
+class _Header(TypedDict):
+  """The metadata that every checkpoint has."""
+
+  format: int
+  step: int
 
 
 class Checkpoint(NamedTuple):
@@ -154,16 +161,17 @@ def load(path: str | Path) -> Checkpoint:
       raise CheckpointError(f'{path}: damaged, its SHA-256 is not the one in its name')
     with safetensors.safe_open(path, framework='np') as stored:
       tensors = {name: stored.get_tensor(name) for name in stored.offset_keys()}
-      metadata = json.loads((stored.metadata() or {}).get(_HEADER_KEY, 'null'))
+      document = (stored.metadata() or {}).get(_HEADER_KEY, '')
+    metadata = dict(json_files.loads(document.encode(), _Header))
   except OSError as error:
     raise CheckpointError(f'{path}: cannot be read: {error.strerror or error}') from error
-  # The last three are how NumPy types and JSON that only a foreign writer makes come out.
-  except (safetensors.SafetensorError, AttributeError, ValueError, RecursionError) as error:
+  # NumPy types that only a foreign writer makes come out as AttributeError or ValueError.
+  except (safetensors.SafetensorError, AttributeError, ValueError) as error:
     raise CheckpointError(f'{path}: is not a checkpoint: {" ".join(str(error).split())}') from error
-  if not isinstance(metadata, dict) or metadata.get('format') != FORMAT:
+  if metadata['format'] != FORMAT:
     raise CheckpointError(f'{path}: its metadata is not of format {FORMAT}')
-  if metadata.get('step') != int(match[1]):
-    raise CheckpointError(f'{path}: renamed, it is of step {metadata.get("step")!r}')
+  if metadata['step'] != int(match[1]):
+    raise CheckpointError(f'{path}: renamed, it is of step {metadata["step"]}')
   return Checkpoint(Path(path), tensors, metadata)
 
 
@@ -227,8 +235,9 @@ def _serialise(step: int, tree: Any, metadata: Mapping[str, Any]) -> bytes:
     'numpy': np.__version__,
   }
   document = {'versions': versions, **metadata, 'format': FORMAT, 'step': int(step)}
-  header = {_HEADER_KEY: json.dumps(document, allow_nan=False)}
-  return safetensors.numpy.save(tensors, header)
+  text = json.dumps(document, allow_nan=False)
+  json_files.loads(text.encode(), _Header)  # raises for what could not be read again
+  return safetensors.numpy.save(tensors, {_HEADER_KEY: text})
 
 
 def _prune(written: Path, step: int, keep: int) -> None:

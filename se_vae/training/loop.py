@@ -214,7 +214,8 @@ def run(
   batch_size = indices_for(step, 1).shape[1]
   chunk_steps = input_pipeline.steps_per_chunk(images, batch_size, at_most=steps_per_row)
   state, window = sharding.replicate_copy(mesh, (state, window))
-  args = sharding.replicate(mesh, jax.tree.map(jnp.asarray, args))
+  with jax.enable_x64(False):  # Python's numbers are 32 bits wide, whatever the user has set
+    args = sharding.replicate(mesh, jax.tree.map(jnp.asarray, args))
   chunk = input_pipeline.read_chunk(mesh, images, indices_for(step, chunk_steps))
   while step < num_steps:
     row_end = min((step // steps_per_row + 1) * steps_per_row, num_steps)

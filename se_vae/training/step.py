@@ -70,15 +70,16 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
   A cosine schedule takes the learning rate from its peak at step 0 to zero at `config.num_steps`.
   """
-  rate: Any = config.learning_rate
+  peak = jnp.float32(config.learning_rate)
+  rate: Any = peak
   if config.schedule == 'cosine':
 
     def rate(count: jax.Array) -> jax.Array:
-      done = jnp.minimum(count, config.num_steps) / config.num_steps
-      return config.learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+      done = jnp.minimum(count, config.num_steps).astype(jnp.float32) / config.num_steps
+      return peak * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
 
   if config.optimizer == 'sgd':
-    return optax.sgd(rate, momentum=config.momentum)
+    return optax.sgd(rate, momentum=jnp.float32(config.momentum))
   return optax.adam(rate)
 
 
@@ -224,7 +225,7 @@ def loss(
   Returns:
     The loss, a scalar, and the metrics, scalars by name.
   """
-  index = jnp.arange(x.shape[0]) if index is None else index
+  index = jnp.arange(x.shape[0], dtype=jnp.int32) if index is None else index
   if config.freeze_decoder:
     params = {**params, 'decoder': jax.lax.stop_gradient(params['decoder'])}
   seen = x_adv if config.objective == 'vae' and x_adv is not None else x
@@ -286,7 +287,7 @@ def train_step(
     The state after the step, and scalars that are averages over the batch.
   """
   sample_key, select_key = jax.random.split(jax.random.fold_in(key, state.step))
-  index = sharding.share_of_batch(len(x)) if sharded else jnp.arange(len(x))
+  index = sharding.share_of_batch(len(x)) if sharded else jnp.arange(len(x), dtype=jnp.int32)
   offsets = state.offsets
   if config.objective == 'vae':
     # The program is the same with and without noise, and draws none where there is none.
@@ -314,12 +315,20 @@ def train_step(
   if sharded:
     gradients, metrics = sharding.mean_over_devices((gradients, metrics))
   optimizer = make_optimizer(config) if optimizer is None else optimizer
-  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  params, opt_state = apply_gradients(optimizer, gradients, state.opt_state, state.params)
   if config.freeze_decoder:  # an optimiser may update even where the gradient is zero
     params = {**params, 'decoder': state.params['decoder']}
   metrics['gradient_norm'] = optax.tree.norm(gradients)
   return TrainState(state.step + 1, params, opt_state, offsets), metrics
+
+
+def apply_gradients(
+  optimizer: optax.GradientTransformation, gradients: Params, opt_state: Any, params: Params
+) -> tuple[Params, Any]:
+  """Returns the parameters and the optimiser's state after a step."""
+  with jax.enable_x64(False):  # or Adam's powers would be float64 for those who have set x64
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+  return optax.apply_updates(params, updates), opt_state
 
 
 def _warm_start(config: TrainConfig, rows: jax.Array, x: jax.Array) -> jax.Array:

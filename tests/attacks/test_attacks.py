@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -236,6 +238,10 @@ def test_wrong_arguments_raise(images, change, error, message):
 # ---------------------------------------------------------------------------------------------
 
 
+def run_pgd(objective, x, *, key=0, **options):
+  return attacks.pgd(objective, jax.random.key(key), x, num_steps=7, **options)
+
+
 def run_apgd(objective, x, *, key=0, **options):
   return auto_pgd.apgd(objective, jax.random.key(key), x, num_steps=9, **options)
 
@@ -385,6 +391,51 @@ def test_every_attack_refuses_wrong_arguments(images, run):
     run(flat, images, radius=0.1, bounds=(1.0, 0.0))
   with pytest.raises(AssertionError, match='radius must be a scalar'):
     run(flat, images, radius=jnp.ones(3))
+
+
+@pytest.mark.parametrize('run', [run_apgd, run_fgsm, run_square, run_noise])
+def test_every_attack_refuses_values_that_are_known_to_be_wrong(images, run):
+  for x, radius, message in (
+    (255.0 * images, 0.1, r'x must lie in the bounds \(0.0, 1.0\)'),
+    (images.at[0, 0].set(jnp.nan), 0.1, 'x must lie in the bounds'),
+    (images, jnp.nan, 'radius must be finite and >= 0'),
+    (images, jnp.inf, 'radius must be finite and >= 0'),
+    (images, -0.1, 'radius must be finite and >= 0'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      run(flat, x, radius=radius)
+  with pytest.raises(AssertionError, match='not empty'):
+    run(flat, images[:0], radius=0.1)
+
+
+@pytest.mark.parametrize(('run', 'norm'), TABLE)
+def test_a_traced_radius_that_is_wrong_gives_nan_and_no_image_that_looks_attacked(
+  images, weights, run, norm
+):
+  attack = jax.jit(lambda radius: run(wavy, images, radius=radius, norm=norm, args=(weights,)))
+  for radius in (np.nan, np.inf, -0.1):
+    assert np.isnan(attack(radius)).all()
+  assert_legal(attack(0.1), images, 0.1, norm)
+
+
+@pytest.mark.parametrize(('run', 'norm'), TABLE)
+def test_images_in_float64_stay_in_the_ball_to_a_unit_in_the_last_place(run, norm):
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.uniform(size=SHAPE)) for _ in range(2))
+    x_adv = run(wavy, x, radius=0.1, norm=norm, args=(weights,))
+    assert x_adv.dtype == jnp.float64 and x_adv.min() >= 0.0 and x_adv.max() <= 1.0
+    offset = np.asarray(x_adv - x).reshape(SHAPE[0], -1)
+    length = np.linalg.norm(offset, np.inf if norm == 'linf' else 2, axis=1)
+    units = 1 if norm == 'linf' else np.sqrt(offset[0].size)
+    assert length.max() <= 0.1 + units * np.spacing(1.0)
+
+
+@pytest.mark.parametrize('run', [functools.partial(run_pgd, keep_best=True), run_apgd, run_square])
+def test_an_objective_may_be_of_another_precision_than_the_images(images, run):
+  with jax.enable_x64(True):
+    wide = lambda x_adv: flat(x_adv.astype(jnp.float64))  # noqa: E731
+    assert_legal(run(wide, images, radius=0.1), images, 0.1, 'linf')
 
 
 def test_square_names_the_count_that_it_refuses(images):

@@ -119,8 +119,8 @@ def test_an_attack_is_traced_once_for_all_radii_and_batches():
   evaluate(counting, radii=(0.02,))
   first = len(traces)
   evaluate(counting, radii=RADII)
-  assert len(traces) - first <= 2 and first > 0  # the shape of one image's logits, twice
-  assert set(traces) == {(16, *SHAPE), (1, *SHAPE)}
+  assert len(traces) - first <= 2 and first > 0  # the shape of two images' logits, twice
+  assert set(traces) == {(16, *SHAPE), (2, *SHAPE)}
 
 
 def test_an_interrupted_evaluation_ends_with_the_same_result(tmp_path):
@@ -145,7 +145,41 @@ def test_an_interrupted_evaluation_ends_with_the_same_result(tmp_path):
     evaluate(latents_fn=latents, state_path=path, seed=1)
   path.write_bytes(path.read_bytes()[:100])
   with pytest.raises(ValueError, match='is not an attack log'):
-    AttackLog.load(path, '')
+    AttackLog.load(path, '', np.zeros(1))
+
+
+def test_a_state_belongs_to_what_the_functions_compute(tmp_path):
+  """Parameters may be closed over; other devices and batch sizes round differently."""
+  _, _, (encoder, probe, bias) = examples()
+
+  def closed(scale, offset=0.0):
+    return {
+      'logits_fn': lambda x: linear(x, scale * encoder, probe, bias),
+      'latents_fn': lambda x: latents(x, encoder + offset, probe, bias),
+      'args': (),
+    }
+
+  options = dict(state_path=tmp_path / 'state.npz', check_examples=0)
+  log = evaluate(**closed(1.0), **options).attack_log
+  calls = []
+  resumed = evaluate(
+    **closed(1.0),
+    **options,
+    batch_size=7,
+    mesh=sharding.data_mesh(4),
+    progress=lambda *done: calls.append(done),
+  )
+  assert calls == [(len(RADII) - 1, len(RADII) - 1)]  # nothing was attacked again
+  np.testing.assert_array_equal(resumed.attack_log.images, log.images)
+  for other in (closed(1.001), closed(1.0, offset=0.001)):
+    with pytest.raises(ValueError, match='belongs to another evaluation'):
+      evaluate(**other, **options)
+
+
+@pytest.mark.parametrize('path', ['.', 'missing/state.npz'])
+def test_a_state_that_cannot_be_written_is_refused_before_any_work(path, tmp_path):
+  with pytest.raises(ValueError, match='state_path: must be a file in a directory that exists'):
+    evaluate(logits_fn=None, state_path=tmp_path / path)
 
 
 def test_checks_that_have_nothing_to_attack_are_skipped():
@@ -197,11 +231,22 @@ def test_an_image_counts_from_the_smallest_radius_that_it_is_within(monkeypatch)
     ({'x': np.zeros((0, *SHAPE), np.float32), 'labels': np.zeros(0, int)}, 'N >= 1'),
     ({'radii': (0.0, 1.1)}, 'at most the pixel range 1'),
     ({'radii': (-0.1,)}, 'radii: must be finite and >= 0'),
+    ({'radii': 0.1}, 'radii: must be finite and >= 0, at least one in a list, got 0.1'),
     ({'attack': 'best'}, 'attack: must be one of standard, worst_case'),
     ({'norm': 'l1'}, 'norm: must be one of'),
     ({'num_queries': 0}, 'num_queries: must be >= 1'),
     ({'check_examples': -1}, 'check_examples: must be >= 0'),
     ({'logits_fn': lambda x, *_: jnp.ones((x.shape[0], 1))}, 'K >= 2'),
+    ({'logits_fn': lambda *_: jnp.ones((1, 3))}, 'logits_fn: must give floats'),
+    ({'logits_fn': lambda x, *_: jnp.ones((x.shape[0], 3, 1))}, r'logits_fn: .* K >= 2'),
+    ({'logits_fn': lambda x, *_: jnp.ones((x.shape[0], 3), int)}, 'logits_fn: must give floats'),
+    ({'logits_fn': lambda x, *_: (x, x)}, 'logits_fn: must give floats'),
+    ({'latents_fn': lambda *_: jnp.ones((1, 3))}, 'latents_fn: must give floats'),
+    ({'reconstruct_fn': lambda x, *_: x[:1]}, 'reconstruct_fn: must give floats'),
+    ({'surrogate': (lambda x: x[:1], ())}, 'surrogate: must give floats'),
+    ({'bounds': (1.0, 0.0)}, 'bounds: must be'),
+    ({'relative_step_size': 0.0}, 'relative_step_size: must be finite and > 0'),
+    ({'relative_step_size': np.nan}, 'relative_step_size: must be finite and > 0'),
     ({'logits_fn': lambda x, *_: jnp.full((x.shape[0], 3), jnp.nan)}, 'logits_fn: must be finite'),
     (
       {'latents_fn': lambda x, *_: jnp.full((x.shape[0], 3), jnp.nan)},

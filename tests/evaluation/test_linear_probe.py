@@ -151,9 +151,29 @@ def test_labels_out_of_range_raise(bad):
     linear_probe.fit_probe(means, labels, 3)
 
 
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'means': np.zeros(6)}, r'means, labels: must be floats \[N, D\] and integers \[N\]'),
+    ({'means': np.zeros((6, 0))}, 'means, labels: must be floats'),
+    ({'means': np.zeros((6, 3), int)}, 'means, labels: must be floats'),
+    ({'labels': np.zeros(5, int)}, 'means, labels: must be floats'),
+    ({'labels': np.zeros(6)}, 'means, labels: must be floats'),
+    ({'num_classes': 1}, 'num_classes: must be >= 2'),
+    ({'l2': 0.0}, 'l2: must be finite and > 0'),
+    ({'l2': np.nan}, 'l2: must be finite and > 0'),
+    ({'l2': np.inf}, 'l2: must be finite and > 0'),
+  ],
+)
+def test_wrong_arguments_raise(change, message):
+  good = {'means': np.zeros((6, 3)), 'labels': np.arange(6) % 2, 'num_classes': 2}
+  with pytest.raises(ValueError, match=message):
+    linear_probe.fit_probe(**{**good, **change})
+
+
 def test_fit_that_does_not_converge_raises():
   means, labels = clusters(3)
-  with pytest.raises(RuntimeError, match='did not converge in 2 iterations'):
+  with pytest.raises(ValueError, match=r'l2: must be larger: .* not converge in 2 iterations'):
     linear_probe.fit_probe(means, labels, 3, standardize=True, max_iter=2)
 
 

@@ -1,58 +1,43 @@
 """Damaged and hostile inputs: refused with the right error, or read for what they are.
 
-SE_VAE_FUZZ sets the number of inputs of each kind.
+SE_VAE_FUZZ sets the number of inputs of each kind. `tests/test_fuzz_arrays.py` has arrays.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import math
-import os
+import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from absl import flags as absl_flags
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import figure1, pretrain, probe
-from experiments.cli import flags
+from experiments import figure1, identity, pretrain, probe, recording, records, report, sweep
+from experiments import supervised as supervised_binary
+from experiments.benchmarks import attack_comparison, speed
+from experiments.cli import distributed, flags, workdirs
+from experiments.cli.flags import UsageError
+from experiments.visual import report_page
 from se_vae import data
 from se_vae.config import ArgumentError
-from se_vae.storage import checkpoints
-
-fuzz = hypothesis_settings(
-  max_examples=int(os.environ.get('SE_VAE_FUZZ', '250')),
-  derandomize=True,
-  deadline=None,
-  suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+from se_vae.evaluation.attack_log import AttackLog, AttackLogError
+from se_vae.storage import checkpoints, json_files, model_store
+from tests.experiments.test_report import write_probe, write_run
+from tests.storage.small_trees import MODEL, make_model
+from tests.tools.fuzzing import JSON, altered, damaged, fuzz
 
 IMAGES = np.arange(3 * 4 * 2, dtype=np.uint8).reshape(3, 4, 2)
 IDX = struct.pack('>IIII', 0x803, 3, 4, 2) + IMAGES.tobytes()
 SIZES = st.sampled_from([0, 1, 3, 2**16, 2**28, 2**31, 2**32 - 1]) | st.integers(0, 2**32 - 1)
-
-
-@st.composite
-def damaged(draw: st.DrawFn, original: bytes) -> bytes:
-  """A few of: bytes changed, cut off, inserted, appended."""
-  content = bytearray(original)
-  for _ in range(draw(st.integers(1, 3))):
-    place = draw(st.integers(0, max(0, len(content) - 1)))
-    match draw(st.sampled_from(['change', 'cut', 'insert', 'append'])):
-      case 'change' if content:
-        content[place] ^= draw(st.integers(1, 255))
-      case 'cut':
-        del content[place:]
-      case 'insert':
-        content[place:place] = draw(st.binary(min_size=1, max_size=8))
-      case _:
-        content += draw(st.binary(min_size=1, max_size=8))
-  return bytes(content)
 
 
 def headers() -> st.SearchStrategy[bytes]:
@@ -73,7 +58,7 @@ def assert_read_or_refused(path: Path, content: bytes) -> None:
   assert struct.pack('>IIII', 0x803, *images.shape) + images.tobytes() == content
 
 
-@fuzz
+@fuzz()
 @given(content=damaged(IDX) | headers() | st.binary(max_size=80))
 def test_idx_files(tmp_path, content):
   path = tmp_path / 'train-images-idx3-ubyte'
@@ -81,7 +66,7 @@ def test_idx_files(tmp_path, content):
   assert_read_or_refused(path, content)
 
 
-@fuzz
+@fuzz()
 @given(content=damaged(gzip.compress(IDX, mtime=0)) | headers().map(gzip.compress))
 def test_compressed_idx_files(tmp_path, content):
   path = tmp_path / 'train-images-idx3-ubyte.gz'
@@ -99,7 +84,7 @@ def checkpoint(tmp_path_factory) -> Path:
   return checkpoints.save(tmp_path_factory.mktemp('checkpoints'), 7, tree, {'config': {'a': 1}})
 
 
-@fuzz
+@fuzz()
 @given(choices=st.data())
 def test_checkpoints(tmp_path, checkpoint, choices):
   original = checkpoint.read_bytes()
@@ -114,7 +99,7 @@ def test_checkpoints(tmp_path, checkpoint, choices):
   assert '\n' not in str(error.value)
 
 
-@fuzz
+@fuzz()
 @given(choices=st.data())
 def test_checkpoints_whose_name_fits_their_damage(tmp_path, checkpoint, choices):
   """A foreign writer gets the digest right: what it wrote is still a checkpoint or an error."""
@@ -140,9 +125,20 @@ TEXTS = NUMBERS | st.integers().map(str) | st.floats().map(repr) | st.text(max_s
 
 
 @pytest.mark.parametrize(
-  'config_type', [pretrain.PretrainConfig, probe.ProbeConfig, figure1.Figure1Config]
+  'config_type',
+  [
+    pretrain.PretrainConfig,
+    probe.ProbeConfig,
+    figure1.Figure1Config,
+    sweep.SweepConfig,
+    supervised_binary.SupervisedConfig,
+    report.ReportConfig,
+    distributed.Cluster,
+    speed.BenchmarkConfig,
+    attack_comparison.ComparisonConfig,
+  ],
 )
-@fuzz
+@fuzz()
 @given(choices=st.data())
 def test_flag_values(config_type, choices):
   """Any text for any flags: refused in one line that names one of them, or within its limits."""
@@ -166,3 +162,199 @@ def test_flag_values(config_type, choices):
           assert item >= field.metadata['at_least']
         if item is not None and field.metadata.get('choices') is not None:
           assert item in field.metadata['choices']
+
+
+WORDS = st.sampled_from(['--', '-', '=', ',', ' ', "'", '"', '\\', '\n', 'gamma', 'seed', 'radii'])
+
+
+@fuzz()
+@given(
+  vary=st.lists(WORDS | TEXTS, max_size=8).map(''.join),
+  attack=st.just('') | st.lists(WORDS | TEXTS, max_size=8).map(''.join),
+)
+def test_flags_within_flags(tmp_path, vary, attack):
+  """Those in --vary and --probe: refused, naming the flag, or variants below the directory."""
+  try:
+    variants = list(
+      sweep.variants_of(sweep.SweepConfig(vary, attack), pretrain.PretrainConfig(), tmp_path)
+    )
+  except UsageError as error:
+    assert '--vary' in str(error) or '--probe' in str(error)
+    return
+  for each in variants:
+    assert str(each.pretraining.workdir).startswith(str(tmp_path))
+
+
+# JSON
+
+
+@fuzz()
+@given(content=st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_json(content):
+  """Read into values that are JSON again, or refused in a line."""
+  try:
+    found = json_files.loads(content, dict[str, Any])
+  except json_files.JsonError as error:
+    assert '\n' not in str(error)
+  else:
+    assert json_files.loads(json_files.dumps(found).encode(), dict[str, Any]) == found
+    json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory) -> Path:
+  """A run with every file that a report reads, which is a figure of its own too."""
+  run = write_run(tmp_path_factory.mktemp('runs') / 'mnist_mlp_se')
+  curve = {'radii': [0.0, 0.1], 'accuracy': [0.5, 0.25], 'interval': [[0.4, 0.6], [0.2, 0.3]]}
+  quantiles = {'0.05': [0.0, 1.25], '0.95': [0.0, 5.5]}
+  moves = {'radii': [0.0, 0.12], 'mean': [0.0, 3.75], 'quantiles': quantiles}
+  extra = {'joint': {'tasks': ['digit', 'color'], **curve}, 'moves': moves}
+  config = json.loads((run / 'config.json').read_text())['config']
+  data = {'source': 'here', 'digest': 'abc'}
+  result = write_probe(run, pretraining=config, data=data, **extra)
+  identity = {'encoders': 'mnist_mlp', 'objective': 'se', 'latent_dim': 64, 'seed': 0}
+  panels = [{'title': 'a', 'encoders': 'mnist_mlp', 'task': 'digit'}]
+  figure = {'panels': panels, 'results': [result | identity], 'optimizer': 'Adam'}
+  (run / 'figure1.json').write_text(json.dumps(figure))
+  (run / 'not_finite.json').write_text('{"step": 3}')
+  varied = {'varied': {'gamma': 1.0}, 'seconds': None, **result}
+  (run / 'sweep.json').write_text(json.dumps({'results': [varied]}))
+  return run
+
+
+def read_by_pretrain(run: Path) -> None:
+  settings = {'workdir': str(run), 'num_steps': 300}
+  begun = workdirs.read_json(
+    run / 'config.json', records.Run, lambda content: pretrain.stored_config(content['config'])
+  )
+  if begun is not None:
+    config = flags.from_dict(pretrain.PretrainConfig, settings)
+    pretrain._check_same_settings(begun, config)
+  result = recording.Recorder(str(run)).result(300)
+  if result is not None:
+    ', '.join(f'{name} {value:.4g}' for name, value in result['test'].items())
+  recording._drop_rows_after(run / 'metrics.jsonl', 200)
+  for line in (run / 'metrics.jsonl').read_text().splitlines():
+    assert json.loads(line)['step'] <= 200
+
+
+def read_by_others(run: Path) -> None:
+  attack = {
+    'config': flags.to_dict(probe.ProbeConfig()),
+    'pretraining': flags.to_dict(pretrain.PretrainConfig()),
+    'step': 300,
+    'data': {'digest': 'abc'},
+  }
+  identity.finished(run / 'probe_digit.json', attack)
+  workdirs.read_json(run / 'sweep.json', records.Sweep)
+  found = workdirs.read_json(run / 'probe_digit.json', records.Supervised)
+  if found is not None:
+    list(zip(found['radii'], found['accuracy'], strict=True))
+
+
+def read_by_report(run: Path) -> None:
+  reader = report._Reader()
+  reader.read(run / 'config.json', report._load_config)
+  config = flags.to_dict(pretrain.PretrainConfig())
+  reader.run(run, 'run', report_page.styles(['se'])[0], config, {})
+  assert not [damage for damage in reader.damages if '\n' in damage]
+
+
+def drawn_by_report(run: Path) -> None:
+  report.render([run]).encode()
+
+
+@pytest.mark.parametrize(
+  ('read', 'share'),
+  [(read_by_pretrain, 1.0), (read_by_others, 1.0), (read_by_report, 1.0), (drawn_by_report, 0.02)],
+)
+def test_files_of_a_run(tmp_path, run, capsys, read, share):
+  """Each file is used, or left out with a line; a report and pretrain may refuse in a line."""
+  names = sorted(path.name for path in run.iterdir())
+  workdir = shutil.copytree(run, tmp_path / 'run')
+
+  @fuzz(share)
+  @given(choices=st.data())
+  def check(choices: st.DataObject) -> None:
+    name = choices.draw(st.sampled_from(names))
+    original = (run / name).read_bytes()
+    (workdir / name).write_bytes(choices.draw(other_content(name, original)))
+    try:
+      read(workdir)
+    except (ArgumentError, json_files.JsonError) as error:
+      assert '\n' not in str(error)
+    finally:
+      for changed in {name, 'metrics.jsonl'}:
+        shutil.copy(run / changed, workdir / changed)
+    for line in capsys.readouterr().err.splitlines():
+      assert line.startswith('warning: '), line
+
+  check()
+
+
+def other_content(name: str, original: bytes) -> st.SearchStrategy[bytes]:
+  """Bytes that are not the original's, or JSON of another structure."""
+  random = damaged(original) | st.binary(max_size=80)
+  if name.endswith('.jsonl'):
+    rows = [json.loads(line) for line in original.splitlines()]
+    return random | altered(rows).map(as_lines)
+  if name.endswith('.json'):
+    return random | altered(json.loads(original)).map(lambda value: json.dumps(value).encode())
+  return random
+
+
+def as_lines(rows: Any) -> bytes:
+  lines = rows if isinstance(rows, list) else [rows]
+  return b''.join(json.dumps(row).encode() + b'\n' for row in lines)
+
+
+# Attack logs and models
+
+
+OUTPUTS = np.array([[0.0, 1.0]] * 3)
+
+
+@pytest.fixture(scope='module')
+def attack_log(tmp_path_factory) -> tuple[AttackLog, bytes]:
+  log = AttackLog.empty(('clean', 'pgd'), np.zeros((3, 2, 2), np.float32), OUTPUTS)
+  log.record(np.array([1]), np.ones((1, 2, 2)), radius=np.array([0.1]), attack=1, restart=0)
+  path = tmp_path_factory.mktemp('log') / 'state.npz'
+  log.save(path, 'fingerprint')
+  return log, path.read_bytes()
+
+
+@fuzz()
+@given(choices=st.data())
+def test_attack_logs(tmp_path, attack_log, choices):
+  """Refused, or equal to what was saved; a zip file has bytes that say nothing."""
+  log, original = attack_log
+  path = tmp_path / 'state.npz'
+  path.write_bytes(choices.draw(damaged(original) | st.binary(max_size=200)))
+  try:
+    found = AttackLog.load(path, 'fingerprint', OUTPUTS)
+  except AttackLogError as error:
+    assert '\n' not in str(error) and str(path) in str(error)
+    return
+  for name, value in vars(log).items():
+    np.testing.assert_array_equal(getattr(found, name), value)
+
+
+PARAMS = make_model().init(jax.random.key(0))
+
+
+@fuzz(0.1)
+@given(arguments=altered({**MODEL, 'arch': 'mlp', 'covariance': 'diagonal'}) | JSON)
+def test_models_of_other_arguments(tmp_path, arguments):
+  """A checkpoint of a foreign writer: a model of these shapes, or an error."""
+  params = {'params': PARAMS}
+  directory = tmp_path / 'checkpoints'
+  try:
+    checkpoints.save(directory, 0, params, {'model': arguments}, keep=1)
+  except ValueError:
+    return  # NaN or a huge integer
+  try:
+    model, _ = model_store.load_model(tmp_path)
+  except checkpoints.CheckpointError as error:
+    assert '\n' not in str(error)
+  else:
+    assert model.image_shape == (4, 4, 1)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import pretrain, probe
+from experiments import pretrain, probe, records
 from experiments.cli import flags
+from se_vae import make_vae, save_model
 from se_vae.config import ArgumentError
+from se_vae.storage import json_files
 
 OLD = Path(__file__).parents[1] / 'storage' / 'old_checkpoint'
 
@@ -31,3 +34,28 @@ def test_data_that_are_not_where_the_run_had_them_have_a_way_out(tmp_path, monke
   monkeypatch.setattr(pretrain, 'stored_config', lambda _: moved)
   with pytest.raises(ArgumentError, match=r"data_dir: 'relative/gone' .*name the directory"):
     probe.prepare(probe.ProbeConfig(workdir=str(workdir)))
+
+
+@pytest.mark.parametrize(
+  ('pattern', 'kind'),
+  [
+    ('results/figure1.json', records.Figure),
+    ('results/*_probe_digit*.json', records.Probe),
+    ('results/sweep_gamma.json', records.Sweep),
+    ('tests/storage/old_checkpoint/config.json', records.Run),
+    ('tests/storage/old_checkpoint/result.json', records.Result),
+  ],
+)
+def test_files_of_earlier_versions_have_the_types_that_are_read(pattern, kind):
+  paths = list(Path(__file__).parents[2].glob(pattern))
+  assert paths
+  for path in paths:
+    json_files.read(path, kind)
+
+
+def test_a_saved_model_is_no_run_to_probe(tmp_path):
+  arguments = {'image_shape': (2, 2, 1), 'latent_dim': 1, 'num_layers': 1, 'hidden_units': 1}
+  params = make_vae(**arguments).init(jax.random.key(0))
+  save_model(tmp_path, params, **arguments)
+  with pytest.raises(ArgumentError, match=r'workdir: .* is a directory of se_vae\.save_model, not'):
+    probe.prepare(probe.ProbeConfig(workdir=str(tmp_path)))

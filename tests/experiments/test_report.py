@@ -7,6 +7,7 @@ import dataclasses
 import html.parser
 import json
 import re
+import shutil
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Page(html.parser.HTMLParser):
     self.elements: list[tuple[str, dict[str, str | None]]] = []
     self.rows: list[list[str]] = []
     self.numbers: list[tuple[str, str]] = []
+    self.items: list[str] = []
     self.feed(text)
     assert self.open == []
 
@@ -43,6 +45,8 @@ class Page(html.parser.HTMLParser):
       self.open.append(tag)
     if tag == 'tr':
       self.rows.append([])
+    if tag == 'li':
+      self.items.append('')
     if tag in ('th', 'td'):
       self.rows[-1].append('')
     if tag == 'data':
@@ -54,6 +58,8 @@ class Page(html.parser.HTMLParser):
   def handle_data(self, data):
     if 'td' in self.open or 'th' in self.open:
       self.rows[-1][-1] = ' '.join(f'{self.rows[-1][-1]} {data}'.split())
+    if 'li' in self.open:
+      self.items[-1] += data
     if self.open and self.open[-1] == 'data':
       self.numbers[-1] = (self.numbers[-1][0], data)
 
@@ -378,28 +384,49 @@ def test_a_setting_that_an_older_run_does_not_know_is_the_default(run):
 DAMAGE = ['', '[]', '{"config": 3}', '{', 'null', '\x00', '[' * 100_000]
 
 
-@pytest.mark.parametrize('name', ['config.json', 'result.json', 'probe_digit.json', 'figure1.json'])
 @pytest.mark.parametrize('content', DAMAGE, ids=range(len(DAMAGE)))
-def test_damage_is_named_and_nothing_written(run, name, content):
-  write_probe(run)
-  (run / name).write_text(content)
-  with pytest.raises(UsageError, match=rf'{name}: is damaged') as error:
+def test_a_report_needs_the_settings_of_a_run(run, content):
+  (run / 'config.json').write_text(content)
+  with pytest.raises(UsageError, match=r'no run can be shown: .*config.json: damaged') as error:
     render(run)
   assert '\n' not in str(error.value)
   assert not (run / 'report.html').exists()
 
 
-def test_damaged_metrics_and_pictures_are_named(run):
-  metrics, picture = run / 'metrics.jsonl', run / 'reconstructions.png'
-  good = metrics.read_text()
-  for line in ('{"step": 1, "elbo": "x"}\n', 'x\n', '{"elbo": 1.0}\n'):
-    metrics.write_text(line + good)
-    with pytest.raises(UsageError, match=r'metrics.jsonl: is damaged'):
-      render(run)
-  metrics.write_text(good)
-  picture.write_bytes(b'no picture')
-  with pytest.raises(UsageError, match=r'reconstructions.png: is damaged'):
-    render(run)
+@pytest.mark.parametrize('content', ['', '{"config": 3}'])
+def test_what_is_damaged_is_named_and_the_rest_is_shown(run, content, capsys):
+  """Each kind of file in turn is damaged; a directory in its place cannot be read at all."""
+  other = write_run(run.parent / 'other')
+  write_probe(other)
+  names = ('result.json', 'probe_digit.json', 'figure1.json', 'reconstructions.png', 'config.json')
+  for name in names:
+    (run / name).write_text(content)
+  (run / 'samples.png').mkdir()
+  page = render(other, run)
+  assert page.row('Radius')
+  assert any(item.startswith(f'{run / "config.json"}: damaged (') for item in page.items)
+  shutil.copy(other / 'config.json', run)
+  page = render(other, run)
+  text = ' '.join(page.items)
+  assert any('no result that can be read: 300 of 300 steps' in row for row in page.rows)
+  for name in names[:-1]:
+    assert f'{run / name}: damaged (' in text
+  assert f'{run / "samples.png"}: cannot be read: Is a directory' in text
+  assert f'{other / "traversals.png"}: missing' in text
+  printed = capsys.readouterr().err
+  assert f'warning: {run / "result.json"}: damaged (' in printed and 'left out' in printed
+
+
+def test_rows_that_are_damaged_are_left_out(run):
+  metrics = run / 'metrics.jsonl'
+  good = metrics.read_bytes()
+  bad = (b'{"step": 1, "elbo": "x"}\n', b'x\n', b'{"elbo": 1.0}\n', b'\xff\x00\n', b'[]\n')
+  metrics.write_bytes(b''.join(bad) + good)
+  page = render(run)
+  (line,) = (item for item in page.items if 'metrics.jsonl' in item)
+  assert 'line 1 is damaged, left out (elbo must be a number' in line and '4 more lines' in line
+  metrics.write_bytes(good)
+  assert render(run).rows == page.rows
 
 
 def test_only_reports_are_overwritten(run):

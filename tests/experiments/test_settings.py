@@ -14,6 +14,7 @@ from absl import flags as absl_flags
 from experiments import figure1, pretrain, probe
 from experiments.cli import distributed, flags
 from se_vae.config import ArgumentError, TrainConfig, setting, validate
+from se_vae.storage import json_files
 
 BINARIES = {'pretrain': pretrain.PretrainConfig, 'probe': probe.ProbeConfig}
 ROOT = Path(__file__).parents[2]
@@ -242,3 +243,21 @@ def test_settings_of_an_older_version_are_understood():
     assert config.train == TrainConfig(relative_step_size=expected)
   config = pretrain.stored_config(old | {'pgd_step_size': 0.05, 'radius': 0.0})
   assert config.train == TrainConfig(radius=0.0)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'gamma': 'x'}, "gamma: the value must be a number, got 'x'"),
+    ({'pgd_steps': 2.5}, r'pgd_steps: the value must be an integer, got 2\.5'),
+    ({'radius': -1}, 'radius: must be >= 0'),
+    ({'workdir': ['a']}, 'workdir: the value must be a text'),
+    ({'pgd_step_size': 'x'}, 'pgd_step_size must be a number'),
+    ({'a\nb': 1}, 'PretrainConfig has no setting a b'),
+  ],
+)
+def test_stored_settings_of_the_wrong_type_are_refused_in_a_line(change, message):
+  stored = flags.to_dict(pretrain.PretrainConfig()) | change
+  with pytest.raises(json_files.JsonError, match=f'^{message}') as error:
+    pretrain.stored_config(stored)
+  assert '\n' not in str(error.value)

@@ -165,6 +165,10 @@ def test_wrong_shapes_raise():
   for shape in [(2, 4), (3,), (2, 1, 3)]:
     with pytest.raises(AssertionError, match=r'z must be \[B, 3\]'):
       model.decode(params, jnp.zeros(shape))
+  with pytest.raises(AssertionError, match=r'x must be .* of floats, got uint8 \(2, 4, 3, 2\)'):
+    model.encode(params, jnp.zeros((2, 4, 3, 2), jnp.uint8))
+  with pytest.raises(AssertionError, match=r'z must be .* of floats, got int32 \(2, 3\)'):
+    model.decode(params, jnp.zeros((2, 3), jnp.int32))
 
 
 class RandomEncoder(RadialEncoder):
