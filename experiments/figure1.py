@@ -21,7 +21,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pipeline, pretrain, probe
+from experiments import pretrain, probe
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from se_vae.config import setting, validate
 
@@ -182,7 +182,7 @@ def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
     Interrupted: when `stop` has a signal, after a checkpoint.
   """
   validate(config)
-  workdir = workdirs.check_workdir(config.workdir)
+  workdir = workdirs.check_workdir(config.workdir, workdirs.FIGURE1)
   pieces = list(_pieces(config, _with_overrides(config), workdir))
   for piece in pieces:
     dataset = pretrain.prepare(piece.pretraining)
@@ -194,8 +194,9 @@ def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
     for number, piece in enumerate(pieces, start=1):
       name = f'[{number}/{len(pieces)}] {piece.identity["encoders"]} {piece.identity["objective"]}'
       check_place()  # raises if the directory has vanished, which the piece would make anew
-      encoder, attacked = pipeline.run(piece.pretraining, piece.probes, stop, name)
-      for result in attacked:
+      encoder = pretrain.run(piece.pretraining, stop, name)
+      for attack in piece.probes:
+        result = probe.run(attack, stop, f'{name}, attack on {attack.task}')
         checks = plots.checks_summary(result)
         results.append(
           {**piece.identity, 'held_out': encoder['test'], **result, 'checks_summary': checks}
@@ -252,11 +253,14 @@ def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Pi
       for latent_dim, objective in itertools.product(latent_dims, ('vae', 'se')):
         directory = str(workdir / f'{encoders.name}_{objective}_latent{latent_dim}_seed{seed}')
         varied = {'objective': objective, 'latent_dim': latent_dim, 'seed': seed}
-        settings = {
+        places: dict[str, Any] = {
           'workdir': directory,
-          'dataset': ('color_' if encoders.color else '') + preset.dataset,
           'data_dir': config.data_dir,
           'cache_dir': str(workdir.absolute() / 'data'),
+        }
+        settings = {
+          **places,
+          'dataset': ('color_' if encoders.color else '') + preset.dataset,
           'arch': encoders.arch,
           'num_steps': encoders.num_steps,
           **varied,
@@ -266,7 +270,7 @@ def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Pi
           {'encoders': encoders.name, **varied},
           flags.from_dict(pretrain.PretrainConfig, settings),
           tuple(
-            probe.ProbeConfig(workdir=directory, task=panel.task, seed=seed, **preset.attack)
+            probe.ProbeConfig(**places, task=panel.task, seed=seed, **preset.attack)
             for panel in PANELS
             if panel.encoders == encoders.name
           ),

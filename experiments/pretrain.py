@@ -15,7 +15,7 @@ from typing import Any
 from etils import epy
 
 from experiments import recording, records
-from experiments.cli import app, devices, distributed, flags, messages, signals, workdirs
+from experiments.cli import app, devices, distributed, flags, signals, workdirs
 from se_vae.config import (
   PRECISIONS,
   ArgumentError,
@@ -137,6 +137,26 @@ def _load_dataset(config: DataConfig) -> data.Dataset:
   return data.load(options.pop('dataset'), **options)
 
 
+def load_run(argument: str, workdir: Path) -> model_store.SavedModel:
+  """Returns the encoder in a work directory.
+
+  Raises:
+    ArgumentError: naming the argument, if there is none or the newest checkpoint is damaged. An
+      older one would give results of another encoder.
+  """
+  damages: list[str] = []
+  try:
+    saved = model_store.load_saved(workdir, on_damage=damages.append)
+    (newest, _), *_ = checkpoints.steps(workdir / recording.CHECKPOINTS)
+  except checkpoints.CheckpointError as error:
+    raise ArgumentError(
+      argument, f'holds no pretrained encoder, run experiments.pretrain there first: {error}'
+    ) from None
+  if damages and saved.metadata['step'] < newest:
+    raise ArgumentError(argument, f'{damages[0]}; run experiments.pretrain again to replace it')
+  return saved
+
+
 def check_batch_size(batch_size: int, dataset: data.Dataset) -> None:
   """Raises ArgumentError unless there are enough training examples for a batch."""
   if batch_size > len(dataset.train.images):
@@ -154,13 +174,15 @@ def prepare(config: PretrainConfig) -> data.Dataset:
     ArgumentError: if a setting cannot be used.
   """
   if processes.is_first():
-    workdir = workdirs.check_workdir(config.workdir)
+    workdir = workdirs.check_workdir(config.workdir, workdirs.PRETRAIN)
     path = workdir / recording.CONFIG
     begun = workdirs.read_json(path, records.Run, lambda run: stored_config(run['config']))
     if begun is not None:
-      _check_same_settings(stored_config(begun['config']), config)
+      _check_same_settings(begun, config)
   dataset = load_dataset(config.data, config.workdir)
   check_batch_size(config.batch_size, dataset)
+  if processes.is_first() and begun is not None:
+    dataset.check_is_that_of(begun['data']['digest'])
   if processes.is_first() and not checkpoints.steps(workdir / recording.CHECKPOINTS):
     _load_source(config, dataset)
   mesh = devices.mesh_for(config.batch_size, config.num_devices)
@@ -246,6 +268,7 @@ def _train(
       indices_for,
       num_steps=config.train.num_steps,
       steps_per_row=config.log_every,
+      steps_per_checkpoint=config.checkpoint_every,
       mesh=mesh,
       window=window,
     ):
@@ -268,15 +291,13 @@ def _restore(
   They come from the newest checkpoint, or from the run that `init_from` names, or are those of the
   given state at step 0.
   """
-  directory = Path(str(config.workdir)) / recording.CHECKPOINTS
-  found = checkpoints.load_latest(directory, on_damage=messages.warn)
+  found = recording.load_newest(Path(str(config.workdir)))
   if found is not None:
     with json_files.naming(found.path, NOT_A_RUN):
       saved = json_files.check(found.metadata, records.Run)
-      before = stored_config(saved['config'])
-    tree = found.restore({**state._asdict(), 'window': window})
-    _check_same_settings(before, config)  # should config.json be lost
+      _check_same_settings(saved, config)  # should config.json be lost
     dataset.check_is_that_of(saved['data']['digest'])
+    tree = found.restore({**state._asdict(), 'window': window})
     window = tree.pop('window')
     return training.TrainState(**tree), window, found.metadata.get('source')
   source = _load_source(config, dataset)
@@ -299,10 +320,7 @@ def _load_source(config: PretrainConfig, dataset: data.Dataset) -> model_store.S
   """Returns the run that `init_from` names, whose model must be this one's."""
   if config.init_from is None:
     return None
-  try:
-    source = model_store.load_saved(config.init_from)
-  except checkpoints.CheckpointError as error:
-    raise ArgumentError('init_from', str(error)) from None
+  source = load_run('init_from', Path(config.init_from))
   here = _model_arguments(config, dataset)
   if source.model != vae.make_vae(**here):
     there = source.metadata['model']
@@ -316,19 +334,43 @@ def _load_source(config: PretrainConfig, dataset: data.Dataset) -> model_store.S
   return source
 
 
-def _check_same_settings(before: PretrainConfig, config: PretrainConfig) -> None:
-  """Raises ArgumentError for settings that differ from those that the run was started with."""
-  stored = flags.absolute(flags.to_dict(before))
+def settings_of_model(stored: dict[str, Any]) -> dict[str, Any]:
+  """Returns those of a run's stored settings that the trained model depends on."""
+  values = flags.absolute(flags.to_dict(stored_config(stored)))
+  return {name: value for name, value in values.items() if name not in _FREE_SETTINGS}
+
+
+def _check_same_settings(saved: records.Run, config: PretrainConfig) -> None:
+  """Raises ArgumentError for settings that differ from those that the run was started with.
+
+  Args:
+    saved: the content of config.json, or the metadata of a checkpoint.
+    config: the settings now.
+
+  Raises:
+    JsonError: if those are no settings of this binary.
+  """
+  stored, now = settings_of_model(saved['config']), flags.absolute(flags.to_dict(config))
+  changed = [name for name, value in stored.items() if value != now[name]]
   longer = config.train.schedule == 'constant' and config.train.num_steps > stored['num_steps']
-  free = _FREE_SETTINGS | ({'num_steps'} if longer else set())
-  now = flags.absolute(flags.to_dict(config))
-  changed = [name for name in now if name not in free and stored[name] != now[name]]
+  if longer:
+    changed.remove('num_steps')
+  if 'init_from' in changed and _is_source(config.init_from, saved.get('source')):
+    changed.remove('init_from')
   if changed:
     values = '; '.join(f'{name} was {stored[name]}, now {now[name]}' for name in changed)
     raise ArgumentError(
       changed,
       f'not what the run in {config.workdir} was started with ({values}); choose another workdir',
     )
+
+
+def _is_source(directory: str | None, source: records.Source | None) -> bool:
+  """Returns whether a directory holds the checkpoint that a run has started with."""
+  if directory is None or source is None:
+    return False
+  found = checkpoints.steps(Path(directory) / recording.CHECKPOINTS)
+  return source['checkpoint'] in (path.name for _, path in found)
 
 
 def _check_same_everywhere(config: PretrainConfig, dataset: data.Dataset) -> None:

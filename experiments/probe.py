@@ -2,13 +2,15 @@ r"""Fits a linear probe on a pretrained encoder's means, attacks it, and checks 
 
   python -m experiments.probe --workdir=runs/se --task=digit --attack=worst_case
 
-Reads the newest checkpoint of the run in --workdir and writes beside it `probe_TASK.json`
-(accuracies, sanity checks, settings, versions), `.csv` and `.png` (the curve), `_images.png`
-(adversarial images beside originals and reconstructions) and `.npz` (attack log and adversarial
-image of every example). With --attack=worst_case the files are named `probe_TASK_worst_case`;
-`robustness.json` holds all results. --joint adds the curve of one attack on all tasks together, and
---moves the largest latent shift, with `_moves.csv`. With --strict the exit code is 1 if a check
-fails. An interrupted run continues when the same command is given again.
+Reads the newest checkpoint of the run in --workdir. Writes `probe_TASK.json` (accuracies, sanity
+checks, settings, versions), `.csv` and `.png` (the curve), `_images.png` (adversarial images beside
+originals and reconstructions) and `.npz` (the probe, the attack log and the adversarial image of
+every example) to the same directory, or to --output, and then only reads the run. With
+--attack=worst_case the files are named `probe_TASK_worst_case`; `robustness.json` holds all
+results. --joint adds the curve of one attack on all tasks together, and --moves the largest latent
+shift, with `_moves.csv`. With --strict the exit code is 1 if a check fails. An interrupted attack
+continues when the same command is given again. A finished one is not repeated until its JSON file
+is removed.
 """
 
 from __future__ import annotations
@@ -16,17 +18,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from etils import epy
 
-from experiments import pretrain, records
-from experiments.cli import app, devices, flags, messages, signals, workdirs
+from experiments import identity, pretrain, records
+from experiments.cli import app, devices, flags, messages, provenance, signals, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.config import SUITES, ArgumentError, setting, validate
 from se_vae.storage import json_files
@@ -39,7 +39,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae import data
   from se_vae.evaluation import attack_log, latent_shift, linear_probe, robustness
   from se_vae.models import vae
-  from se_vae.storage import checkpoints, model_store
+  from se_vae.storage import model_store
 
 TASKS = ('digit', 'color', 'label')
 RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -57,7 +57,14 @@ class ProbeConfig:
   """The flags of this binary."""
 
   workdir: str | None = setting(None, 'Directory of a pretraining run.')
+  output: str | None = setting(
+    None, 'Directory for everything that this binary writes; --workdir if not given.'
+  )
   data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
+  cache_dir: str | None = setting(
+    None,
+    "Directory for decoded TFDS data sets; the run's own, or 'data' in --output, if not given.",
+  )
   task: str = setting('digit', 'What the probe predicts.', choices=TASKS)
   attack: str = setting(
     'standard', "The paper's PGD, or a suite of strong and varied attacks.", choices=SUITES
@@ -102,12 +109,16 @@ def main() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """An encoder, its data, and the test examples to attack: images float32 in [0, 1]."""
+  """An encoder, its data, and the test examples to attack: images float32 in [0, 1].
 
-  workdir: Path
+  `output` is where results go, and `checkpoint` the name of the encoder's file.
+  """
+
+  output: Path
   model: vae.VAE
   params: vae.Params
   metadata: dict[str, Any]
+  checkpoint: str
   dataset: data.Dataset
   images: np.ndarray
   labels: np.ndarray
@@ -122,47 +133,52 @@ def prepare(config: ProbeConfig) -> Prepared:
     ArgumentError: if a setting cannot be used.
   """
   validate(config)
-  workdir = workdirs.check_workdir(config.workdir, _LOCK)
-  model, params, metadata, saved = _load('--workdir', workdir)
-  with json_files.naming(saved, pretrain.NOT_A_RUN):
-    pretraining = pretrain.stored_config(metadata['config'])
-  # The directories of the run and of its data may have moved since.
-  data_dir = config.data_dir or pretraining.data.data_dir
+  if config.workdir and config.output:
+    run = Path(config.workdir)
+    output = workdirs.check_workdir(config.output, argument='output', lock_name=_LOCK)
+  else:
+    run = output = workdirs.check_workdir(config.workdir, lock_name=_LOCK)
+  model, params, metadata, checkpoint = _load('workdir', run)
+  dataset = _load_dataset(config, metadata, output)
+  check_fits(config, dataset)
+  dataset.check_is_that_of(metadata['data']['digest'])
+  count = config.num_examples or len(dataset.test.images)
+  return Prepared(
+    output,
+    model,
+    params,
+    metadata,
+    checkpoint.name,
+    dataset,
+    dataset.test.images[:count].astype(np.float32) / 255.0,
+    dataset.test.labels[config.task][:count],
+    devices.mesh_for(config.batch_size),
+    _load_surrogate(config, run, dataset),
+  )
+
+
+def _load(argument: str, workdir: Path) -> model_store.SavedModel:
+  workdirs.check_owner(argument, workdir, workdirs.PRETRAIN)
+  saved = pretrain.load_run(argument, workdir)
+  with json_files.naming(saved.path, pretrain.NOT_A_RUN):
+    pretrain.stored_config(json_files.check(saved.metadata, records.Run)['config'])
+  return saved
+
+
+def _load_dataset(config: ProbeConfig, metadata: dict[str, Any], output: Path) -> data.Dataset:
+  """Loads the encoder's data, whose directories may have moved since."""
+  stored = pretrain.stored_config(metadata['config']).data
+  data_dir, cache_dir = config.data_dir or stored.data_dir, config.cache_dir
+  if not (cache_dir or config.output) and stored.cache_dir and Path(stored.cache_dir).is_dir():
+    cache_dir = stored.cache_dir
+  stored = dataclasses.replace(stored, data_dir=data_dir, cache_dir=cache_dir)
   try:
-    dataset = pretrain.load_dataset(
-      dataclasses.replace(pretraining.data, data_dir=data_dir), workdir
-    )
+    return pretrain.load_dataset(stored, output)
   except ArgumentError as error:
     if config.data_dir is None and data_dir is not None:
       message = f'{error.message}. This is from the run; name the directory where its data are now'
       raise ArgumentError(error.arguments, message) from None
     raise
-  check_fits(config, dataset)
-  dataset.check_is_that_of(metadata['data']['digest'])
-  count = config.num_examples or len(dataset.test.images)
-  return Prepared(
-    workdir,
-    model,
-    params,
-    metadata,
-    dataset,
-    dataset.test.images[:count].astype(np.float32) / 255.0,
-    dataset.test.labels[config.task][:count],
-    devices.mesh_for(config.batch_size),
-    _load_surrogate(config, workdir, dataset),
-  )
-
-
-def _load(flag: str, workdir: Path) -> model_store.SavedModel:
-  try:
-    saved = model_store.load_saved(workdir)
-    with json_files.naming(saved.path, pretrain.NOT_A_RUN):
-      json_files.check(saved.metadata, records.Run)
-  except (checkpoints.CheckpointError, json_files.JsonError) as error:
-    raise UsageError(
-      f'{flag}: holds no pretrained encoder, run experiments.pretrain there first: {error}'
-    ) from None
-  return saved
 
 
 def _load_surrogate(
@@ -171,13 +187,13 @@ def _load_surrogate(
   if config.surrogate is None:
     return None
   if not config.check_examples:
-    raise UsageError('--surrogate: is for a check; needs --check_examples above 0')
+    raise ArgumentError('surrogate', 'is for a check; needs check_examples above 0')
   path = Path(config.surrogate)
   if path.resolve() == workdir.resolve():
-    raise UsageError('--surrogate: is --workdir itself; name another run')
-  surrogate = _load('--surrogate', path)
+    raise ArgumentError('surrogate', 'is the run in workdir itself; name another one')
+  surrogate = _load('surrogate', path)
   if not dataset.is_that_of(surrogate.metadata['data']['digest']):
-    raise UsageError('--surrogate: was trained on other data than --workdir')
+    raise ArgumentError('surrogate', 'was trained on other data than the run in workdir')
   return surrogate
 
 
@@ -202,15 +218,19 @@ def fit(
 def run(
   config: ProbeConfig, stop: signals.StopSignal, description: str = 'attack'
 ) -> dict[str, Any]:
-  """Fits, attacks and checks; returns the result's JSON.
+  """Fits, attacks and checks, unless this was done before; returns the result's JSON.
 
   Raises:
-    UsageError: for settings that are wrong, before anything is compiled or written.
+    ArgumentError: for settings that are wrong, before anything is compiled or written.
     Interrupted: when `stop` says so; what was attacked is kept.
   """
   prepared = prepare(config)
   stop.patience = _PATIENCE
-  with workdirs.lock(prepared.workdir, *probe_results.PATTERNS, name=_LOCK):
+  stem = prepared.output / file_stem(config)
+  attacked = _attacked(config, prepared)
+  with workdirs.lock(prepared.output, *probe_results.PATTERNS, name=_LOCK):
+    if (finished := identity.finished(stem.with_suffix('.json'), attacked)) is not None:
+      return finished
     means = train_means(prepared, prepared.model, prepared.params)
     stop.check()
     probe = fit(config, prepared, means)
@@ -227,9 +247,7 @@ def run(
     if config.moves:
       with _progress(f'{description}, latent shift', stop) as progress:
         extra['moves'] = _latent_shift(config, prepared, progress)
-    stem = prepared.workdir / file_stem(config)
-    digest = hashlib.sha256(json.dumps(flags.to_dict(config)).encode()).hexdigest()[:8]
-    state = stem.with_name(f'{stem.name}_{digest}.state.npz')
+    state = stem.with_name(f'{stem.name}_{identity.digest(attacked)}.state.npz')
     reconstruct_fn = linear_probe.Reconstruction(prepared.model)
     with _progress(description, stop) as progress:
       attack = functools.partial(
@@ -256,23 +274,34 @@ def run(
       'train_accuracy': linear_probe.accuracy(
         probe, means, prepared.dataset.train.labels[config.task]
       ),
-      'config': flags.to_dict(config),
       'evaluation': outcome.config,
       **extra,
       'cost': {
         name: int(getattr(outcome.attack_log, name).sum()) for name in ('gradients', 'forwards')
       },
-      'pretraining': prepared.metadata['config'],
-      'step': prepared.metadata['step'],
-      'surrogate': None if prepared.surrogate is None else prepared.surrogate.metadata['config'],
-      'data': prepared.dataset.provenance(),
+      **attacked,
       'versions': devices.versions(),
-      'devices': devices.device_kinds(),
+      'commit': provenance.commit(),
+      'devices': devices.device_kinds(prepared.mesh),
     }
     reconstruct = functools.partial(jax.jit(reconstruct_fn), params=prepared.params)
-    probe_results.write(stem, result, outcome, prepared.images, prepared.labels, reconstruct)
+    probe_results.write(stem, result, outcome, probe, prepared.images, prepared.labels, reconstruct)
     state.unlink()
   return result
+
+
+def _attacked(config: ProbeConfig, prepared: Prepared) -> dict[str, Any]:
+  """What is attacked and how, which `identity` tells from other attacks, as JSON values."""
+  surrogate = prepared.surrogate
+  return {
+    'config': flags.to_dict(config),
+    'pretraining': prepared.metadata['config'],
+    'step': prepared.metadata['step'],
+    'checkpoint': prepared.checkpoint,
+    'surrogate': None if surrogate is None else surrogate.metadata['config'],
+    'surrogate_checkpoint': None if surrogate is None else surrogate.path.name,
+    'data': prepared.dataset.provenance(),
+  }
 
 
 def _attack_options(config: ProbeConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -369,19 +398,13 @@ def parse(text: str, *, unused: tuple[str, ...] = ()) -> ProbeConfig:
     UsageError: for a flag that is wrong, a directory, or one of the flags that are `unused` there.
   """
   config = flags.parse(ProbeConfig, text, '--probe')
-  for name in ('workdir', 'data_dir'):
+  for name in ('workdir', 'data_dir', 'cache_dir'):
     if getattr(config, name) is not None:
       raise UsageError(f'--probe: --{name} is a flag of its own here')
-  for name in unused:
+  for name in ('output', *unused):
     if getattr(config, name) != getattr(ProbeConfig, name):
       raise UsageError(f'--probe: --{name} changes nothing here')
   return config
-
-
-def stored_config(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The `config` of a result file, with the names of this version."""
-  renamed = {'pgd_step_size': 'relative_step_size'}
-  return {renamed.get(name, name): value for name, value in values.items()}
 
 
 def file_stem(config: ProbeConfig) -> str:
@@ -391,30 +414,30 @@ def file_stem(config: ProbeConfig) -> str:
 
 
 def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
-  """Raises UsageError, naming the flag, unless a data set has what the settings ask of it."""
+  """Raises ArgumentError unless a data set has what the settings ask of it."""
   validate(config)
   if config.task not in dataset.num_classes:
-    raise UsageError(
-      f'--task: {dataset.name} has no task {config.task}; its tasks are '
-      f'{", ".join(dataset.num_classes)}'
-    )
+    tasks = ', '.join(dataset.num_classes)
+    raise ArgumentError('task', f'{dataset.name} has no task {config.task}; its tasks are {tasks}')
   for task in dataset.num_classes if config.joint else (config.task,):
     missing = set(range(dataset.num_classes[task])) - set(dataset.train.labels[task].tolist())
     if missing:
-      raise UsageError(
-        f'--task: {dataset.name} has no training example of {task} '
-        f'{", ".join(map(str, sorted(missing)))}, and names {dataset.num_classes[task]}'
+      raise ArgumentError(
+        'task',
+        f'{dataset.name} has no training example of {task} '
+        f'{", ".join(map(str, sorted(missing)))}, and names {dataset.num_classes[task]}',
       )
   if config.joint and len(dataset.num_classes) < 2:
-    raise UsageError(f'--joint: needs several tasks; {dataset.name} has {config.task} alone')
+    raise ArgumentError('joint', f'needs several tasks; {dataset.name} has {config.task} alone')
   available = len(dataset.test.images)
   if config.num_examples is not None and config.num_examples > available:
-    raise UsageError(
-      f'--num_examples: must be at most the {available} test examples; got {config.num_examples}'
+    raise ArgumentError(
+      'num_examples',
+      f'must be at most the {available} test examples; got {config.num_examples}',
     )
   labels = dataset.test.labels[config.task][: config.num_examples]
   if (labels == labels[0]).all():
-    raise UsageError(f'--num_examples: is too small: all of them are of {config.task} {labels[0]}')
+    raise ArgumentError('num_examples', f'is too small: all are of {config.task} {labels[0]}')
 
 
 if __name__ == '__main__':

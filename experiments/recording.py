@@ -18,7 +18,7 @@ from typing import Any
 from etils import epy
 
 from experiments import records
-from experiments.cli import messages, workdirs
+from experiments.cli import messages, provenance, workdirs
 from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -112,9 +112,10 @@ class Recorder:
     self._check_place = self._held.enter_context(workdirs.lock(self.workdir, *_FILES))
 
   def result(self, num_steps: int) -> dict[str, Any] | None:
-    """Returns the result of a run that has come to its end, or None."""
-    result = workdirs.read_json(self.workdir / RESULT, records.Result)
-    return dict(result) if result is not None and result['step'] == num_steps else None
+    """Returns the result of a run that has come to its end, or None if it has to be made."""
+    result = read_result(self.workdir, num_steps, records.Result)
+    # Without config.json both are written again.
+    return result if workdirs.read_json(self.workdir / CONFIG, records.Run) is not None else None
 
   def start(
     self,
@@ -138,8 +139,9 @@ class Recorder:
     settings = metadata['config']
     self._step, self._num_steps = step, settings['num_steps']
     self._log_every, self._checkpoint_every = settings['log_every'], settings['checkpoint_every']
-    self._metadata, self._examiner = metadata, examiner
-    workdirs.write_json(self.workdir / CONFIG, metadata | {'devices': devices})
+    self._metadata, self._devices, self._examiner = metadata, devices, examiner
+    source = {'devices': devices, 'commit': provenance.commit()}
+    workdirs.write_json(self.workdir / CONFIG, metadata | source)
     _drop_rows_after(self.workdir / METRICS, step)
     self._best_loss = _best_loss(self.workdir / BEST)
     hold = self._held.enter_context
@@ -214,9 +216,60 @@ class Recorder:
     for name, page in pages.items():
       rows = image_grids.ROWS if name == 'reconstructions' else ()
       image_grids.save(self.workdir / f'{name}.png', page, rows)
-    result = {'step': self._num_steps, 'test': figures, **self._metadata}
+    result = {
+      'step': self._num_steps,
+      'checkpoint': checkpoint_name(self.workdir, self._num_steps),
+      'test': figures,
+      **self._metadata,
+      'devices': self._devices,
+    }
     workdirs.write_json(self.workdir / RESULT, result)
     return result
+
+
+def read_result(workdir: Path, num_steps: int, kind: type[Any]) -> dict[str, Any] | None:
+  """Returns the result in a work directory; None if it is missing or has to be made again.
+
+  A result is valid for one checkpoint, whose name holds the digest of its content. It has to be
+  made again if that is not the newest good checkpoint, or has another number of steps.
+
+  Args:
+    workdir: the work directory.
+    num_steps: the number of training steps.
+    kind: the type of the result in `records`.
+  """
+  path = workdir / RESULT
+  result: dict[str, Any] | None = workdirs.read_json(path, kind)
+  if result is None or result['step'] != num_steps:
+    return None
+  name = checkpoint_name(workdir, num_steps)
+  if name is not None and result.setdefault('checkpoint', name) == name:
+    return result
+  messages.warn(f'{path}: its checkpoint is missing or damaged, so it is made again')
+  return None
+
+
+def checkpoint_name(workdir: Path, step: int) -> str | None:
+  """Returns the name of the newest good checkpoint; None if there is none or its step differs."""
+  with contextlib.suppress(checkpoints.CheckpointError):
+    found = checkpoints.load_latest(workdir / CHECKPOINTS, on_damage=lambda _: None)
+    if found is not None and found.metadata['step'] == step:
+      return found.path.name
+  return None
+
+
+def load_newest(workdir: Path) -> checkpoints.Checkpoint | None:
+  """Returns the newest good checkpoint in a work directory, to train on from; None without any.
+
+  Raises:
+    CheckpointError: if all are damaged; the message says what to do.
+  """
+  directory = workdir / CHECKPOINTS
+  try:
+    return checkpoints.load_latest(directory, on_damage=messages.warn)
+  except checkpoints.CheckpointError as error:
+    message = f'{error}; remove this directory to train from the start'
+    raise checkpoints.CheckpointError(message) from None
 
 
 def _best_loss(directory: Path) -> float:

@@ -15,6 +15,12 @@ class Data(TypedDict):
   digest: str
 
 
+class Source(TypedDict):
+  """The run whose parameters a run has started with."""
+
+  checkpoint: str
+
+
 class Run(TypedDict):
   """config.json of a run, and the metadata of its checkpoints."""
 
@@ -22,12 +28,14 @@ class Run(TypedDict):
   data: Data
   versions: dict[str, str]
   devices: NotRequired[list[str]]
+  source: NotRequired[Source | None]
 
 
 class Result(TypedDict):
   """result.json of a run of pretrain."""
 
   step: int
+  checkpoint: NotRequired[str | None]
   test: dict[str, float]
   config: dict[str, Any]
 
@@ -84,6 +92,20 @@ class Probe(Attacked):
   pretraining: NotRequired[dict[str, Any]]
 
 
+class FinishedProbe(Curve):
+  """The result of a probe, where it is given back in place of another attack."""
+
+  task: str
+  num_examples: int
+  checks: list[CheckRecord]
+  config: dict[str, Any]
+  pretraining: dict[str, Any]
+  step: int
+  checkpoint: NotRequired[str]
+  surrogate_checkpoint: NotRequired[str | None]
+  data: Data
+
+
 class FigureProbe(Probe):
   """The result of a probe in figure1.json."""
 
@@ -124,6 +146,8 @@ class Sweep(TypedDict):
 class Supervised(Attacked):
   """result.json of supervised."""
 
+  step: int
+  checkpoint: NotRequired[str | None]
   config: dict[str, Any]
   evaluation: Attack
   data: NotRequired[Data]

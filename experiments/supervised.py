@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from experiments import pretrain, probe, recording, records
-from experiments.cli import app, devices, flags, messages, signals, workdirs
+from experiments.cli import app, devices, flags, messages, provenance, signals, workdirs
 from se_vae.config import ArgumentError, DataConfig, ModelConfig, TrainConfig, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -37,8 +37,8 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 # Flags of probe that are about a frozen encoder, or about printing.
 _UNUSED = ('surrogate', 'joint', 'moves', 'strict', 'standardize', 'l2')
 
-# Settings that may differ when a run is resumed: the classifier does not depend on them.
-_FREE_SETTINGS = ('workdir', 'data_dir', 'cache_dir', 'probe')
+# Results do not depend on these settings, which may differ when a run is resumed.
+_PLACES = ('workdir', 'data_dir', 'cache_dir')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,18 +144,22 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     Interrupted: when `stop` says so, after a checkpoint.
     NotFiniteError: if the loss is not finite; the last good checkpoint stays.
   """
-  workdir = workdirs.check_workdir(config.workdir)
+  workdir = workdirs.check_workdir(config.workdir, workdirs.SUPERVISED)
   attack = probe.parse(config.probe, unused=_UNUSED)
   dataset = pretrain.load_dataset(config.data, workdir)
   pretrain.check_batch_size(config.batch_size, dataset)
-  probe.check_fits(attack, dataset)
+  with flags.errors_begin_with('--probe'):
+    probe.check_fits(attack, dataset)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
   devices.check_memory(config.model, dataset.train.images.shape[1:], mesh, part='encoder')
   with workdirs.lock(workdir, recording.RESULT):
-    before = workdirs.read_json(workdir / recording.RESULT, records.Supervised)
-    wanted = flags.to_dict(config), dataset.provenance()
-    if before is not None and (_with_defaults(before['config']), before.get('data')) == wanted:
-      return dict(before)
+    before = recording.read_result(workdir, config.num_steps, records.Supervised)
+    if (
+      before is not None
+      and before['data']['digest'] == dataset.digest
+      and _settings(before['config']) == _settings(flags.to_dict(config))
+    ):
+      return before
     classifier, params = _train(config, workdir, attack.task, dataset, mesh, stop)
     outcome = probe.evaluate(
       attack,
@@ -168,20 +172,22 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     )
     result = {
       'step': config.num_steps,
+      'checkpoint': recording.checkpoint_name(workdir, config.num_steps),
       **probe_results.claim(attack.task, outcome),
       'config': flags.to_dict(config),
       'evaluation': outcome.config,
       'data': dataset.provenance(),
       'versions': devices.versions(),
-      'devices': devices.device_kinds(),
+      'commit': provenance.commit(),
+      'devices': devices.device_kinds(mesh),
     }
     workdirs.write_json(workdir / recording.RESULT, result)
   return result
 
 
-def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
-  """Returns stored settings with the defaults of those that have been added since."""
-  return flags.to_dict(SupervisedConfig()) | stored
+def _settings(stored: dict[str, Any], free: tuple[str, ...] = _PLACES) -> dict[str, Any]:
+  """Returns stored settings but the `free` ones, with the defaults of those added since."""
+  return flags.to_dict(SupervisedConfig()) | stored | dict.fromkeys(free)
 
 
 def _train(
@@ -217,20 +223,20 @@ def _train(
     opt_state = training.make_optimizer(train_config).init(params)
     return State(jnp.zeros((), jnp.int32), params, opt_state)
 
-  settings = {**flags.to_dict(config), **dict.fromkeys(_FREE_SETTINGS)}
+  free = (*_PLACES, 'probe')  # the attack is no part of the training
+  settings = _settings(flags.to_dict(config), free)
   metadata = {'config': settings, 'digest': dataset.digest}
   directory = workdir / recording.CHECKPOINTS
   template = jax.eval_shape(init, init_key)._asdict()
-  found = checkpoints.load_latest(directory, on_damage=messages.warn)
+  found = recording.load_newest(workdir)
   if found is None:
     state = jax.jit(init)(init_key)
   else:
-    tree, saved = found.restore(template), found.metadata
-    saved_settings = _with_defaults(saved['config']) | dict.fromkeys(_FREE_SETTINGS)
-    if saved_settings != settings:
+    saved = found.metadata
+    if _settings(saved['config'], free) != settings:
       raise ArgumentError('workdir', f'the run in {workdir} was started with other settings')
     dataset.check_is_that_of(saved['digest'])
-    state = State(**tree)
+    state = State(**found.restore(template))
   indices_for = functools.partial(
     data.batch_indices, config.seed, batch_size=config.batch_size, num_examples=len(images)
   )

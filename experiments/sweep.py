@@ -11,7 +11,10 @@ summary of its sanity checks. Finished variants are not repeated.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pipeline, pretrain, probe, records
+from experiments import pretrain, probe, records
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.config import setting, validate
@@ -83,10 +86,12 @@ def run(
     Interrupted: when `stop` has a signal, after a checkpoint.
   """
   validate(config)
-  workdir = workdirs.check_workdir(base.workdir)
+  workdir = workdirs.check_workdir(base.workdir, workdirs.SWEEP)
   variants = list(variants_of(config, base, workdir))
   for each in variants:
-    probe.check_fits(each.attack, pretrain.prepare(each.pretraining))
+    dataset = pretrain.prepare(each.pretraining)
+    with flags.errors_begin_with('--probe'):
+      probe.check_fits(each.attack, dataset)
   with workdirs.lock(workdir, 'sweep.*') as check_place:
     content: dict[str, Any] = {
       'config': {'sweep': flags.to_dict(config), 'pretraining': flags.to_dict(base)},
@@ -102,7 +107,8 @@ def run(
       name = f'[{number}/{len(variants)}] {_label(each.varied)}'
       check_place()  # raises if the directory has vanished, which the variant would make anew
       started, fresh = time.monotonic(), not Path(str(each.pretraining.workdir)).exists()
-      encoder, (attacked,) = pipeline.run(each.pretraining, (each.attack,), stop, name)
+      encoder = pretrain.run(each.pretraining, stop, name)
+      attacked = probe.run(each.attack, stop, f'{name}, attack on {each.attack.task}')
       if fresh:
         seconds[str(each.varied)] = time.monotonic() - started
       results.append(
@@ -140,10 +146,28 @@ def variants_of(
   varied = _parse(config.vary)
   for values in itertools.product(*varied.values()):
     own = dict(zip(varied, values, strict=True))
-    directory = str(workdir / '_'.join(f'{name}{value}' for name, value in own.items()))
+    directory = str(workdir / directory_name(own))
     with flags.errors_begin_with('--vary'):
       pretraining = flags.replace(base, **own, workdir=directory, cache_dir=cache_dir)
-    yield Variant(own, pretraining, dataclasses.replace(attack, workdir=directory))
+    places: dict[str, Any] = {
+      'workdir': directory,
+      'data_dir': base.data.data_dir,
+      'cache_dir': cache_dir,
+    }
+    yield Variant(own, pretraining, dataclasses.replace(attack, **places))
+
+
+def directory_name(varied: dict[str, Any]) -> str:
+  """Returns the name of a variant's directory: one part of a path, another for other values.
+
+  A name that could be anything else is shortened to what is safe, with a digest of the values.
+  """
+  name = '_'.join(f'{setting}{value}' for setting, value in varied.items())
+  ambiguous = any(f'_{setting}' in str(value) for setting in varied for value in varied.values())
+  if re.fullmatch(r'[\w.:+-]{1,200}', name, re.ASCII) and not ambiguous:
+    return name
+  safe = re.sub(r'[^\w.:+-]+', '-', name, flags=re.ASCII)[:200]
+  return f'{safe}~{hashlib.sha256(json.dumps(varied).encode()).hexdigest()[:12]}'
 
 
 def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:

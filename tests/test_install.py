@@ -57,7 +57,7 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     'import numpy as np\n'
     'import se_vae\n'
     "images = se_vae.data.load('mnist_5k').train.images\n"
-    "model = se_vae.make_vae((28, 28, 1), latent_dim=2, hidden_units=4, num_layers=1)\n"
+    'model = se_vae.make_vae((28, 28, 1), latent_dim=2, hidden_units=4, num_layers=1)\n'
     "config = se_vae.TrainConfig(objective='se', pgd_steps=1, num_steps=2)\n"
     'params, rows = se_vae.fit(model, config, images, steps_per_row=1)\n'
     'assert np.isfinite(rows[-1]["loss"])\n'

@@ -127,7 +127,7 @@ def run(config: ComparisonConfig, stop: signals.StopSignal) -> dict[str, Any]:
     'devices': devices.device_kinds(),
     'torch_threads': torch.get_num_threads(),
   }
-  workdirs.write_json(prepared.workdir / f'attacks_{config.task}.json', result)
+  workdirs.write_json(prepared.output / f'attacks_{config.task}.json', result)
   return result
 
 

@@ -126,7 +126,7 @@ def _use_compilation_cache(directory: str | None) -> None:
   """
   if directory is None:
     return
-  check_directory('--compilation_cache_dir', directory)
+  check_directory('compilation_cache_dir', directory)
   jax.config.update('jax_compilation_cache_dir', directory)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

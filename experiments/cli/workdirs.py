@@ -12,52 +12,95 @@ from typing import Any, TypeVar
 
 from etils import epy
 
-from experiments.cli.flags import UsageError
 from experiments.cli.messages import warn
+from se_vae.config import ArgumentError
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
-  from se_vae.storage import atomic_files, json_files, locks
+  from se_vae.storage import atomic_files, checkpoints, json_files, locks
 
 Content = TypeVar('Content')
 
 LOCK = '.lock'
 
+PRETRAIN = 'experiments.pretrain'
+SUPERVISED = 'experiments.supervised'
+FIGURE1 = 'experiments.figure1'
+SWEEP = 'experiments.sweep'
 
-def check_workdir(workdir: str | None, lock_name: str = LOCK) -> Path:
+# Files that tell whose directory it is. A classifier's directory has neither of them.
+_MARKS = {'figure1.json': FIGURE1, 'sweep.json': SWEEP, 'config.json': PRETRAIN}
+
+
+def check_workdir(
+  workdir: str | None,
+  owner: str | None = None,
+  *,
+  argument: str = 'workdir',
+  lock_name: str = LOCK,
+) -> Path:
   """Returns the work directory as a path.
 
   Args:
-    workdir: the value of --workdir.
+    workdir: the work directory.
+    owner: the binary whose directory it must be, unless it is empty; None for any.
+    argument: names the directory, for errors.
     lock_name: the lock that no other process may hold.
 
   Raises:
-    UsageError: unless it is or can become a writable directory in which no other process works.
+    ArgumentError: unless it is or can become a writable directory of the owner in which no other
+      process works.
   """
-  if not workdir:
-    raise UsageError('--workdir: is required; everything the run writes goes there')
-  path = check_directory('--workdir', workdir)
-  with _in_use_errors(path):
+  path = check_directory(argument, workdir)
+  with _in_use_errors(path, argument):
     locks.check_free(path / lock_name)
+  if owner is not None:
+    check_owner(argument, path, owner)
   return path
 
 
-def check_directory(flag: str, directory: str) -> Path:
+def check_directory(argument: str, directory: str | None) -> Path:
   """Returns a directory as a path.
 
   Args:
-    flag: the flag that names the directory, for the error.
+    argument: names the directory, for the error.
     directory: may be missing.
 
   Raises:
-    UsageError: unless it is or can become a writable directory.
+    ArgumentError: unless it is or can become a writable directory.
   """
+  if not directory:
+    raise ArgumentError(argument, 'is required; everything the run writes goes there')
   path = Path(directory)
   nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
   if not nearest.is_dir():
-    raise UsageError(f'{flag}: {nearest} is not a directory')
+    raise ArgumentError(argument, f'{nearest} is not a directory')
   if not os.access(nearest, os.W_OK):
-    raise UsageError(f'{flag}: {nearest} is not writable')
+    raise ArgumentError(argument, f'{nearest} is not writable')
   return path
+
+
+def check_owner(argument: str, directory: Path, owner: str) -> None:
+  """Raises ArgumentError, naming the argument, if a directory holds the files of another binary."""
+  found = _owner(directory)
+  if found not in (owner, None):
+    raise ArgumentError(
+      argument, f'{directory} is a directory of {found}, not of {owner}; choose another one'
+    )
+
+
+def _owner(directory: Path) -> str | None:
+  """Returns which binary, or which function of the library, has written to a directory."""
+  for name, owner in _MARKS.items():
+    if (directory / name).exists():
+      return owner
+  with contextlib.suppress(checkpoints.CheckpointError):
+    found = checkpoints.load_latest(directory / 'checkpoints', on_damage=lambda _: None)
+    if found is not None and 'config' not in found.metadata:
+      return 'se_vae.save_model'
+    if found is not None:
+      return PRETRAIN if 'model' in found.metadata else SUPERVISED
+  result = read_json(directory / 'result.json', dict[str, Any])
+  return SUPERVISED if 'radii' in (result or {}) else None
 
 
 @contextlib.contextmanager
@@ -75,7 +118,7 @@ def lock(workdir: Path, *patterns: str, name: str = LOCK) -> Iterator[Callable[[
     is in its place.
 
   Raises:
-    UsageError: if another process works in the directory; the message names it.
+    ArgumentError: if another process works in the directory; the message names it.
   """
   atomic_files.make_directory(workdir)
   path = workdir / name
@@ -92,11 +135,11 @@ def lock(workdir: Path, *patterns: str, name: str = LOCK) -> Iterator[Callable[[
 
 
 @contextlib.contextmanager
-def _in_use_errors(workdir: Path) -> Iterator[None]:
+def _in_use_errors(workdir: Path, argument: str = 'workdir') -> Iterator[None]:
   try:
     yield
   except locks.InUseError as owner:
-    raise UsageError(f'--workdir: {workdir} is in use by {owner}') from None
+    raise ArgumentError(argument, f'{workdir} is in use by {owner}') from None
 
 
 def read_json(

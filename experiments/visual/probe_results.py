@@ -12,6 +12,7 @@ from experiments.cli import workdirs
 from experiments.visual import image_grids, plots
 from se_vae.evaluation import verdicts
 from se_vae.evaluation.attack_log import AttackLog
+from se_vae.evaluation.linear_probe import LinearProbe
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.evaluation.robustness import Evaluation
 from se_vae.storage import atomic_files
@@ -87,6 +88,7 @@ def write(
   stem: Path,
   result: dict[str, Any],
   outcome: Evaluation,
+  probe: LinearProbe,
   images: np.ndarray,
   labels: np.ndarray,
   reconstruct: Callable[[np.ndarray], np.ndarray],
@@ -97,6 +99,7 @@ def write(
     stem: path of the files without suffix.
     result: the result's JSON.
     outcome: the evaluation that it is of.
+    probe: the linear probe.
     images: clean images `[N, H, W, C]` in [0, 1].
     labels: `[N]`.
     reconstruct: maps images to their reconstructions.
@@ -116,10 +119,10 @@ def write(
   log, accuracy = vars(outcome.attack_log), outcome.curve
   names = {'radius': 'broken_radius'}  # its name in files
   arrays = {names.get(name, name): array for name, array in log.items()}
+  arrays |= {'radii': accuracy.radii, 'correct': accuracy.correct, 'labels': labels}
+  arrays |= {'probe_weights': probe.weights, 'probe_bias': probe.bias}
   with atomic_files.replacing(stem.with_suffix('.npz')) as file:
-    np.savez_compressed(
-      file, radii=accuracy.radii, correct=accuracy.correct, labels=labels, **arrays
-    )
+    np.savez_compressed(file, **arrays)
   objective = result['pretraining']['objective']
   curves = [plots.Curve(objective, [found], name.strip('_')) for name, found in drawn.items()]
   with atomic_files.replacing(stem.with_suffix('.png')) as file:

@@ -175,7 +175,7 @@ def load(path: str | Path) -> Checkpoint:
   return Checkpoint(Path(path), tensors, metadata)
 
 
-def load_latest(directory: str | Path, *, on_damage: Callable[[str], None]) -> Checkpoint | None:
+def load_latest(directory: str | Path, *, on_damage: Callable[[str], object]) -> Checkpoint | None:
   """Returns the newest good checkpoint; None if there is none at all.
 
   Args:

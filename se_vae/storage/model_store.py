@@ -8,7 +8,7 @@ tensors `params/...` are the parameters, and its metadata['model'] holds the arg
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,22 +96,30 @@ def load_model(workdir: str | Path, model: vae.VAE | None = None) -> tuple[vae.V
   return saved.model, saved.params
 
 
-def load_saved(workdir: str | Path, model: vae.VAE | None = None) -> SavedModel:
+def _warn(damage: str) -> None:
+  warnings.warn(damage, stacklevel=4)
+
+
+def load_saved(
+  workdir: str | Path,
+  model: vae.VAE | None = None,
+  *,
+  on_damage: Callable[[str], object] = _warn,
+) -> SavedModel:
   """Returns the model in a work directory with its newest good checkpoint.
 
-  A damaged checkpoint is passed over with a warning.
+  A damaged checkpoint is passed over.
 
   Args:
     workdir: of a run, or of `save_model`.
     model: a model with networks of your own; None for a model of `vae.make_vae`.
+    on_damage: called with one line for each newer checkpoint that is damaged; warns by default.
 
   Raises:
     CheckpointError: if there is no good checkpoint, or it does not hold such a model.
   """
   directory = Path(workdir) / CHECKPOINTS
-  found = checkpoints.load_latest(
-    directory, on_damage=lambda damage: warnings.warn(damage, stacklevel=4)
-  )
+  found = checkpoints.load_latest(directory, on_damage=on_damage)
   if found is None:
     raise CheckpointError(f'{directory}: there is no checkpoint')
   path, tensors, metadata = found

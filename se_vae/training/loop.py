@@ -180,6 +180,7 @@ def run(
   num_steps: int,
   steps_per_row: int,
   mesh: Mesh,
+  steps_per_checkpoint: int | None = None,
   window: Window | None = None,
   seconds_per_dispatch: float = 1.0,
 ) -> Iterator[Progress]:
@@ -199,6 +200,8 @@ def run(
     num_steps: the step to end at.
     steps_per_row: number of steps that a row of metrics averages over.
     mesh: the devices, whose number must divide the batch size.
+    steps_per_checkpoint: a dispatch ends at every multiple of it too, so that the state there can
+      be saved; None for rows alone.
     window: the window that was saved with `state`.
     seconds_per_dispatch: how long a dispatch should take, at most.
 
@@ -216,7 +219,9 @@ def run(
   chunk = input_pipeline.read_chunk(mesh, images, indices_for(step, chunk_steps))
   while step < num_steps:
     row_end = min((step // steps_per_row + 1) * steps_per_row, num_steps)
-    count = min(dispatch_steps, chunk_steps, row_end - step)
+    every = steps_per_checkpoint or row_end
+    next_checkpoint = (step // every + 1) * every
+    count = min(dispatch_steps, chunk_steps, row_end - step, next_checkpoint - step)
     began = time.monotonic()
     state, window = train_steps(step_function, mesh, state, window, args, *chunk, np.int32(count))
     step += count

@@ -12,7 +12,6 @@ from PIL import Image
 
 from experiments import pretrain, probe
 from experiments.cli import flags, signals
-from experiments.cli.flags import UsageError
 from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
 from se_vae.training import input_pipeline
@@ -99,7 +98,7 @@ def test_the_probe_knows_the_labels_of_any_set(trained):
   result = run_probe(trained)
   assert result['num_examples'] == 20
   assert result['accuracy'][0] > 0.3  # the grey tells the class; chance is 0.1
-  with pytest.raises(UsageError, match='--task: tfds:objects has no task digit'):
+  with pytest.raises(ArgumentError, match='task: tfds:objects has no task digit'):
     run_probe(trained, task='digit')
 
 
@@ -133,5 +132,5 @@ def test_a_class_without_examples_is_named(trained, cifar_like, monkeypatch):
   dataset = pretrain.load_dataset(config(trained, cifar_like).data, trained)
   fewer = dataclasses.replace(dataset, num_classes={'label': 12})
   monkeypatch.setattr(pretrain, 'load_dataset', lambda *_: fewer)
-  with pytest.raises(UsageError, match=r'--task: .* no training example of label 10, 11'):
+  with pytest.raises(ArgumentError, match=r'task: .* no training example of label 10, 11'):
     run_probe(trained)

@@ -21,7 +21,6 @@ import pytest
 
 from experiments import figure1, pretrain, probe
 from experiments.cli import flags, signals, workdirs
-from experiments.cli.flags import UsageError
 from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
 from tests.experiments.test_app import exit_code
@@ -148,9 +147,9 @@ def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, u
 def test_a_directory_is_one_process_s_at_a_time(tmp_path):
   with workdirs.lock(tmp_path):
     owner = f'in use by process {os.getpid()} on '
-    with pytest.raises(UsageError, match=owner), workdirs.lock(tmp_path):
+    with pytest.raises(ArgumentError, match=owner), workdirs.lock(tmp_path):
       pytest.fail('both hold the lock')
-    with pytest.raises(UsageError, match=r'--workdir: .* in use'):
+    with pytest.raises(ArgumentError, match=r'workdir: .* in use'):
       pretrain.run(pretrain.PretrainConfig(workdir=str(tmp_path)), signals.StopSignal())
   with workdirs.lock(tmp_path):
     assert str(os.getpid()) in (tmp_path / '.lock').read_text()
@@ -159,12 +158,12 @@ def test_a_directory_is_one_process_s_at_a_time(tmp_path):
 def test_probe_and_figure1_have_locks_too_and_a_run_in_training_may_be_probed(tmp_path):
   owner = f'in use by process {os.getpid()} on '
   stop = signals.StopSignal()
-  with workdirs.lock(tmp_path, name='.probe.lock'), pytest.raises(UsageError, match=owner):
+  with workdirs.lock(tmp_path, name='.probe.lock'), pytest.raises(ArgumentError, match=owner):
     probe.run(probe.ProbeConfig(workdir=str(tmp_path)), stop)
   with workdirs.lock(tmp_path):
-    with pytest.raises(UsageError, match=owner):
+    with pytest.raises(ArgumentError, match=owner):
       figure1.run(figure1.Figure1Config(workdir=str(tmp_path)), stop)
-    with pytest.raises(UsageError, match='holds no pretrained encoder'):
+    with pytest.raises(ArgumentError, match='holds no pretrained encoder'):
       probe.run(probe.ProbeConfig(workdir=str(tmp_path)), stop)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,19 @@ from experiments.cli.flags import to_dict
 from experiments.visual import plots
 from se_vae import training
 from se_vae.evaluation import verdicts
+from se_vae.storage import checkpoints
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
+
+
+def contents(workdir: Path) -> dict[str, bytes]:
+  """All files of the encoders and attacks of a figure, but for locks."""
+  return {
+    str(path.relative_to(workdir)): path.read_bytes()
+    for directory in workdir.glob('*_seed0')
+    for path in directory.rglob('*')
+    if path.is_file() and not path.name.endswith('lock')
+  }
 
 
 @pytest.fixture
@@ -64,11 +76,26 @@ def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
   assert first['optimizer'] in text
   assert json.loads((tmp_path / 'figure1.json').read_text()) == json.loads(json.dumps(first))
 
-  # What is finished is not run again: a training or an attack would raise.
+  # What is finished is not run again, wherever it lies: a training or an attack would raise.
   monkeypatch.setattr(training, 'run', pytest.fail)
-  monkeypatch.setattr(probe, 'run', pytest.fail)
+  monkeypatch.setattr(probe, 'fit', pytest.fail)
   second = figure1.run(settings, signals.StopSignal())
   assert second['results'] == first['results']
+  before = contents(tmp_path)
+  shutil.copytree(tmp_path, tmp_path / 'moved')
+  monkeypatch.chdir(tmp_path)
+  moved = figure1.run(figure1.Figure1Config(workdir='moved'), signals.StopSignal())
+  for here, there in zip(moved['results'], first['results'], strict=True):
+    config = here['config'] | {'workdir': there['config']['workdir']}
+    assert here | {'config': config} == there
+  assert contents(tmp_path / 'moved') == contents(tmp_path) == before
+
+  # The results of an encoder whose checkpoint is damaged are not published.
+  directory = Path('moved', 'mnist_mlp_se_latent4_seed0')
+  ((_, checkpoint),) = checkpoints.steps(directory / 'checkpoints')
+  checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+  with pytest.raises(checkpoints.CheckpointError, match=f'{directory}.*remove this directory'):
+    figure1.run(figure1.Figure1Config(workdir='moved'), signals.StopSignal())
 
   page = report.run(report.ReportConfig(workdir=str(tmp_path))).read_text()
   for number in ('(a)', '(b)', '(c)', '(d)', '6 runs side by side', 'finished: 20 steps'):

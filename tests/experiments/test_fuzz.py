@@ -21,7 +21,7 @@ from absl import flags as absl_flags
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import figure1, pipeline, pretrain, probe, recording, records, report, sweep
+from experiments import figure1, identity, pretrain, probe, recording, records, report, sweep
 from experiments import supervised as supervised_binary
 from experiments.benchmarks import attack_comparison, speed
 from experiments.cli import distributed, flags, workdirs
@@ -210,7 +210,8 @@ def run(tmp_path_factory) -> Path:
   moves = {'radii': [0.0, 0.12], 'mean': [0.0, 3.75], 'quantiles': quantiles}
   extra = {'joint': {'tasks': ['digit', 'color'], **curve}, 'moves': moves}
   config = json.loads((run / 'config.json').read_text())['config']
-  result = write_probe(run, pretraining=config, **extra)
+  data = {'source': 'here', 'digest': 'abc'}
+  result = write_probe(run, pretraining=config, data=data, **extra)
   identity = {'encoders': 'mnist_mlp', 'objective': 'se', 'latent_dim': 64, 'seed': 0}
   panels = [{'title': 'a', 'encoders': 'mnist_mlp', 'task': 'digit'}]
   figure = {'panels': panels, 'results': [result | identity], 'optimizer': 'Adam'}
@@ -228,7 +229,7 @@ def read_by_pretrain(run: Path) -> None:
   )
   if begun is not None:
     config = flags.from_dict(pretrain.PretrainConfig, settings)
-    pretrain._check_same_settings(pretrain.stored_config(begun['config']), config)
+    pretrain._check_same_settings(begun, config)
   result = recording.Recorder(str(run)).result(300)
   if result is not None:
     ', '.join(f'{name} {value:.4g}' for name, value in result['test'].items())
@@ -238,10 +239,13 @@ def read_by_pretrain(run: Path) -> None:
 
 
 def read_by_others(run: Path) -> None:
-  pipeline._finished(
-    probe.ProbeConfig(workdir=str(run)),
-    {'config': flags.to_dict(pretrain.PretrainConfig()), 'step': 300},
-  )
+  attack = {
+    'config': flags.to_dict(probe.ProbeConfig()),
+    'pretraining': flags.to_dict(pretrain.PretrainConfig()),
+    'step': 300,
+    'data': {'digest': 'abc'},
+  }
+  identity.finished(run / 'probe_digit.json', attack)
   workdirs.read_json(run / 'sweep.json', records.Sweep)
   found = workdirs.read_json(run / 'probe_digit.json', records.Supervised)
   if found is not None:

@@ -11,7 +11,6 @@ import pytest
 
 from experiments import pretrain, probe, records
 from experiments.cli import flags
-from experiments.cli.flags import UsageError
 from se_vae import make_vae, save_model
 from se_vae.config import ArgumentError
 from se_vae.storage import json_files
@@ -58,5 +57,5 @@ def test_a_saved_model_is_no_run_to_probe(tmp_path):
   arguments = {'image_shape': (2, 2, 1), 'latent_dim': 1, 'num_layers': 1, 'hidden_units': 1}
   params = make_vae(**arguments).init(jax.random.key(0))
   save_model(tmp_path, params, **arguments)
-  with pytest.raises(UsageError, match=r'--workdir: .*pretrain there first: .*has no config, data'):
+  with pytest.raises(ArgumentError, match=r'workdir: .* is a directory of se_vae\.save_model, not'):
     probe.prepare(probe.ProbeConfig(workdir=str(tmp_path)))

@@ -117,6 +117,7 @@ def test_probe_writes_what_it_promises(trained):
   assert [float(row['accuracy']) for row in table] == result['accuracy']
   assert picture_size(trained / 'probe_color.png')[0] > 100
   # Another batch size is another sequence of dispatches, and the same result.
+  (trained / 'probe_color.json').unlink()  # or it would be given back
   again = probe.run(dataclasses.replace(settings, batch_size=7), signals.StopSignal())
   np.testing.assert_array_equal(again['accuracy'], result['accuracy'])
 
@@ -343,6 +344,7 @@ def test_a_run_records_where_its_parameters_came_from(trained, smoothed):
 
 
 def test_what_init_from_refuses(trained, smoothed, tmp_path):
+  smoothing = {'workdir': str(smoothed), 'freeze_decoder': True}
   settings = config(tmp_path / 'w', dataset='color_mnist_5k', init_from=str(trained))
   for changes, message in (
     (
@@ -353,8 +355,11 @@ def test_what_init_from_refuses(trained, smoothed, tmp_path):
     ({'dataset': 'mnist_5k'}, 'dataset: not that of the run'),
     ({'init_from': str(tmp_path)}, 'init_from: .*there is no checkpoint'),
     ({'init_from': None, 'freeze_decoder': True}, 'freeze_decoder: needs init_from'),
-    ({'workdir': str(smoothed), 'freeze_decoder': True}, None),
-    ({'workdir': str(smoothed), 'freeze_decoder': True, 'init_from': 'x'}, 'init_from: not what'),
+    (smoothing, None),
+    # Another path to the same checkpoint is no other setting.
+    ({**smoothing, 'init_from': os.path.relpath(trained)}, None),
+    ({**smoothing, 'init_from': 'x'}, 'init_from: not what'),
+    ({**smoothing, 'init_from': str(smoothed)}, 'init_from: not what'),
   ):
     if message is None:
       pretrain.prepare(flags.replace(settings, **changes))

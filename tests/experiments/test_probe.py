@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import pipeline, pretrain, probe
+from experiments import pretrain, probe
 from experiments.benchmarks import attack_comparison
 from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
-from se_vae.evaluation import robustness, sanity_checks
+from se_vae.config import ArgumentError
+from se_vae.evaluation import linear_probe, robustness, sanity_checks
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -64,23 +65,15 @@ def test_the_evidence_lies_beside_the_curve(workdir, result):
     assert picture.size[1] == 2 * 28 * 4  # original, adversarial, and both reconstructed
     assert picture.size[0] % (2 * 28) == 0
   assert not list(workdir.glob('*.state.npz'))
+  fitted = linear_probe.LinearProbe(saved['probe_weights'], saved['probe_bias'])
+  prepared = probe.prepare(probe.ProbeConfig(workdir=str(workdir), num_examples=48))
+  classifier = linear_probe.ProbedEncoder(prepared.model)
+  predicted = classifier(prepared.images, prepared.params, fitted).argmax(axis=1)
+  assert np.mean(predicted == prepared.labels) == result['accuracy'][0]
 
 
 def prepared_images(workdir):
   return probe.prepare(probe.ProbeConfig(workdir=str(workdir), num_examples=48)).images
-
-
-def test_a_result_with_the_old_name_of_the_step_size_is_not_attacked_again(
-  config, result, tmp_path
-):
-  content = json.loads(json.dumps(result))
-  content['config'] |= {'workdir': str(tmp_path), 'pgd_step_size': None}
-  del content['config']['relative_step_size']
-  (tmp_path / 'probe_digit.json').write_text(json.dumps(content))
-  encoder = {'config': content['pretraining'], 'step': content['step']}
-  attack = dataclasses.replace(config, workdir=str(tmp_path))
-  assert pipeline._finished(attack, encoder) == content
-  assert pipeline._finished(dataclasses.replace(attack, relative_step_size=0.1), encoder) is None
 
 
 class DuringTheAttack(signals.StopSignal):
@@ -109,6 +102,7 @@ def test_a_damaged_or_foreign_state_is_warned_about_and_started_afresh(
   config, workdir, result, capsys, monkeypatch, damage
 ):
   again = dataclasses.replace(config, check_examples=0)
+  (workdir / 'probe_digit.json').unlink(missing_ok=True)
   with pytest.raises(signals.Interrupted):
     probe.run(again, DuringTheAttack())
   (state,) = workdir.glob('*.state.npz')
@@ -202,11 +196,11 @@ def test_a_signal_stops_the_checks_too(config, monkeypatch, workdir):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'surrogate': 'nowhere'}, '--surrogate: holds no pretrained encoder'),
-    ({'surrogate': 'itself'}, '--surrogate: is --workdir itself'),
-    ({'surrogate': 'colored'}, '--surrogate: was trained on other data'),
-    ({'surrogate': 'colored', 'check_examples': 0}, '--surrogate: .*--check_examples above 0'),
-    ({'joint': True}, '--joint: needs several tasks; mnist_5k has digit alone'),
+    ({'surrogate': 'nowhere'}, 'surrogate: holds no pretrained encoder'),
+    ({'surrogate': 'itself'}, 'surrogate: is the run in workdir itself'),
+    ({'surrogate': 'colored'}, 'surrogate: was trained on other data'),
+    ({'surrogate': 'colored', 'check_examples': 0}, 'surrogate: .*check_examples above 0'),
+    ({'joint': True}, 'joint: needs several tasks; mnist_5k has digit alone'),
   ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_fitted(
@@ -216,7 +210,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_fitted(
   if 'surrogate' in change:
     change = change | {'surrogate': str(places[change['surrogate']])}
   monkeypatch.setattr(probe, 'fit', pytest.fail)
-  with pytest.raises(UsageError, match=message):
+  with pytest.raises(ArgumentError, match=message):
     probe.run(dataclasses.replace(config, **change), signals.StopSignal())
 
 

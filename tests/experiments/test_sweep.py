@@ -85,7 +85,7 @@ def test_a_sweep_writes_its_runs_and_the_means_over_seeds(swept):
 
 def test_finished_runs_are_not_repeated_and_their_seconds_are_kept(swept, monkeypatch, capsys):
   monkeypatch.setattr(training, 'run', pytest.fail)
-  monkeypatch.setattr(probe, 'run', pytest.fail)
+  monkeypatch.setattr(probe, 'fit', pytest.fail)
   before = json.loads((swept / 'sweep.json').read_text())
   base = dataclasses.replace(BASE, workdir=str(swept))
   sweep.run(config_of('objective=vae seed=3,4'), base, signals.StopSignal())
@@ -109,6 +109,26 @@ def test_every_combination_is_a_variant(tmp_path):
     assert each.attack.workdir == each.pretraining.workdir and each.attack.radii == (0.0, 0.1)
 
 
+def test_a_variant_s_directory_has_a_name_of_its_own_below_the_work_directory(tmp_path):
+  ordinary = {'gamma': 0.3, 'warm_start': True, 'dataset': 'mnist_5k', 'learning_rate': 1e-05}
+  name = 'gamma0.3_warm_startTrue_datasetmnist_5k_learning_rate1e-05'
+  assert sweep.directory_name(ordinary) == name
+  assert sweep.directory_name({'init_from': '../../x'}) == 'init_from..-..-x~1b9c19271b32'
+  places = ['/x', '../../../x', 'x/y', 'x-y', 'x~y', '..', 'x y', 'x\0', 'x' * 300, 'x' * 301, 'ü']
+  places += ['a_dataset', 'a']
+  variants = [
+    {'init_from': place, 'dataset': dataset}
+    for place in places
+    for dataset in ('b', 'b_datasetb', '_datasetb')
+  ]
+  names = {sweep.directory_name(varied) for varied in variants}
+  assert len(names) == len(variants)
+  for name in names:
+    assert Path(name).parts == (name,) and '\0' not in name and len(name) < 256
+  (variant,) = sweep.variants_of(config_of('init_from=../../../x'), BASE, tmp_path)
+  assert Path(str(variant.pretraining.workdir)).resolve().parent == tmp_path.resolve()
+
+
 @pytest.mark.parametrize(
   ('vary', 'attack', 'message'),
   [
@@ -124,8 +144,9 @@ def test_every_combination_is_a_variant(tmp_path):
     ('gamma=1', "--task='digit", '--probe: No closing quotation'),
     ('gamma=1', 'digit', "--probe: unexpected argument 'digit'"),
     ('gamma=1', '--workdir=x', '--probe: --workdir is a flag of its own'),
-    ('gamma=1', '--task=color', '--task: mnist_5k has no task color'),
-    ('gamma=1', '--num_examples=1001', '--num_examples: must be at most the 1000'),
+    ('gamma=1', '--task=color', '--probe: --task: mnist_5k has no task color'),
+    ('gamma=1', '--num_examples=1001', '--probe: --num_examples: must be at most the 1000'),
+    ('gamma=1', '--output=x', '--probe: --output changes nothing here'),
   ],
 )
 def test_what_a_sweep_refuses_before_it_writes(tmp_path, vary, attack, message):
@@ -158,11 +179,13 @@ def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(
   assert one[0] == 120 and one[1].name == other[1].name  # which holds the SHA-256
 
   with monkeypatch.context() as patch:  # what is finished is not attacked again
-    patch.setattr(probe, 'evaluate', pytest.fail)
-    assert supervised.run(supervised_config(tmp_path / 'b'), signals.StopSignal()) == resumed
+    patch.setattr(probe, 'evaluate', lambda *_, **__: pytest.fail('attacked'))
+    patch.chdir(tmp_path)
+    assert supervised.run(supervised_config(Path('b')), signals.StopSignal()) == resumed
     # What is printed names the failed checks, with the curve and its intervals.
     check = {'number': 7, 'name': 'Square is weaker', 'verdict': 'fail', 'figure': '9 of 200'}
     result = tmp_path / 'b' / 'result.json'
+    honest = result.read_bytes()
     result.write_text(json.dumps(resumed | {'checks': [check]}))
     patch.setattr(flags, 'from_flags', lambda _: supervised_config(tmp_path / 'b'))
     supervised.main()
@@ -174,3 +197,11 @@ def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(
     assert summary == 'checks: 0 passed, 1 failed (7: Square is weaker), 0 skipped'
     report.run(report.ReportConfig(workdir=str(tmp_path / 'b')))
     assert capsys.readouterr().out == f'{tmp_path / "b" / "report.html"}\n{summary}\n'
+    result.write_bytes(honest)
+    with pytest.raises(pytest.fail.Exception):
+      supervised.run(supervised_config(Path('b'), probe='--radii=0.1'), signals.StopSignal())
+
+  # Nor is it given back without its checkpoint.
+  other[1].write_bytes(b'')
+  again = supervised.run(supervised_config(tmp_path / 'b'), signals.StopSignal())
+  assert again['accuracy'] == resumed['accuracy'] and again['checkpoint'] == resumed['checkpoint']

@@ -1,0 +1,66 @@
+"""What the result of an attack depends on: its settings, and the contents of encoders and data.
+
+Paths are no part of it, so that a result stays valid wherever its files are moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments import pretrain, records
+from experiments.cli import workdirs
+
+_PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
+# Checkpoints identify the surrogate, and the others change no result.
+_FREE_SETTINGS = (*_PLACES, 'surrogate', 'strict', 'batch_size')
+_RENAMED = {'pgd_step_size': 'relative_step_size'}
+
+
+def finished(path: Path, attack: dict[str, Any]) -> dict[str, Any] | None:
+  """Returns the result in a file if it is of this attack, with the work directory of now.
+
+  Args:
+    path: the JSON file, which may be missing.
+    attack: what a result holds of the attack: `config` of the probe, `pretraining` (the settings)
+      and `step` of the encoder, `checkpoint`, `surrogate`, `surrogate_checkpoint` and `data`.
+  """
+  result = workdirs.read_json(
+    path, records.FinishedProbe, lambda found: pretrain.settings_of_model(found['pretraining'])
+  )
+  if result is None or not _same(dict(result), attack):
+    return None
+  config = {**result['config'], 'workdir': attack['config']['workdir']}
+  return {**result, 'config': config}
+
+
+def digest(attack: dict[str, Any]) -> str:
+  """Returns a short digest of the settings of an attack."""
+  return hashlib.sha256(json.dumps(_settings(attack)).encode()).hexdigest()[:8]
+
+
+def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+  encoders = _encoders if 'checkpoint' in before else _encoders_of_old_results
+  return (
+    encoders(before) == encoders(now)
+    and before['data']['digest'] == now['data']['digest']
+    and _settings(before) == _settings(now)
+  )
+
+
+def _encoders(attack: dict[str, Any]) -> tuple[Any, ...]:
+  return attack['checkpoint'], attack.get('surrogate_checkpoint')
+
+
+def _encoders_of_old_results(attack: dict[str, Any]) -> tuple[Any, ...]:
+  """Returns what results of version 0.1.0 hold of the encoders, whose files they do not name."""
+  training = pretrain.settings_of_model(attack['pretraining'])
+  return training, attack['step'], attack.get('surrogate')
+
+
+def _settings(attack: dict[str, Any]) -> dict[str, Any]:
+  """Returns those of a probe's settings that its result depends on, by their names of now."""
+  named = {_RENAMED.get(name, name): value for name, value in attack['config'].items()}
+  return {name: value for name, value in named.items() if name not in _FREE_SETTINGS}
