@@ -294,7 +294,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, float]], str]:
         json_files.check(row, records.Row)
       except json_files.JsonError as error:
         if line.endswith(b'\n'):
-          damages.append(f'line {number} is damaged, left out ({error})')
+          damages.append(f'line {number} is damaged ({error})')
       else:
         rows.append(row)
   more = f'; so are {len(damages) - 1} more lines' if len(damages) > 1 else ''
@@ -307,6 +307,6 @@ def _drop_rows_after(path: Path, step: int) -> None:
     return
   rows, damage = read_rows(path)
   if damage:
-    messages.warn(damage)
+    messages.warn(f'{damage}; left out')
   kept = [f'{json_files.dumps(row)}\n' for row in rows if row['step'] <= step]
   atomic_files.write(path, ''.join(kept).encode())

@@ -121,7 +121,7 @@ def _check(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
   floating = jnp.issubdtype(array.dtype, jnp.floating)
   if array.ndim == 0 or array.shape[1:] != shape or not array.shape[0] or not floating:
     wanted = ', '.join(map(str, ('B', *shape)))
-    message = f'{name} must be [{wanted}] of floats, not empty, got {array.dtype} {array.shape}'
+    message = f'{name} must be [{wanted}], B >= 1, of floats, got {array.dtype} {array.shape}'
     raise AssertionError(message)
 
 
