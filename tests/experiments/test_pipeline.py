@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 import os
 import shutil
 import signal
@@ -184,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
   report = json.loads((tmp_path / 'not_finite.json').read_text())
   expected = data.batch_indices(0, report['step'], 1, settings.batch_size, 4000)[0]
   assert report['examples'] == expected.tolist()
-  assert not all(map(math.isfinite, report['metrics'].values()))
+  assert None in report['metrics'].values()  # JSON has no NaN or infinity
 
 
 @pytest.mark.slow
