@@ -42,7 +42,7 @@ class Figure1Config:
   data_dir: str | None = setting(None, 'Directory of the MNIST files, where --dataset=mnist.')
   seeds: int | None = setting(
     None, 'Independent repetitions, seeds 0 to N - 1.', at_least=1, at_most=1000
-  )
+  )  # every encoder is checked before the first is trained
   latent_dims: tuple[int, ...] | None = setting(None, 'Latent sizes, one curve each.', at_least=1)
   num_steps: int | None = setting(
     None, 'Training steps of every encoder, where the preset has one number for each.', at_least=1

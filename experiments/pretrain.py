@@ -75,7 +75,7 @@ class PretrainConfig:
     'as have 16 examples each.',
     at_least=1,
     at_most=1024,
-  )
+  )  # JAX aborts if it is to start very many
 
   def __post_init__(self) -> None:
     validate(self)

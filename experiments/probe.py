@@ -51,6 +51,9 @@ _LOCK = '.probe.lock'
 # unless the whole attempt is finished: the log of finished attempts is on disk.
 _PATIENCE = 5.0
 
+# Auto-PGD and Square hold a table with an entry for each step, which is a constant of the program.
+_MOST_STEPS = 1_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
@@ -72,12 +75,16 @@ class ProbeConfig:
   radii: tuple[float, ...] = setting(
     RADII, 'linf radii of the attack, for pixels in [0, 1].', at_least=0, at_most=1
   )
-  pgd_steps: int = setting(40, 'Gradient steps of the attack.', at_least=1)
+  pgd_steps: int = setting(40, 'Gradient steps of the attack.', at_least=1, at_most=_MOST_STEPS)
   relative_step_size: float | None = setting(
     None, 'Step size as a share of the radius; 2.5 / pgd_steps if not given.', above=0
   )
-  restarts: int = setting(1, 'Random starts of the attack at each radius.', at_least=1)
-  num_queries: int = setting(1000, 'Forward passes of the Square attack.', at_least=1)
+  restarts: int = setting(
+    1, 'Random starts of the attack at each radius.', at_least=1, at_most=10_000
+  )  # every attempt is listed before the first
+  num_queries: int = setting(
+    1000, 'Forward passes of the Square attack.', at_least=1, at_most=_MOST_STEPS
+  )
   check_examples: int = setting(
     200, 'Test examples that the sanity checks attack again; 0 for no checks.', at_least=0
   )

@@ -146,7 +146,7 @@ class DataConfig:
     'Resize the central square of every image of a tfds: data set to this many pixels a side.',
     at_least=1,
     at_most=4096,
-  )
+  )  # an image of three channels then has 48 MiB
   data_seed: int = setting(
     0, 'Seed of the colours of color_* data sets.', at_least=0, at_most=2**31 - 1
   )

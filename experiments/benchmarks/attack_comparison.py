@@ -50,8 +50,10 @@ class ComparisonConfig:
   data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
   task: str = setting('digit', 'What the probe predicts.', choices=probe.TASKS)
   radii: tuple[float, ...] = setting(probe.RADII, 'linf radii.', at_least=0, at_most=1)
-  pgd_steps: int = setting(40, "Gradient steps of ours and of Foolbox's.", at_least=1)
-  restarts: int = setting(1, 'Random starts of our untargeted attacks.', at_least=1)
+  pgd_steps: int = setting(
+    40, "Gradient steps of ours and of Foolbox's.", at_least=1, at_most=1_000_000
+  )
+  restarts: int = setting(1, 'Random starts of our untargeted attacks.', at_least=1, at_most=10_000)
   num_examples: int = setting(1000, 'Test images, a fair sample of all.', at_least=1)
   batch_size: int = setting(250, 'Images at a time, on both sides.', at_least=1)
   worst_case: bool = setting(True, 'Run the ensembles too, and not the PGDs alone.')

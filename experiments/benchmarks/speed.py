@@ -77,7 +77,7 @@ class BenchmarkConfig:
   )
   roofline_sizes: tuple[int, ...] = setting(
     (512, 1024, 2048), 'Sizes of square matrix products.', at_least=1, at_most=16_384
-  )
+  )  # matrices of 1 GiB
   num_examples: int = setting(1000, 'Test images of the evaluation.', at_least=1, at_most=1000)
   repeats: int = setting(5, 'Turns of every measurement.', at_least=1)
   seconds: float = setting(0.5, 'How long a measurement takes, or one step of it.', above=0)

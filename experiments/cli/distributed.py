@@ -24,6 +24,9 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae.parallel import processes
 
 
+_WEEK = 7 * 24 * 3600  # in seconds; JAX counts some times in 32 bits
+
+
 @dataclasses.dataclass(frozen=True)
 class Cluster:
   """The flags of a binary that several processes may run together, each on its own devices."""
@@ -32,11 +35,15 @@ class Cluster:
     False, 'Train together with the other processes of a SLURM job, Kubernetes job or TPU pod.'
   )
   coordinator: str | None = setting(None, 'host:port of process 0, where there is no scheduler.')
-  num_processes: int | None = setting(None, 'How many processes there are.', at_least=1)
+  num_processes: int | None = setting(
+    None, 'How many processes there are.', at_least=1, at_most=65_536
+  )  # process 0 keeps a record of each
   process_id: int | None = setting(None, 'The number of this one, from 0.', at_least=0)
-  join_timeout: int = setting(60, 'Seconds to wait for the others at the start.', at_least=1)
+  join_timeout: int = setting(
+    60, 'Seconds to wait for the others at the start.', at_least=1, at_most=_WEEK
+  )
   heartbeat_timeout: int = setting(
-    100, 'Seconds of silence after which a process is taken for dead.', at_least=10
+    100, 'Seconds of silence after which a process is taken for dead.', at_least=10, at_most=_WEEK
   )
 
 

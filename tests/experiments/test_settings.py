@@ -73,7 +73,7 @@ def test_directories_that_are_recorded_are_absolute(monkeypatch, tmp_path):
     '/home/of/test/cache',
   )
   before = flags.to_dict(config) | {'init_from': '../vae'}  # as earlier versions recorded it
-  pretrain._check_same_settings(before, config)
+  pretrain._check_same_settings({'config': before}, config)
   values = absl_flags.FlagValues()
   flags.define_flags(probe.ProbeConfig, values)
   values(['', '--data_dir=data', '--surrogate='])
