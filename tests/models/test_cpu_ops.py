@@ -332,10 +332,11 @@ def test_the_loop_of_an_attack_transposes_nothing():
     return jnp.sum(jnp.cos(cpu_ops.dense(hidden, kernel, jnp.zeros(8))), axis=1)
 
   x, kernel = jnp.ones((2, 2, 4)), jnp.ones((8, 8))
-  attack = attacks.pgd.lower(
-    value, jax.random.key(0), x, radius=0.1, num_steps=5, start=x, args=(kernel,)
-  )
-  program = attack.compile().as_text()
+
+  def attack(key, x, kernel):
+    return attacks.pgd(value, key, x, radius=0.1, num_steps=5, start=x, args=(kernel,))
+
+  program = jax.jit(attack).lower(jax.random.key(0), x, kernel).compile().as_text()
   program = re.sub(r'metadata={.*?}', '', program)
   products = re.findall(r'lhs_contracting_dims={(.)}, rhs_contracting_dims={(.)}', program)
   assert len(products) == 4  # there and back through two layers
