@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import signal
 import sys
 from types import FrameType
 from typing import Any, NoReturn
+
+_ESCAPE = 'se_vae_escape'
 
 
 def prepare() -> None:
@@ -17,6 +20,7 @@ def prepare() -> None:
   crash an extension module; so the process ends at once until the binary listens to signals.
   """
   signal.signal(signal.SIGINT, _end)
+  codecs.register_error(_ESCAPE, _escape)
   _open_closed_descriptors()
   sys.stdout = _text(1, sys.stdout, BrokenPipeError)
   sys.stderr = _text(2, sys.stderr, OSError)
@@ -32,6 +36,14 @@ def _open_closed_descriptors() -> None:
   while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
     os.set_inheritable(descriptor, True)
   os.close(descriptor)
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+  """Gives the bytes of a path as they are, and escapes letters that the encoding does not have."""
+  try:
+    return codecs.lookup_error('surrogateescape')(error)
+  except UnicodeError:
+    return codecs.backslashreplace_errors(error)
 
 
 class _Descriptor(io.FileIO):
@@ -59,10 +71,9 @@ def _text(number: int, stream: Any, dropped: type[OSError]) -> io.TextIOWrapper:
   """
   descriptor = _Descriptor(number, 'w', closefd=False)
   descriptor.dropped = dropped
-  errors = getattr(stream, 'errors', 'strict')
   return io.TextIOWrapper(
     io.BufferedWriter(descriptor),
     encoding=getattr(stream, 'encoding', 'utf-8'),
-    errors='backslashreplace' if errors == 'strict' else errors,
+    errors=_ESCAPE,
     line_buffering=number == 2 or descriptor.isatty(),
   )

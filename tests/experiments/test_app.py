@@ -195,8 +195,8 @@ from experiments.cli import startup
 startup.prepare()
 import sys
 with open(sys.argv[1], 'w') as file:
-  print('out ü', flush=True)
-  print('err ü', file=sys.stderr)
+  print('out ü \\udcff', flush=True)
+  print('err ü \\udcff', file=sys.stderr)
   print('kept', file=file)
 print('out')
 sys.exit(3)
@@ -213,7 +213,7 @@ def test_streams_that_are_closed_or_ascii_end_nothing(tmp_path, closed, encoding
     capture_output=True,
     preexec_fn=lambda: [os.close(number) for number in closed],
   )
-  letter = 'ü'.encode(encoding, 'backslashreplace')
+  letter = 'ü'.encode(encoding, 'backslashreplace') + b' \xff'  # of a path, as its bytes were
   assert done.returncode == 3
   assert done.stdout == (b'' if 1 in closed else b'out ' + letter + b'\nout\n')
   assert done.stderr == (b'' if 2 in closed else b'err ' + letter + b'\n')
