@@ -192,7 +192,8 @@ def _plain(content: Any, depth: int = 0) -> Any:
   if isinstance(content, int) and abs(content) >= 2**63:
     raise JsonError('an integer has more than 64 bits')
   if isinstance(content, str):
-    content.encode()  # raises for half of a surrogate pair, which no file can hold
+    # Raises for half of a surrogate pair, except for a byte of a file name that is not UTF-8.
+    content.encode(errors='surrogateescape')
   if isinstance(content, dict):
     return {_plain(name): _plain(each, depth + 1) for name, each in content.items()}
   if isinstance(content, list | tuple):
