@@ -300,8 +300,9 @@ def test_kl_divergence_keeps_its_digits_in_float32():
   difference = np.concatenate([np.logspace(-4, np.log10(28.0), 200)] * 2)
   difference[200:] *= -1.0
   log_var = np.float32(-0.5) + difference.astype(np.float32)
-  q_a = DiagonalGaussian(jnp.zeros((400, 1)), jnp.asarray(log_var)[:, None])
-  q_b = DiagonalGaussian(jnp.full((400, 1), 1e-4), jnp.full((400, 1), -0.5))
+  zeros = jnp.zeros((400, 1), jnp.float32)
+  q_a = DiagonalGaussian(zeros, jnp.asarray(log_var)[:, None])
+  q_b = DiagonalGaussian(zeros + 1e-4, zeros - 0.5)
   t = log_var.astype(LONG) + LONG(0.5)
   # exp(t) - 1 - t in extended precision, by series where it cancels.
   series = sum(t**k / scipy.special.factorial(k, exact=True) for k in range(2, 25))
@@ -312,7 +313,7 @@ def test_kl_divergence_keeps_its_digits_in_float32():
   # or, at 28, through an exponential, with another five units from expm1.
   assert error.max() < 3e-6
   same = jax.jit(gaussians.kl_to_standard_normal)(
-    DiagonalGaussian(jnp.zeros((400, 1)), jnp.asarray(difference, jnp.float32)[:, None])
+    DiagonalGaussian(zeros, jnp.asarray(difference, jnp.float32)[:, None])
   )
   t = difference.astype(np.float32).astype(LONG)
   series = sum(t**k / scipy.special.factorial(k, exact=True) for k in range(2, 25))

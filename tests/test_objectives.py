@@ -353,7 +353,8 @@ def test_values_and_gradients_are_finite_in_float32_at_every_extreme(family):
   function = oracles.quick_jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3, 4)))
   for gamma in (0.0, 1e-6, 1.0, 1e4, 1e6):
     for obs_var in (1e-6, 1.0, 1e6):
-      result = function(np.ones((25, 3), np.float32), make(var_a), make(var_b), gamma, obs_var)
+      numbers = np.float32(gamma), np.float32(obs_var)
+      result = function(np.ones((25, 3), np.float32), make(var_a), make(var_b), *numbers)
       for leaf in jax.tree.leaves(result):
         assert leaf.dtype == jnp.float32
         assert np.all(np.isfinite(leaf)), (gamma, obs_var)

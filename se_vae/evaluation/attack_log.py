@@ -19,7 +19,7 @@ class AttackLogError(ValueError):
   """A file that is no attack log, or the log of another evaluation."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class AttackLog:
   """The result of every attack so far, for N examples; `evaluate` fills it in.
 
@@ -44,6 +44,10 @@ class AttackLog:
   gradients: np.ndarray
   images: np.ndarray
   outputs: np.ndarray
+
+  def __repr__(self) -> str:
+    found = np.isfinite(self.radius).sum()
+    return f'AttackLog({self.done} attempts, {found} of {len(self.radius)} misclassified)'
 
   @classmethod
   def empty(cls, names: tuple[str, ...], x: np.ndarray, outputs: np.ndarray) -> AttackLog:

@@ -20,7 +20,7 @@ from se_vae.parallel import sharding
 _ACTIVE_VARIANCE = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AdversarialAccuracy:
   """Which of N examples are classified correctly under attack, at each of R radii.
 
@@ -37,6 +37,11 @@ class AdversarialAccuracy:
   def accuracy(self) -> np.ndarray:
     """Adversarial accuracy at each radius, `[R]`, in [0, 1]."""
     return self.correct.mean(axis=1)
+
+  def __repr__(self) -> str:
+    pairs = zip(self.accuracy, self.radii, strict=True)
+    accuracy = ', '.join(f'{value:.3f} at {radius:g}' for value, radius in pairs)
+    return f'AdversarialAccuracy(n = {self.correct.shape[1]}: {accuracy})'
 
   def interval(self, confidence: float = 0.95) -> np.ndarray:
     """Wilson score interval of each accuracy, `[R, 2]`."""

@@ -113,10 +113,7 @@ class Evaluation:
     return all(check.verdict != 'fail' for check in self.checks)
 
   def __repr__(self) -> str:
-    curve = zip(self.curve.accuracy, self.curve.radii, strict=True)
-    accuracy = ', '.join(f'{value:.3f} at {radius:g}' for value, radius in curve)
-    count, summary = self.curve.correct.shape[1], verdicts.summary(self.checks)
-    return f'Evaluation({self.config["attack"]}, n = {count}: {accuracy}; {summary})'
+    return f'Evaluation({self.config["attack"]}, {self.curve}, {verdicts.summary(self.checks)})'
 
 
 def evaluate(

@@ -36,6 +36,9 @@ class SanityCheck(NamedTuple):
   figure: str
   values: dict[str, Any]
 
+  def __repr__(self) -> str:
+    return f'SanityCheck({self.number}: {self.name}, {self.verdict}: {self.figure})'
+
   @property
   def passed(self) -> bool | None:
     """None if the check was skipped."""

@@ -18,7 +18,7 @@ from se_vae.models import networks
 Params = Any  # {'encoder': pytree, 'decoder': pytree}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class VAE:
   """A variational autoencoder of two Flax Linen modules: encoder q(z | x), decoder mean g(z).
 
@@ -38,6 +38,10 @@ class VAE:
   decoder: nn.Module
   image_shape: tuple[int, int, int]
   latent_dim: int
+
+  def __repr__(self) -> str:
+    encoder, decoder = type(self.encoder).__name__, type(self.decoder).__name__
+    return f'VAE({encoder}, {decoder}, {self.image_shape}, {self.latent_dim} latents)'
 
   def init(self, key: jax.Array) -> Params:
     """Returns fresh parameters in float32: `{'encoder': ..., 'decoder': ...}`.
@@ -103,8 +107,9 @@ def make_vae(
     raise ValueError(f'arch must be one of {", ".join(ARCHS)}, got {arch!r}')
   if covariance not in COVARIANCES:
     raise ValueError(f'covariance must be one of {COVARIANCES}, got {covariance!r}')
-  if min(latent_dim, hidden_units, conv_channels, num_layers, *image_shape) < 1:
-    raise ValueError('image_shape, latent_dim and layer sizes must be >= 1')
+  sizes = (latent_dim, hidden_units, conv_channels, num_layers, *image_shape)
+  if len(image_shape) != 3 or min(sizes) < 1:
+    raise ValueError('image_shape (H, W, C), latent_dim and layer sizes must be >= 1')
   if arch == 'mlp':
     widths = (hidden_units,) * num_layers
     encoder: nn.Module = networks.MLPEncoder(latent_dim, widths, covariance)

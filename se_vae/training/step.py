@@ -70,16 +70,15 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
   A cosine schedule takes the learning rate from its peak at step 0 to zero at `config.num_steps`.
   """
-  peak = jnp.float32(config.learning_rate)
-  rate: Any = peak
+  rate: Any = config.learning_rate
   if config.schedule == 'cosine':
 
     def rate(count: jax.Array) -> jax.Array:
-      done = jnp.minimum(count, config.num_steps).astype(jnp.float32) / config.num_steps
-      return peak * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+      done = jnp.minimum(count, config.num_steps) / config.num_steps
+      return config.learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
 
   if config.optimizer == 'sgd':
-    return optax.sgd(rate, momentum=jnp.float32(config.momentum))
+    return optax.sgd(rate, momentum=config.momentum)
   return optax.adam(rate)
 
 
@@ -325,8 +324,10 @@ def train_step(
 def apply_gradients(
   optimizer: optax.GradientTransformation, gradients: Params, opt_state: Any, params: Params
 ) -> tuple[Params, Any]:
-  """Returns the parameters and the optimiser's state after a step."""
-  with jax.enable_x64(False):  # or Adam's powers would be float64 for those who have set x64
+  """Returns the parameters and the optimiser's state after a step, computed in their dtype."""
+  # Where a user has set x64, optax would compute the powers of Adam in float64.
+  is_wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
+  with jax.enable_x64(is_wide):
     updates, opt_state = optimizer.update(gradients, opt_state, params)
   return optax.apply_updates(params, updates), opt_state
 

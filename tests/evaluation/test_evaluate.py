@@ -78,6 +78,8 @@ def test_an_honest_evaluation_passes_all_checks(attack):
   assert [check.number for check in result.checks] == list(range(1, 13))
   assert result.passed and not skipped(result), result.checks
   assert repr(result).endswith('checks: 12 passed, 0 failed, 0 skipped)')
+  for each in (result, result.curve, result.attack_log, result.checks):
+    assert '\n' not in repr(each) and 'array' not in repr(each)
 
 
 def test_worst_case_is_at_most_standard():

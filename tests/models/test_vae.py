@@ -156,6 +156,10 @@ def test_empty_images_raise():
     vae.make_vae((28, 0, 1))
 
 
+def test_a_model_is_shown_in_one_line():
+  assert repr(tiny()) == 'VAE(MLPEncoder, MLPDecoder, (4, 3, 2), 3 latents)'
+
+
 def test_wrong_shapes_raise():
   model = tiny()
   params = jax.eval_shape(model.init, jax.random.key(0))

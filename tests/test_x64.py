@@ -1,0 +1,58 @@
+"""Users who set `jax_enable_x64` get the same models and results, bit for bit."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+import se_vae
+from se_vae import TrainConfig, attacks
+from se_vae.evaluation.linear_probe import ProbedEncoder
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+ARGUMENTS = {'image_shape': (4, 4, 1), 'latent_dim': 3, 'hidden_units': 4, 'num_layers': 1}
+
+
+def train_probe_and_attack(workdir):
+  """A tree of everything that is computed; the model goes through a checkpoint."""
+  rng = np.random.default_rng(0)
+  images, labels = rng.integers(0, 256, (12, 4, 4, 1)).astype(np.uint8), np.arange(12) % 3
+  model = se_vae.make_vae(**ARGUMENTS)
+  config = TrainConfig(num_steps=3, pgd_steps=2)
+  trained, rows = se_vae.fit(model, config, images, batch_size=4, steps_per_row=3)
+  if not (workdir / 'checkpoints').exists():
+    se_vae.save_model(workdir, trained, **ARGUMENTS)
+  model, params = se_vae.load_model(workdir)
+  probe = se_vae.fit_probe(se_vae.encoder_means(model, params, images), labels, 3)
+  x = (images / 255.0).astype(np.float32)
+  result = se_vae.evaluate(
+    ProbedEncoder(model),
+    x,
+    labels,
+    args=(params, probe),
+    radii=(0.1,),
+    num_steps=3,
+    check_examples=0,
+  )
+  square = attacks.square(
+    se_vae.EncodingShift(model),
+    jax.random.key(0),
+    x,
+    radius=0.1,
+    num_queries=4,
+    args=(params, model.encode(params, x)),
+  )
+  log = result.attack_log
+  return trained, rows, params, probe, log.images, log.outputs, log.radius, square
+
+
+def test_x64_changes_nothing(tmp_path):
+  """The second one loads what the first one has saved."""
+  narrow = train_probe_and_attack(tmp_path)
+  with jax.enable_x64(True):
+    wide = train_probe_and_attack(tmp_path)
+  assert {leaf.dtype for leaf in jax.tree.leaves(wide[0])} == {np.dtype(np.float32)}
+  assert jax.tree.structure(wide) == jax.tree.structure(narrow)
+  for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(narrow), strict=True):
+    np.testing.assert_array_equal(a, b, strict=isinstance(b, jax.Array))
