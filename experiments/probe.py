@@ -66,7 +66,7 @@ class ProbeConfig:
   data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
   cache_dir: str | None = setting(
     None,
-    "Directory for decoded TFDS data sets; the run's own, or 'data' in --output, if not given.",
+    "Directory for decoded images; the run's own, or 'data' in --output, if not given.",
   )
   task: str = setting('digit', 'What the probe predicts.', choices=TASKS)
   attack: str = setting(
