@@ -48,6 +48,7 @@ _SHA256 = {
   },
 }
 
+_BAR = '{l_bar}{bar}| {n_fmt}/{total_fmt}B'
 _MAX_BYTES = 2**26  # the largest file has 26 MB
 _ANSWER_SECONDS = 3.0
 _READ_SECONDS = 15.0  # that a mirror may be silent in the middle of a file
@@ -129,8 +130,8 @@ class IdxDownload:
     for mirror in self.mirrors:
       content = _Bounded()
       try:
-        # `disable=None`: on terminals only. pooch replaces the total, and needs one.
-        with tqdm(total=1, desc=name, unit='B', unit_scale=True, disable=None) as bar:
+        # Shown on terminals only (`disable=None`). pooch replaces the total, but needs one.
+        with tqdm(total=1, desc=name, unit_scale=True, bar_format=_BAR, disable=None) as bar:
           _downloader(_READ_SECONDS, bar)(f'{mirror}{name}', content, None)
         if hashlib.sha256(content.getvalue()).hexdigest() == sha256:
           return content.getvalue()
