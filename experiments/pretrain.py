@@ -50,7 +50,7 @@ _FREE_SETTINGS = _PLACES | {'log_every', 'checkpoint_every', 'num_devices', 'ten
 class PretrainConfig:
   """The settings of this binary, all of them flags."""
 
-  workdir: str | None = setting(None, 'Directory of this run; everything it writes goes there.')
+  workdir: str | None = setting(None, 'Directory of this run; everything but downloads goes there.')
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

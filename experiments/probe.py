@@ -66,7 +66,7 @@ class ProbeConfig:
   data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
   cache_dir: str | None = setting(
     None,
-    "Directory for decoded TFDS data sets; the run's own, or 'data' in --output, if not given.",
+    "Directory for decoded images; the run's own, or 'data' in --output, if not given.",
   )
   task: str = setting('digit', 'What the probe predicts.', choices=TASKS)
   attack: str = setting(
@@ -182,9 +182,10 @@ def _load_dataset(config: ProbeConfig, metadata: dict[str, Any], output: Path) -
   try:
     return pretrain.load_dataset(stored, output)
   except ArgumentError as error:
-    if config.data_dir is None and data_dir is not None:
+    names_folder = error.arguments == ('dataset',) and stored.dataset.startswith('folder:')
+    if config.data_dir is None and (data_dir is not None or names_folder):
       message = f'{error.message}. This is from the run; name the directory where its data are now'
-      raise ArgumentError(error.arguments, message) from None
+      raise ArgumentError('data_dir' if names_folder else error.arguments, message) from None
     raise
 
 

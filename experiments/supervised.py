@@ -45,7 +45,7 @@ _PLACES = ('workdir', 'data_dir', 'cache_dir')
 class SupervisedConfig:
   """The settings of this binary, all of them flags."""
 
-  workdir: str | None = setting(None, 'Directory of this run; everything it writes goes there.')
+  workdir: str | None = setting(None, 'Directory of this run; everything but downloads goes there.')
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   radius: float = setting(0.2, 'linf radius of the attack in training.', at_least=0, at_most=1)

@@ -136,14 +136,18 @@ def documented(config_type: Class) -> Class:
 class DataConfig:
   """The data set of a run."""
 
-  dataset: str = setting('mnist_5k', f'Data set: one of {", ".join(DATASETS)}, or tfds:NAME.')
-  data_dir: str | None = setting(None, 'Directory of the IDX files or of the TFDS data set.')
+  dataset: str = setting(
+    'mnist_5k', f'Data set: one of {", ".join(DATASETS)}, tfds:NAME, or folder:DIR with images.'
+  )
+  data_dir: str | None = setting(
+    None, 'Directory of the IDX files, which are downloaded into it, or of the TFDS data set.'
+  )
   cache_dir: str | None = setting(
-    None, "Directory for decoded TFDS data sets; 'data' in the work directory if not given."
+    None, "Directory for decoded images; 'data' in the work directory if not given."
   )
   image_size: int | None = setting(
     None,
-    'Resize the central square of every image of a tfds: data set to this many pixels a side.',
+    'Resize the central square of each image of a tfds: or folder: set to this many pixels a side.',
     at_least=1,
     at_most=4096,
   )  # an image of three channels then has 48 MiB

@@ -15,6 +15,10 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
+# Neither a test nor a binary that it starts reaches a server elsewhere: no proxy listens there.
+os.environ |= dict.fromkeys(('HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9')
+os.environ['NO_PROXY'] = 'localhost,127.0.0.1'
+
 
 def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line('filterwarnings', 'error')

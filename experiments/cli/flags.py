@@ -110,6 +110,9 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
     for name in _DIRECTORIES
     if values.get(name)
   }
+  kind, _, folder = str(values.get('dataset')).partition(':')
+  if kind == 'folder' and folder:
+    paths['dataset'] = f'{kind}:{os.path.abspath(os.path.expanduser(folder))}'
   return values | paths
 
 

@@ -39,7 +39,7 @@ def decode_once(
     decode: takes a function that allocates a uint8 array by name and shape; returns arrays by name.
     cache_dir: directory of the cache, which is made if need be; None decodes into memory.
     name: of the entry, for people; the entry also carries a digest of `directory`.
-    directory: whose files' names, sizes and times identify what is decoded.
+    directory: whose files' names, sizes and times, at any depth, identify what is decoded.
 
   Raises:
     DataError: if the cache cannot be used, or whatever `decode` raises.
@@ -110,6 +110,7 @@ def _cache_errors(cache_dir: str) -> Iterator[None]:
 
 
 def _fingerprint(directory: str) -> str:
-  files = sorted(os.scandir(directory), key=lambda entry: entry.name)
-  stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+  paths = (Path(where, name) for where, _, names in os.walk(directory) for name in names)
+  files = sorted((str(path.relative_to(directory)), path.stat()) for path in paths)
+  stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
   return hashlib.sha256(repr(stats).encode()).hexdigest()

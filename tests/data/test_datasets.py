@@ -176,7 +176,7 @@ def test_embedded_sets_take_no_directory(tmp_path):
 def test_import_is_light():
   code = (
     'import sys, se_vae.data;'
-    'heavy = {"tensorflow", "tensorflow_datasets", "mlxtend"} & set(sys.modules);'
+    'heavy = {"tensorflow", "tensorflow_datasets", "mlxtend", "pooch"} & set(sys.modules);'
     'assert not heavy, heavy;'
     'import jax; jax.config.update("jax_num_cpu_devices", 3); assert jax.device_count("cpu") == 3'
   )

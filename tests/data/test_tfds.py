@@ -217,14 +217,14 @@ def test_download_needs_tensorflow_a_network_and_a_directory(tmp_path, monkeypat
   monkeypatch.setattr(tensorflow_datasets, 'builder', Builder)
 
   def load():
-    return data.load('fashion_mnist', data_dir=str(tmp_path))
+    return data.load('tfds:fashion_mnist', data_dir=str(tmp_path))
 
   assert_raises(load)
   monkeypatch.setattr(tfds, '_has_tensorflow', lambda: True)
   assert_raises(load)
   monkeypatch.setattr(tfds, '_is_online', lambda: True)
-  assert_raises(lambda: data.check('fashion_mnist', None))
-  data.check('fashion_mnist', str(tmp_path))
+  assert_raises(lambda: data.check('tfds:fashion_mnist', None))
+  data.check('tfds:fashion_mnist', str(tmp_path))
   assert not any(tmp_path.iterdir())  # a check downloads nothing
   assert load().source == 'TFDS fashion_mnist:3.0.1'
 

@@ -28,11 +28,14 @@ def test_the_probe_takes_the_encoder_and_the_data_of_an_old_run(tmp_path):
   assert prepared.model.encode(prepared.params, prepared.images).mean.shape == (7, 2)
 
 
-def test_data_that_are_not_where_the_run_had_them_have_a_way_out(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  'data', [{'dataset': 'mnist', 'data_dir': 'relative/gone'}, {'dataset': 'folder:relative/gone'}]
+)
+def test_data_that_are_not_where_the_run_had_them_have_a_way_out(tmp_path, monkeypatch, data):
   workdir = shutil.copytree(OLD, tmp_path / 'run')
-  moved = flags.replace(pretrain.PretrainConfig(), dataset='mnist', data_dir='relative/gone')
+  moved = flags.replace(pretrain.PretrainConfig(), **data)
   monkeypatch.setattr(pretrain, 'stored_config', lambda _: moved)
-  with pytest.raises(ArgumentError, match=r"data_dir: 'relative/gone' .*name the directory"):
+  with pytest.raises(ArgumentError, match=r"^data_dir: .*'relative/gone'.*name the directory"):
     probe.prepare(probe.ProbeConfig(workdir=str(workdir)))
 
 

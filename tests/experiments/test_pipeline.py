@@ -248,6 +248,7 @@ finally:
 
 def test_no_data_is_answered_at_once(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
   started = time.monotonic()
   with pytest.raises(ArgumentError, match='data_dir') as error:
     pretrain.prepare(config(tmp_path / 'w', dataset='mnist'))

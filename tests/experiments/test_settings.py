@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,7 @@ WRONG_COMMANDS = [
   ('pretrain', '--workdir={tmp}/w --dataset=mnist --data_dir={tmp}/nowhere', '--data_dir'),
   ('pretrain', '--workdir={tmp}/w --dataset=mnist --data_dir={tmp}', '--data_dir'),
   ('pretrain', '--workdir={tmp}/w --dataset=mnist', '--data_dir'),
+  ('pretrain', '--workdir={tmp}/w --dataset=folder:{tmp}', '--dataset'),
   ('pretrain', '--workdir={tmp}/w --radius=-0.1', '--radius'),
   ('pretrain', '--workdir={tmp}/w --gamma=-1', '--gamma'),
   ('pretrain', '--workdir={tmp}/w --obs_var=0', '--obs_var'),
@@ -186,6 +188,7 @@ def outcomes(tmp_path_factory):
   forked = subprocess.run(
     [sys.executable, '-c', FORK],
     cwd=ROOT,
+    env=os.environ | {'XDG_CACHE_HOME': str(tmp_path_factory.mktemp('nothing_downloaded'))},
     input=json.dumps(lines),
     capture_output=True,
     text=True,
