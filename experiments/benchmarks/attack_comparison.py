@@ -31,7 +31,7 @@ from experiments import probe
 from experiments.benchmarks import torch_twin
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
-from se_vae.config import SUITES, setting, validate
+from se_vae.config import SUITES, ArgumentError, setting, validate
 from se_vae.evaluation import linear_probe, robustness
 from se_vae.models import vae
 
@@ -79,7 +79,7 @@ def run(config: ComparisonConfig, stop: signals.StopSignal) -> dict[str, Any]:
   """Compares; returns the result's JSON.
 
   Raises:
-    UsageError: for settings that are wrong, a model that is no MLP, or where a package is missing.
+    ArgumentError: for wrong settings, a model that is no MLP, or where a package is missing.
     Interrupted: when `stop` says so; nothing is kept.
   """
   validate(config)
@@ -262,7 +262,7 @@ def _torch_network(
   dense = params['encoder']['params']
   names = [name for name in dense if name.startswith('Dense')]
   if len(names) + 1 != len(dense):
-    raise UsageError('--workdir: this comparison rebuilds MLP encoders only')
+    raise ArgumentError('workdir', 'this comparison rebuilds MLP encoders only')
   head = next(dense[name] for name in dense if name not in names)['Dense_0']
   weights = [
     (dense[f'Dense_{i}']['kernel'], dense[f'Dense_{i}']['bias']) for i in range(len(names))

@@ -37,8 +37,7 @@ from typing import Any
 from etils import epy
 
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from experiments.cli.flags import UsageError
-from se_vae.config import ARCHS, OBJECTIVES, setting, validate
+from se_vae.config import ARCHS, OBJECTIVES, ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
@@ -95,15 +94,16 @@ def run(config: BenchmarkConfig, stop: signals.StopSignal) -> dict[str, Any]:
   """Measures, prints and writes; returns the result's JSON.
 
   Raises:
-    UsageError: for settings that are wrong, or where PyTorch is asked for and missing.
+    ArgumentError: for settings that are wrong, or where PyTorch is asked for and missing.
     Interrupted: when `stop` says so; nothing is kept.
   """
   validate(config)
   workdir = workdirs.check_workdir(config.workdir)
   dataset = data.load('mnist_5k')
-  largest = max(*config.batch_sizes, *config.conv_batch_sizes, *config.growth_batch_sizes)
-  if largest > len(dataset.train.images):
-    raise UsageError(f'--batch_sizes: at most {len(dataset.train.images)} images; got {largest}')
+  images = len(dataset.train.images)
+  for name in ('batch_sizes', 'conv_batch_sizes', 'growth_batch_sizes'):
+    if max(getattr(config, name)) > images:
+      raise ArgumentError(name, f'must be at most the {images} training images')
   torch = torch_twin.load(num_threads=devices.num_cores()) if 'torch' in config.sections else None
   with workdirs.lock(workdir):
     startup = _startup(workdir, config.repeats, stop) if 'startup' in config.sections else {}

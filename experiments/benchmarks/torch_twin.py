@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.cli.flags import UsageError
+from se_vae.config import ArgumentError
 from se_vae.models import networks
 from se_vae.models.vae import VAE, Params
 from se_vae.training import TrainConfig
@@ -30,12 +30,12 @@ def load(num_threads: int) -> Any:
   """Returns PyTorch, set to a number of threads.
 
   Raises:
-    UsageError: if it is not installed.
+    ArgumentError: if it is not installed.
   """
   try:
     torch = importlib.import_module('torch')
   except ImportError as error:
-    raise UsageError(f'--sections: torch needs `pip install torch`: {error}') from None
+    raise ArgumentError('sections', f'torch needs `pip install torch`: {error}') from None
   torch.set_num_threads(num_threads)
   return torch
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from etils import epy
 
 from experiments.cli import app, signals
-from experiments.cli.flags import UsageError
 from se_vae.config import ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -55,15 +54,15 @@ def check_cluster(cluster: Cluster) -> None:
   """
   validate(cluster)
   named = {name: getattr(cluster, name) for name in ('coordinator', 'num_processes', 'process_id')}
-  missing = [f'--{name}' for name, value in named.items() if value is None]
+  missing = [name for name, value in named.items() if value is None]
   if cluster.coordinator is None or cluster.num_processes is None or cluster.process_id is None:
     if len(missing) < len(named):
-      raise UsageError(f'{", ".join(missing)}: must be given too')
+      raise ArgumentError(missing, 'must be given too')
     return
   if not re.fullmatch(r'.+:[0-9]{1,5}', cluster.coordinator):
-    raise UsageError(f'--coordinator: must be host:port; got {cluster.coordinator!r}')
+    raise ArgumentError('coordinator', f'must be host:port; got {cluster.coordinator!r}')
   if cluster.process_id >= cluster.num_processes:
-    raise UsageError(f'--process_id: must be below --num_processes; got {cluster.process_id}')
+    raise ArgumentError('process_id', f'must be below num_processes; got {cluster.process_id}')
 
 
 @contextlib.contextmanager
@@ -75,8 +74,8 @@ def joined(cluster: Cluster) -> Iterator[None]:
   would wait for each other.
 
   Raises:
-    UsageError: if the flags contradict each other, the port is in use, or the environment does not
-      describe the processes.
+    ArgumentError: if the flags contradict each other, the port is in use, or the environment does
+      not describe the processes.
   """
   check_cluster(cluster)
   if not cluster.distributed and cluster.coordinator is None:
@@ -99,7 +98,7 @@ def joined(cluster: Cluster) -> Iterator[None]:
 
 
 def _check_port(cluster: Cluster) -> None:
-  """Raises UsageError if process 0 cannot listen: JAX would end with a segmentation fault."""
+  """Raises ArgumentError if process 0 cannot listen: JAX would end with a segmentation fault."""
   if cluster.coordinator is None or cluster.process_id != 0:
     return
   with socket.socket() as listener:
@@ -107,7 +106,9 @@ def _check_port(cluster: Cluster) -> None:
     try:
       listener.bind(('', int(cluster.coordinator.rpartition(':')[2])))
     except (OSError, OverflowError) as error:
-      raise UsageError(f'--coordinator: cannot listen at {cluster.coordinator}: {error}') from None
+      raise ArgumentError(
+        'coordinator', f'cannot listen at {cluster.coordinator}: {error}'
+      ) from None
 
 
 def _join(cluster: Cluster) -> None:
@@ -132,7 +133,7 @@ def _join(cluster: Cluster) -> None:
       heartbeat_timeout=cluster.heartbeat_timeout,
     )
   except ValueError as error:
-    raise UsageError(f'--distributed: {error}') from None
+    raise ArgumentError('distributed', str(error)) from None
   except RuntimeError as error:  # as of a scheduler that does not answer
     _leave(1, f'error: cannot join the other processes: {" ".join(str(error).split())}')
   finally:

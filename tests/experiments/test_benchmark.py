@@ -16,9 +16,9 @@ import pytest
 from experiments.benchmarks import flops, speed, torch_twin, workloads
 from experiments.benchmarks.workloads import Case
 from experiments.cli import signals
-from experiments.cli.flags import UsageError
 from se_vae import attacks, training
 from se_vae.attacks import projections
+from se_vae.config import ArgumentError
 from se_vae.data.transforms import pixels
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -165,14 +165,14 @@ def test_pytorch_is_timed_in_a_process_of_its_own(tmp_path):
 def test_pytorch_is_asked_for_in_one_line(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'torch', None)
   config = speed.BenchmarkConfig(workdir=str(tmp_path / 'w'), sections=('torch',))
-  with pytest.raises(UsageError, match='--sections: torch needs `pip install torch`'):
+  with pytest.raises(ArgumentError, match='sections: torch needs `pip install torch`'):
     speed.run(config, signals.StopSignal())
   assert not (tmp_path / 'w').exists()
 
 
 def test_batches_larger_than_the_data_are_refused(tmp_path):
   config = speed.BenchmarkConfig(workdir=str(tmp_path / 'w'), batch_sizes=(4001,))
-  with pytest.raises(UsageError, match='--batch_sizes: at most 4000'):
+  with pytest.raises(ArgumentError, match='batch_sizes: must be at most the 4000'):
     speed.run(config, signals.StopSignal())
 
 

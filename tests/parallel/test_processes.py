@@ -263,10 +263,10 @@ def test_a_port_in_use_is_an_error_in_a_line(capsys):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    ({'coordinator': 'a:1'}, '--num_processes, --process_id: must be given too'),
-    ({'num_processes': 2, 'process_id': 0}, '--coordinator: must be given too'),
-    ({'coordinator': 'a', 'num_processes': 2, 'process_id': 0}, '--coordinator: must be host:port'),
-    ({'coordinator': 'a:1', 'num_processes': 2, 'process_id': 2}, '--process_id: must be below'),
+    ({'coordinator': 'a:1'}, 'num_processes, process_id: must be given too'),
+    ({'num_processes': 2, 'process_id': 0}, 'coordinator: must be given too'),
+    ({'coordinator': 'a', 'num_processes': 2, 'process_id': 0}, 'coordinator: must be host:port'),
+    ({'coordinator': 'a:1', 'num_processes': 2, 'process_id': 2}, 'process_id: must be below'),
     ({'coordinator': 'a:1', 'num_processes': 0, 'process_id': 0}, 'num_processes: must be >= 1'),
     ({'coordinator': 'a:1', 'num_processes': 2, 'process_id': -1}, 'process_id: must be >= 0'),
     ({'join_timeout': 0}, 'join_timeout: must be >= 1'),
