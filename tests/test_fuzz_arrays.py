@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -148,6 +148,8 @@ IMAGES = SHAPES.flatmap(
 LABELS = hnp.arrays(np.int64, 3, elements=st.integers(0, 1)) | hnp.arrays(
   st.sampled_from([np.int64, np.float32, np.uint8]), st.sampled_from([3, 0, 2, (3, 1), ()])
 )
+TWO_CLASSES = np.array([0, 1, 0])
+HUGE = 3.4028235677973366e38  # finite, but not in float32
 RADII = st.lists(st.floats(0, 0.5) | st.floats(), max_size=2)
 
 
@@ -162,6 +164,8 @@ def _logits(x: jax.Array) -> jax.Array:
 
 @fuzz(0.04)
 @given(x=IMAGES, labels=LABELS, radii=RADII, function=st.sampled_from([0, 1]))
+@example(x=np.zeros((), np.float32), labels=TWO_CLASSES, radii=[0.1], function=0)
+@example(x=np.zeros((3, 2), np.float32), labels=TWO_CLASSES, radii=[HUGE], function=0)
 def test_evaluations(x, labels, radii, function):
   """Images, labels and radii: refused, naming the argument, or a curve over these radii."""
   try:
@@ -178,6 +182,7 @@ def test_evaluations(x, labels, radii, function):
 
 @fuzz(0.04)
 @given(x=IMAGES, labels=LABELS, radii=RADII)
+@example(x=np.zeros((3, 2), np.float32), labels=TWO_CLASSES[:, None], radii=[HUGE])
 def test_joint_accuracy_and_latent_shift(x, labels, radii):
   try:
     curve = se_vae.joint_accuracy((_logits,), x, labels, radii=radii, args=((),), num_steps=1)

@@ -205,8 +205,9 @@ def first_point(
   """The projected start `[B, ...]`, or a uniform draw from the ball if it is None."""
   if start is None:
     return ball.random_points(batch_keys(key, index, ball.x.shape[0]))
-  if start.shape != ball.x.shape:
-    raise AssertionError(f'start must have the shape {ball.x.shape} of x, got {start.shape}')
+  if start.shape != ball.x.shape or not jnp.issubdtype(start.dtype, jnp.floating):
+    message = f'start must have the shape {ball.x.shape} of x, and be real, got {start.dtype}'
+    raise AssertionError(f'{message} {start.shape}')
   return ball.project(start)
 
 

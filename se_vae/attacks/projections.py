@@ -145,8 +145,8 @@ def _check(
     raise AssertionError(
       f'x must be floating point [B, ...], and not empty, got {x.dtype} {x.shape}'
     )
-  if jnp.ndim(radius) != 0:
-    raise AssertionError(f'radius must be a scalar, got shape {jnp.shape(radius)}')
+  if jnp.ndim(radius) != 0 or jnp.iscomplexobj(radius):
+    raise AssertionError(f'radius must be a scalar and real, got {radius}')
   for name in ('num_steps', 'num_queries'):
     if others.get(name, 1) < 1:
       raise ValueError(f'{name} must be >= 1, got {others[name]}')

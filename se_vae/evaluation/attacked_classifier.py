@@ -128,7 +128,7 @@ def prepare(
     raise ArgumentError(
       ('x', 'labels'), f'must be float and integer, got {x.dtype} and {labels.dtype}'
     )
-  if len(x) == 0 or labels.shape != x.shape[:1]:
+  if x.ndim < 2 or len(x) == 0 or labels.shape != x.shape[:1]:
     raise ArgumentError(
       ('x', 'labels'), f'must be [N, ...] and [N], with N >= 1, got {x.shape} and {labels.shape}'
     )
@@ -174,7 +174,8 @@ def prepare(
 def check_radii(radii: Sequence[float]) -> None:
   """Raises ArgumentError unless there are radii, all finite and >= 0."""
   found = np.asarray(radii)
-  if found.ndim != 1 or not len(found) or not np.isfinite(found).all() or found.min() < 0.0:
+  most = np.finfo(np.float32).max  # attacks compute in float32
+  if found.ndim != 1 or not len(found) or not ((found >= 0.0) & (found <= most)).all():
     raise ArgumentError('radii', f'must be finite and >= 0, at least one in a list, got {radii}')
 
 

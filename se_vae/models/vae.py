@@ -107,8 +107,9 @@ def make_vae(
     raise ValueError(f'arch must be one of {", ".join(ARCHS)}, got {arch!r}')
   if covariance not in COVARIANCES:
     raise ValueError(f'covariance must be one of {COVARIANCES}, got {covariance!r}')
-  if min(latent_dim, hidden_units, conv_channels, num_layers, *image_shape) < 1:
-    raise ValueError('image_shape, latent_dim and layer sizes must be >= 1')
+  sizes = (latent_dim, hidden_units, conv_channels, num_layers, *image_shape)
+  if len(image_shape) != 3 or min(sizes) < 1:
+    raise ValueError('image_shape (H, W, C), latent_dim and layer sizes must be >= 1')
   if arch == 'mlp':
     widths = (hidden_units,) * num_layers
     encoder: nn.Module = networks.MLPEncoder(latent_dim, widths, covariance)

@@ -75,7 +75,8 @@ def empty_window(step_function: StepFunction, state: Any, args: Any, images: np.
   x = jax.ShapeDtypeStruct((mesh.size, *images.shape[1:]), jnp.float32)
   examples = jax.ShapeDtypeStruct((mesh.size,), jnp.int32)
   step = sharding.per_device(mesh, step_function, (None, None, 0, 0))
-  _, metrics = jax.eval_shape(step, state, args, x, examples)
+  with jax.enable_x64(False):  # as in `run`
+    _, metrics = jax.eval_shape(step, state, args, x, examples)
   zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in metrics.items()}
   return Window(np.zeros((), np.int32), zeros, np.full((), -1, np.int32), zeros)
 

@@ -221,6 +221,8 @@ def test_radius_and_relative_step_size_do_not_recompile(images, weights):
     ({'norm': 'l1'}, ValueError, 'norm must be one of'),
     ({'bounds': (1.0, 0.0)}, ValueError, 'bounds'),
     ({'radius': jnp.ones(3)}, AssertionError, 'radius must be a scalar'),
+    ({'radius': jnp.complex64(1)}, AssertionError, 'radius must be a scalar and real'),
+    ({'start': jnp.zeros(SHAPE, jnp.complex64)}, AssertionError, 'start must .* be real'),
     ({'x': jnp.zeros(SHAPE, jnp.uint8)}, AssertionError, 'floating point'),
     ({'x': jnp.zeros(3)}, AssertionError, r'\[B, \.\.\.\]'),
     ({'objective': jnp.sum}, AssertionError, 'one value per example'),

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags as absl_flags
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from experiments import (
@@ -353,6 +353,7 @@ PARAMS = make_model().init(jax.random.key(0))
 
 @fuzz(0.1)
 @given(arguments=altered({**MODEL, 'arch': 'mlp', 'covariance': 'diagonal'}) | JSON)
+@example(arguments={**MODEL, 'image_shape': [4, 4]})
 def test_models_of_other_arguments(tmp_path, arguments):
   """A checkpoint of a foreign writer: a model of these shapes, or an error."""
   params = {'params': PARAMS}
