@@ -16,12 +16,21 @@ from se_vae.config import ArgumentError
 from se_vae.models import vae
 from se_vae.storage import checkpoints, model_store
 
-# The names, and the files that they stand for: a file's SHA-256 is in its name.
-_CHECKPOINTS: dict[str, str] = {}
+# The step and the SHA-256 of the file that each name stands for.
+_CHECKPOINTS: dict[str, tuple[int, str]] = {
+  'mnist_mlp_vae_latent128': (
+    20000,
+    'b0d213dc4868a5f3f87a80accfbcefe099fda224502ddfbf6c91e6bd2d65a73b',
+  ),
+  'mnist_mlp_se_smoothed_latent128': (
+    10000,
+    'fb96d90e9bd5ee3e3034baefa511d2a074575e6434dd35fedf3eacf1507642ca',
+  ),
+}
 
 _FOLDER = Path(__file__).parent / 'encoders'
 # What names a place on the machine where the run was made.
-_PLACES = ('workdir', 'data_dir', 'cache_dir', 'init_from')
+_PLACES = ('workdir', 'data_dir', 'cache_dir')
 
 
 def names() -> tuple[str, ...]:
@@ -56,7 +65,9 @@ def load_pretrained(name: str) -> tuple[vae.VAE, vae.Params]:
     >>> model.encode(params, x).mean.shape
     (5, 128)
   """
-  path = workdir(name) / model_store.CHECKPOINTS / _CHECKPOINTS[name]
+  directory = workdir(name) / model_store.CHECKPOINTS
+  step, digest = _CHECKPOINTS[name]
+  path = directory / f'checkpoint_{step:08d}_{digest}.safetensors'
   saved = model_store.restore(checkpoints.load(path))
   return saved.model, saved.params
 
@@ -71,6 +82,8 @@ def export(source: str | Path, destination: str | Path) -> Path:
   saved = model_store.load_saved(source)
   half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), saved.params)
   config: dict[str, Any] = saved.metadata['config'] | dict.fromkeys(_PLACES)
+  if config.get('init_from'):
+    config['init_from'] = Path(config['init_from']).name
   metadata = {name: saved.metadata[name] for name in ('model', 'data', 'versions')}
   directory = Path(destination) / model_store.CHECKPOINTS
   return checkpoints.save(
