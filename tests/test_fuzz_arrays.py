@@ -183,6 +183,7 @@ def test_evaluations(x, labels, radii, function):
 @fuzz(0.04)
 @given(x=IMAGES, labels=LABELS, radii=RADII)
 @example(x=np.zeros((3, 2), np.float32), labels=TWO_CLASSES[:, None], radii=[HUGE])
+@example(x=np.zeros((3, 2), np.float32), labels=np.full((3, 1), np.float32(3e9)), radii=[0.1])
 def test_joint_accuracy_and_latent_shift(x, labels, radii):
   try:
     curve = se_vae.joint_accuracy((_logits,), x, labels, radii=radii, args=((),), num_steps=1)

@@ -139,7 +139,9 @@ def joint_accuracy(
     ArgumentError: if the numbers of classifiers, labels and arguments differ, or for arguments that
       `maximal_values` refuses.
   """
-  x = _images(x)
+  x, labels = _images(x), np.asarray(labels)
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise ArgumentError('labels', f'must be integers, got {labels.dtype}')
   if labels.shape != (len(x), len(logits_fns)) or len(args) != len(logits_fns):
     raise ArgumentError(
       ('labels', 'args'),
