@@ -15,8 +15,10 @@ from experiments import pretrain, probe, probe_settings
 from experiments.benchmarks import attack_comparison
 from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
+from experiments.visual import probe_results
 from se_vae.config import ArgumentError
 from se_vae.evaluation import linear_probe, robustness, sanity_checks
+from se_vae.storage import pretrained
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -251,3 +253,28 @@ def test_the_comparison_says_what_is_missing(workdir, monkeypatch):
     attack_comparison.run(
       attack_comparison.ComparisonConfig(workdir=str(workdir)), signals.StopSignal()
     )
+
+
+def test_a_pretrained_encoder_is_attacked_on_other_data_and_left_as_it_is(tmp_path):
+  name = 'mnist_mlp_se_smoothed_latent128'
+  config = probe_settings.ProbeConfig(
+    pretrained=name,
+    output=str(tmp_path / 'out'),
+    dataset='mnist_5k',
+    num_examples=100,
+    radii=(0.0, 0.1),
+    pgd_steps=10,
+    check_examples=0,
+  )
+  before = sorted(pretrained.workdir(name).rglob('*'))
+  clean, attacked = probe.run(config, signals.StopSignal())['accuracy']
+  assert clean > 0.8 and attacked > 0.5
+  assert sorted(pretrained.workdir(name).rglob('*')) == before
+  assert probe_results.as_text(json.loads((tmp_path / 'out' / 'probe_digit.json').read_text()))
+  for changes, message in (
+    ({'pretrained': 'resnet'}, f'pretrained: must be one of .*{name}'),
+    ({'output': None}, 'pretrained: is in place of a run in workdir, and needs output'),
+    ({'dataset': 'color_mnist_5k'}, 'dataset: has images of shape'),
+  ):
+    with pytest.raises(ArgumentError, match=message):
+      probe.run(dataclasses.replace(config, **changes), signals.StopSignal())
