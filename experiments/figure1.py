@@ -21,7 +21,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pretrain, probe
+from experiments import pretrain, probe, probe_settings
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from se_vae.config import setting, validate
 
@@ -163,7 +163,7 @@ class Piece:
 
   identity: dict[str, Any]
   pretraining: pretrain.PretrainConfig
-  probes: tuple[probe.ProbeConfig, ...]
+  probes: tuple[probe_settings.ProbeConfig, ...]
 
 
 def main() -> None:
@@ -270,7 +270,7 @@ def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Pi
           {'encoders': encoders.name, **varied},
           flags.from_dict(pretrain.PretrainConfig, settings),
           tuple(
-            probe.ProbeConfig(**places, task=panel.task, seed=seed, **preset.attack)
+            probe_settings.ProbeConfig(**places, task=panel.task, seed=seed, **preset.attack)
             for panel in PANELS
             if panel.encoders == encoders.name
           ),

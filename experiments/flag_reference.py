@@ -5,7 +5,7 @@ python -m experiments.flag_reference
 
 from __future__ import annotations
 
-from experiments import pretrain, probe
+from experiments import pretrain, probe_settings
 from experiments.cli import distributed, flags
 
 
@@ -14,7 +14,7 @@ def references() -> str:
   sections = (
     ('`experiments.pretrain`', pretrain.PretrainConfig),
     ('`experiments.pretrain` in several processes', distributed.Cluster),
-    ('`experiments.probe`', probe.ProbeConfig),
+    ('`experiments.probe`', probe_settings.ProbeConfig),
   )
   return '\n'.join(
     f'## {title}\n\n{flags.reference(config_type)}\n' for title, config_type in sections

@@ -14,8 +14,8 @@ from experiments import pretrain, records
 from experiments.cli import workdirs
 
 _PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
-# Checkpoints identify the surrogate, and the others change no result.
-_FREE_SETTINGS = (*_PLACES, 'surrogate', 'strict', 'batch_size')
+# Checkpoints identify encoders, and digests the data. The others change no result.
+_FREE_SETTINGS = (*_PLACES, 'pretrained', 'dataset', 'surrogate', 'strict', 'batch_size')
 _RENAMED = {'pgd_step_size': 'relative_step_size'}
 
 

@@ -25,10 +25,10 @@ from typing import Any
 
 from etils import epy
 
-from experiments import identity, pretrain, records
+from experiments import identity, pretrain, probe_settings, records
 from experiments.cli import app, devices, flags, messages, provenance, signals, workdirs
-from experiments.cli.flags import UsageError
-from se_vae.config import SUITES, ArgumentError, setting, validate
+from experiments.probe_settings import ProbeConfig
+from se_vae.config import ArgumentError, validate
 from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -39,10 +39,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae import data
   from se_vae.evaluation import attack_log, latent_shift, linear_probe, robustness
   from se_vae.models import vae
-  from se_vae.storage import model_store
-
-TASKS = ('digit', 'color', 'label')
-RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+  from se_vae.storage import model_store, pretrained
 
 # One probe at a time writes to a directory, whether or not the encoder is being trained there.
 _LOCK = '.probe.lock'
@@ -50,57 +47,6 @@ _LOCK = '.probe.lock'
 # Seconds to wait for a batch of an attack after a signal. A batch can take minutes, and is lost
 # unless the whole attempt is finished: the log of finished attempts is on disk.
 _PATIENCE = 5.0
-
-# Auto-PGD and Square hold a table with an entry for each step, which is a constant of the program.
-_MOST_STEPS = 1_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbeConfig:
-  """The flags of this binary."""
-
-  workdir: str | None = setting(None, 'Directory of a pretraining run.')
-  output: str | None = setting(
-    None, 'Directory for everything that this binary writes; --workdir if not given.'
-  )
-  data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
-  cache_dir: str | None = setting(
-    None,
-    "Directory for decoded images; the run's own, or 'data' in --output, if not given.",
-  )
-  task: str = setting('digit', 'What the probe predicts.', choices=TASKS)
-  attack: str = setting(
-    'standard', "The paper's PGD, or a suite of strong and varied attacks.", choices=SUITES
-  )
-  radii: tuple[float, ...] = setting(
-    RADII, 'linf radii of the attack, for pixels in [0, 1].', at_least=0, at_most=1
-  )
-  pgd_steps: int = setting(40, 'Gradient steps of the attack.', at_least=1, at_most=_MOST_STEPS)
-  relative_step_size: float | None = setting(
-    None, 'Step size as a share of the radius; 2.5 / pgd_steps if not given.', above=0
-  )
-  restarts: int = setting(
-    1, 'Random starts of the attack at each radius.', at_least=1, at_most=10_000
-  )  # every attempt is listed before the first
-  num_queries: int = setting(
-    1000, 'Forward passes of the Square attack.', at_least=1, at_most=_MOST_STEPS
-  )
-  check_examples: int = setting(
-    200, 'Test examples that the sanity checks attack again; 0 for no checks.', at_least=0
-  )
-  surrogate: str | None = setting(
-    None, 'Directory of another run on the same data, whose adversarial examples check 8 uses.'
-  )
-  joint: bool = setting(False, 'Attack the probes of all tasks together too, for colour sets.')
-  moves: bool = setting(False, 'Measure the largest latent shift, without labels.')
-  strict: bool = setting(False, 'Exit with code 1 if a check fails.')
-  num_examples: int | None = setting(
-    None, 'Test examples to attack, a fair sample of all; all if not given.', at_least=1
-  )
-  batch_size: int = setting(256, 'Examples attacked at a time; changes no result.', at_least=1)
-  standardize: bool = setting(False, 'Standardise each latent before the fit, as in fit_probe.')
-  l2: float = setting(1.0, 'Penalty of the probe, as in fit_probe.', above=0)
-  seed: int = setting(0, 'Seed of the random starts.', at_least=0, at_most=2**31 - 1)
 
 
 def main() -> None:
@@ -140,15 +86,20 @@ def prepare(config: ProbeConfig) -> Prepared:
     ArgumentError: if a setting cannot be used.
   """
   validate(config)
-  if config.workdir and config.output:
-    run = Path(config.workdir)
+  argument, run = _encoder(config)
+  if config.output:
     output = workdirs.check_workdir(config.output, argument='output', lock_name=_LOCK)
   else:
-    run = output = workdirs.check_workdir(config.workdir, lock_name=_LOCK)
-  model, params, metadata, checkpoint = _load('workdir', run)
+    output = workdirs.check_workdir(config.workdir, lock_name=_LOCK)
+  model, params, metadata, checkpoint = _load(argument, run)
   dataset = _load_dataset(config, metadata, output)
   check_fits(config, dataset)
-  dataset.check_is_that_of(metadata['data']['digest'])
+  if config.dataset is None:
+    dataset.check_is_that_of(metadata['data']['digest'])
+  elif (shape := dataset.train.images.shape[1:]) != model.image_shape:
+    raise ArgumentError(
+      'dataset', f'has images of shape {shape}, and the encoder takes {model.image_shape}'
+    )
   count = config.num_examples or len(dataset.test.images)
   return Prepared(
     output,
@@ -164,6 +115,18 @@ def prepare(config: ProbeConfig) -> Prepared:
   )
 
 
+def _encoder(config: ProbeConfig) -> tuple[str, Path]:
+  """The setting that names the encoder, and its directory."""
+  if config.pretrained is None:
+    return 'workdir', Path(config.workdir or '')  # checked with the other settings of directories
+  if config.workdir is not None or config.output is None:
+    raise ArgumentError('pretrained', 'is in place of a run in workdir, and needs output')
+  if config.pretrained not in pretrained.names():
+    message = f'must be one of {", ".join(pretrained.names())}, got {config.pretrained!r}'
+    raise ArgumentError('pretrained', message)
+  return 'pretrained', pretrained.workdir(config.pretrained)
+
+
 def _load(argument: str, workdir: Path) -> model_store.SavedModel:
   workdirs.check_owner(argument, workdir, workdirs.PRETRAIN)
   saved = pretrain.load_run(argument, workdir)
@@ -175,6 +138,8 @@ def _load(argument: str, workdir: Path) -> model_store.SavedModel:
 def _load_dataset(config: ProbeConfig, metadata: dict[str, Any], output: Path) -> data.Dataset:
   """Loads the encoder's data, whose directories may have moved since."""
   stored = pretrain.stored_config(metadata['config']).data
+  if config.dataset is not None:
+    stored = dataclasses.replace(stored, dataset=config.dataset, data_dir=None)
   data_dir, cache_dir = config.data_dir or stored.data_dir, config.cache_dir
   if not (cache_dir or config.output) and stored.cache_dir and Path(stored.cache_dir).is_dir():
     cache_dir = stored.cache_dir
@@ -234,7 +199,7 @@ def run(
   """
   prepared = prepare(config)
   stop.patience = _PATIENCE
-  stem = prepared.output / file_stem(config)
+  stem = prepared.output / probe_settings.file_stem(config)
   attacked = _attacked(config, prepared)
   with workdirs.lock(prepared.output, *probe_results.PATTERNS, name=_LOCK):
     if (finished := identity.finished(stem.with_suffix('.json'), attacked)) is not None:
@@ -397,28 +362,6 @@ def _latent_shift(
     **_attack_options(config, prepared.mesh),
   )
   return probe_results.latent_shift(config.radii, shift)
-
-
-def parse(text: str, *, unused: tuple[str, ...] = ()) -> ProbeConfig:
-  """The settings in the --probe flag of another binary, which sets the directories itself.
-
-  Raises:
-    UsageError: for a flag that is wrong, a directory, or one of the flags that are `unused` there.
-  """
-  config = flags.parse(ProbeConfig, text, '--probe')
-  for name in ('workdir', 'data_dir', 'cache_dir'):
-    if getattr(config, name) is not None:
-      raise UsageError(f'--probe: --{name} is a flag of its own here')
-  for name in ('output', *unused):
-    if getattr(config, name) != getattr(ProbeConfig, name):
-      raise UsageError(f'--probe: --{name} changes nothing here')
-  return config
-
-
-def file_stem(config: ProbeConfig) -> str:
-  """The name of a result's files without suffix; each suite of attacks has a name of its own."""
-  attack = '' if config.attack == 'standard' else f'_{config.attack}'
-  return f'probe_{config.task}{attack}'
 
 
 def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from experiments import pretrain, probe, recording, records
+from experiments import pretrain, probe, probe_settings, recording, records
 from experiments.cli import app, devices, flags, messages, provenance, signals, workdirs
 from se_vae.config import ArgumentError, DataConfig, ModelConfig, TrainConfig, setting, validate
 
@@ -145,7 +145,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     NotFiniteError: if the loss is not finite; the last good checkpoint stays.
   """
   workdir = workdirs.check_workdir(config.workdir, workdirs.SUPERVISED)
-  attack = probe.parse(config.probe, unused=_UNUSED)
+  attack = probe_settings.parse(config.probe, unused=_UNUSED)
   dataset = pretrain.load_dataset(config.data, workdir)
   pretrain.check_batch_size(config.batch_size, dataset)
   with flags.errors_begin_with('--probe'):

@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pretrain, probe, records
+from experiments import pretrain, probe, probe_settings, records
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.config import setting, validate
@@ -64,7 +64,7 @@ class Variant:
 
   varied: dict[str, Any]
   pretraining: pretrain.PretrainConfig
-  attack: probe.ProbeConfig
+  attack: probe_settings.ProbeConfig
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def variants_of(
   Raises:
     UsageError: for flags that do not exist or cannot have such a value.
   """
-  attack = probe.parse(config.probe)
+  attack = probe_settings.parse(config.probe)
   cache_dir = base.data.cache_dir or str(workdir.absolute() / 'data')
   varied = _parse(config.vary)
   for values in itertools.product(*varied.values()):

@@ -26,6 +26,7 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
   from se_vae.models.vae import VAE, make_vae
   from se_vae.objectives import elbo, log_normalizer, se_elbo
   from se_vae.storage.model_store import load_model, save_model
+  from se_vae.storage.pretrained import load_pretrained
   from se_vae.training import EncodingShift, TrainState, fit, init_state, select, train_step
   from se_vae.wasserstein import entropic_squared_w2, entropic_transport_cost, squared_w2
 
@@ -55,6 +56,7 @@ __all__ = [
   'joint_accuracy',
   'kl_divergence',
   'load_model',
+  'load_pretrained',
   'log_normalizer',
   'make_vae',
   'max_latent_shift',

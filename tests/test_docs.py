@@ -12,7 +12,15 @@ import jax
 import pytest
 
 import se_vae
-from experiments import figure1, flag_reference, pretrain, probe, report, supervised, sweep
+from experiments import (
+  figure1,
+  flag_reference,
+  pretrain,
+  probe_settings,
+  report,
+  supervised,
+  sweep,
+)
 from experiments.benchmarks import attack_comparison, speed
 from experiments.cli import app, distributed, flags
 from se_vae import attacks, data, evaluation, training
@@ -28,7 +36,7 @@ BINARIES = {
   'benchmarks.speed': [speed.BenchmarkConfig],
   'figure1': [figure1.Figure1Config],
   'pretrain': [pretrain.PretrainConfig, distributed.Cluster],
-  'probe': [probe.ProbeConfig],
+  'probe': [probe_settings.ProbeConfig],
   'report': [report.ReportConfig],
   'supervised': [supervised.SupervisedConfig],
   'sweep': [sweep.SweepConfig, pretrain.PretrainConfig],

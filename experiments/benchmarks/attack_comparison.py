@@ -27,7 +27,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import probe
+from experiments import probe, probe_settings
 from experiments.benchmarks import torch_twin
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
@@ -48,8 +48,8 @@ class ComparisonConfig:
 
   workdir: str | None = setting(None, 'Directory of a pretraining run of an MLP.')
   data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
-  task: str = setting('digit', 'What the probe predicts.', choices=probe.TASKS)
-  radii: tuple[float, ...] = setting(probe.RADII, 'linf radii.', at_least=0, at_most=1)
+  task: str = setting('digit', 'What the probe predicts.', choices=probe_settings.TASKS)
+  radii: tuple[float, ...] = setting(probe_settings.RADII, 'linf radii.', at_least=0, at_most=1)
   pgd_steps: int = setting(
     40, "Gradient steps of ours and of Foolbox's.", at_least=1, at_most=1_000_000
   )
@@ -87,9 +87,9 @@ def run(config: ComparisonConfig, stop: signals.StopSignal) -> dict[str, Any]:
     torch, foolbox, torchattacks = (importlib.import_module(name) for name in _PACKAGES)
   except ImportError as error:
     raise UsageError(f'this comparison needs pip install {" ".join(_PACKAGES)}: {error}') from None
-  names = {field.name for field in dataclasses.fields(probe.ProbeConfig)}
+  names = {field.name for field in dataclasses.fields(probe_settings.ProbeConfig)}
   shared = {name: value for name, value in vars(config).items() if name in names}
-  probing_config = probe.ProbeConfig(**shared)
+  probing_config = probe_settings.ProbeConfig(**shared)
   prepared = probe.prepare(probing_config)
   means = probe.train_means(prepared, prepared.model, prepared.params)
   fitted = probe.fit(probing_config, prepared, means)

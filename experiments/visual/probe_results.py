@@ -63,9 +63,10 @@ def as_text(result: dict[str, Any], attacked: str = 'probe') -> str:
     result: the JSON of a probe's or of a supervised classifier's result.
     attacked: what was attacked, for the header.
   """
-  workdir, attack = result['config']['workdir'], result['evaluation']['attack']
+  config, attack = result['config'], result['evaluation']['attack']
   lines = [
-    f'{workdir}: {result["task"]} {attacked} on {result["num_examples"]} test images',
+    f'{config.get("pretrained") or config["workdir"]}: {result["task"]} {attacked} on '
+    f'{result["num_examples"]} test images',
     f'radius  adversarial accuracy [95 % interval], {attack}',
   ]
   for radius, accuracy, (low, high) in zip(

@@ -122,6 +122,19 @@ def load_saved(
   found = checkpoints.load_latest(directory, on_damage=on_damage)
   if found is None:
     raise CheckpointError(f'{directory}: there is no checkpoint')
+  return restore(found, model)
+
+
+def restore(found: checkpoints.Checkpoint, model: vae.VAE | None = None) -> SavedModel:
+  """Returns the model of a checkpoint; parameters in half precision come back in single.
+
+  Args:
+    found: the checkpoint.
+    model: as in `load_saved`.
+
+  Raises:
+    CheckpointError: if the checkpoint does not hold such a model.
+  """
   path, tensors, metadata = found
   if model is not None:
     template = _shapes(model)
@@ -136,7 +149,11 @@ def load_saved(
       reason = f'{type(error).__name__} {" ".join(str(error).split())}'
       message = f"{path}: its metadata['model'] describes no model: {reason}"
       raise CheckpointError(message) from error
-  stored = {name: tensor for name, tensor in tensors.items() if name.startswith('params/')}
+  stored = {
+    name: tensor.astype(np.float32) if tensor.dtype == np.float16 else tensor
+    for name, tensor in tensors.items()
+    if name.startswith('params/')
+  }
   params = found._replace(tensors=stored).restore({'params': template})['params']
   return SavedModel(model, jax.tree.map(jnp.asarray, params), metadata, path)
 

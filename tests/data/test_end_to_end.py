@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import pretrain, probe
+from experiments import pretrain, probe, probe_settings
 from experiments.cli import flags, signals
 from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
@@ -66,7 +66,7 @@ def bits(workdir: Path) -> dict[str, bytes]:
 def run_probe(workdir: Path, **changes) -> dict:
   few = {'radii': (0.0, 0.1), 'pgd_steps': 1, 'check_examples': 0, 'l2': 1e-4}
   settings = {'workdir': str(workdir), 'task': 'label', **few, **changes}
-  return probe.run(probe.ProbeConfig(**settings), signals.StopSignal())
+  return probe.run(probe_settings.ProbeConfig(**settings), signals.StopSignal())
 
 
 @pytest.fixture(scope='module')

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import figure1, pretrain, probe
+from experiments import figure1, pretrain, probe, probe_settings
 from experiments.cli import flags, signals, workdirs
 from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
@@ -159,12 +159,12 @@ def test_probe_and_figure1_have_locks_too_and_a_run_in_training_may_be_probed(tm
   owner = f'in use by process {os.getpid()} on '
   stop = signals.StopSignal()
   with workdirs.lock(tmp_path, name='.probe.lock'), pytest.raises(ArgumentError, match=owner):
-    probe.run(probe.ProbeConfig(workdir=str(tmp_path)), stop)
+    probe.run(probe_settings.ProbeConfig(workdir=str(tmp_path)), stop)
   with workdirs.lock(tmp_path):
     with pytest.raises(ArgumentError, match=owner):
       figure1.run(figure1.Figure1Config(workdir=str(tmp_path)), stop)
     with pytest.raises(ArgumentError, match='holds no pretrained encoder'):
-      probe.run(probe.ProbeConfig(workdir=str(tmp_path)), stop)
+      probe.run(probe_settings.ProbeConfig(workdir=str(tmp_path)), stop)
 
 
 def test_a_lock_notices_when_its_directory_is_another_one(tmp_path):

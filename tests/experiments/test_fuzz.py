@@ -21,7 +21,16 @@ from absl import flags as absl_flags
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from experiments import figure1, identity, pretrain, probe, recording, records, report, sweep
+from experiments import (
+  figure1,
+  identity,
+  pretrain,
+  probe_settings,
+  recording,
+  records,
+  report,
+  sweep,
+)
 from experiments import supervised as supervised_binary
 from experiments.benchmarks import attack_comparison, speed
 from experiments.cli import distributed, flags, workdirs
@@ -128,7 +137,7 @@ TEXTS = NUMBERS | st.integers().map(str) | st.floats().map(repr) | st.text(max_s
   'config_type',
   [
     pretrain.PretrainConfig,
-    probe.ProbeConfig,
+    probe_settings.ProbeConfig,
     figure1.Figure1Config,
     sweep.SweepConfig,
     supervised_binary.SupervisedConfig,
@@ -240,7 +249,7 @@ def read_by_pretrain(run: Path) -> None:
 
 def read_by_others(run: Path) -> None:
   attack = {
-    'config': flags.to_dict(probe.ProbeConfig()),
+    'config': flags.to_dict(probe_settings.ProbeConfig()),
     'pretraining': flags.to_dict(pretrain.PretrainConfig()),
     'step': 300,
     'data': {'digest': 'abc'},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import figure1, identity, pretrain, probe, supervised, sweep
+from experiments import figure1, identity, pretrain, probe, probe_settings, supervised, sweep
 from experiments.cli import flags, provenance, signals, workdirs
 from se_vae import training
 from se_vae.config import ArgumentError
@@ -30,7 +30,7 @@ def train(workdir: str | Path, **changes) -> dict:
 
 
 def attack(workdir: str | Path, **changes) -> dict:
-  config = probe.ProbeConfig(workdir=str(workdir), **{**ATTACK, **changes})
+  config = probe_settings.ProbeConfig(workdir=str(workdir), **{**ATTACK, **changes})
   return probe.run(config, signals.StopSignal())
 
 
@@ -215,7 +215,7 @@ def test_with_an_output_the_probe_only_reads_the_run(run, tmp_path):
   assert names >= {'probe_digit.json', 'probe_digit.npz', 'probe_digit.png', 'robustness.json'}
   assert json.loads((output / 'probe_digit.json').read_text()) == json.loads(json.dumps(result))
   with pytest.raises(ArgumentError, match='workdir: is required'):
-    probe.run(probe.ProbeConfig(output=str(output)), signals.StopSignal())
+    probe.run(probe_settings.ProbeConfig(output=str(output)), signals.StopSignal())
   with (
     workdirs.lock(output, name='.probe.lock'),
     pytest.raises(ArgumentError, match=r'output: .*in use'),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import pretrain, probe, records
+from experiments import pretrain, probe, probe_settings, records
 from experiments.cli import flags
 from se_vae import make_vae, save_model
 from se_vae.config import ArgumentError
@@ -20,7 +20,7 @@ OLD = Path(__file__).parents[1] / 'storage' / 'old_checkpoint'
 
 def test_the_probe_takes_the_encoder_and_the_data_of_an_old_run(tmp_path):
   workdir = shutil.copytree(OLD, tmp_path / 'run')
-  settings = probe.ProbeConfig(workdir=str(workdir), num_examples=7)
+  settings = probe_settings.ProbeConfig(workdir=str(workdir), num_examples=7)
   prepared = probe.prepare(settings)
   assert prepared.metadata['step'] == 3
   assert prepared.images.shape == (7, 28, 28, 1)
@@ -36,7 +36,7 @@ def test_data_that_are_not_where_the_run_had_them_have_a_way_out(tmp_path, monke
   moved = flags.replace(pretrain.PretrainConfig(), **data)
   monkeypatch.setattr(pretrain, 'stored_config', lambda _: moved)
   with pytest.raises(ArgumentError, match=r"^data_dir: .*'relative/gone'.*name the directory"):
-    probe.prepare(probe.ProbeConfig(workdir=str(workdir)))
+    probe.prepare(probe_settings.ProbeConfig(workdir=str(workdir)))
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_a_saved_model_is_no_run_to_probe(tmp_path):
   params = make_vae(**arguments).init(jax.random.key(0))
   save_model(tmp_path, params, **arguments)
   with pytest.raises(ArgumentError, match=r'workdir: .* is a directory of se_vae\.save_model, not'):
-    probe.prepare(probe.ProbeConfig(workdir=str(tmp_path)))
+    probe.prepare(probe_settings.ProbeConfig(workdir=str(tmp_path)))

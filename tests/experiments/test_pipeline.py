@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import se_vae
-from experiments import pretrain, probe
+from experiments import pretrain, probe, probe_settings
 from experiments.cli import devices, flags, signals
 from se_vae import data, training
 from se_vae.config import ArgumentError
@@ -95,7 +95,7 @@ def test_an_encoder_loads_in_a_notebook(trained):
 
 
 def test_probe_writes_what_it_promises(trained):
-  settings = probe.ProbeConfig(
+  settings = probe_settings.ProbeConfig(
     workdir=str(trained),
     task='color',
     radii=(0.0, 0.1),
@@ -125,11 +125,11 @@ def test_probe_refuses_what_the_run_cannot_answer(trained, tmp_path):
   stop = signals.StopSignal()
   pretrain.run(config(tmp_path, num_steps=1), stop)
   with pytest.raises(ArgumentError, match='task: mnist_5k has no task color'):
-    probe.run(probe.ProbeConfig(workdir=str(tmp_path), task='color'), stop)
+    probe.run(probe_settings.ProbeConfig(workdir=str(tmp_path), task='color'), stop)
   with pytest.raises(ArgumentError, match='num_examples: must be at most the 1000'):
-    probe.run(probe.ProbeConfig(workdir=str(tmp_path), num_examples=1001), stop)
+    probe.run(probe_settings.ProbeConfig(workdir=str(tmp_path), num_examples=1001), stop)
   with pytest.raises(ArgumentError, match='workdir: holds no pretrained encoder'):
-    probe.run(probe.ProbeConfig(workdir=str(tmp_path / 'empty')), stop)
+    probe.run(probe_settings.ProbeConfig(workdir=str(tmp_path / 'empty')), stop)
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(trained):
@@ -192,7 +192,7 @@ def test_full_covariance_encoders_train_and_are_probed(tmp_path):
   losses = [row['loss'] for row in rows(tmp_path)]
   assert losses[-1] < losses[0]
   result = probe.run(
-    probe.ProbeConfig(
+    probe_settings.ProbeConfig(
       workdir=str(tmp_path), radii=(0.0, 0.1), pgd_steps=2, num_examples=20, check_examples=0
     ),
     signals.StopSignal(),

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import pretrain, probe
+from experiments import pretrain, probe, probe_settings
 from experiments.benchmarks import attack_comparison
 from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
+from experiments.visual import probe_results
 from se_vae.config import ArgumentError
 from se_vae.evaluation import linear_probe, robustness, sanity_checks
+from se_vae.storage import pretrained
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -39,7 +41,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def config(workdir):
-  return probe.ProbeConfig(
+  return probe_settings.ProbeConfig(
     workdir=str(workdir), radii=RADII, pgd_steps=4, num_examples=48, num_queries=20
   )
 
@@ -66,14 +68,14 @@ def test_the_evidence_lies_beside_the_curve(workdir, result):
     assert picture.size[0] % (2 * 28) == 0
   assert not list(workdir.glob('*.state.npz'))
   fitted = linear_probe.LinearProbe(saved['probe_weights'], saved['probe_bias'])
-  prepared = probe.prepare(probe.ProbeConfig(workdir=str(workdir), num_examples=48))
+  prepared = probe.prepare(probe_settings.ProbeConfig(workdir=str(workdir), num_examples=48))
   classifier = linear_probe.ProbedEncoder(prepared.model)
   predicted = classifier(prepared.images, prepared.params, fitted).argmax(axis=1)
   assert np.mean(predicted == prepared.labels) == result['accuracy'][0]
 
 
 def prepared_images(workdir):
-  return probe.prepare(probe.ProbeConfig(workdir=str(workdir), num_examples=48)).images
+  return probe.prepare(probe_settings.ProbeConfig(workdir=str(workdir), num_examples=48)).images
 
 
 class DuringTheAttack(signals.StopSignal):
@@ -126,7 +128,7 @@ def colored(tmp_path_factory):
 
 def test_surrogate_joint_attack_and_latent_shift_are_written_too(colored, capsys, monkeypatch):
   workdir, surrogate = colored
-  config = probe.ProbeConfig(
+  config = probe_settings.ProbeConfig(
     workdir=str(workdir),
     surrogate=str(surrogate),
     joint=True,
@@ -172,7 +174,7 @@ def test_a_signal_stops_the_other_attacks_too(colored, flag, monkeypatch):
   stop = signals.StopSignal()
   stop.signum = signal.SIGINT
   monkeypatch.setattr(robustness, 'evaluate', pytest.fail)
-  config = probe.ProbeConfig(
+  config = probe_settings.ProbeConfig(
     workdir=str(colored[0]), radii=(0.1,), pgd_steps=4, num_examples=16, **{flag: True}
   )
   with pytest.raises(signals.Interrupted):
@@ -218,7 +220,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_fitted(
 @pytest.mark.parametrize('attack', ['standard', 'worst_case'])
 def test_an_undefended_encoder_is_not_robust(tmp_path, attack):
   train(tmp_path, hidden_units=100, latent_dim=16, num_steps=800)
-  config = probe.ProbeConfig(
+  config = probe_settings.ProbeConfig(
     workdir=str(tmp_path), attack=attack, radii=(0.0, 0.3), num_examples=100, check_examples=0
   )
   clean, attacked = probe.run(config, signals.StopSignal())['accuracy']
@@ -251,3 +253,28 @@ def test_the_comparison_says_what_is_missing(workdir, monkeypatch):
     attack_comparison.run(
       attack_comparison.ComparisonConfig(workdir=str(workdir)), signals.StopSignal()
     )
+
+
+def test_a_pretrained_encoder_is_attacked_on_other_data_and_left_as_it_is(tmp_path):
+  name = 'mnist_mlp_se_smoothed_latent128'
+  config = probe_settings.ProbeConfig(
+    pretrained=name,
+    output=str(tmp_path / 'out'),
+    dataset='mnist_5k',
+    num_examples=100,
+    radii=(0.0, 0.1),
+    pgd_steps=10,
+    check_examples=0,
+  )
+  before = sorted(pretrained.workdir(name).rglob('*'))
+  clean, attacked = probe.run(config, signals.StopSignal())['accuracy']
+  assert clean > 0.8 and attacked > 0.5
+  assert sorted(pretrained.workdir(name).rglob('*')) == before
+  assert probe_results.as_text(json.loads((tmp_path / 'out' / 'probe_digit.json').read_text()))
+  for changes, message in (
+    ({'pretrained': 'resnet'}, f'pretrained: must be one of .*{name}'),
+    ({'output': None}, 'pretrained: is in place of a run in workdir, and needs output'),
+    ({'dataset': 'color_mnist_5k'}, 'dataset: has images of shape'),
+  ):
+    with pytest.raises(ArgumentError, match=message):
+      probe.run(dataclasses.replace(config, **changes), signals.StopSignal())

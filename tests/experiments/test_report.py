@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import figure1, pretrain, probe, report, supervised
+from experiments import figure1, pretrain, probe_settings, report, supervised
 from experiments.cli.flags import UsageError, to_dict
 from experiments.visual import image_grids
 from se_vae.evaluation import verdicts
@@ -110,7 +110,7 @@ def write_probe(directory: Path, **changes) -> dict:
       {'number': 1, 'name': 'images are legal', 'passed': True, 'figure': 'all', 'values': {}},
       {'number': 6, 'name': 'converged', 'passed': False, 'figure': '9 more', 'values': {}},
     ],
-    'config': to_dict(probe.ProbeConfig(workdir=str(directory))),
+    'config': to_dict(probe_settings.ProbeConfig(workdir=str(directory))),
     'step': 300,
     **changes,
   }

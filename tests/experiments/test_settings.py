@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from absl import flags as absl_flags
 
-from experiments import figure1, pretrain, probe
+from experiments import figure1, pretrain, probe_settings
 from experiments.cli import devices, distributed, flags
 from se_vae.config import ArgumentError, ModelConfig, TrainConfig, setting, validate
 from se_vae.storage import json_files
 
-BINARIES = {'pretrain': pretrain.PretrainConfig, 'probe': probe.ProbeConfig}
+BINARIES = {'pretrain': pretrain.PretrainConfig, 'probe': probe_settings.ProbeConfig}
 ROOT = Path(__file__).parents[2]
 
 
@@ -76,9 +76,9 @@ def test_directories_that_are_recorded_are_absolute(monkeypatch, tmp_path):
   before = flags.to_dict(config) | {'init_from': '../vae'}  # as earlier versions recorded it
   pretrain._check_same_settings({'config': before}, config)
   values = absl_flags.FlagValues()
-  flags.define_flags(probe.ProbeConfig, values)
+  flags.define_flags(probe_settings.ProbeConfig, values)
   values(['', '--data_dir=data', '--surrogate='])
-  parsed = flags.from_flags(probe.ProbeConfig, values)
+  parsed = flags.from_flags(probe_settings.ProbeConfig, values)
   assert (parsed.data_dir, parsed.surrogate) == (str(tmp_path / 'data'), '')
 
 

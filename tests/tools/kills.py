@@ -20,7 +20,7 @@ import time
 import traceback
 from pathlib import Path
 
-from experiments import figure1, pretrain, probe
+from experiments import figure1, pretrain, probe, probe_settings
 from experiments.cli import app, distributed, flags
 from se_vae.evaluation import robustness
 
@@ -35,7 +35,7 @@ BINARIES = {
   ),
   'probe': (
     probe,
-    (probe.ProbeConfig,),
+    (probe_settings.ProbeConfig,),
     {**ATTACK, 'attack': 'worst_case', 'radii': '0,0.05,0.1,0.2', 'num_queries': 20},
   ),
   'figure1': (figure1, (figure1.Figure1Config,), {'radii': '0,0.1', 'latent_dims': 4}),

@@ -1,0 +1,93 @@
+"""The settings of a probe and its attack, which figure1, sweep and supervised take too."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from experiments.cli import flags
+from experiments.cli.flags import UsageError
+from se_vae.config import SUITES, setting
+
+TASKS = ('digit', 'color', 'label')
+RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+
+# Auto-PGD and Square hold a table with an entry for each step, which is a constant of the program.
+_MOST_STEPS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+  """The flags of this binary."""
+
+  workdir: str | None = setting(None, 'Directory of a pretraining run.')
+  pretrained: str | None = setting(
+    None,
+    'Name of a pretrained encoder, which is attacked in place of a run; needs --output. '
+    'docs/pretrained_encoders.md has the names.',
+  )
+  output: str | None = setting(
+    None, 'Directory for everything that this binary writes; --workdir if not given.'
+  )
+  dataset: str | None = setting(
+    None, "Data set that the probe is fitted and attacked on; the run's own if not given."
+  )
+  data_dir: str | None = setting(None, "Directory of the data; the run's own if not given.")
+  cache_dir: str | None = setting(
+    None,
+    "Directory for decoded images; the run's own, or 'data' in --output, if not given.",
+  )
+  task: str = setting('digit', 'What the probe predicts.', choices=TASKS)
+  attack: str = setting(
+    'standard', "The paper's PGD, or a suite of strong and varied attacks.", choices=SUITES
+  )
+  radii: tuple[float, ...] = setting(
+    RADII, 'linf radii of the attack, for pixels in [0, 1].', at_least=0, at_most=1
+  )
+  pgd_steps: int = setting(40, 'Gradient steps of the attack.', at_least=1, at_most=_MOST_STEPS)
+  relative_step_size: float | None = setting(
+    None, 'Step size as a share of the radius; 2.5 / pgd_steps if not given.', above=0
+  )
+  restarts: int = setting(
+    1, 'Random starts of the attack at each radius.', at_least=1, at_most=10_000
+  )  # every attempt is listed before the first
+  num_queries: int = setting(
+    1000, 'Forward passes of the Square attack.', at_least=1, at_most=_MOST_STEPS
+  )
+  check_examples: int = setting(
+    200, 'Test examples that the sanity checks attack again; 0 for no checks.', at_least=0
+  )
+  surrogate: str | None = setting(
+    None, 'Directory of another run on the same data, whose adversarial examples check 8 uses.'
+  )
+  joint: bool = setting(False, 'Attack the probes of all tasks together too, for colour sets.')
+  moves: bool = setting(False, 'Measure the largest latent shift, without labels.')
+  strict: bool = setting(False, 'Exit with code 1 if a check fails.')
+  num_examples: int | None = setting(
+    None, 'Test examples to attack, a fair sample of all; all if not given.', at_least=1
+  )
+  batch_size: int = setting(256, 'Examples attacked at a time; changes no result.', at_least=1)
+  standardize: bool = setting(False, 'Standardise each latent before the fit, as in fit_probe.')
+  l2: float = setting(1.0, 'Penalty of the probe, as in fit_probe.', above=0)
+  seed: int = setting(0, 'Seed of the random starts.', at_least=0, at_most=2**31 - 1)
+
+
+def parse(text: str, *, unused: tuple[str, ...] = ()) -> ProbeConfig:
+  """The settings in the --probe flag of another binary, which sets the directories itself.
+
+  Raises:
+    UsageError: for a flag that is wrong, a directory, or one of the flags that are `unused` there.
+  """
+  config = flags.parse(ProbeConfig, text, '--probe')
+  for name in ('workdir', 'dataset', 'data_dir', 'cache_dir'):
+    if getattr(config, name) is not None:
+      raise UsageError(f'--probe: --{name} is a flag of its own here')
+  for name in ('output', 'pretrained', *unused):
+    if getattr(config, name) != getattr(ProbeConfig, name):
+      raise UsageError(f'--probe: --{name} changes nothing here')
+  return config
+
+
+def file_stem(config: ProbeConfig) -> str:
+  """The name of a result's files without suffix; each suite of attacks has a name of its own."""
+  attack = '' if config.attack == 'standard' else f'_{config.attack}'
+  return f'probe_{config.task}{attack}'

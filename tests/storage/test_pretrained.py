@@ -1,0 +1,71 @@
+"""Pretrained encoders: their files, what loads them, and how one is made."""
+
+from __future__ import annotations
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from se_vae import data, load_pretrained
+from se_vae.config import ArgumentError
+from se_vae.data.transforms import pixels
+from se_vae.evaluation import linear_probe
+from se_vae.models import vae
+from se_vae.storage import checkpoints, model_store, pretrained
+
+
+@pytest.mark.parametrize('name', pretrained.names())
+def test_every_encoder_is_small_and_tells_classes_apart(name):
+  (path,) = (pretrained.workdir(name) / model_store.CHECKPOINTS).iterdir()
+  assert path.stat().st_size <= 2_000_000
+  model, params = load_pretrained(name)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype('float32')}
+  digits = data.load('color_mnist_5k' if 'color' in name else 'mnist_5k')
+  means = linear_probe.encoder_means(model, params, digits.train.images)
+  probe = linear_probe.fit_probe(means, digits.train.labels['digit'], 10)
+  q = model.encode(params, pixels(digits.test.images))
+  assert linear_probe.accuracy(probe, np.asarray(q.mean), digits.test.labels['digit']) > 0.8
+  error = np.mean((model.decode(params, q.mean) - pixels(digits.test.images)) ** 2)
+  assert error < 0.5 * np.var(pixels(digits.test.images))  # images come back
+
+
+def test_an_unknown_name_gives_the_list():
+  with pytest.raises(ArgumentError, match=f'name: must be one of {pretrained.names()[0]}, .*got'):
+    load_pretrained('resnet')
+
+
+def test_a_damaged_file_is_named(tmp_path, monkeypatch):
+  name = pretrained.names()[0]
+  shutil.copytree(pretrained.workdir(name), tmp_path / name)
+  monkeypatch.setattr(pretrained, '_FOLDER', tmp_path)
+  (path,) = (tmp_path / name / model_store.CHECKPOINTS).iterdir()
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(checkpoints.CheckpointError, match=f'{path.name}: damaged'):
+    load_pretrained(name)
+
+
+def test_an_export_is_the_run_in_half_precision(tmp_path):
+  model = vae.make_vae((2, 2, 1), latent_dim=3, num_layers=1, hidden_units=4)
+  params = model.init(jax.random.key(0))
+  arguments = {'image_shape': [2, 2, 1], 'latent_dim': 3, 'num_layers': 1, 'hidden_units': 4}
+  metadata = {
+    'model': arguments,
+    'data': {'source': 'here', 'digest': 'abc'},
+    'config': {'workdir': '/home/me/run', 'data_dir': '/home/me/data', 'gamma': 2.0},
+  }
+  checkpoints.save(tmp_path / 'run' / 'checkpoints', 7, {'params': params, 'more': 1}, metadata)
+  pretrained.export(tmp_path / 'run', tmp_path / 'encoder')
+  saved = model_store.load_saved(tmp_path / 'encoder')
+  jax.tree.map(
+    lambda half, full: np.testing.assert_array_equal(
+      half, np.asarray(full).astype(np.float16).astype(np.float32)
+    ),
+    saved.params,
+    params,
+  )
+  assert saved.metadata['step'] == 7 and saved.metadata['config']['gamma'] == 2.0
+  assert '/home' not in str(saved.metadata)
