@@ -87,7 +87,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   """
   validate(config)
   argument, run = _encoder(config)
-  if config.output:
+  if config.output and (config.workdir or config.pretrained):
     output = workdirs.check_workdir(config.output, argument='output', lock_name=_LOCK)
   else:
     output = workdirs.check_workdir(config.workdir, lock_name=_LOCK)
