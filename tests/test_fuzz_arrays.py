@@ -165,6 +165,7 @@ def _logits(x: jax.Array) -> jax.Array:
 @fuzz(0.04)
 @given(x=IMAGES, labels=LABELS, radii=RADII, function=st.sampled_from([0, 1]))
 @example(x=np.zeros((), np.float32), labels=TWO_CLASSES, radii=[0.1], function=0)
+@example(x=np.zeros((3, 0), np.float32), labels=TWO_CLASSES, radii=[0.1], function=0)
 @example(x=np.zeros((3, 2), np.float32), labels=TWO_CLASSES, radii=[HUGE], function=0)
 def test_evaluations(x, labels, radii, function):
   """Images, labels and radii: refused, naming the argument, or a curve over these radii."""

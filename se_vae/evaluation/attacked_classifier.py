@@ -215,8 +215,8 @@ def check_images(x: np.ndarray, bounds: tuple[float, float]) -> None:
   """Raises ArgumentError unless there are images, all inside the bounds."""
   if not bounds[0] < bounds[1]:
     raise ArgumentError('bounds', f'must be (lowest, highest), got {bounds}')
-  if not len(x) or not (x.min() >= bounds[0] and x.max() <= bounds[1]):  # NaN is outside too
-    found = f'[{x.min()}, {x.max()}]' if len(x) else 'none'
+  if not x.size or not (x.min() >= bounds[0] and x.max() <= bounds[1]):  # NaN is outside too
+    found = f'[{x.min()}, {x.max()}]' if x.size else 'none'
     raise ArgumentError('x', f'must lie in {bounds}, got {found}')
 
 
