@@ -26,6 +26,14 @@ _CHECKPOINTS: dict[str, tuple[int, str]] = {
     10000,
     'fb96d90e9bd5ee3e3034baefa511d2a074575e6434dd35fedf3eacf1507642ca',
   ),
+  'color_mnist_mlp_vae_latent128': (
+    20000,
+    '2730783a2cc41b51d6125483ea03d70a9ea997e4d82c6d3722462a065650be7b',
+  ),
+  'color_mnist_mlp_se_smoothed_latent128': (
+    10000,
+    '29fa78285794773d56b03689dba1b1d4158e5a0dacbab6eef82c9bc3d765bc71',
+  ),
 }
 
 _FOLDER = Path(__file__).parent / 'encoders'
