@@ -270,7 +270,8 @@ def read_by_report(run: Path) -> None:
 
 
 def drawn_by_report(run: Path) -> None:
-  report.render([run]).encode()
+  page, _ = report.render([run])
+  page.encode()
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,13 @@ def test_every_encoder_is_small_and_tells_classes_apart(name):
   assert path.stat().st_size <= 2_000_000
   model, params = load_pretrained(name)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype('float32')}
-  digits = data.load('color_mnist_5k' if 'color' in name else 'mnist_5k')
+  color = 'color' in name
+  digits = data.load('color_mnist_5k' if color else 'mnist_5k')
+  task = 'color' if color else 'digit'
   means = linear_probe.encoder_means(model, params, digits.train.images)
-  probe = linear_probe.fit_probe(means, digits.train.labels['digit'], 10)
+  probe = linear_probe.fit_probe(means, digits.train.labels[task], 10)
   q = model.encode(params, pixels(digits.test.images))
-  assert linear_probe.accuracy(probe, np.asarray(q.mean), digits.test.labels['digit']) > 0.8
+  assert linear_probe.accuracy(probe, np.asarray(q.mean), digits.test.labels[task]) > 0.8
   error = np.mean((model.decode(params, q.mean) - pixels(digits.test.images)) ** 2)
   assert error < 0.5 * np.var(pixels(digits.test.images))  # images come back
 
