@@ -8,8 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -423,15 +421,6 @@ def test_a_name_that_is_not_utf_8_is_no_error(tmp_path):
   directory = tmp_path / os.fsdecode('sü'.encode() + b'\xff')
   page = report.run(report.ReportConfig(workdir=str(write_run(directory)))).read_bytes()
   assert 'sü'.encode() + b'\xff' in page
-
-
-def test_charts_leave_nothing_in_the_home_directory(tmp_path):
-  code = 'from experiments.visual import plots; plots.new_figure(1, 1)'
-  environment = {name: value for name, value in os.environ.items() if name != 'MPLCONFIGDIR'}
-  home = {name: str(tmp_path) for name in ('HOME', 'XDG_CONFIG_HOME', 'XDG_CACHE_HOME')}
-  command = [sys.executable, '-c', code]
-  subprocess.run(command, cwd=ROOT, env=environment | home, check=True)
-  assert list(tmp_path.iterdir()) == []
 
 
 def test_directories_that_are_wrong_are_named(run):

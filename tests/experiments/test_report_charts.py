@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,3 +90,12 @@ def test_runs_side_by_side_look_different():
   styles = report_page.styles(['se', 'vae'] * 12)
   assert len(set(styles)) == 24
   assert not {style.color for style in styles[::2]} & {style.color for style in styles[1::2]}
+
+
+def test_charts_leave_nothing_in_the_home_directory(tmp_path):
+  code = 'from experiments.visual import plots; plots.new_figure(1, 1)'
+  environment = {name: value for name, value in os.environ.items() if name != 'MPLCONFIGDIR'}
+  home = {name: str(tmp_path) for name in ('HOME', 'XDG_CONFIG_HOME', 'XDG_CACHE_HOME')}
+  command = [sys.executable, '-c', code]
+  subprocess.run(command, cwd=Path(__file__).parents[2], env=environment | home, check=True)
+  assert list(tmp_path.iterdir()) == []

@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 
 from experiments import pretrain
-from experiments.cli import devices, distributed, flags, signals, workdirs
+from experiments.cli import distributed, flags, signals, workdirs
 from se_vae.config import ArgumentError
 from se_vae.parallel import processes
 from se_vae.storage import checkpoints
@@ -293,55 +292,6 @@ def test_alone_nothing_is_joined_and_every_decision_is_one_s_own():
       processes.together(divmod, 1, 0)
     with pytest.raises(ZeroDivisionError):  # and is not swallowed: this process is the first
       processes.on_first(divmod, 1, 0)
-
-
-@pytest.mark.parametrize(
-  ('batch_size', 'num_devices', 'expected'), [(64, None, 4), (64, 2, 2), (48, None, 3), (6, 3, 3)]
-)
-def test_as_many_devices_as_divide_the_batch_or_as_many_as_asked_for(
-  batch_size, num_devices, expected
-):
-  assert devices.mesh_for(batch_size, num_devices).size == expected
-
-
-def test_accelerators_share_every_batch_and_idle_ones_are_told_of(monkeypatch, capsys):
-  """The smallest share is a CPU's alone."""
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  mesh = devices.mesh_for(48)
-  assert mesh.size == 4 and len(devices.device_kinds(mesh)) == 4
-  devices.warn_of_idle_devices(mesh, 48)
-  assert capsys.readouterr().err == ''
-  mesh = devices.mesh_for(66)
-  assert mesh.size == 3 and len(devices.device_kinds(mesh)) == 3
-  devices.warn_of_idle_devices(mesh, 66)
-  assert capsys.readouterr().err == (
-    'warning: --batch_size: 66 examples are shared by 3 of 4 devices, as many as divide them\n'
-  )
-
-
-def test_a_batch_is_a_multiple_of_the_processes(monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 3)
-  with pytest.raises(ArgumentError, match='batch_size: must be a multiple of the 3 processes'):
-    devices.mesh_for(64)
-
-
-@pytest.mark.parametrize(
-  ('batch_size', 'num_devices', 'message'),
-  [
-    (64, 3, 'batch_size, num_devices: 64 examples cannot be split evenly over 3 devices'),
-    (64, 8, 'num_devices: must be <= 4, the devices here; got 8'),
-  ],
-)
-def test_devices_that_do_not_fit_are_named_before_anything_is_written(
-  tmp_path, batch_size, num_devices, message
-):
-  config = pretrain.PretrainConfig(
-    workdir=str(tmp_path / 'w'), batch_size=batch_size, num_devices=num_devices
-  )
-  with pytest.raises(ArgumentError) as error:
-    pretrain.run(config, signals.StopSignal())
-  assert str(error.value) == message
-  assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------
