@@ -18,7 +18,6 @@ from experiments.cli.flags import UsageError, to_dict
 from experiments.visual import image_grids
 from se_vae.evaluation import verdicts
 
-ROOT = Path(__file__).parents[2]
 RADII = [0.0, 0.05, 0.1, 0.3]
 VOID = {'meta', 'img', 'br'}
 
