@@ -288,12 +288,15 @@ def fit(
     The parameters, and a row of metrics for every `steps_per_row` steps, each with its last step.
 
   Raises:
-    ArgumentError: for a frozen decoder without `params`: it would stay as it was drawn.
+    ArgumentError: for a frozen decoder without `params`, which would stay as it was drawn; for
+      steps_per_row < 1.
     NotFiniteError: if a metric is not finite.
     TypeError: for images that are not uint8.
   """
   if config.freeze_decoder and params is None:
     raise ArgumentError('params', 'is needed for freeze_decoder: its decoder is kept')
+  if steps_per_row < 1:
+    raise ArgumentError('steps_per_row', f'must be >= 1, got {steps_per_row}')
   init_key, key, _ = jax.random.split(jax.random.key(seed), 3)
   # As one program, and not as dozens of small ones to compile.
   init = jax.jit(init_state, static_argnames=('model', 'num_examples', 'optimizer'))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from se_vae import data, training
-from se_vae.config import OBJECTIVES
+from se_vae.config import OBJECTIVES, ArgumentError
 from se_vae.data.transforms import pixels
 from se_vae.parallel import sharding
 from tests.training.small_runs import (
@@ -121,6 +121,11 @@ def test_fit_is_run_from_scratch():
   assert rows == [{'step': step, **row} for step, row, _ in expected]
   assert [row['step'] for row in rows] == [10, 12]
   assert_same(params, expected[-1][2])
+
+
+def test_fit_refuses_rows_of_no_steps():
+  with pytest.raises(ArgumentError, match='steps_per_row: must be >= 1, got 0'):
+    training.fit(tiny(num_layers=1), CONFIG, IMAGES, steps_per_row=0)
 
 
 def test_finished_run_yields_nothing():
