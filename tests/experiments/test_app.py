@@ -28,7 +28,7 @@ def exit_code(main: Callable[[], Any]) -> Any:
   """The code with which a binary with this `main` ends, in this process."""
   values = absl_flags.FlagValues()
   flags.define_flags(app.RuntimeConfig, values)
-  for name in ('data_dir', 'a', 'b', 'batch_size'):
+  for name in ('data_dir', 'a', 'b', 'batch_size', 'coordinator'):
     absl_flags.DEFINE_string(name, None, '', flag_values=values)
   absl_flags.DEFINE_integer('verbosity', 0, '', flag_values=values)
   values(['binary', '--verbosity=0'])

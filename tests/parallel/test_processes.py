@@ -52,10 +52,12 @@ def free_port() -> int:
 def start(workdir: Path, *, env: dict[str, str] | None = None, **flags) -> subprocess.Popen:
   """One process of the binary, as a user starts it."""
   flags = {'workdir': workdir, 'num_devices': 2, **TINY, **flags}
+  # JAX warns of proxies, which tests have so that nothing is downloaded.
+  inherited = {name: value for name, value in os.environ.items() if not name.endswith('_PROXY')}
   return subprocess.Popen(
     [sys.executable, '-m', 'experiments.pretrain', *(f'--{k}={v}' for k, v in flags.items())],
     cwd=ROOT,
-    env={**os.environ, **(env or {})},
+    env={**inherited, **(env or {})},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

@@ -26,7 +26,7 @@ def test_every_encoder_is_small_and_tells_classes_apart(name):
   digits = data.load('color_mnist_5k' if color else 'mnist_5k')
   task = 'color' if color else 'digit'
   means = linear_probe.encoder_means(model, params, digits.train.images)
-  probe = linear_probe.fit_probe(means, digits.train.labels[task], 10)
+  probe = linear_probe.fit_probe(means, digits.train.labels[task], digits.num_classes[task])
   q = model.encode(params, pixels(digits.test.images))
   assert linear_probe.accuracy(probe, np.asarray(q.mean), digits.test.labels[task]) > 0.8
   error = np.mean((model.decode(params, q.mean) - pixels(digits.test.images)) ** 2)
