@@ -225,7 +225,11 @@ def test_too_many_devices_are_refused_before_jax_starts_them(monkeypatch):
   ('settings', 'message'),
   [
     ({'latent_dim': 10**6}, r'latent_dim, hidden_units: training needs at least \S+ GiB of memory'),
-    ({'latent_dim': 2**31 - 1, 'covariance': 'full'}, 'latent_dim, hidden_units: too large'),
+    # From JAX 0.12 on such a shape can be described; before, describing it fails.
+    (
+      {'latent_dim': 2**31 - 1, 'covariance': 'full'},
+      'latent_dim, hidden_units: (too large|training needs)',
+    ),
     ({'arch': 'convnet', 'conv_channels': 10**5}, 'latent_dim, conv_channels: training needs'),
   ],
 )
