@@ -2,15 +2,15 @@ r"""Fits a linear probe on a pretrained encoder's means, attacks it, and checks 
 
   python -m experiments.probe --workdir=runs/se --task=digit --attack=worst_case
 
-Reads the newest checkpoint of the run in --workdir. Writes `probe_TASK.json` (accuracies, sanity
-checks, settings, versions), `.csv` and `.png` (the curve), `_images.png` (adversarial images beside
-originals and reconstructions) and `.npz` (the probe, the attack log and the adversarial image of
-every example) to the same directory, or to --output, and then only reads the run. With
---attack=worst_case the files are named `probe_TASK_worst_case`; `robustness.json` holds all
-results. --joint adds the curve of one attack on all tasks together, and --moves the largest latent
-shift, with `_moves.csv`. With --strict the exit code is 1 if a check fails. An interrupted attack
-continues when the same command is given again. A finished one is not repeated until its JSON file
-is removed.
+Reads the newest checkpoint of the run in --workdir, or the encoder that --pretrained names. Writes
+`probe_TASK.json` (accuracies, sanity checks, settings, versions), `.csv` and `.png` (the curve),
+`_images.png` (adversarial images beside originals and reconstructions) and `.npz` (the probe, the
+attack log and the adversarial image of every example) to the same directory, or to --output, and
+then only reads the run. With --attack=worst_case the files are named `probe_TASK_worst_case`;
+`robustness.json` holds all results. --joint adds the curve of one attack on all tasks together, and
+--moves the largest latent shift, with `_moves.csv`. With --strict the exit code is 1 if a check
+fails. An interrupted attack continues when the same command is given again. A finished one is not
+repeated until its JSON file is removed.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def _encoder(config: ProbeConfig) -> tuple[str, Path]:
     return 'workdir', Path(config.workdir or '')  # checked with the other settings of directories
   if config.workdir is not None or config.output is None:
     raise ArgumentError('pretrained', 'is in place of a run in workdir, and needs output')
-  if config.pretrained not in pretrained.names():
-    message = f'must be one of {", ".join(pretrained.names())}, got {config.pretrained!r}'
-    raise ArgumentError('pretrained', message)
-  return 'pretrained', pretrained.workdir(config.pretrained)
+  try:
+    return 'pretrained', pretrained.workdir(config.pretrained)
+  except ArgumentError as error:
+    raise ArgumentError('pretrained', error.message) from None
 
 
 def _load(argument: str, workdir: Path) -> model_store.SavedModel:

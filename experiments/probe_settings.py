@@ -12,7 +12,8 @@ TASKS = ('digit', 'color', 'label')
 RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 
 # Auto-PGD and Square hold a table with an entry for each step, which is a constant of the program.
-_MOST_STEPS = 1_000_000
+MOST_STEPS = 1_000_000
+MOST_RESTARTS = 10_000  # every attempt is listed before the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +44,15 @@ class ProbeConfig:
   radii: tuple[float, ...] = setting(
     RADII, 'linf radii of the attack, for pixels in [0, 1].', at_least=0, at_most=1
   )
-  pgd_steps: int = setting(40, 'Gradient steps of the attack.', at_least=1, at_most=_MOST_STEPS)
+  pgd_steps: int = setting(40, 'Gradient steps of the attack.', at_least=1, at_most=MOST_STEPS)
   relative_step_size: float | None = setting(
     None, 'Step size as a share of the radius; 2.5 / pgd_steps if not given.', above=0
   )
   restarts: int = setting(
-    1, 'Random starts of the attack at each radius.', at_least=1, at_most=10_000
-  )  # every attempt is listed before the first
+    1, 'Random starts of the attack at each radius.', at_least=1, at_most=MOST_RESTARTS
+  )
   num_queries: int = setting(
-    1000, 'Forward passes of the Square attack.', at_least=1, at_most=_MOST_STEPS
+    1000, 'Forward passes of the Square attack.', at_least=1, at_most=MOST_STEPS
   )
   check_examples: int = setting(
     200, 'Test examples that the sanity checks attack again; 0 for no checks.', at_least=0

@@ -51,9 +51,11 @@ class ComparisonConfig:
   task: str = setting('digit', 'What the probe predicts.', choices=probe_settings.TASKS)
   radii: tuple[float, ...] = setting(probe_settings.RADII, 'linf radii.', at_least=0, at_most=1)
   pgd_steps: int = setting(
-    40, "Gradient steps of ours and of Foolbox's.", at_least=1, at_most=1_000_000
+    40, "Gradient steps of ours and of Foolbox's.", at_least=1, at_most=probe_settings.MOST_STEPS
   )
-  restarts: int = setting(1, 'Random starts of our untargeted attacks.', at_least=1, at_most=10_000)
+  restarts: int = setting(
+    1, 'Random starts of our untargeted attacks.', at_least=1, at_most=probe_settings.MOST_RESTARTS
+  )
   num_examples: int = setting(1000, 'Test images, a fair sample of all.', at_least=1)
   batch_size: int = setting(250, 'Images at a time, on both sides.', at_least=1)
   worst_case: bool = setting(True, 'Run the ensembles too, and not the PGDs alone.')

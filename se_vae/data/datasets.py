@@ -60,7 +60,7 @@ class Dataset:
     num_classes: task name -> number of classes.
     source: where the data came from, for people.
     digest: SHA-256 (hex) over every array of both splits, which names exactly the data used.
-    digest_before: that of version 0.2, which had the test split of some sets in another order.
+    digest_before: that of version 0.1, which had the test split of some sets in another order.
   """
 
   name: str
