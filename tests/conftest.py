@@ -20,28 +20,93 @@ os.environ |= dict.fromkeys(('HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9')
 os.environ['NO_PROXY'] = 'localhost,127.0.0.1'
 
 
+# What computes the paper's formulas and the attacks is tested as users compile it. All other tests
+# take two fifths of the time of it by compiling without most optimisations.
+OPTIMIZED = (
+  'attacks',
+  'models/test_cpu_ops.py',
+  'parallel/test_lowering.py',
+  'test_gaussians',
+  'test_matrix_functions',
+  'objectives',
+  'test_objectives',
+  'training/test_step.py',
+  'test_wasserstein',
+)
+# The files that take longest start first, so that no worker is left alone with one at the end.
+LONGEST = (
+  'attacks/test_attacks.py',
+  'training/test_step.py',
+  'experiments/test_pipeline.py',
+  'experiments/test_benchmark.py',
+  'parallel/test_processes.py',
+  'training/test_loop.py',
+  'experiments/test_probe.py',
+  'evaluation/test_evaluate.py',
+  'experiments/test_faults.py',
+  'test_docs.py',
+  'experiments/test_sweep.py',
+  'experiments/test_figure1.py',
+)
+
+
 def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line('filterwarnings', 'error')
   # Third-party modules that warn about themselves at import.
   config.addinivalue_line('filterwarnings', 'ignore::DeprecationWarning:tensorflow_datasets.*')
+  config.option.loadscopereorder = False  # pytest-xdist keeps the order of the files
   _keep_what_is_compiled(config)
 
 
 def _keep_what_is_compiled(config: pytest.Config) -> None:
-  """Tests and the binaries that they start share programs: a third of the time goes into compiling.
+  """The workers and the binaries that they start share what they compile.
 
-  Each worker has a cache of its own, since JAX does not write entries atomically; for the same
-  reason a test that kills a binary may leave a broken one.
+  The directory is that of JAX_COMPILATION_CACHE_DIR, where another run of the tests finds it too,
+  or a temporary one. JAX does not write entries atomically, but it compresses them: a part of an
+  entry, read too early or left by a killed binary, does not decompress. JAX warns and compiles.
   """
-  directory = tempfile.mkdtemp(prefix='se_vae_tests_')
-  config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+  directory = os.environ.get('JAX_COMPILATION_CACHE_DIR')
+  if directory is None:  # this process starts the workers, if there are any
+    directory = tempfile.mkdtemp(prefix='se_vae_tests_')
+    config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
   for name, value in (
     ('jax_compilation_cache_dir', directory),
-    ('jax_persistent_cache_min_compile_time_secs', 0.2),
+    ('jax_persistent_cache_min_compile_time_secs', 0.0),
   ):
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
-  config.addinivalue_line('filterwarnings', 'ignore:Error reading persistent compilation cache')
+  warning = 'Error reading persistent compilation cache'
+  config.addinivalue_line('filterwarnings', f'ignore:{warning}')
+  os.environ['PYTHONWARNINGS'] = f'ignore:{warning}'
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Optimised programs come first, since JAX forgets all programs where that changes."""
+
+  def place(item: pytest.Item) -> tuple[bool, int]:
+    name = item.path.as_posix().rpartition('/tests/')[2]
+    rank = LONGEST.index(name) if name in LONGEST else len(LONGEST)
+    return not _is_optimized(item.path), rank
+
+  items.sort(key=place)
+
+
+def _is_optimized(path: Path) -> bool:
+  """Whether the tests of a file run optimised programs; the examples in docstrings do."""
+  folder = Path(__file__).parent
+  return not path.is_relative_to(folder) or path.relative_to(folder).as_posix().startswith(
+    OPTIMIZED
+  )
+
+
+@pytest.fixture(autouse=True, scope='module')
+def optimization(request: pytest.FixtureRequest) -> None:
+  """Programs of this process and of the binaries that it starts are optimised, or are not."""
+  disabled = not _is_optimized(request.path)
+  if disabled != jax.config.read('jax_disable_most_optimizations'):
+    jax.config.update('jax_disable_most_optimizations', disabled)
+    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(disabled))
+    jax.clear_caches()  # they do not tell one kind of program from the other
 
 
 @pytest.fixture(autouse=True, scope='module')

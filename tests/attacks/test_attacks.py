@@ -14,6 +14,7 @@ from se_vae.attacks import auto_pgd, square_attack
 
 SHAPE = (6, 5, 4, 2)
 RADII = (0.0, 1e-6, 0.03, 0.2, 1.0)
+NUM_STEPS = 10  # of most tests, which share programs
 
 
 def linear(x_adv, weights):
@@ -62,8 +63,7 @@ def assert_legal(x_adv, x, radius, norm):
 
 @pytest.mark.parametrize('norm', attacks.NORMS)
 @pytest.mark.parametrize('radius', RADII)
-@pytest.mark.parametrize('keep_best', [False, True])
-@pytest.mark.parametrize('objective', [linear, wavy])
+@pytest.mark.parametrize(('objective', 'keep_best'), [(linear, False), (wavy, True)])
 def test_result_is_legal_and_deterministic(images, weights, objective, norm, radius, keep_best):
   def attack():
     return attacks.pgd(
@@ -71,7 +71,7 @@ def test_result_is_legal_and_deterministic(images, weights, objective, norm, rad
       jax.random.key(0),
       images,
       radius=radius,
-      num_steps=7,
+      num_steps=NUM_STEPS,
       norm=norm,
       keep_best=keep_best,
       args=(weights,),
@@ -94,7 +94,7 @@ def test_result_is_legal_for_absurd_step_sizes(images, weights, norm, relative_s
     jax.random.key(0),
     images,
     radius=0.1,
-    num_steps=3,
+    num_steps=NUM_STEPS,
     relative_step_size=relative_step_size,
     norm=norm,
     args=(weights,),
@@ -105,7 +105,7 @@ def test_result_is_legal_for_absurd_step_sizes(images, weights, norm, relative_s
 def test_linf_reaches_the_exact_maximum_of_a_linear_objective(images, weights):
   radius = 0.15
   x_adv = attacks.pgd(
-    linear, jax.random.key(3), images, radius=radius, num_steps=10, args=(weights,)
+    linear, jax.random.key(3), images, radius=radius, num_steps=NUM_STEPS, args=(weights,)
   )
   best = np.clip(np.asarray(images) + radius * np.sign(weights), 0.0, 1.0)
   np.testing.assert_allclose(x_adv, best, atol=1e-6)
@@ -165,7 +165,7 @@ def test_random_starts_fill_the_ball(norm):
 
 
 def test_keep_best_never_returns_less_than_the_last_iterate(images, weights):
-  options = dict(radius=0.2, num_steps=9, relative_step_size=1.5, args=(weights,))
+  options = dict(radius=0.2, num_steps=NUM_STEPS, relative_step_size=1.5, args=(weights,))
   last = attacks.pgd(wavy, jax.random.key(0), images, **options)
   best = attacks.pgd(wavy, jax.random.key(0), images, keep_best=True, **options)
   assert np.all(wavy(best, weights) >= wavy(last, weights))
@@ -241,11 +241,11 @@ def test_wrong_arguments_raise(images, change, error, message):
 
 
 def run_pgd(objective, x, *, key=0, **options):
-  return attacks.pgd(objective, jax.random.key(key), x, num_steps=7, **options)
+  return attacks.pgd(objective, jax.random.key(key), x, num_steps=NUM_STEPS, **options)
 
 
 def run_apgd(objective, x, *, key=0, **options):
-  return auto_pgd.apgd(objective, jax.random.key(key), x, num_steps=9, **options)
+  return auto_pgd.apgd(objective, jax.random.key(key), x, num_steps=NUM_STEPS, **options)
 
 
 def run_fgsm(objective, x, *, key=0, index=None, **options):
@@ -276,7 +276,7 @@ TABLE = [
 @pytest.mark.parametrize(('run', 'norm'), TABLE)
 @pytest.mark.parametrize('radius', RADII)
 def test_every_attack_is_legal_and_deterministic(images, weights, run, norm, radius):
-  options = dict(radius=radius, norm=norm, args=(weights,))
+  options = dict(radius=radius, norm=norm, args=(weights,), index=jnp.arange(SHAPE[0]))
   x_adv = run(wavy, images, **options)
   assert_legal(x_adv, images, radius, norm)
   np.testing.assert_array_equal(x_adv, run(wavy, images, **options))
@@ -284,15 +284,6 @@ def test_every_attack_is_legal_and_deterministic(images, weights, run, norm, rad
     assert np.all(np.any(np.asarray(x_adv != images), axis=(1, 2, 3)))
     if run is not run_fgsm:  # which has no random start
       assert np.any(x_adv != run(wavy, images, key=1, **options))
-
-
-@pytest.mark.parametrize(('run', 'norm'), TABLE)
-def test_every_attack_is_legal_where_gradients_are_not_numbers(images, run, norm):
-  def undefined(x_adv):
-    total = jnp.sum(x_adv, axis=(1, 2, 3))
-    return jnp.sqrt(total - total) + jnp.nan * total
-
-  assert_legal(run(undefined, images, radius=0.1, norm=norm), images, 0.1, norm)
 
 
 @pytest.mark.parametrize('run', [run_apgd, run_square, run_noise, run_signs])
@@ -411,7 +402,23 @@ def test_every_attack_refuses_values_that_are_known_to_be_wrong(images, run):
 
 
 @pytest.mark.parametrize(('run', 'norm'), TABLE)
-def test_a_traced_radius_that_is_wrong_gives_nan_and_no_image_that_looks_attacked(
+def test_neither_undefined_gradients_nor_a_traced_radius_give_an_image_outside_the_ball(
+  images, run, norm
+):
+  """With a radius that is wrong and cannot be refused, no image looks as if it were attacked."""
+
+  def undefined(x_adv):
+    total = jnp.sum(x_adv, axis=(1, 2, 3))
+    return jnp.sqrt(total - total) + jnp.nan * total
+
+  attack = jax.jit(lambda radius: run(undefined, images, radius=radius, norm=norm))
+  for radius in (np.nan, np.inf, -0.1):
+    assert np.isnan(attack(radius)).all()
+  assert_legal(attack(0.1), images, 0.1, norm)
+
+
+@pytest.mark.parametrize(('run', 'norm'), [(run_apgd, 'linf'), (run_square, 'linf')])
+def test_a_traced_radius_that_is_wrong_gives_nan_where_gradients_are_numbers(
   images, weights, run, norm
 ):
   attack = jax.jit(lambda radius: run(wavy, images, radius=radius, norm=norm, args=(weights,)))

@@ -282,7 +282,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
 
 
 def test_damaged_results_and_rows_are_named_and_made_again(tmp_path, capsys):
-  few = {'num_steps': 10, 'log_every': 2, 'checkpoint_every': 10}
+  few = {'num_steps': 150, 'checkpoint_every': 150}  # three rows
   run(tmp_path, **few)
   kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
   result = tmp_path / 'result.json'

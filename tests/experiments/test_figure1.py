@@ -35,8 +35,12 @@ def contents(workdir: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def tiny(monkeypatch) -> figure1.Preset:
-  """A quick preset of seconds: all encoders are small MLPs on colour images, and share programs."""
-  small = {'hidden_units': 8, 'latent_dim': 4, 'pgd_steps': 2, 'tensorboard': False}
+  """A quick preset of seconds: all encoders are small MLPs on colour images, and share programs.
+
+  Those are the programs of test_pipeline.py and test_probe.py too.
+  """
+  small = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'log_every': 10}
+  small |= {'tensorboard': False}
   preset = figure1.PRESETS['quick']
   encoders = tuple(
     dataclasses.replace(

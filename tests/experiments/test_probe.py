@@ -23,7 +23,7 @@ from se_vae.storage import pretrained
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 RADII = (0.0, 0.05, 0.3)
-TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 40}
+TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 40, 'log_every': 10}
 TINY |= {'tensorboard': False}
 
 

@@ -20,9 +20,10 @@ from se_vae.storage import checkpoints
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
-TINY = {'hidden_units': 8, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 20, 'log_every': 10}
+# As in test_identity.py and test_probe.py, so that they share programs.
+TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 20, 'log_every': 10}
 BASE = from_dict(pretrain.PretrainConfig, {**TINY, 'tensorboard': False})
-ATTACK = '--radii=0,0.1 --num_examples=30 --pgd_steps=2 --check_examples=0'
+ATTACK = '--radii=0,0.1 --num_examples=20 --pgd_steps=2 --check_examples=0'
 
 
 def config_of(vary: str | None, attack: str = ATTACK) -> sweep.SweepConfig:
