@@ -45,7 +45,7 @@ def tc_elbo(
   q_all: Gaussian,
   *,
   obs_var: jax.typing.ArrayLike,
-  num_examples: int,
+  num_examples: int = 1,
 ) -> TCElboTerms:
   """Returns the ELBO, with its KL term taken apart, for each example (Chen et al., 2018).
 
@@ -56,8 +56,9 @@ def tc_elbo(
     z: the samples of q that were decoded, `[B, D]`.
     q_all: encodings of the whole batch, with means `[M, D]`, of which q is a part or all.
     obs_var: observation noise variance v, a scalar > 0. It may be traced.
-    num_examples: N, the size of the data set. It shifts the terms by constants: the gradient of
-      each of them, and the value of `elbo`, do not depend on it.
+    num_examples: N, the size of the data set in the weights 1 / (N M) of Chen et al. It shifts the
+      terms by constants, which cancel in `elbo`: no gradient depends on it. With 1, q(z) is the
+      mean of the densities of the batch.
 
   Returns:
     `TCElboTerms`, each `[B]`, in nats.

@@ -106,10 +106,7 @@ def tc_vae(
   q = model.encode(params, x)
   z = gaussians.sample_each(q, keys)
   x_mean = model.decode(params, z)
-  q_all = sharding.whole_batch(q)
-  # The size of the data set would shift the terms by constants; the batch stands for it.
-  count = len(q_all.mean)
-  terms = objectives.tc_elbo(x, x_mean, q, z, q_all, obs_var=config.obs_var, num_examples=count)
+  terms = objectives.tc_elbo(x, x_mean, q, z, sharding.whole_batch(q), obs_var=config.obs_var)
   loss = -terms.elbo + (config.kl_weight - 1.0) * terms.total_correlation
   return {'loss': loss, **terms._asdict(), **_error(x, x_mean)}
 
@@ -134,13 +131,16 @@ def contrastive(
   model: VAE, params: Params, keys: jax.Array, x: jax.Array, x_adv: jax.Array, config: TrainConfig
 ) -> Terms:
   """Adversarial contrastive learning in the small (Kim et al., 2020). The decoder is not used."""
-  clean, attacked = model.encode(params, x).mean, model.encode(params, x_adv).mean
-  all_clean, all_attacked = sharding.whole_batch((clean, attacked))
+  means = sharding.whole_batch(model.encode(params, x).mean)
   loss = functools.partial(
-    objectives.info_nce, positives=sharding.positions(len(x)), temperature=config.temperature
+    objectives.info_nce,
+    candidates=means,
+    positives=sharding.positions(len(x)),
+    temperature=config.temperature,
   )
-  towards_clean, towards_attacked = loss(attacked, all_clean), loss(clean, all_attacked)
-  return {'loss': 0.5 * (towards_clean + towards_attacked), 'attacked_loss': towards_clean}
+  clean = loss(model.encode(params, selection.shifted(keys, x)).mean)
+  attacked = loss(model.encode(params, x_adv).mean)
+  return {'loss': clean + attacked, 'clean_loss': clean, 'attacked_loss': attacked}
 
 
 def _error(x: jax.Array, x_mean: jax.Array) -> Terms:

@@ -205,19 +205,26 @@ def confused_view(
   encodings of the batch.
   """
   view_key, attack_key = jax.random.split(key)
-  view = jax.vmap(_shifted)(attacks.example_keys(view_key, index), x)
+  view = shifted(attacks.example_keys(view_key, index), x)
   params = jax.lax.stop_gradient(params)
   means = sharding.whole_batch(model.encode(params, x).mean)
   args = (params, means, sharding.positions(len(x)), config.temperature)
   return _maximise(Confusion(model), config, attack_key, view, args, index, start)
 
 
-def _shifted(key: jax.Array, image: jax.Array) -> jax.Array:
-  """Returns an image `[H, W, C]` moved by a few pixels, with zeros where there was none."""
+def shifted(keys: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns images `[B, H, W, C]`, each moved by up to two pixels, with zeros where there was none.
+
+  keys `[B]` has one PRNG key for each image.
+  """
+
+  def shift(key: jax.Array, image: jax.Array) -> jax.Array:
+    top, left = jax.random.randint(key, (2,), 0, 2 * most + 1, jnp.int32)
+    padded = jnp.pad(image, ((most, most), (most, most), (0, 0)))
+    return jax.lax.dynamic_slice(padded, (top, left, jnp.int32(0)), image.shape)
+
   most = _MOST_PIXELS_SHIFTED
-  offset = jax.random.randint(key, (2,), 0, 2 * most + 1, jnp.int32)
-  padded = jnp.pad(image, ((most, most), (most, most), (0, 0)))
-  return jax.lax.dynamic_slice(padded, (offset[0], offset[1], jnp.int32(0)), image.shape)
+  return jax.vmap(shift)(keys, x)
 
 
 def _maximise(
