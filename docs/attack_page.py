@@ -39,7 +39,7 @@ def write_data(app: Sphinx) -> None:
     jax.config.update('jax_platforms', 'cpu')  # an accelerator rounds differently
     folder = Path(app.outdir) / '_static' / 'attack'
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in scripts().items():
+    for name, text in scripts(page_data()).items():
       (folder / f'{name}.js').write_text(text)
 
 
@@ -53,38 +53,39 @@ def add_files(
       app.add_js_file(name, loading_method='defer')
 
 
-def scripts() -> dict[str, str]:
+def scripts(parts: Mapping[str, Any]) -> dict[str, str]:
   """The script of each of `PARTS`, which defines `attackData.vae` and so on."""
   return {
     name: f'(globalThis.attackData ??= {{}}).{name} = {json.dumps(part)};\n'
-    for name, part in page_data().items()
+    for name, part in parts.items()
   }
 
 
 def page_data() -> dict[str, Any]:
   """What the page reads: two encoders with their probes, and what they share."""
-  digits = data.load('mnist_5k')
-  labels = digits.test.labels['digit']
-  params, means, probes = {}, {}, {}
-  for key, name in ENCODERS.items():
-    model, params[key] = se_vae.load_pretrained(name)
-    train_means = se_vae.encoder_means(model, params[key], digits.train.images)
-    probes[key] = se_vae.fit_probe(train_means, digits.train.labels['digit'], num_classes=10)
-    means[key] = se_vae.encoder_means(model, params[key], digits.test.images)
-  decoder, other = (params[key]['decoder'] for key in ENCODERS)
+  models = {key: se_vae.load_pretrained(name) for key, name in ENCODERS.items()}
+  decoder, other = (params['decoder'] for _, params in models.values())
   if not jax.tree.all(jax.tree.map(np.array_equal, decoder, other)):
     raise ValueError('the page shows one decoder, but the two encoders have different ones')
 
-  is_right = np.all([probes[key].logits(means[key]).argmax(axis=1) == labels for key in ENCODERS], 0)
+  digits = data.load('mnist_5k')
+  labels = digits.test.labels['digit']
+  means, probes = {}, {}
+  for key, (model, params) in models.items():
+    train_means = se_vae.encoder_means(model, params, digits.train.images)
+    probes[key] = se_vae.fit_probe(train_means, digits.train.labels['digit'], num_classes=10)
+    means[key] = se_vae.encoder_means(model, params, digits.test.images)
+  logits = [np.asarray(probes[key].logits(means[key])) for key in ENCODERS]
+  is_right = np.all([found.argmax(axis=1) == labels for found in logits], axis=0)
   chosen = [np.flatnonzero(is_right & (labels == digit))[0] for digit in range(10)]
   parts: dict[str, Any] = {
     key: {
-      'encoder': network(encoder_layers(params[key])),
+      'encoder': network(encoder_layers(params)),
       'probe': network([(probes[key].weights, probes[key].bias)]),
       'deviations': [round(value, 3) for value in means[key].std(axis=0).tolist()],
       'mean_distance': round(float(pdist(means[key]).mean()), 2),
     }
-    for key in ENCODERS
+    for key, (_, params) in models.items()
   }
   parts['shared'] = {
     'decoder': network(dense_layers(decoder['params'])),

@@ -117,8 +117,8 @@ const attack = (() => {
   }
 
   /**
-   * Squared W2 between the encoding of a clean image and another (Eq. 12): what the paper's selection
-   * maximises, `se_vae.training.step.EncodingShift`.
+   * Squared W2 between the encoding of a clean image and another (Eq. 12). The paper's selection
+   * maximises it, as `se_vae.training.step.EncodingShift`.
    * @param {Float64Array} clean outputs of the encoder
    * @returns {Objective}
    */
@@ -203,8 +203,8 @@ const attack = (() => {
   }
 
   /**
-   * Projected gradient ascent with sign steps of 2.5 radius / numSteps, as `se_vae.pgd`. It yields x'
-   * after each step, so that a page can pause between two steps; the last one is the result.
+   * Projected gradient ascent with sign steps of 2.5 radius / numSteps, as `se_vae.pgd`. It yields
+   * x' after each step, so that a page can pause between two steps; the last x' is the result.
    * @param {(x: Float64Array) => Point} objective
    * @param {ArrayLike<number>} x
    * @param {{radius: number, numSteps: number, start: Float64Array}} settings
@@ -222,7 +222,16 @@ const attack = (() => {
   }
 
   return {
-    apply, bytes, crossEntropy, encodingShift, evaluate, generator, means, pgd, randomPoint,
-    readNetwork, softmax,
+    apply,
+    bytes,
+    crossEntropy,
+    encodingShift,
+    evaluate,
+    generator,
+    means,
+    pgd,
+    randomPoint,
+    readNetwork,
+    softmax,
   };
 })();

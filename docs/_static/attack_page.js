@@ -1,22 +1,22 @@
 'use strict';
 
 /**
- * The controls and pictures of the page "Attack it yourself". The mathematics is in attack.js, and the
- * networks are in `attackData`, which scripts made by docs/attack_page.py define.
+ * The controls and pictures of the page "Attack it yourself". The mathematics is in attack.js. The
+ * networks are in `attackData`, which the scripts that docs/attack_page.py makes define.
  */
 (() => {
   const SIDE = 28;
   const NUM_STEPS = 40;
   const FRAME_MS = 12; // of computation, so that the page answers between two frames
   const ENCODERS = { vae: 'VAE', smoothed: 'Smoothed VAE' };
-  const HIGHEST_SHIFT = 3; // of the chart of latents
+  const HIGHEST_SHIFT = 4; // of the chart of latents
   const DRAWN = 'drawn'; // the value of the choice that is no digit of the set
 
   const decoder = attack.readNetwork(attackData.shared.decoder);
   const images = attack.bytes(attackData.shared.digits);
-  const models = Object.keys(ENCODERS).map((key) => ({
+  const models = Object.entries(ENCODERS).map(([key, title]) => ({
     key,
-    title: ENCODERS[key],
+    title,
     encoder: attack.readNetwork(attackData[key].encoder),
     probe: attack.readNetwork(attackData[key].probe),
     deviations: attackData[key].deviations,
@@ -28,7 +28,7 @@
   const classes = [...Array(10).keys()];
 
   const controlsHtml = `
-    <form class="attack-controls">
+    <form class="attack-controls" autocomplete="off">
       <fieldset class="attack-digits">
         <legend>Digit</legend>
         ${classes.map((digit) => choiceHtml(digit, `the digit ${digit}`)).join('')}
@@ -40,7 +40,8 @@
         <div><span>Or draw one.</span> <button type="button" id="attack-clear">Clear</button></div>
       </div>
       <div class="attack-radius">
-        <label for="attack-radius">Radius <output id="attack-radius-value"></output></label>
+        <label for="attack-radius">
+          Radius <output id="attack-radius-value" aria-live="off"></output></label>
         <input type="range" id="attack-radius" min="0" max="0.3" step="0.01" value="0.1">
       </div>
       <fieldset class="attack-objectives">
@@ -63,10 +64,11 @@
       `<canvas data-part="${part}" width="${SIDE}" height="${SIDE}" role="img"
         aria-label="${title}: ${name}"></canvas>`;
     const bars = classes.map(
-      (digit) => `<span><i class="before"></i><i class="after"></i><b>${digit}</b></span>`);
+      (digit) => `<span><i class="before"></i><i class="after"></i><b>${digit}</b></span>`,
+    );
     return `
       <section class="attack-panel" id="attack-${key}" aria-labelledby="attack-${key}-title">
-        <h3 id="attack-${key}-title">${title}</h3>
+        <h2 id="attack-${key}-title">${title}</h2>
         <p class="attack-verdict" data-part="verdict"></p>
         <div class="attack-images">
           <span>x</span><span>x'</span>
@@ -119,9 +121,13 @@
     models.map(({ key }) => [
       key,
       Object.fromEntries(
-        [...root.querySelectorAll(`#attack-${key} [data-part]`)].map(
-          (element) => [/** @type {any} */ (element).dataset.part, element])),
-    ]));
+        [...root.querySelectorAll(`#attack-${key} [data-part]`)].map((element) => [
+          /** @type {any} */ (element).dataset.part,
+          element,
+        ]),
+      ),
+    ]),
+  );
   const radiusSlider = find('#attack-radius');
   const pad = find('#attack-pad');
 
@@ -165,36 +171,50 @@
     };
   }
 
+  /**
+   * The encoding of x, and an attack on it that has not taken a step.
+   * @param {any} model
+   * @param {Float64Array} x
+   * @param {number} radius
+   */
+  function begin(model, x, radius) {
+    const clean = encode(model, x);
+    const objective =
+      find('[name=objective]:checked').value === 'probe'
+        ? attack.crossEntropy(model.probe, clean.prediction)
+        : attack.encodingShift(clean.outputs);
+    const start = attack.randomPoint(x, radius, attack.generator(seed));
+    const iterates = attack.pgd((y) => attack.evaluate(model.encoder, objective, y), x, {
+      radius,
+      numSteps: NUM_STEPS,
+      start,
+    });
+    return { model, clean, adversarial: start, iterates };
+  }
+
   /** Attacks both encoders anew with the settings of the page, a few steps in each frame. */
   function run() {
     cancelAnimationFrame(frame);
     const radius = Number(radiusSlider.value);
-    find('#attack-radius-value').textContent = radius.toFixed(2);
     const choice = find('[name=digit]:checked').value;
     const x = choice === DRAWN && drawing ? drawing : testDigit(Number(choice));
-    const byProbe = find('[name=objective]:checked').value === 'probe';
-    const start = attack.randomPoint(x, radius, attack.generator(seed));
-    const attacks = models.map((model) => {
-      const clean = encode(model, x);
-      const objective = byProbe
-        ? attack.crossEntropy(model.probe, clean.prediction)
-        : attack.encodingShift(clean.outputs);
-      const evaluate = (/** @type {Float64Array} */ y) => attack.evaluate(model.encoder, objective, y);
-      return { model, clean, found: start, steps: attack.pgd(evaluate, x, { radius, numSteps: NUM_STEPS, start }) };
-    });
+    const attacks = models.map((model) => begin(model, x, radius));
+    find('#attack-radius-value').textContent = radius.toFixed(2);
     root.dataset.state = 'running';
 
     function advance() {
       const end = performance.now() + FRAME_MS;
       let isRunning = true;
       while (isRunning && performance.now() < end) {
-        for (const attacked of attacks) {
-          const { value, done } = attacked.steps.next();
-          if (value) attacked.found = value;
-          isRunning = !done;
+        for (const started of attacks) {
+          const { value, done } = started.iterates.next();
+          if (value) started.adversarial = value;
+          isRunning = !done; // both take the same number of steps
         }
       }
-      const results = attacks.map(({ model, clean, found }) => render(model, x, clean, found));
+      const results = attacks.map(({ model, clean, adversarial }) =>
+        render(model, x, clean, adversarial),
+      );
       if (isRunning) {
         frame = requestAnimationFrame(advance);
       } else {
@@ -226,15 +246,16 @@
     const shifts = found.mean.map((value, k) => Math.abs(value - clean.mean[k]));
     part.latents.setAttribute('d', steps(widestFirst(shifts, model.deviations)));
 
-    const percent = (/** @type {number} */ value) => `${Math.round(100 * value)} %`;
     [...part.bars.children].forEach((bar, digit) => {
       find('.before', bar).style.height = `${100 * clean.probabilities[digit]}%`;
       find('.after', bar).style.height = `${100 * found.probabilities[digit]}%`;
     });
+    const highest = (/** @type {any} */ { prediction, probabilities }) =>
+      `${prediction} with ${Math.round(100 * probabilities[prediction])} %`;
     part.bars.setAttribute(
       'aria-label',
-      `Probabilities: x is ${clean.prediction} with ${percent(clean.probabilities[clean.prediction])}, ` +
-        `x' is ${found.prediction} with ${percent(found.probabilities[found.prediction])}`);
+      `The probe's highest probability: for x ${highest(clean)}, for x' ${highest(found)}`,
+    );
 
     const isChanged = found.prediction !== clean.prediction;
     part.verdict.dataset.changed = String(isChanged);
@@ -275,7 +296,13 @@
     const context = /** @type {CanvasRenderingContext2D} */ (small.getContext('2d'));
     context.imageSmoothingQuality = 'high';
     context.setTransform(
-      scale, 0, 0, scale, SIDE / 2 - (scale * sumX) / mass, SIDE / 2 - (scale * sumY) / mass);
+      scale,
+      0,
+      0,
+      scale,
+      SIDE / 2 - (scale * sumX) / mass,
+      SIDE / 2 - (scale * sumY) / mass,
+    );
     context.drawImage(pad, 0, 0);
     const { data } = context.getImageData(0, 0, SIDE, SIDE);
     return Float64Array.from({ length: SIDE * SIDE }, (_, i) => data[4 * i + 3] / 255);
@@ -285,7 +312,8 @@
   function draw(event) {
     const box = pad.getBoundingClientRect();
     const [x, y] = [event.clientX - box.left, event.clientY - box.top].map(
-      (v) => (v * pad.width) / box.width);
+      (v) => (v * pad.width) / box.width,
+    );
     const context = pad.getContext('2d');
     if (event.type === 'pointerdown') {
       pad.setPointerCapture(event.pointerId);
@@ -324,7 +352,9 @@
 
   // The start
 
-  classes.forEach((digit) => show(find(`[name=digit][value="${digit}"]`).nextElementSibling, testDigit(digit)));
+  classes.forEach((digit) =>
+    show(find(`[name=digit][value="${digit}"]`).nextElementSibling, testDigit(digit)),
+  );
   find('[name=digit][value="7"]').checked = true;
   find('form').addEventListener('input', run);
   find('#attack-restart').addEventListener('click', () => {

@@ -21,8 +21,12 @@ _COMPLAINTS = {'Runtime.exceptionThrown', 'Log.entryAdded', 'Runtime.consoleAPIC
 
 
 def executable() -> str | None:
-  """The path of a Chromium, if there is one."""
-  return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+  """The path of a Chromium, if there is one and it can be started."""
+  if shutil.which('bash') is None:
+    return None
+  return next(
+    filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
+  )
 
 
 class Page:
@@ -90,7 +94,9 @@ class Page:
 
   def mouse(self, kind: str, x: float, y: float) -> None:
     """Moves, presses or releases the left button: 'mouseMoved', 'mousePressed', 'mouseReleased'."""
-    self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', buttons=1, clickCount=1)
+    self.call(
+      'Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', buttons=1, clickCount=1
+    )
 
   def screenshot(self, path: Path) -> None:
     """Writes the whole page as a PNG."""
@@ -103,14 +109,20 @@ def page(profile: Path) -> Iterator[Page]:
   """A page of a new browser, whose files are in `profile`."""
   here_read, there_write = os.pipe()
   there_read, here_write = os.pipe()
-  # Chromium reads commands from file 3 and writes answers to file 4; a shell moves them there.
+  # Chromium reads commands from file 3 and writes answers to file 4. Bash moves them there; other
+  # shells take no number above 9.
   command = f'exec "$@" 3<&{there_read} 4>&{there_write}'
   options = (
-    '--headless=new', '--remote-debugging-pipe', '--no-sandbox', '--disable-gpu', '--no-first-run',
-    '--disable-dev-shm-usage', f'--user-data-dir={profile}',
+    '--headless=new',
+    '--remote-debugging-pipe',
+    '--no-sandbox',
+    '--disable-gpu',
+    '--no-first-run',
+    '--disable-dev-shm-usage',
+    f'--user-data-dir={profile}',
   )
   process = subprocess.Popen(
-    ('sh', '-c', command, 'sh', executable(), *options),
+    ('bash', '-c', command, 'bash', executable(), *options),
     pass_fds=(there_read, there_write),
     stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
