@@ -16,7 +16,7 @@ from sphinx.ext import autosummary
 from sphinx.writers.html5 import HTML5Translator
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'docs')]
 
 import se_vae  # noqa: E402 - the checkout's, wherever Sphinx runs
 
@@ -42,6 +42,7 @@ extensions = [
   'sphinx.ext.napoleon',
   'sphinx.ext.viewcode',
   'sphinx_copybutton',
+  'attack_page',  # beside this file
 ]
 
 # Pages are Markdown, and have the anchors that GitHub gives their headings.

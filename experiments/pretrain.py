@@ -81,6 +81,8 @@ class PretrainConfig:
     validate(self)
     if self.train.freeze_decoder and self.init_from is None:
       raise ArgumentError('freeze_decoder', 'needs init_from, the run whose decoder is kept')
+    if self.train.objective == 'tc_vae' and self.model.covariance != 'diagonal':
+      raise ArgumentError('covariance', "must be diagonal for objective 'tc_vae'")
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ class SupervisedStep:
       radius=config.radius * size,
       num_steps=config.pgd_steps,
       args=(aim, *state.params),
-      index=sharding.share_of_batch(len(x)),
+      index=sharding.positions(len(x)),
     )
 
     def loss(params: Any) -> jax.Array:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 DATASETS = ('mnist', 'color_mnist', 'fashion_mnist', 'mnist_5k', 'color_mnist_5k')
 ARCHS = ('mlp', 'convnet')
 COVARIANCES = ('diagonal', 'full')
-OBJECTIVES = ('vae', 'se')
+OBJECTIVES = ('vae', 'se', 'avae', 'se_avae', 'tc_vae', 'lipschitz', 'contrastive')
+COUPLINGS = ('paper', 'balanced')
+SELECTION_DISTANCES = ('squared_w2', 'symmetric_kl', 'mean_distance')
+NORMS = ('linf', 'l2')
 ATTACK_DTYPES = ('float32', 'bfloat16')
 PRECISIONS = ('default', 'high', 'highest')
 OPTIMIZERS = ('adam', 'sgd')
@@ -27,6 +30,19 @@ _LARGEST_INT = 2**31 - 1
 _SMALLEST_FLOAT, _LARGEST_FLOAT = 2.0**-126, 2.0**127
 
 Class = TypeVar('Class', bound=type)
+
+# A name of OBJECTIVES, or a function (model, params, keys, x, x_adv) -> terms by name.
+Objective: TypeAlias = str | Callable[..., Any]
+
+# The objectives that a setting is for, and the value that it has for all others.
+_SMOOTH = ('se', 'se_avae')
+_FOR: dict[str, tuple[tuple[str, ...], Any]] = {
+  'coupling': (_SMOOTH, 'paper'),
+  'kl_weight': (('vae', 'tc_vae'), 1.0),
+  'encoder_noise': (('vae',), 0.0),
+  'jacobian_weight': (('lipschitz',), 0.01),
+  'temperature': (('contrastive',), 0.5),
+}
 
 
 class ArgumentError(ValueError):
@@ -105,7 +121,7 @@ def _violation(value: Any, limits: Any) -> str | None:
   """Returns the limit that the value violates, in words, or None."""
   if value is None:
     return None
-  if limits['choices'] is not None and value not in limits['choices']:
+  if limits['choices'] is not None and value not in limits['choices'] and not callable(value):
     return f'one of {", ".join(limits["choices"])}'
   if isinstance(value, float) and not math.isfinite(value):
     return 'finite'
@@ -187,19 +203,26 @@ class TrainConfig:
   """The bound to maximise and the way to do it.
 
   The paper says that training uses SGD, and gives neither a learning rate nor a schedule. Adam with
-  a cosine schedule, the default here, is this project's choice. So are `warm_start`,
-  `attack_dtype`, `freeze_decoder`, `kl_weight` and `encoder_noise`, which the paper does not have.
+  a cosine schedule, the default here, is this project's choice. The paper has the objective `se`
+  with the coupling `paper`, beside `vae`, and the linf ball and the distance `squared_w2` for the
+  selection; what else there is to choose from is not in it.
 
   Example:
-    >>> TrainConfig(objective='beta')
+    >>> TrainConfig(norm='l1')
     Traceback (most recent call last):
-    se_vae.config.ArgumentError: objective: must be one of vae, se; got 'beta'
+    se_vae.config.ArgumentError: norm: must be one of linf, l2; got 'l1'
   """
 
-  objective: str = setting(
-    'se', 'Bound to maximise: the ELBO (vae) or the SE-ELBO (se).', choices=OBJECTIVES
+  objective: Objective = setting(
+    'se',
+    'What to train: the SE-ELBO (se), the ELBO (vae), or one of the objectives to compare with. '
+    'In Python also a function (model, params, keys, x, x_adv) -> terms.',
+    choices=OBJECTIVES,
   )
-  gamma: float = setting(1.0, 'Coupling strength of the SE-ELBO.', at_least=0, traced=True)
+  gamma: float = setting(1.0, 'Coupling strength of se, avae and se_avae.', at_least=0, traced=True)
+  coupling: str = setting(
+    'paper', "Coupling of z and z' of se and se_avae: Eq. 2, or balanced.", choices=COUPLINGS
+  )
   obs_var: float = setting(
     0.1,
     'Observation noise variance v of the decoder; the paper does not give it.',
@@ -207,7 +230,17 @@ class TrainConfig:
     traced=True,
   )
   radius: float = setting(
-    0.2, 'linf radius of the selection, for pixels in [0, 1].', at_least=0, at_most=1, traced=True
+    0.2,
+    'Radius of the selection, for pixels in [0, 1]; at most 1 for linf.',
+    at_least=0,
+    traced=True,
+  )
+  norm: str = setting('linf', 'Norm of the ball of the selection.', choices=NORMS)
+  selection_distance: str = setting(
+    'squared_w2',
+    "What the selection maximises between the encodings of x and x'. mean_distance is the squared "
+    'distance of their means.',
+    choices=SELECTION_DISTANCES,
   )
   pgd_steps: int = setting(20, 'Gradient steps L of the selection.', at_least=1)
   relative_step_size: float | None = setting(
@@ -239,22 +272,34 @@ class TrainConfig:
   )
   kl_weight: float = setting(
     1.0,
-    "Weight of the KL divergence in the loss of objective 'vae': a beta-VAE.",
+    'Weight of the KL divergence of vae (a beta-VAE), or of the total correlation of tc_vae.',
     at_least=0,
     traced=True,
   )
   encoder_noise: float = setting(
     0.0,
-    "Half-width of the uniform noise on the pixels that the encoder sees, for objective 'vae'.",
+    'Half-width of the uniform noise on the pixels that the encoder of vae sees: a denoising VAE.',
     at_least=0,
     at_most=1,
     traced=True,
   )
+  jacobian_weight: float = setting(
+    0.01,
+    "Weight of the squared Frobenius norm of the encoder mean's Jacobian, for lipschitz.",
+    at_least=0,
+    traced=True,
+  )
+  temperature: float = setting(
+    0.5, 'Temperature of the softmax of contrastive.', above=0, traced=True
+  )
 
   def __post_init__(self) -> None:
     validate(self)
-    if self.warm_start and not (self.objective == 'se' and self.radius > 0.0):
-      raise ArgumentError('warm_start', "needs objective 'se' and a radius > 0")
-    for name, neutral in (('kl_weight', 1.0), ('encoder_noise', 0.0)):
-      if self.objective != 'vae' and getattr(self, name) != neutral:
-        raise ArgumentError(name, "needs objective 'vae'")
+    if self.norm == 'linf' and self.radius > 1.0:
+      raise ArgumentError('radius', f"must be <= 1 for norm 'linf'; got {self.radius}")
+    selects = self.objective in _SMOOTH or callable(self.objective)
+    if self.warm_start and not (selects and self.radius > 0.0):
+      raise ArgumentError('warm_start', "needs objective 'se' or 'se_avae', and a radius > 0")
+    for name, (objectives, neutral) in _FOR.items():
+      if self.objective not in objectives and getattr(self, name) != neutral:
+        raise ArgumentError(name, f'needs objective {" or ".join(map(repr, objectives))}')

@@ -204,8 +204,21 @@ def kl_to_standard_normal(q: Gaussian) -> jax.Array:
 
 def expected_log_standard_normal(q: Gaussian) -> jax.Array:
   """Returns E_{z ~ q} log N(z; 0, I), in nats, `[...]` (the prior terms of Eq. 6 and Sec. 6)."""
+  return -0.5 * (expected_squared_norm(q) + q.dim * LOG_2PI)
+
+
+def expected_squared_norm(q: Gaussian) -> jax.Array:
+  """Returns E_{z ~ q} ||z||^2, in squared latent units, `[...]`."""
   check_gaussian(q)
-  return -0.5 * (jnp.sum(q.mean**2, axis=-1) + q.trace() + q.dim * LOG_2PI)
+  return jnp.sum(q.mean**2, axis=-1) + q.trace()
+
+
+def symmetric_kl(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
+  """Returns KL(q_a || q_b) + KL(q_b || q_a), in nats, `[...]` (Kuzina et al., 2022).
+
+  The two are of one family and one shape; the errors are those of `kl_divergence`.
+  """
+  return kl_divergence(q_a, q_b) + kl_divergence(q_b, q_a)
 
 
 def check_gaussian(q: Gaussian) -> None:

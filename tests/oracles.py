@@ -36,9 +36,9 @@ def in_float64(test):
   return wrapper
 
 
-def quick_jit(function):
+def quick_jit(function, **options):
   """`jax.jit` without LLVM's optimisations: a third less to compile, which is most of a test."""
-  return jax.jit(function, compiler_options={'xla_backend_optimization_level': 0})
+  return jax.jit(function, compiler_options={'xla_backend_optimization_level': 0}, **options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -365,15 +365,23 @@ def paper_optimal_cross_covariance(cov_a: np.ndarray, cov_b: np.ndarray) -> np.n
 
 
 class LinearModel(NamedTuple):
-  """p(x | z_a) = N(W z_a, v I) under the paired prior of Eq. 2-3."""
+  """p(x | z_a) = N(W z_a, v I) under the paired prior of Eq. 2-3, or the balanced one."""
 
   weights: np.ndarray
   obs_var: float
   gamma: float
+  coupling: str = 'paper'
 
   def prior(self) -> Moments:
-    """The paired prior of (z_a, z_b): two standard normals and exp(-gamma/2 ||z_a - z_b||^2)."""
+    """The paired prior of (z_a, z_b): two standard normals and exp(-gamma/2 ||z_a - z_b||^2).
+
+    The balanced one has the standard normal as marginals, and the correlation that is the root of
+    gamma (1 - rho^2) = rho.
+    """
     dim = self.weights.shape[1]
+    if self.coupling == 'balanced':
+      rho = max(np.roots([self.gamma, 1.0, -self.gamma])) if self.gamma else 0.0
+      return Moments(np.zeros(2 * dim), np.kron([[1.0, rho], [rho, 1.0]], np.eye(dim)))
     coupling = self.gamma * np.kron([[1.0, -1.0], [-1.0, 1.0]], np.eye(dim))
     return Moments(np.zeros(2 * dim), np.linalg.inv(np.eye(2 * dim) + coupling))
 

@@ -193,7 +193,7 @@ class Benched:
     def on_device(
       carry: Any, key: jax.Array, rows: jax.Array, indices: jax.Array, count: jax.Array
     ) -> Any:
-      index = sharding.share_of_batch(indices.shape[1])
+      index = sharding.positions(indices.shape[1])
 
       def body(i: jax.Array, carry: Any) -> Any:
         x, other = (

@@ -17,8 +17,24 @@ from se_vae.evaluation import verdicts
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-_LABELS = {'vae': 'VAE', 'se': 'SE'}
-_COLORS = {'vae': '#d95f02', 'se': '#1b6ca8'}
+_LABELS = {
+  'vae': 'VAE',
+  'se': 'SE',
+  'avae': 'AVAE',
+  'se_avae': 'SE-AVAE',
+  'tc_vae': 'TC-VAE',
+  'lipschitz': 'Lipschitz',
+  'contrastive': 'contrastive',
+}
+_COLORS = {
+  'vae': '#d95f02',
+  'se': '#1b6ca8',
+  'avae': '#2a8c3c',
+  'se_avae': '#7b3fb5',
+  'tc_vae': '#8c564b',
+  'lipschitz': '#c2185b',
+  'contrastive': '#71767d',
+}
 _STYLES = ('-', '--', ':', '-.')
 
 
@@ -27,7 +43,7 @@ class Curve:
   """Adversarial accuracy of one objective, from one result a seed.
 
   Attributes:
-    objective: 'vae' or 'se'.
+    objective: one of `se_vae.config.OBJECTIVES`.
     results: what `experiments.probe` returned for each seed, at the same radii.
     variant: tells curves of one objective apart, such as a latent size; may be empty.
   """

@@ -23,6 +23,7 @@ _COLORS = {
   'se': ('#1b6ca8', '#2a8c3c', '#7b3fb5', '#1497a6'),
   'vae': ('#d95f02', '#c2185b', '#8c564b', '#b08900'),
 }
+_OTHER_COLORS = ('#66a61e', '#e7298a', '#444444', '#a6761d')  # of all objectives else
 _LINES = ('solid', 'dashed', 'dotted')
 
 # Title and unit of each metric, in the order of the page.
@@ -34,6 +35,13 @@ _METRICS = {
   'log_prior_b': ("Log-prior of z'", 'nats'),
   'transport_cost': ('Entropic transport cost', 'nats'),
   'normalized_elbo': ('Normalised SE-ELBO', 'nats'),
+  'consistency_kl': ('Divergence of the encoding of what was decoded', 'nats'),
+  'mutual_information': ('Mutual information of image and latents', 'nats'),
+  'total_correlation': ('Total correlation of the latents', 'nats'),
+  'dimensionwise_kl': ('KL of each latent from the prior, summed', 'nats'),
+  'squared_jacobian_norm': ("Squared norm of the encoder mean's Jacobian", 'estimate'),
+  'clean_loss': ('Contrastive loss of shifted images', 'nats'),
+  'attacked_loss': ("Contrastive loss of x'", 'nats'),
   'squared_w2': ("Encoding shift from x to x'", 'squared W2'),
   'squared_error': ('Squared error', 'summed over pixels in [0, 1]'),
   'gradient_norm': ('Gradient norm', 'l2'),
@@ -166,9 +174,9 @@ def styles(objectives: Iterable[str]) -> list[Style]:
   """A style for each run, from the family of its objective; twelve in a family are distinct."""
   families = {
     objective: itertools.cycle([Style(color, line) for line in _LINES for color in colors])
-    for objective, colors in _COLORS.items()
+    for objective, colors in (*_COLORS.items(), ('other', _OTHER_COLORS))
   }
-  return [next(families[objective]) for objective in objectives]
+  return [next(families.get(objective, families['other'])) for objective in objectives]
 
 
 def _shown(value: float, decimals: str) -> str:

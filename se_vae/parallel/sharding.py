@@ -78,7 +78,7 @@ def per_device(mesh: Mesh, function: Callable[..., Tree], axes: Sequence[int | N
   Args:
     mesh: the devices.
     function: takes shares, and returns the same values on every device, as `mean_over_devices`
-      and `gather_over_devices` give them.
+      and `whole_batch` give them.
     axes: for each argument the axis along which it is split, or None if it is replicated.
 
   Returns:
@@ -92,20 +92,39 @@ def per_device(mesh: Mesh, function: Callable[..., Tree], axes: Sequence[int | N
 
 
 def mean_over_devices(tree: Tree) -> Tree:
-  """Returns the mean of each leaf over the devices of `per_device`, in one all-reduce."""
+  """Returns the mean of each leaf over the devices of `per_device`, in one all-reduce.
+
+  Elsewhere it returns the leaves as they are.
+  """
+  if not _is_per_device():
+    return tree
   flat, restore = jax.flatten_util.ravel_pytree(tree)
   mean: Tree = restore(jax.lax.pmean(flat, DATA_AXIS))
   return mean
 
 
-def gather_over_devices(rows: jax.Array) -> jax.Array:
-  """Returns the rows `[B, ...]` of all devices of `per_device`, in the order of the batch."""
-  return jax.lax.all_gather(rows, DATA_AXIS, tiled=True)
+def whole_batch(tree: Tree) -> Tree:
+  """Returns the rows `[B, ...]` of all devices of `per_device`, in the order of the batch.
+
+  Elsewhere it returns the rows as they are.
+  """
+  if not _is_per_device():
+    return tree
+  whole: Tree = jax.tree.map(lambda rows: jax.lax.all_gather(rows, DATA_AXIS, tiled=True), tree)
+  return whole
 
 
-def share_of_batch(size: int) -> jax.Array:
-  """Returns the positions in the whole batch of this device's `size` examples, in `per_device`."""
-  return jax.lax.axis_index(DATA_AXIS) * size + jnp.arange(size, dtype=jnp.int32)
+def positions(size: int) -> jax.Array:
+  """Returns the positions in the whole batch of the `size` examples at hand, `[size]`.
+
+  They are this device's examples within `per_device`, and all of them elsewhere.
+  """
+  index = jnp.arange(size, dtype=jnp.int32)
+  return jax.lax.axis_index(DATA_AXIS) * size + index if _is_per_device() else index
+
+
+def _is_per_device() -> bool:
+  return DATA_AXIS in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def split(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:

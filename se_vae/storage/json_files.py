@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import (
   Annotated,
@@ -121,8 +121,8 @@ def _checked(content: Any, kind: Any, place: str) -> Any:
     return content
   if base in (NotRequired, Annotated):
     return _checked(content, arguments[0], place)
-  if base in (Union, types.UnionType):  # X | None
-    (rest,) = (each for each in arguments if each is not types.NoneType)
+  if base in (Union, types.UnionType):  # X | None; a file holds no functions
+    (rest,) = (e for e in arguments if e is not types.NoneType and get_origin(e) is not Callable)
     return None if content is None else _checked(content, rest, place)
   if base is Literal:
     if content not in arguments:

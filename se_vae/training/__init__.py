@@ -1,7 +1,8 @@
 """Training: select x', evaluate the bound, follow its gradient (paper Sec. 2.1 and 6).
 
-`step` is one training step, `loop` takes many of them, and `input_pipeline` feeds it with batches.
-The settings are `se_vae.config.TrainConfig`.
+`selection` finds x', `losses` is the table of objectives, `step` is one training step, `loop` takes
+many of them, and `input_pipeline` feeds it with batches. The settings are
+`se_vae.config.TrainConfig`.
 """
 
 from se_vae.config import TrainConfig
@@ -15,15 +16,14 @@ from se_vae.training.loop import (
   run,
   train_steps,
 )
+from se_vae.training.selection import EncodingShift, select
 from se_vae.training.step import (
-  EncodingShift,
   TrainState,
   TrainStep,
   apply_gradients,
   init_state,
   loss,
   make_optimizer,
-  select,
   train_step,
 )
 

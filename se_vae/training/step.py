@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from se_vae import attacks, gaussians, objectives, wasserstein
+from se_vae import attacks
 from se_vae.config import ArgumentError, TrainConfig
-from se_vae.gaussians import Gaussian
 from se_vae.models.vae import VAE, Params
 from se_vae.parallel import sharding
+from se_vae.training import losses
 
 Metrics = dict[str, jax.Array]
 
@@ -114,88 +114,6 @@ def init_state(
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state, offsets)
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodingShift:
-  """Squared W2 distance between a fixed encoding and that of x', which the selection maximises.
-
-  This is the objective of the paper's selection mechanism (Sec. 2.1).
-
-  Attributes:
-    model: the model whose encoder is used.
-  """
-
-  model: VAE
-
-  def __call__(self, x_adv: jax.Array, params: Params, q_a: Gaussian) -> jax.Array:
-    """Returns the distances `[B]`, in squared latent units.
-
-    Args:
-      x_adv: images x' `[B, H, W, C]`.
-      params: the model's parameters, which may be of a lower precision than the rest.
-      q_a: the fixed encodings, with means `[B, D]`.
-    """
-    x_adv = x_adv.astype(jax.tree.leaves(params)[0].dtype)
-    q_b = self.model.encode(params, x_adv)
-    return wasserstein.squared_w2(q_a, _cast(q_b, q_a.mean.dtype))
-
-
-def _cast(tree: Any, dtype: Any) -> Any:
-  return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-
-
-def select(
-  model: VAE,
-  config: TrainConfig,
-  params: Params,
-  key: jax.Array,
-  x: jax.Array,
-  q_a: Gaussian,
-  *,
-  index: jax.Array | None = None,
-  start: jax.Array | None = None,
-) -> jax.Array:
-  """Returns the images x' near x whose encodings are furthest from q_a (Sec. 2.1).
-
-  No gradient flows through the selection: x' is data (Sec. 2).
-
-  Example:
-    >>> from se_vae import make_vae
-    >>> model, x = make_vae((2, 2, 1), latent_dim=3, num_layers=1), jnp.full((5, 2, 2, 1), 0.5)
-    >>> params, config = model.init(jax.random.key(0)), TrainConfig(radius=0.1)
-    >>> x_adv = select(model, config, params, jax.random.key(1), x, model.encode(params, x))
-    >>> print(jnp.abs(x_adv - x).max().round(3))
-    0.1
-
-  Args:
-    model: the model.
-    config: the settings.
-    params: the model's parameters.
-    key: one PRNG key.
-    x: images `[B, H, W, C]` in [0, 1].
-    q_a: the encodings of x, with means `[B, D]`.
-    index: `[B]` integers that identify the examples, for their random starts; `arange(B)` if None.
-    start: images `[B, H, W, C]` to start from, in place of random ones.
-
-  Returns:
-    x' `[B, H, W, C]` in [0, 1], within `config.radius` of x in the linf norm.
-  """
-  params, q_a = jax.lax.stop_gradient((params, q_a))
-  if config.attack_dtype == 'bfloat16':
-    params = _cast(params, jnp.bfloat16)
-  x_adv = attacks.pgd(
-    EncodingShift(model),
-    key,
-    x,
-    radius=config.radius,
-    num_steps=config.pgd_steps,
-    relative_step_size=config.relative_step_size,
-    start=start,
-    args=(params, q_a),
-    index=index,
-  )
-  return jax.lax.stop_gradient(x_adv)
-
-
 def loss(
   model: VAE,
   config: TrainConfig,
@@ -206,47 +124,33 @@ def loss(
   *,
   index: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-  """Returns minus the batch mean of the bound, in nats, and the batch mean of each of its terms.
+  """Returns the batch mean of the loss, in nats, and the batch mean of each of its terms.
 
-  The loss of a beta-VAE, with beta the `kl_weight`, adds (beta - 1) times the mean KL divergence.
+  The loss is minus the bound, plus the penalty that the objective has.
 
   Args:
     model: the model.
-    config: the settings, among them the bound.
+    config: the settings, among them the objective.
     params: the model's parameters.
     key: one PRNG key, for the latent noise.
     x: images `[B, H, W, C]` in [0, 1].
-    x_adv: for the SE-ELBO the selected x' of each image. For the ELBO what the encoder sees in
-      place of x; x itself if None.
+    x_adv: the selected x' of each image; for objective 'vae' what the encoder sees; x if None.
     index: `[B]`, the place of each image in the whole batch, of which x may be a part; `arange(B)`
       if None. Each image draws its noise with a key of its own, however the batch is split.
 
   Returns:
     The loss, a scalar, and the metrics, scalars by name.
+
+  Raises:
+    TypeError, AssertionError: if a user's objective does not return terms `[B]` by name.
   """
   index = jnp.arange(x.shape[0], dtype=jnp.int32) if index is None else index
   if config.freeze_decoder:
     params = {**params, 'decoder': jax.lax.stop_gradient(params['decoder'])}
-  seen = x_adv if config.objective == 'vae' and x_adv is not None else x
-  q_a = model.encode(params, seen)
-  z_a = gaussians.sample_each(q_a, attacks.example_keys(key, index))
-  x_mean = model.decode(params, z_a)
-  terms: NamedTuple
-  if config.objective == 'vae':
-    terms = objectives.elbo(x, x_mean, q_a, obs_var=config.obs_var)
-    extra = {}
-  else:
-    if x_adv is None:
-      raise ArgumentError('x_adv', "is needed for objective 'se'")
-    q_b = model.encode(params, x_adv)
-    terms = objectives.se_elbo(x, x_mean, q_a, q_b, gamma=config.gamma, obs_var=config.obs_var)
-    extra = {'squared_w2': jnp.mean(wasserstein.squared_w2(q_a, q_b))}
-  metrics = {name: jnp.mean(values) for name, values in terms._asdict().items()} | extra
-  metrics['squared_error'] = jnp.mean(objectives.squared_error(x, x_mean))
-  value = -metrics['elbo']
-  if config.objective == 'vae':
-    value += (config.kl_weight - 1.0) * metrics['kl']
-  return value, {'loss': value} | metrics
+  keys = attacks.example_keys(key, index)
+  terms = losses.entry(config).terms(model, params, keys, x, x if x_adv is None else x_adv)
+  metrics = losses.mean_terms(terms, len(x))
+  return metrics['loss'], metrics
 
 
 def train_step(
@@ -258,7 +162,6 @@ def train_step(
   *,
   examples: jax.Array | None = None,
   optimizer: optax.GradientTransformation | None = None,
-  sharded: bool = False,
 ) -> tuple[TrainState, Metrics]:
   """Takes one step of gradient ascent on the bound.
 
@@ -277,42 +180,29 @@ def train_step(
     config: the settings.
     state: the state before the step.
     key: the run's PRNG key; the step's own is folded in from `state.step`.
-    x: images `[B, H, W, C]` in [0, 1].
+    x: images `[B, H, W, C]` in [0, 1]; within `sharding.per_device` this device's share of them.
     examples: `[B]`, the places of x in the training set, which a warm start needs.
     optimizer: in place of the one that `config` names; it then sets the learning rate too.
-    sharded: whether x is one device's share of the batch, within `sharding.per_device`.
 
   Returns:
     The state after the step, and scalars that are averages over the batch.
   """
   sample_key, select_key = jax.random.split(jax.random.fold_in(key, state.step))
-  index = sharding.share_of_batch(len(x)) if sharded else jnp.arange(len(x), dtype=jnp.int32)
+  index = sharding.positions(len(x))
   offsets = state.offsets
-  if config.objective == 'vae':
-    # The program is the same with and without noise, and draws none where there is none.
-    x_adv = jax.lax.cond(
-      config.encoder_noise > 0.0,
-      lambda: attacks.noise(select_key, x, radius=config.encoder_noise, index=index),
-      lambda: x,
-    )
-  else:
-    start = None
-    if offsets is not None:
-      if examples is None:
-        raise ArgumentError('examples', 'is needed for a warm start')
-      start = _warm_start(config, offsets[examples], x)
-    q_a = model.encode(state.params, x)
-    x_adv = select(model, config, state.params, select_key, x, q_a, index=index, start=start)
-    if offsets is not None and examples is not None:
-      rows = _offset_rows(config, x, x_adv)
-      if sharded:
-        examples, rows = sharding.gather_over_devices(examples), sharding.gather_over_devices(rows)
-      offsets = offsets.at[examples].set(rows)
+  start = None
+  if offsets is not None:
+    if examples is None:
+      raise ArgumentError('examples', 'is needed for a warm start')
+    start = _warm_start(config, offsets[examples], x)
+  x_adv = losses.entry(config).select(model, config, state.params, select_key, x, index, start)
+  if offsets is not None:
+    rows = sharding.whole_batch((examples, _offset_rows(config, x, x_adv)))
+    offsets = offsets.at[rows[0]].set(rows[1])
   gradients, metrics = jax.grad(loss, argnums=2, has_aux=True)(
     model, config, state.params, sample_key, x, x_adv, index=index
   )
-  if sharded:
-    gradients, metrics = sharding.mean_over_devices((gradients, metrics))
+  gradients, metrics = sharding.mean_over_devices((gradients, metrics))
   optimizer = make_optimizer(config) if optimizer is None else optimizer
   params, opt_state = apply_gradients(optimizer, gradients, state.opt_state, state.params)
   if config.freeze_decoder:  # an optimiser may update even where the gradient is zero
@@ -381,5 +271,4 @@ class TrainStep:
       x,
       examples=examples,
       optimizer=self.optimizer,
-      sharded=True,
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from se_vae import data, training
-from se_vae.config import OBJECTIVES, ArgumentError
+from se_vae.config import ArgumentError
 from se_vae.data.transforms import pixels
 from se_vae.parallel import sharding
 from tests.training.small_runs import (
@@ -60,7 +60,7 @@ def test_pixels_are_bytes_over_255():
     pixels(x)  # they are in [0, 1] already
 
 
-@pytest.mark.parametrize('objective', OBJECTIVES)
+@pytest.mark.parametrize('objective', ['vae', 'se'])
 def test_bound_increases(objective):
   elbos = [metrics['elbo'] for _, metrics in whole_run(objective)]
   assert elbos[-1] > elbos[0] + 3.0  # nats an image; the noise of a window is below one
@@ -229,6 +229,8 @@ def test_a_sweep_over_numbers_compiles_once(monkeypatch):
       ),
     ),
     (vae_base, ({'kl_weight': 4.0}, {'encoder_noise': 0.1}, {'momentum': 0.5})),
+    (dataclasses.replace(base, objective='lipschitz'), ({'jacobian_weight': 1.0},)),
+    (dataclasses.replace(base, objective='contrastive'), ({'temperature': 0.1},)),
   ):
     del compiled[:]
     reference, _ = fit(first)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from se_vae import objectives
+from se_vae.config import COUPLINGS
 from se_vae.gaussians import DiagonalGaussian, FullGaussian
 from tests import oracles
 from tests.oracles import Moments, in_float64
@@ -17,16 +18,16 @@ FAMILIES = ('diagonal', 'full')
 EXACT = {'rtol': 1e-11, 'atol': 1e-11}
 
 elbo = oracles.quick_jit(objectives.elbo)
-se_elbo = oracles.quick_jit(objectives.se_elbo)
+se_elbo = oracles.quick_jit(objectives.se_elbo, static_argnames='coupling')
 
 
-def linear_model(family, gamma, seed=0):
+def linear_model(family, gamma, coupling='paper', seed=0):
   """A linear-Gaussian model of 5 pixels and 2 latents whose posterior is of the family."""
   rng = np.random.default_rng(seed)
   weights = rng.normal(size=(5, 2))
   if family == 'diagonal':  # orthogonal columns of unlike lengths
     weights = np.linalg.qr(weights)[0] * [0.7, 2.0]
-  return oracles.LinearModel(weights, 0.3, gamma), rng.normal(size=5)
+  return oracles.LinearModel(weights, 0.3, gamma, coupling), rng.normal(size=5)
 
 
 def batch_of_one(make, p):
@@ -55,6 +56,7 @@ def bound(model, x, p_a, p_b, make):
     batch_of_one(make, p_b),
     gamma=model.gamma,
     obs_var=model.obs_var,
+    coupling=model.coupling,
   )
   missing = -0.5 * np.trace(model.weights @ p_a.cov @ model.weights.T) / model.obs_var
   np.testing.assert_allclose(
@@ -69,10 +71,11 @@ def bound(model, x, p_a, p_b, make):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('coupling', COUPLINGS)
 @pytest.mark.parametrize('gamma', (0.0, 0.1, 1.0, 10.0, 1000.0))
 @in_float64
-def test_bound_is_the_log_evidence_at_the_exact_posterior(family, gamma):
-  model, x = linear_model(family, gamma)
+def test_bound_is_the_log_evidence_at_the_exact_posterior(family, coupling, gamma):
+  model, x = linear_model(family, gamma, coupling)
   posterior = model.posterior(x)
   p_a, p_b = marginals(posterior, 2)
   if family == 'diagonal':  # otherwise the factorised family would not hold the posterior
@@ -83,11 +86,12 @@ def test_bound_is_the_log_evidence_at_the_exact_posterior(family, gamma):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('coupling', COUPLINGS)
 @hypothesis.given(seed=st.integers(0, 2**16), log_gamma=st.floats(-3.0, 2.0))
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=25, database=None)
 @in_float64
-def test_bound_is_below_the_log_evidence_at_any_encodings(family, seed, log_gamma):
-  model, x = linear_model(family, 10.0**log_gamma, seed)
+def test_bound_is_below_the_log_evidence_at_any_encodings(family, coupling, seed, log_gamma):
+  model, x = linear_model(family, 10.0**log_gamma, coupling, seed)
   rng = np.random.default_rng(seed + 1)
   (p_a, _), (p_b, _) = (oracles.family(family, rng, 2) for _ in range(2))
   make = getattr(oracles, family)

@@ -1,0 +1,247 @@
+"""The table of objectives: each is its function of the model, and a user's function is one too."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from se_vae import gaussians, objectives, training, wasserstein
+from se_vae.config import OBJECTIVES, SELECTION_DISTANCES
+from se_vae.parallel import sharding
+from se_vae.training import losses, selection
+from tests.training.small_runs import (
+  BATCH,
+  CONFIG,
+  IMAGES,
+  KEY,
+  assert_close,
+  assert_same,
+  batch,
+  drawn,
+  run,
+  tiny,
+)
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+OTHERS = [name for name in OBJECTIVES if name not in ('vae', 'se')]
+X, X_ADV = batch(0), 1.0 - batch(0)
+KEYS = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(BATCH))
+
+
+def config_for(objective, **changes):
+  kind = {'tc_vae': {'kl_weight': 4.0}, 'lipschitz': {'jacobian_weight': 0.3}}.get(objective, {})
+  return dataclasses.replace(CONFIG, objective=objective, gamma=2.0, **kind | changes)
+
+
+def means_of(model, params, config):
+  return training.loss(model, config, params, KEY, X, X_ADV)[1]
+
+
+def assert_means(metrics, terms):
+  """The metrics are the batch means of terms `[B]`, which were computed one by one."""
+  for name, values in terms.items():
+    np.testing.assert_allclose(metrics[name], np.mean(values), rtol=1e-5, err_msg=name)
+
+
+def test_the_table_has_every_name():
+  assert tuple(losses.OBJECTIVES) == OBJECTIVES
+
+
+@pytest.mark.parametrize('coupling', ['paper', 'balanced'])
+def test_se_avae_and_avae_are_their_bounds(coupling):
+  model, params = tiny(), drawn(tiny())
+  q_a, q_b = model.encode(params, X), model.encode(params, X_ADV)
+  z = gaussians.sample_each(q_a, KEYS)
+  x_mean = model.decode(params, z)
+  q_cycle = model.encode(params, x_mean)
+  numbers = {'gamma': 2.0, 'obs_var': CONFIG.obs_var}
+  both = objectives.se_avae_elbo(X, x_mean, q_a, q_b, z, q_cycle, **numbers, coupling=coupling)
+  metrics = means_of(model, params, config_for('se_avae', coupling=coupling))
+  assert_means(metrics, {**both._asdict(), 'loss': -both.elbo})
+  assert_means(metrics, {'squared_w2': wasserstein.squared_w2(q_a, q_b)})
+  alone = objectives.avae_elbo(X, x_mean, q_a, z, q_cycle, **numbers)
+  assert_means(means_of(model, params, config_for('avae')), alone._asdict())
+
+
+def test_no_gradient_flows_through_the_decoded_image():
+  """The decoder's gradient is that of the ELBO; the encoder's is another."""
+  model, params = tiny(), drawn(tiny())
+  gradient = jax.jit(jax.grad(training.loss, argnums=2, has_aux=True), static_argnums=0)
+  plain = gradient(model, config_for('vae'), params, KEY, X)[0]
+  cycle = gradient(model, config_for('avae'), params, KEY, X)[0]
+  assert_close(cycle['decoder'], plain['decoder'], rtol=1e-5)
+  assert any(
+    np.abs(a - b).max() > 0.01 * np.abs(b).max()
+    for a, b in zip(*map(jax.tree.leaves, (cycle['encoder'], plain['encoder'])), strict=True)
+  )
+
+
+def test_the_tc_vae_weighs_the_total_correlation():
+  model, params = tiny(), drawn(tiny())
+  q = model.encode(params, X)
+  z = gaussians.sample_each(q, KEYS)
+  terms = objectives.tc_elbo(X, model.decode(params, z), q, z, q, obs_var=CONFIG.obs_var)
+  metrics = means_of(model, params, config_for('tc_vae'))
+  assert_means(metrics, {**terms._asdict(), 'loss': -terms.elbo + 3.0 * terms.total_correlation})
+
+
+def test_the_lipschitz_penalty_estimates_the_jacobian_of_the_encoder_mean():
+  """The mean over many keys is the squared norm, within four standard errors."""
+  model, params = tiny(), drawn(tiny())
+  config = config_for('lipschitz')
+  terms = jax.jit(lambda keys: losses.entry(config).terms(model, params, keys, X, X))
+  draws = [terms(jax.random.split(jax.random.key(i), BATCH)) for i in range(200)]
+  norms = np.array([each['squared_jacobian_norm'] for each in draws])
+  jacobian = jax.vmap(jax.jacobian(lambda x: model.encode(params, x[None]).mean[0]))(X)
+  exact = np.sum(np.square(jacobian), axis=(1, 2, 3, 4))
+  assert (np.abs(norms.mean(0) - exact) < 4.0 * norms.std(0) / np.sqrt(200) + 1e-6 * exact).all()
+  first = draws[0]
+  expected = -first['elbo'] + 0.3 * first['squared_jacobian_norm']
+  np.testing.assert_allclose(first['loss'], expected, rtol=1e-6)
+
+
+def test_the_contrastive_loss_needs_no_decoder():
+  model, params = tiny(), drawn(tiny())
+  config = config_for('contrastive')
+  gradient, metrics = jax.jit(jax.grad(training.loss, argnums=2, has_aux=True), static_argnums=0)(
+    model, config, params, KEY, X, X_ADV
+  )
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient['decoder']))
+  means = [np.asarray(model.encode(params, images).mean) for images in (X, X_ADV)]
+  unit = [mean / np.linalg.norm(mean, axis=1, keepdims=True) for mean in means]
+  logits = unit[1] @ unit[0].T / config.temperature
+  attacked = np.log(np.exp(logits).sum(axis=1)) - np.diag(logits)
+  assert_means(metrics, {'attacked_loss': attacked})
+  assert metrics['loss'] == pytest.approx(metrics['clean_loss'] + metrics['attacked_loss'])
+
+
+def test_shifted_images_are_windows_of_padded_ones():
+  x, found = np.asarray(X), set()
+  moved = np.asarray(selection.shifted(KEYS, X))
+  for image, one in zip(x, moved, strict=True):
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
+    places = [
+      (top, left)
+      for top in range(5)
+      for left in range(5)
+      if np.array_equal(padded[top : top + 4, left : left + 4], one)
+    ]
+    assert places
+    found.update(places)
+  assert len(found) > 3
+
+
+def test_the_contrastive_view_is_in_the_ball_around_a_shifted_image():
+  model, params = tiny(), drawn(tiny())
+  config = config_for('contrastive', radius=0.1)
+  index = jnp.arange(BATCH)
+  x_adv = selection.confused_view(model, config, params, KEY, X, index, None)
+  view_key = jax.random.split(KEY)[0]
+  view = selection.shifted(jax.vmap(jax.random.fold_in, (None, 0))(view_key, index), X)
+  assert np.abs(x_adv - view).max() <= 0.1 + 1e-6 and 0.0 <= x_adv.min() <= x_adv.max() <= 1.0
+  confusion = selection.Confusion(model)
+  means, temperature = model.encode(params, X).mean, jnp.float32(0.5)
+  before, after = (confusion(x, params, means, index, temperature) for x in (view, x_adv))
+  assert (after > before).all()
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_four_devices_train_as_one(name):
+  """Also where the loss needs the whole batch."""
+  model, config = tiny(num_layers=1), config_for(name, pgd_steps=1)
+  state = training.init_state(model, config, KEY)
+  (one, alone), (four, spread) = (run(model, config, state, n, rows=1)[0] for n in (1, 4))
+  # Sums in another order, through ten steps of Adam.
+  assert_close(four.params, one.params, rtol=1e-4)
+  for key, value in alone.items():
+    np.testing.assert_allclose(spread[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+  changed = [
+    np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (one.params, state.params)), strict=True)
+  ]
+  assert any(changed)
+
+
+@pytest.mark.parametrize('distance', SELECTION_DISTANCES)
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_the_selection_maximises_the_chosen_distance_in_the_chosen_ball(distance, norm):
+  model, params = tiny(), drawn(tiny())
+  config = config_for('se', selection_distance=distance, norm=norm, radius=0.3, pgd_steps=8)
+  q_a = model.encode(params, X)
+  x_adv = training.select(model, config, params, KEY, X, q_a)
+  offset = np.asarray(x_adv - X).reshape(BATCH, -1)
+  length = np.abs(offset).max(axis=1) if norm == 'linf' else np.linalg.norm(offset, axis=1)
+  assert (length <= 0.3 * (1.0 + 1e-5)).all() and (length > 0.2).all()
+  assert 0.0 <= x_adv.min() <= x_adv.max() <= 1.0
+  written = {
+    'squared_w2': lambda a, b: (a.mean - b.mean) ** 2 + (a.stddev - b.stddev) ** 2,
+    'mean_distance': lambda a, b: (a.mean - b.mean) ** 2,
+    'symmetric_kl': lambda a, b: (
+      0.5 * (a.var / b.var + b.var / a.var + (a.mean - b.mean) ** 2 * (1 / a.var + 1 / b.var) - 2.0)
+    ),
+  }[distance]
+  found = written(q_a, model.encode(params, x_adv)).sum(axis=1)
+  shift = training.EncodingShift(model, distance)
+  np.testing.assert_allclose(shift(x_adv, params, q_a), found, rtol=1e-4)
+  rng = np.random.default_rng(0)
+  for _ in range(5):  # no random point of the ball is further
+    noise = rng.uniform(-1.0, 1.0, offset.shape)
+    scale = np.abs(noise).max(1) if norm == 'linf' else np.linalg.norm(noise, axis=1)
+    other = X + (0.3 * noise / scale[:, None]).reshape(X.shape).astype(np.float32)
+    assert (shift(jnp.clip(other, 0.0, 1.0), params, q_a) < found).all()
+
+
+def test_an_unknown_distance_is_refused():
+  with pytest.raises(ValueError, match='distance must be one of squared_w2'):
+    training.EncodingShift(tiny(), 'w1')
+
+
+# ---------------------------------------------------------------------------------------------
+# A user's objective
+# ---------------------------------------------------------------------------------------------
+
+
+def mine(model, params, keys, x, x_adv):
+  """The SE-ELBO by hand."""
+  q_a, q_b = model.encode(params, x), model.encode(params, x_adv)
+  x_mean = model.decode(params, gaussians.sample_each(q_a, keys))
+  terms = objectives.se_elbo(x, x_mean, q_a, q_b, gamma=2.0, obs_var=0.1)
+  return {'elbo': terms.elbo, 'cost': terms.transport_cost}
+
+
+def test_a_function_trains_like_the_objective_that_it_is():
+  model = tiny(num_layers=1)
+  changes = {'gamma': 2.0, 'num_steps': 12, 'pgd_steps': 2}
+  options = {'batch_size': BATCH, 'mesh': sharding.data_mesh(2)}
+  named, named_rows = training.fit(model, dataclasses.replace(CONFIG, **changes), IMAGES, **options)
+  own, own_rows = training.fit(
+    model, dataclasses.replace(CONFIG, objective=mine, **changes), IMAGES, **options
+  )
+  assert_close(own, named, rtol=1e-4)  # other programs: rounding through Adam
+  assert own_rows[-1].keys() == {'step', 'loss', 'elbo', 'cost', 'gradient_norm'}
+  assert own_rows[-1]['loss'] == pytest.approx(named_rows[-1]['loss'], rel=1e-4)
+  assert own_rows[-1]['cost'] == pytest.approx(named_rows[-1]['transport_cost'], rel=1e-3)
+
+
+def test_a_functions_loss_is_minimised():
+  model, params = tiny(), drawn(tiny())
+  config = dataclasses.replace(CONFIG, objective=lambda m, p, k, x, x_adv: {'loss': x[:, 0, 0, 0]})
+  value, metrics = training.loss(model, config, params, KEY, X)
+  assert float(value) == float(metrics['loss']) == pytest.approx(float(X[:, 0, 0, 0].mean()))
+  assert_same(metrics.keys(), {'loss'})
+
+
+@pytest.mark.parametrize(
+  ('terms', 'error', 'message'),
+  [
+    ({'bound': jnp.zeros(BATCH)}, TypeError, "a dict with 'loss' or 'elbo'"),
+    (jnp.zeros(BATCH), TypeError, "a dict with 'loss' or 'elbo'"),
+    ({'elbo': jnp.zeros(())}, AssertionError, r'elbo must be \[8\], got \(\)'),
+    ({'loss': jnp.zeros(BATCH), 'kl': jnp.zeros((8, 3))}, AssertionError, r'kl must be \[8\]'),
+  ],
+)
+def test_a_function_that_returns_something_else_is_refused(terms, error, message):
+  config = dataclasses.replace(CONFIG, objective=lambda *_: terms)
+  with pytest.raises(error, match=message):
+    training.loss(tiny(), config, drawn(tiny()), KEY, X)
