@@ -21,7 +21,7 @@ os.environ['NO_PROXY'] = 'localhost,127.0.0.1'
 
 
 # What computes the paper's formulas and the attacks is tested as users compile it. All other tests
-# take two fifths of the time of it by compiling without most optimisations.
+# compile without most optimisations, and take about three fifths of the time.
 OPTIMIZED = (
   'attacks',
   'models/test_cpu_ops.py',
@@ -56,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line('filterwarnings', 'ignore::DeprecationWarning:tensorflow_datasets.*')
   config.option.loadscopereorder = False  # pytest-xdist keeps the order of the files
   _keep_what_is_compiled(config)
+  config.pluginmanager.register(_Compilation())  # for the examples in docstrings too
 
 
 def _keep_what_is_compiled(config: pytest.Config) -> None:
@@ -92,21 +93,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _is_optimized(path: Path) -> bool:
-  """Whether the tests of a file run optimised programs; the examples in docstrings do."""
   folder = Path(__file__).parent
-  return not path.is_relative_to(folder) or path.relative_to(folder).as_posix().startswith(
-    OPTIMIZED
-  )
+  return path.is_relative_to(folder) and path.relative_to(folder).as_posix().startswith(OPTIMIZED)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def optimization(request: pytest.FixtureRequest) -> None:
-  """Programs of this process and of the binaries that it starts are optimised, or are not."""
-  disabled = not _is_optimized(request.path)
-  if disabled != jax.config.read('jax_disable_most_optimizations'):
-    jax.config.update('jax_disable_most_optimizations', disabled)
-    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(disabled))
-    jax.clear_caches()  # they do not tell one kind of program from the other
+class _Compilation:
+  """Compiles the programs of a test, and of the binaries that it starts, as `OPTIMIZED` says."""
+
+  @pytest.hookimpl(tryfirst=True)
+  def pytest_runtest_setup(self, item: pytest.Item) -> None:
+    is_soak = item.config.option.markexpr == 'slow'  # few tests, which run for minutes
+    disabled = not _is_optimized(item.path) and not is_soak
+    if disabled != jax.config.read('jax_disable_most_optimizations'):
+      jax.config.update('jax_disable_most_optimizations', disabled)
+      os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(disabled))
+      jax.clear_caches()  # they do not tell one kind of program from the other
 
 
 @pytest.fixture(autouse=True, scope='module')

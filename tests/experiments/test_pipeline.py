@@ -205,7 +205,10 @@ def test_full_covariance_encoders_train_and_are_probed(tmp_path):
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   """The binary itself, interrupted as from a terminal."""
   line = command('pretrain', workdir=tmp_path, **{**TINY, 'num_steps': 100_000})
-  env = {**os.environ, 'JAX_NUM_CPU_DEVICES': str(jax.device_count())}  # the programs of this process
+  env = {
+    **os.environ,
+    'JAX_NUM_CPU_DEVICES': str(jax.device_count()),
+  }  # the programs of this process
   process = subprocess.Popen(line, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
   deadline = time.monotonic() + 90
   while not (tmp_path / 'metrics.jsonl').exists() or not rows(tmp_path):
