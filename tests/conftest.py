@@ -21,16 +21,17 @@ os.environ['NO_PROXY'] = 'localhost,127.0.0.1'
 
 
 # What computes the paper's formulas and the attacks is tested as users compile it. All other tests
-# compile without most optimisations, and take about three fifths of the time.
+# compile without most optimisations, and take about three fifths of the time, but for the runs of
+# `test_faults.py`, which are long.
 OPTIMIZED = (
   'attacks',
+  'experiments/test_faults.py',
   'models/test_cpu_ops.py',
   'parallel/test_lowering.py',
   'test_gaussians',
   'test_matrix_functions',
   'objectives',
   'test_objectives',
-  'training/test_step.py',
   'test_wasserstein',
 )
 # The files that take longest start first, so that no worker is left alone with one at the end.

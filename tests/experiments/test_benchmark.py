@@ -149,7 +149,7 @@ def test_pytorch_is_timed_in_a_process_of_its_own(tmp_path):
     workdir=str(tmp_path),
     sections=('torch',),
     archs=('convnet',),
-    objectives=('se',),
+    objectives=('vae',),
     conv_batch_sizes=(16,),
     latent_dim=3,
     conv_channels=4,
