@@ -242,6 +242,7 @@ finally:
   print('loaded:', {{'jax', 'numpy', 'flax', 'matplotlib', 'PIL'}} & set(sys.modules))
 """
   shown = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert shown.returncode == 0, shown.stderr
   assert '--compilation_cache_dir' in shown.stdout and '--workdir' in shown.stdout
   assert shown.stdout.splitlines()[-1] == 'loaded: set()'
 
