@@ -125,12 +125,6 @@ def test_python_runs(page, tmp_path, monkeypatch):
   run(re.sub(r'num_steps=\d+', 'num_steps=2', python_of(page)), page)
 
 
-@pytest.mark.slow
-def test_the_readme_runs_as_it_stands(capsys):
-  run(python_of(ROOT / 'README.md'), ROOT / 'README.md')
-  assert 'checks: ' in capsys.readouterr().out
-
-
 def run(code, page):
   exec(compile(ast.parse(code), page, 'exec'), {'__name__': page.stem})
 

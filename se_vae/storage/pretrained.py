@@ -65,6 +65,14 @@ def workdir(name: str) -> Path:
   return _FOLDER / name
 
 
+def find(place: str | Path) -> Path:
+  """Returns the directory that `place` stands for: a pretrained encoder's name, or else a path.
+
+  A directory that has the name of an encoder is written with its path, as in './NAME'.
+  """
+  return workdir(str(place)) if place in _CHECKPOINTS else Path(place)
+
+
 def load_pretrained(name: str) -> tuple[vae.VAE, vae.Params]:
   """Returns a pretrained model and its parameters, in float32.
 
