@@ -13,6 +13,7 @@ import pytest
 
 import se_vae
 from experiments import (
+  compare,
   figure1,
   flag_reference,
   pretrain,
@@ -34,6 +35,7 @@ TAUGHT = [page for page in PAGES if '```python\n' in page.read_text() and page.s
 BINARIES = {
   'benchmarks.attack_comparison': [attack_comparison.ComparisonConfig],
   'benchmarks.speed': [speed.BenchmarkConfig],
+  'compare': [compare.CompareConfig],
   'figure1': [figure1.Figure1Config],
   'pretrain': [pretrain.PretrainConfig, distributed.Cluster],
   'probe': [probe_settings.ProbeConfig],
