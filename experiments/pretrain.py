@@ -33,7 +33,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae import data, training
   from se_vae.models import vae
   from se_vae.parallel import processes
-  from se_vae.storage import checkpoints, model_store
+  from se_vae.storage import checkpoints, model_store, pretrained
 
 # Seconds to wait for a dispatch once a signal has come; a dispatch takes about one.
 _PATIENCE = 60.0
@@ -56,7 +56,9 @@ class PretrainConfig:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   batch_size: int = setting(64, 'Training examples a step.', at_least=1)
   init_from: str | None = setting(
-    None, 'Directory of a run of the same architecture, whose parameters to start with.'
+    None,
+    'Directory of a run of the same architecture, or name of a pretrained encoder, whose '
+    'parameters to start with.',
   )
   matmul_precision: str = setting(
     'default',
@@ -157,6 +159,25 @@ def load_run(argument: str, workdir: Path) -> model_store.SavedModel:
   if damages and saved.metadata['step'] < newest:
     raise ArgumentError(argument, f'{damages[0]}; run experiments.pretrain again to replace it')
   return saved
+
+
+def encoder_directory(argument: str, place: str) -> Path:
+  """Returns the directory of an encoder that a run starts from or is compared with.
+
+  Args:
+    argument: names the setting, for the error.
+    place: the directory of a run, or the name of a pretrained encoder.
+
+  Raises:
+    ArgumentError: if it is neither.
+  """
+  directory = pretrained.find(place)
+  if not directory.is_dir():
+    names = ', '.join(pretrained.names())
+    raise ArgumentError(
+      argument, f'{place} is neither a directory nor the name of a pretrained encoder ({names})'
+    )
+  return directory
 
 
 def check_batch_size(batch_size: int, dataset: data.Dataset) -> None:
@@ -306,7 +327,7 @@ def _restore(
   if source is None:
     return state, window, None
   origin = {
-    'workdir': str(Path(str(config.init_from)).absolute()),
+    'workdir': flags.absolute(flags.to_dict(config))['init_from'],
     'step': source.metadata['step'],
     'checkpoint': source.path.name,  # its SHA-256 is in its name
   }
@@ -319,10 +340,10 @@ def _model_arguments(config: PretrainConfig, dataset: data.Dataset) -> dict[str,
 
 
 def _load_source(config: PretrainConfig, dataset: data.Dataset) -> model_store.SavedModel | None:
-  """Returns the run that `init_from` names, whose model must be this one's."""
+  """Returns the encoder that `init_from` names, whose model must be this one's."""
   if config.init_from is None:
     return None
-  source = load_run('init_from', Path(config.init_from))
+  source = load_run('init_from', encoder_directory('init_from', config.init_from))
   here = _model_arguments(config, dataset)
   if source.model != vae.make_vae(**here):
     there = source.metadata['model']
@@ -331,7 +352,7 @@ def _load_source(config: PretrainConfig, dataset: data.Dataset) -> model_store.S
     values = '; '.join(f'{name} {there.get(name)} there, {here[name]} here' for name in changed)
     raise ArgumentError(
       ['dataset' if name == 'image_shape' else name for name in changed],
-      f'not that of the run in init_from={config.init_from} ({values})',
+      f'not that of init_from={config.init_from} ({values})',
     )
   return source
 
@@ -371,7 +392,7 @@ def _is_source(directory: str | None, source: records.Source | None) -> bool:
   """Returns whether a directory holds the checkpoint that a run has started with."""
   if directory is None or source is None:
     return False
-  found = checkpoints.steps(Path(directory) / recording.CHECKPOINTS)
+  found = checkpoints.steps(pretrained.find(directory) / recording.CHECKPOINTS)
   return source['checkpoint'] in (path.name for _, path in found)
 
 

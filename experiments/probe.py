@@ -111,7 +111,7 @@ def prepare(config: ProbeConfig) -> Prepared:
     dataset.test.images[:count].astype(np.float32) / 255.0,
     dataset.test.labels[config.task][:count],
     devices.mesh_for(config.batch_size),
-    _load_surrogate(config, run, dataset),
+    _load_surrogate(config, model, checkpoint),
   )
 
 
@@ -155,18 +155,20 @@ def _load_dataset(config: ProbeConfig, metadata: dict[str, Any], output: Path) -
 
 
 def _load_surrogate(
-  config: ProbeConfig, workdir: Path, dataset: data.Dataset
+  config: ProbeConfig, model: vae.VAE, checkpoint: Path
 ) -> model_store.SavedModel | None:
+  """Loads the encoder in `surrogate`, which must not be the attacked one and take its images."""
   if config.surrogate is None:
     return None
   if not config.check_examples:
     raise ArgumentError('surrogate', 'is for a check; needs check_examples above 0')
-  path = Path(config.surrogate)
-  if path.resolve() == workdir.resolve():
-    raise ArgumentError('surrogate', 'is the run in workdir itself; name another one')
-  surrogate = _load('surrogate', path)
-  if not dataset.is_that_of(surrogate.metadata['data']['digest']):
-    raise ArgumentError('surrogate', 'was trained on other data than the run in workdir')
+  surrogate = _load('surrogate', pretrain.encoder_directory('surrogate', config.surrogate))
+  if surrogate.path.name == checkpoint.name:
+    raise ArgumentError('surrogate', 'is the encoder that is attacked; name another one')
+  if (shape := surrogate.model.image_shape) != model.image_shape:
+    raise ArgumentError(
+      'surrogate', f'takes images of shape {shape}, and the attacked encoder {model.image_shape}'
+    )
   return surrogate
 
 

@@ -58,7 +58,9 @@ class ProbeConfig:
     200, 'Test examples that the sanity checks attack again; 0 for no checks.', at_least=0
   )
   surrogate: str | None = setting(
-    None, 'Directory of another run on the same data, whose adversarial examples check 8 uses.'
+    None,
+    'Directory of another run, or name of a pretrained encoder, whose adversarial examples check 8 '
+    'uses.',
   )
   joint: bool = setting(False, 'Attack the probes of all tasks together too, for colour sets.')
   moves: bool = setting(False, 'Measure the largest latent shift, without labels.')

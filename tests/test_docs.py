@@ -13,6 +13,7 @@ import pytest
 
 import se_vae
 from experiments import (
+  compare,
   figure1,
   flag_reference,
   pretrain,
@@ -34,6 +35,7 @@ TAUGHT = [page for page in PAGES if '```python\n' in page.read_text() and page.s
 BINARIES = {
   'benchmarks.attack_comparison': [attack_comparison.ComparisonConfig],
   'benchmarks.speed': [speed.BenchmarkConfig],
+  'compare': [compare.CompareConfig],
   'figure1': [figure1.Figure1Config],
   'pretrain': [pretrain.PretrainConfig, distributed.Cluster],
   'probe': [probe_settings.ProbeConfig],
@@ -123,12 +125,6 @@ def test_python_runs(page, tmp_path, monkeypatch):
   monkeypatch.setattr(data, 'load', load_few)
   monkeypatch.setattr(se_vae, 'evaluate', functools.partial(se_vae.evaluate, check_examples=0))
   run(re.sub(r'num_steps=\d+', 'num_steps=2', python_of(page)), page)
-
-
-@pytest.mark.slow
-def test_the_readme_runs_as_it_stands(capsys):
-  run(python_of(ROOT / 'README.md'), ROOT / 'README.md')
-  assert 'checks: ' in capsys.readouterr().out
 
 
 def run(code, page):

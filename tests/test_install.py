@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import os
 import re
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
+import nbformat
 import pytest
 
 import se_vae
+from tests.clean_environment import ROOT, make_clone, make_environment, run
 from tests.tools import licences
 
-ROOT = Path(__file__).parents[1]
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+  path = tmp_path_factory.mktemp('wheel')
+  pip = (sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--quiet', '--wheel-dir', path)
+  run(*pip, make_clone(path / 'clone'), cwd=path)  # what a build leaves behind stays there
+  (wheel,) = path.glob('*.whl')
+  return wheel
 
 
-def run(*line: str | Path, cwd: Path) -> str:
-  environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
-  done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
-  assert done.returncode == 0, done.stdout + done.stderr
-  return done.stdout
+@pytest.fixture(scope='module')
+def python(wheel, tmp_path_factory):
+  """Python where nothing but the wheel and what it needs is installed."""
+  python = make_environment(tmp_path_factory.mktemp('environment') / 'venv')
+  run(python, '-m', 'pip', 'install', '--quiet', wheel, cwd=wheel.parent)
+  return python
 
 
-def test_the_wheel_works_outside_the_repository(tmp_path):
-  source = tmp_path / 'source'
-  source.mkdir()
-  for name in ('README.md', 'LICENSE', 'setup.cfg', 'pyproject.toml', 'se_vae'):
-    (source / name).symlink_to(ROOT / name)  # what a build leaves behind stays here
-  pip = (sys.executable, '-m', 'pip', '--disable-pip-version-check')
-  wheel_options = ('--no-deps', '--no-build-isolation', '--quiet', '--wheel-dir', tmp_path)
-  run(*pip, 'wheel', *wheel_options, source, cwd=tmp_path)
-  (wheel,) = tmp_path.glob('*.whl')
+def test_the_wheel_holds_the_library_and_its_licence(wheel):
   with zipfile.ZipFile(wheel) as archive:
     names = {*archive.namelist()}
     assert 'se_vae/py.typed' in names
@@ -47,12 +47,8 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     stated = archive.read(metadata).decode()
   assert f'\nVersion: {se_vae.__version__}\n' in stated and '\nLicense: Apache-2.0\n' in stated
 
-  # An environment with the dependencies of this one, but without the repository's own entry.
-  run(sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'venv', cwd=tmp_path)
-  site = next((tmp_path / 'venv' / 'lib').glob('python*')) / 'site-packages'
-  (site / 'dependencies.pth').write_text(sysconfig.get_path('purelib') + '\n')
-  run(*pip, 'install', '--no-deps', '--no-index', '--quiet', '--target', site, wheel, cwd=tmp_path)
-  python = tmp_path / 'venv' / 'bin' / 'python'
+
+def test_the_wheel_works_outside_the_repository(python, tmp_path):
   code = (
     'import numpy as np\n'
     'import se_vae\n'
@@ -61,11 +57,39 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     "config = se_vae.TrainConfig(objective='se', pgd_steps=1, num_steps=2)\n"
     'params, rows = se_vae.fit(model, config, images, steps_per_row=1)\n'
     'assert np.isfinite(rows[-1]["loss"])\n'
+    "se_vae.load_pretrained('mnist_mlp_vae_latent128')\n"
     'print(se_vae.__file__, len(images), len(rows))'
   )
   library, count, rows = run(python, '-c', code, cwd=tmp_path).split()
+  (site,) = python.parents[1].glob('lib/python*/site-packages')
   assert Path(library).parent == site / 'se_vae' and (count, rows) == ('4000', '2')
   assert (site / 'se_vae' / 'py.typed').exists()
+
+
+@pytest.mark.slow
+def test_the_readme_runs_as_it_stands_where_the_wheel_is_installed(python, tmp_path):
+  blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+  (tmp_path / 'readme.py').write_text(''.join(blocks))
+  assert 'checks: ' in run(python, 'readme.py', cwd=tmp_path)
+
+
+def test_the_notebook_installs_the_package_where_it_is_missing(wheel, tmp_path):
+  """As in Colab, from a wheel beside the notebook; where the package is, nothing happens."""
+  first, *_ = (
+    cell
+    for cell in nbformat.read(ROOT / 'notebooks' / 'smooth_encoders.ipynb', as_version=4).cells
+    if cell.cell_type == 'code'
+  )
+  (tmp_path / 'ipython').mkdir()
+  (tmp_path / 'cell.ipy').write_text(first.source)
+  (tmp_path / wheel.name).symlink_to(wheel)
+  python = make_environment(tmp_path / 'venv')
+  found = (python, '-c', "import importlib.util as u; print(u.find_spec('se_vae') is not None)")
+  before = run(*found, cwd=tmp_path)
+  ipython = (python, '-m', 'IPython', '--ipython-dir', tmp_path / 'ipython')
+  printed = [run(*ipython, 'cell.ipy', cwd=tmp_path) for _ in range(2)]
+  assert (before, run(*found, cwd=tmp_path)) == ('False\n', 'True\n')
+  assert 'restart the kernel' in printed[0] and not printed[1]
 
 
 def imported(path: Path) -> set[str]:

@@ -104,6 +104,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return list(absl_flags.FLAGS([argv[0], *map(_expand_home, argv[1:])]))
   except absl_flags.Error as error:
     _fail(2, str(error))
+  except SystemExit:  # of --help and its relatives, which absl ends with 1
+    sys.exit(0)
 
 
 def _expand_home(argument: str) -> str:

@@ -17,14 +17,20 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from absl import flags as absl_flags
+from etils import epy
 
 from se_vae.config import ArgumentError, validate
 from se_vae.storage import json_files
+
+with epy.lazy_imports():  # --help and wrong flags are answered without it
+  from se_vae.storage import pretrained
 
 Config = TypeVar('Config')
 
 # Directories that results record. A relative one would name another place from elsewhere.
 _DIRECTORIES = ('data_dir', 'cache_dir', 'init_from', 'surrogate')
+# Those of them that take the name of a pretrained encoder too.
+_ENCODERS = ('init_from', 'surrogate')
 
 # The flags defined here belong to the binary that asks for them, and are listed by its --help.
 absl_flags.disclaim_key_flags()
@@ -104,11 +110,14 @@ def _values(config_type: type[Any], flag_values: absl_flags.FlagValues) -> dict[
 
 
 def absolute(values: dict[str, Any]) -> dict[str, Any]:
-  """Returns settings by name, with the directories that results record as absolute paths."""
+  """Returns settings by name, with the directories that results record as absolute paths.
+
+  The names of pretrained encoders stay as they are.
+  """
   paths = {
     name: os.path.abspath(os.path.expanduser(values[name]))
     for name in _DIRECTORIES
-    if values.get(name)
+    if values.get(name) and not (name in _ENCODERS and values[name] in pretrained.names())
   }
   kind, _, folder = str(values.get('dataset')).partition(':')
   if kind == 'folder' and folder:

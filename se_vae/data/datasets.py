@@ -209,23 +209,19 @@ def _find(dataset: str, data_dir: str | None, image_size: int | None) -> Source:
 def _no_source(
   dataset: str, name: str, data_dir: str | None, idx_paths: dict[str, str]
 ) -> DataError:
-  expected = f'a prepared TFDS set {name!r}'
-  ways = ['prepare the TFDS set with TensorFlow and name its directory']
-  offline = ''
+  wanted, offline = f'the TFDS set {name!r}, prepared with TensorFlow', ''
   if dataset in DATASETS:
-    expected = f'the four IDX files or {expected}'
-    ways.insert(0, 'name a directory with the four IDX files')
+    wanted = f'the four IDX files or with {wanted}'
     offline = f', and no mirror answers ({mirrors.hosts(name)})'
-  if _is_digits(dataset):
-    ways.insert(0, f'use the data set {dataset}_5k, which is embedded')
+  embedded = f', or use {dataset}_5k, which is embedded' if _is_digits(dataset) else ''
   if data_dir is None:
-    found = f"{dataset!r} needs one, as TFDS's default directory has no prepared {name!r}"
+    found = f'{dataset!r} was not found in the default directories'
   elif idx_paths:
     missing = (f'{mnist.idx_name(stem)}[.gz]' for stem in mnist.STEMS if stem not in idx_paths)
     found = f'{data_dir!r} lacks {", ".join(missing)}'
   else:
-    found = f'{data_dir!r} has no usable files, expected {expected}'
-  return DataError('data_dir', f'{found}{offline}; {", or ".join(ways)}')
+    found = f'{data_dir!r} has no usable files'
+  return DataError('data_dir', f'{found}{offline}; name a directory with {wanted}{embedded}')
 
 
 def _is_digits(dataset: str) -> bool:

@@ -26,6 +26,14 @@ _CHECKPOINTS: dict[str, tuple[int, str]] = {
     10000,
     'fb96d90e9bd5ee3e3034baefa511d2a074575e6434dd35fedf3eacf1507642ca',
   ),
+  'mnist_convnet_vae_latent128': (
+    20000,
+    'ec6701be1cfa2dfc2c8ab6ff57fd32f88bee185ec42b9633d2bc8844c08fb56b',
+  ),
+  'mnist_convnet_se_smoothed_latent128': (
+    10000,
+    '2d8dd9c541d3e5deb1516e42ea1163d708180152855cf29762d19ba3a8f6a558',
+  ),
   'color_mnist_mlp_vae_latent128': (
     20000,
     '2730783a2cc41b51d6125483ea03d70a9ea997e4d82c6d3722462a065650be7b',
@@ -55,6 +63,14 @@ def workdir(name: str) -> Path:
   if name not in _CHECKPOINTS:
     raise ArgumentError('name', f'must be one of {", ".join(_CHECKPOINTS)}, got {name!r}')
   return _FOLDER / name
+
+
+def find(place: str | Path) -> Path:
+  """Returns the directory that `place` stands for: a pretrained encoder's name, or else a path.
+
+  A directory that has the name of an encoder is written with its path, as in './NAME'.
+  """
+  return workdir(str(place)) if place in _CHECKPOINTS else Path(place)
 
 
 def load_pretrained(name: str) -> tuple[vae.VAE, vae.Params]:

@@ -1,10 +1,10 @@
 """What training minimises: how each objective uses the model, and which x' it sees.
 
-An objective is a function `(model, params, keys, x, x_adv) -> terms`. `keys` `[B]` has one PRNG key
-for each example, so that the noise does not depend on how a batch is split over devices. `terms` is
-a dict of arrays `[B]` with `loss`, which is minimised, or else `elbo`, which is maximised. The
-others become metrics. A user's function is used like the ones of the table `OBJECTIVES` here, which
-take the settings too.
+An objective is a function ``(model, params, keys, x, x_adv) -> terms``. `keys` `[B]` has one PRNG
+key for each example, so that the noise does not depend on how a batch is split over devices.
+`terms` is a dict of arrays `[B]` with `loss`, which is minimised, or else `elbo`, which is
+maximised. The others become metrics. A user's function is used like the ones of the table
+`OBJECTIVES` here, which take the settings too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The selection of x': what an objective sees beside each image (paper Sec. 2.1).
 
 `select` is the paper's: the image of the ball whose encoding is furthest from that of x. The
-functions of the table in `training.losses` have one signature, `(model, config, params, key, x,
-index, start) -> x_adv`. No gradient flows through a selection: x' is data (Sec. 2).
+functions of the table in `training.losses` have one signature, ``(model, config, params, key, x,
+index, start) -> x_adv``. No gradient flows through a selection: x' is data (Sec. 2).
 """
 
 from __future__ import annotations

@@ -156,7 +156,13 @@ def test_a_directory_that_cannot_be_written_is_named(use, tmp_path, monkeypatch)
 
 
 def test_mirrors_that_do_not_answer_are_named(monkeypatch):
-  assert_raises(lambda: data.check('mnist'), 'no mirror answers (127.0.0.1:9)', 'mnist_5k')
+  with pytest.raises(data.DataError) as caught:
+    data.check('mnist')
+  assert str(caught.value) == (
+    "data_dir: 'mnist' was not found in the default directories, and no mirror answers "
+    '(127.0.0.1:9); name a directory with the four IDX files or with the TFDS set '
+    "'mnist', prepared with TensorFlow, or use mnist_5k, which is embedded"
+  )
 
 
 def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch):

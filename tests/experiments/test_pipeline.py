@@ -23,7 +23,7 @@ from experiments import pretrain, probe, probe_settings
 from experiments.cli import devices, flags, signals
 from se_vae import data, training
 from se_vae.config import ArgumentError
-from se_vae.storage import checkpoints
+from se_vae.storage import checkpoints, pretrained
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -248,6 +248,7 @@ finally:
   print('loaded:', {{'jax', 'numpy', 'flax', 'matplotlib', 'PIL'}} & set(sys.modules))
 """
   shown = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert shown.returncode == 0, shown.stderr
   assert '--compilation_cache_dir' in shown.stdout and '--workdir' in shown.stdout
   assert shown.stdout.splitlines()[-1] == 'loaded: set()'
 
@@ -349,6 +350,24 @@ def test_a_run_records_where_its_parameters_came_from(trained, smoothed):
     assert json.loads((smoothed / name).read_text())['source'] == expected
 
 
+def test_a_run_starts_from_a_pretrained_encoder_by_its_name(tmp_path):
+  name = 'mnist_mlp_vae_latent128'
+  network = {'latent_dim': 128, 'hidden_units': 200}
+  settings = config(tmp_path, init_from=name, freeze_decoder=True, **network, num_steps=2)
+  assert flags.absolute(flags.to_dict(settings))['init_from'] == name
+  pretrain.run(settings, signals.StopSignal())
+  source = json.loads((tmp_path / 'result.json').read_text())['source']
+  (_, expected), *_ = checkpoints.steps(pretrained.workdir(name) / 'checkpoints')
+  assert source == {'workdir': name, 'step': 20000, 'checkpoint': expected.name}
+  (_, before), (_, after) = se_vae.load_pretrained(name), se_vae.load_model(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, after['decoder'], before['decoder'])
+  pretrain.prepare(settings)  # the same run
+  with pytest.raises(ArgumentError, match='init_from: not what'):
+    pretrain.prepare(flags.replace(settings, init_from='mnist_mlp_se_smoothed_latent128'))
+  with pytest.raises(ArgumentError, match=f'init_from: x is neither a directory nor .* \\({name}'):
+    pretrain.prepare(flags.replace(settings, init_from='x', workdir=str(tmp_path / 'new')))
+
+
 def test_what_init_from_refuses(trained, smoothed, tmp_path):
   smoothing = {'workdir': str(smoothed), 'freeze_decoder': True}
   settings = config(tmp_path / 'w', init_from=str(trained))
@@ -357,8 +376,8 @@ def test_what_init_from_refuses(trained, smoothed, tmp_path):
       {'latent_dim': 3, 'hidden_units': 8},
       r'latent_dim, hidden_units: .*latent_dim 4 there, 3',
     ),
-    ({'arch': 'convnet'}, 'arch: not that of the run'),
-    ({'dataset': 'mnist_5k'}, 'dataset: not that of the run'),
+    ({'arch': 'convnet'}, 'arch: not that of init_from'),
+    ({'dataset': 'mnist_5k'}, 'dataset: not that of init_from'),
     ({'init_from': str(tmp_path)}, 'init_from: .*there is no checkpoint'),
     ({'init_from': None, 'freeze_decoder': True}, 'freeze_decoder: needs init_from'),
     (smoothing, None),

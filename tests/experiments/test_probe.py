@@ -18,7 +18,7 @@ from experiments.cli.flags import UsageError
 from experiments.visual import probe_results
 from se_vae.config import ArgumentError
 from se_vae.evaluation import linear_probe, robustness, sanity_checks
-from se_vae.storage import pretrained
+from se_vae.storage import checkpoints, pretrained
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -199,8 +199,10 @@ def test_a_signal_stops_the_checks_too(config, monkeypatch, workdir):
   ('change', 'message'),
   [
     ({'surrogate': 'nowhere'}, 'surrogate: holds no pretrained encoder'),
-    ({'surrogate': 'itself'}, 'surrogate: is the run in workdir itself'),
-    ({'surrogate': 'colored'}, 'surrogate: was trained on other data'),
+    ({'surrogate': 'itself'}, 'surrogate: is the encoder that is attacked'),
+    ({'surrogate': 'colored'}, r'surrogate: takes images of shape \(28, 28, 3\)'),
+    ({'surrogate': 'resnet'}, r'surrogate: .*resnet is neither a directory nor .*\(mnist_mlp_vae'),
+    ({'surrogate': 'color_mnist_mlp_vae_latent128'}, r'surrogate: takes images of shape'),
     ({'surrogate': 'colored', 'check_examples': 0}, 'surrogate: .*check_examples above 0'),
     ({'joint': True}, 'joint: needs several tasks; mnist_5k has digit alone'),
   ],
@@ -210,7 +212,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_fitted(
 ):
   places = {'nowhere': tmp_path, 'itself': workdir / '.', 'colored': colored[0]}
   if 'surrogate' in change:
-    change = change | {'surrogate': str(places[change['surrogate']])}
+    change = change | {'surrogate': str(places.get(change['surrogate'], change['surrogate']))}
   monkeypatch.setattr(probe, 'fit', pytest.fail)
   with pytest.raises(ArgumentError, match=message):
     probe.run(dataclasses.replace(config, **change), signals.StopSignal())
@@ -278,3 +280,32 @@ def test_a_pretrained_encoder_is_attacked_on_other_data_and_left_as_it_is(tmp_pa
   ):
     with pytest.raises(ArgumentError, match=message):
       probe.run(dataclasses.replace(config, **changes), signals.StopSignal())
+
+
+def test_a_pretrained_encoder_is_a_surrogate_by_its_name(workdir, tmp_path, monkeypatch):
+  first, second = pretrained.names()[:2]
+  config = probe_settings.ProbeConfig(
+    workdir=str(workdir),
+    output=str(tmp_path / 'out'),
+    surrogate=first,
+    radii=(0.0, 0.1),
+    pgd_steps=2,
+    num_examples=32,
+    num_queries=20,
+    check_examples=16,
+  )
+  result = probe.run(config, signals.StopSignal())
+  (_, checkpoint), *_ = checkpoints.steps(pretrained.workdir(first) / 'checkpoints')
+  assert result['surrogate_checkpoint'] == checkpoint.name
+  assert result['surrogate']['latent_dim'] == 128 and result['config']['surrogate'] == first
+  assert len(result['checks'][7]['values']['transfer']) == 2
+
+  # The checkpoint counts, whichever way it is named.
+  monkeypatch.setattr(probe, 'fit', lambda *_: pytest.fail('fitted again'))
+  place = str(pretrained.workdir(first))
+  assert probe.run(dataclasses.replace(config, surrogate=place), signals.StopSignal()) == result
+  with pytest.raises(pytest.fail.Exception, match='fitted again'):
+    probe.run(dataclasses.replace(config, surrogate=second), signals.StopSignal())
+  itself = {'workdir': None, 'pretrained': first, 'dataset': 'mnist_5k'}
+  with pytest.raises(ArgumentError, match='surrogate: is the encoder that is attacked'):
+    probe.prepare(dataclasses.replace(config, **itself))

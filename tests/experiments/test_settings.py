@@ -80,6 +80,12 @@ def test_directories_that_are_recorded_are_absolute(monkeypatch, tmp_path):
   values(['', '--data_dir=data', '--surrogate='])
   parsed = flags.from_flags(probe_settings.ProbeConfig, values)
   assert (parsed.data_dir, parsed.surrogate) == (str(tmp_path / 'data'), '')
+  name = 'mnist_mlp_vae_latent128'  # of a pretrained encoder, and of no directory of data
+  values(['', f'--data_dir={name}', f'--surrogate={name}'])
+  parsed = flags.from_flags(probe_settings.ProbeConfig, values)
+  assert (parsed.data_dir, parsed.surrogate) == (str(tmp_path / name), name)
+  values(['', f'--surrogate=./{name}'])
+  assert flags.from_flags(probe_settings.ProbeConfig, values).surrogate == str(tmp_path / name)
 
 
 def test_json_round_trip():

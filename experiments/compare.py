@@ -1,0 +1,166 @@
+r"""Compares attacked encoders: a table, and their robust accuracy against clean accuracy and ELBO.
+
+  python -m experiments.compare --runs=runs/sweep/seed0,runs/sweep/seed1 --output=runs/compared
+
+Each directory of --runs holds runs of experiments.pretrain with the results of experiments.probe in
+them. Runs of one name in several directories are seeds of one encoder, and are averaged. Writes
+compare.md, compare.csv and compare.png to --output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epy
+
+from experiments import recording, records
+from experiments.cli import app, flags, messages, workdirs
+from experiments.cli.flags import UsageError
+from se_vae.config import setting, validate
+
+with epy.lazy_imports():  # --help and wrong flags are answered without them
+  import numpy as np
+
+  from experiments.visual import pareto
+  from se_vae.evaluation import verdicts
+  from se_vae.storage import atomic_files, json_files
+
+_HELD_OUT = ('elbo', 'squared_error', 'active_latents')
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+  """The flags of this binary."""
+
+  runs: tuple[str, ...] | None = setting(
+    None, 'Directories of runs. Runs of one name in several of them are seeds of one encoder.'
+  )
+  probe: str = setting(
+    'digit', "Which result of probe: its file is probe_NAME.json, as in 'digit_worst_case'."
+  )
+  radius: float = setting(0.1, 'Radius of the accuracy in the figure.', at_least=0)
+  output: str | None = setting(None, 'Directory of the table and the figure.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """One encoder, from one run a seed.
+
+  Attributes:
+    name: of its directories.
+    probes: the results of probe, at the same radii.
+    held_out: the figures of held-out images that pretrain measured.
+  """
+
+  name: str
+  probes: Sequence[dict[str, Any]]
+  held_out: Sequence[dict[str, float]]
+
+  @property
+  def accuracy(self) -> np.ndarray:
+    """Adversarial accuracy `[seeds, R]`."""
+    return np.array([probe['accuracy'] for probe in self.probes])
+
+  @property
+  def checks(self) -> list[verdicts.SanityCheck]:
+    """The sanity checks of all seeds."""
+    found = (check for probe in self.probes for check in probe.get('checks', ()))
+    return [verdicts.SanityCheck.from_json(check) for check in found]
+
+  def mean(self, name: str) -> float:
+    """A figure of held-out images, averaged over the seeds."""
+    return float(np.mean([figures[name] for figures in self.held_out]))
+
+
+def main() -> None:
+  """Entry point."""
+  run(flags.from_flags(CompareConfig))
+
+
+def run(config: CompareConfig) -> list[Encoder]:
+  """Writes the table and the figure, prints the table, and returns the encoders.
+
+  Raises:
+    UsageError: for a wrong flag, or where there is nothing to compare, before anything is written.
+  """
+  validate(config)
+  encoders = list(_encoders(config))
+  radii = encoders[0].probes[0]['radii']
+  if config.radius not in radii:
+    raise UsageError(f'--radius: must be one of {", ".join(map(str, radii))}, got {config.radius}')
+  if not config.output:
+    raise UsageError('--output: is required: the directory of the table and the figure')
+  output = workdirs.check_directory('output', config.output)
+  output.mkdir(parents=True, exist_ok=True)
+  at = radii.index(config.radius)
+  points = [
+    pareto.Point(
+      each.name,
+      clean=float(each.accuracy[:, 0].mean()),
+      elbo=each.mean('elbo'),
+      robust=float(each.accuracy[:, at].mean()),
+      lowest=float(each.accuracy[:, at].min()),
+      highest=float(each.accuracy[:, at].max()),
+    )
+    for each in encoders
+  ]
+  with atomic_files.replacing(output / 'compare.png') as file:
+    summary = verdicts.summary([check for each in encoders for check in each.checks])
+    pareto.save(file, points, f'accuracy at radius {config.radius:g}', summary)
+  header, *rows = _table(encoders, radii)
+  text = messages.markdown_table(header, rows)
+  atomic_files.write(output / 'compare.md', f'{text}\n'.encode())
+  workdirs.write_csv(output / 'compare.csv', [header, *rows])
+  print(text)
+  return encoders
+
+
+def _encoders(config: CompareConfig) -> Iterator[Encoder]:
+  """The encoders in the order of their names."""
+  if not config.runs:
+    raise UsageError('--runs: is required: directories with runs of pretrain that were probed')
+  file = f'probe_{config.probe}.json'
+  found: dict[str, list[Path]] = {}
+  for name in config.runs:
+    if not Path(name).is_dir():
+      raise UsageError(f'--runs: {name} is not a directory')
+    for path in sorted(Path(name).iterdir()):
+      if (path / file).exists() and (path / recording.RESULT).exists():
+        found.setdefault(path.name, []).append(path)
+  if not found:
+    raise UsageError(f'--runs: no run in {", ".join(config.runs)} has a {file}')
+  radii = None
+  for name, paths in sorted(found.items()):
+    try:
+      probes = [json_files.read(path / file, records.Probe) for path in paths]
+      results = [json_files.read(path / recording.RESULT, records.Result) for path in paths]
+    except json_files.JsonError as error:
+      raise UsageError(f'--runs: {error}') from None
+    for path, probe in zip(paths, probes, strict=True):
+      radii = probe['radii'] if radii is None else radii
+      if probe['radii'] != radii:
+        raise UsageError(f'--runs: {path / file} has radii {probe["radii"]}, and others {radii}')
+    held_out = [{key: result['test'].get(key, np.nan) for key in _HELD_OUT} for result in results]
+    yield Encoder(name, [dict(probe) for probe in probes], held_out)
+
+
+def _table(encoders: Sequence[Encoder], radii: Sequence[float]) -> Iterator[list[str]]:
+  """The header, and a row for each encoder; half the range of the seeds beside their mean."""
+  yield ['encoder', 'seeds', *_HELD_OUT, *(f'at {radius:g}' for radius in radii), 'checks']
+  for each in encoders:
+    accuracy = each.accuracy
+    spread = (accuracy.max(axis=0) - accuracy.min(axis=0)) / 2.0
+    shown = [
+      f'{mean:.3f}' + (f' ± {half:.3f}' if len(accuracy) > 1 else '')
+      for mean, half in zip(accuracy.mean(axis=0), spread, strict=True)
+    ]
+    held_out = [f'{each.mean(name):.1f}' for name in _HELD_OUT]
+    yield [each.name, str(len(accuracy)), *held_out, *shown, verdicts.summary(each.checks)]
+
+
+if __name__ == '__main__':
+  flags.define_flags(CompareConfig)
+  app.run(main)

@@ -1,0 +1,89 @@
+"""The comparison of attacked encoders: its table is the files', and its front cannot be beaten."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from experiments import compare
+from experiments.cli.flags import UsageError
+from experiments.visual import pareto
+from tests.experiments.test_report import RADII, write_probe, write_run
+
+
+def write(directory, **probe):
+  write_run(directory)
+  return write_probe(directory, **probe)
+
+
+def config(*runs, output, **changes):
+  return compare.CompareConfig(runs=tuple(map(str, runs)), output=str(output), **changes)
+
+
+def test_the_table_has_means_over_seeds_and_half_their_range(tmp_path, capsys):
+  alone = write(tmp_path / 'seed0' / 'vae')
+  first = write(tmp_path / 'seed0' / 'se', accuracy=[0.9, 0.8, 0.5, 0.2])
+  second = write(tmp_path / 'seed1' / 'se', accuracy=[0.8, 0.6, 0.4, 0.2])
+  found = compare.run(config(tmp_path / 'seed0', tmp_path / 'seed1', output=tmp_path / 'out'))
+  assert [each.name for each in found] == ['se', 'vae']
+  with (tmp_path / 'out' / 'compare.csv').open() as file:
+    se, vae = csv.DictReader(file)
+  means = np.mean([first['accuracy'], second['accuracy']], axis=0)
+  assert se['seeds'] == '2' and vae['seeds'] == '1'
+  assert [se[f'at {radius:g}'] for radius in RADII] == [
+    f'{mean:.3f} ± {half:.3f}' for mean, half in zip(means, [0.05, 0.1, 0.05, 0.0], strict=True)
+  ]
+  assert [vae[f'at {radius:g}'] for radius in RADII] == [f'{v:.3f}' for v in alone['accuracy']]
+  tests = [
+    json.loads((tmp_path / seed / 'se' / 'result.json').read_text())['test']
+    for seed in ('seed0', 'seed1')
+  ]
+  assert se['elbo'] == f'{np.mean([test["elbo"] for test in tests]):.1f}'
+  assert se['active_latents'] == '7.0' and se['squared_error'] == 'nan'
+  assert '2 passed' in se['checks'] and '2 failed' in se['checks']
+  assert se['checks'] in capsys.readouterr().out
+  assert (tmp_path / 'out' / 'compare.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_no_point_of_the_front_is_beaten():
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    points = rng.integers(0, 6, (12, 2)) / 5.0
+    beaten = [
+      any((other >= point).all() and (other != point).any() for other in points) for point in points
+    ]
+    best = pareto.front(*points.T)
+    assert {tuple(points[i]) for i in best} == {
+      tuple(point) for point, lost in zip(points, beaten, strict=True) if not lost
+    }
+    assert len(best) == len({tuple(points[i]) for i in best})
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'runs': None}, '--runs: is required'),
+    ({'runs': ('nowhere',)}, '--runs: nowhere is not a directory'),
+    ({'probe': 'color'}, '--runs: no run in .* has a probe_color.json'),
+    ({'radius': 0.15}, '--radius: must be one of 0.0, 0.05, 0.1, 0.3, got 0.15'),
+    ({'output': None}, '--output: is required'),
+  ],
+)
+def test_what_cannot_be_compared_is_told_in_a_line(tmp_path, changes, message):
+  write(tmp_path / 'runs' / 'se')
+  options = {'runs': (str(tmp_path / 'runs'),), 'output': str(tmp_path / 'out')} | changes
+  with pytest.raises(UsageError, match=message):
+    compare.run(compare.CompareConfig(**options))
+  assert not (tmp_path / 'out').exists()
+
+
+def test_damaged_files_and_other_radii_are_named(tmp_path):
+  write(tmp_path / 'runs' / 'se')
+  other = {'radii': [0.0, 0.2], 'accuracy': [0.9, 0.1], 'interval': [[0.8, 1.0], [0.0, 0.2]]}
+  write(tmp_path / 'runs' / 'vae', **other)
+  with pytest.raises(UsageError, match=r'vae/probe_digit.json has radii \[0.0, 0.2\]'):
+    compare.run(config(tmp_path / 'runs', output=tmp_path / 'out', radius=0.0))
+  (tmp_path / 'runs' / 'vae' / 'probe_digit.json').write_text('{}')
+  with pytest.raises(UsageError, match=r'vae/probe_digit.json: damaged'):
+    compare.run(config(tmp_path / 'runs', output=tmp_path / 'out'))
