@@ -8,7 +8,6 @@ import itertools
 import re
 from pathlib import Path
 
-import jax
 import pytest
 
 import se_vae
@@ -100,16 +99,7 @@ def python_of(page):
   return ''.join(re.findall(r'(?:```|<!-- )python\n(.*?)(?:```|-->)', page.read_text(), re.DOTALL))
 
 
-@pytest.fixture
-def quick_compilation():
-  """The programs run for a moment only."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.mark.parametrize('page', TAUGHT, ids=lambda page: page.name)
-@pytest.mark.usefixtures('quick_compilation')
 def test_python_runs(page, tmp_path, monkeypatch):
   """With few images, few steps and no sanity checks: what a page shows takes minutes as it is."""
 
