@@ -31,13 +31,13 @@ OPTIMIZED = (
   'test_gaussians',
   'test_matrix_functions',
   'objectives',
-  'test_objectives',
   'test_wasserstein',
 )
 # The files that take longest start first, so that no worker is left alone with one at the end.
 LONGEST = (
   'attacks/test_attacks.py',
   'training/test_step.py',
+  'training/test_losses.py',
   'experiments/test_pipeline.py',
   'experiments/test_benchmark.py',
   'parallel/test_processes.py',
