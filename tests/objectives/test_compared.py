@@ -98,6 +98,21 @@ def test_tc_elbo_refuses_what_does_not_fit():
     objectives.tc_elbo(x, x, q, z, other, obs_var=0.1)
 
 
+@in_float64
+def test_first_and_second_derivatives_match_finite_differences():
+  rng = np.random.default_rng(6)
+  (q, z), (x, x_mean) = encodings(2, dim=2), jnp.asarray(rng.normal(size=(2, 2, 3)))
+  positives = jnp.arange(2, dtype=jnp.int32)
+
+  def every_function(x, x_mean, q, z, obs_var, temperature):
+    terms = objectives.tc_elbo(x, x_mean, q, z, q, obs_var=obs_var)
+    nce = objectives.info_nce(z, q.mean, positives=positives, temperature=temperature)
+    return terms, nce
+
+  check = oracles.DerivativeCheck(every_function, (x, x_mean, q, z, 0.5, 0.7))
+  check(x, x_mean, q, z, 0.5, 0.7)
+
+
 # ---------------------------------------------------------------------------------------------
 # Jacobian norm
 # ---------------------------------------------------------------------------------------------
