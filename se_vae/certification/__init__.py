@@ -1,12 +1,13 @@
 """Certificates: bounds of a network's outputs that hold for every input in a ball.
 
-An attack shows how bad a network is at least, a certificate how bad it can be at most. A network is
-a tuple of `layers`; a ball is one of `regions`. `interval` and `linear_relaxation` bound the outputs,
-`rounding` makes the bounds hold in floating point, and `certificates` draws the conclusions. They
-know layers and arrays, and nothing of encoders in Flax, data or training.
+An attack shows how bad a network is at least, a certificate how bad it can be at most. A network
+is a tuple of `layers`; a ball is one of `regions`. `interval` and `linear_relaxation` bound the
+outputs, `rounding` says how the bounds hold in floating point, and `certificates` has boxes,
+margins and certified radii. They know layers and arrays, and nothing of Flax, data or training.
 """
 
 from se_vae.certification.certificates import (
+  CROWN,
   METHODS,
   Encoder,
   LatentBox,
@@ -22,6 +23,7 @@ from se_vae.certification.layers import Conv, Dense, Flatten, Layer, ReLU, apply
 from se_vae.certification.regions import Box, Region, ball
 
 __all__ = [
+  'CROWN',
   'METHODS',
   'Box',
   'Conv',

@@ -1,7 +1,7 @@
 """What a network's outputs can be over a whole region: boxes, margins, certified radii.
 
-Everything here is jitted and batched, and a function of layers and arrays. Each result is a bound in
-floating point: see `rounding` for what is counted.
+Everything here is batched, and a function of layers and arrays. Each result is a bound in floating
+point: see `rounding` for what is counted.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ class Method:
       raise ValueError(f'slope_steps must be >= 0, got {self.slope_steps}')
 
 
+CROWN = Method()
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Encoder:
@@ -89,7 +92,7 @@ class LatentBox:
 
 
 @functools.partial(jax.jit, static_argnames='method')
-def output_box(layers: Layers, region: Region, method: Method = Method()) -> Box:
+def output_box(layers: Layers, region: Region, method: Method = CROWN) -> Box:
   """Returns bounds of the outputs `[B, ...]` over a region of inputs.
 
   Example:
@@ -112,11 +115,12 @@ def output_box(layers: Layers, region: Region, method: Method = Method()) -> Box
   return box.intersect(known[-1])
 
 
-def latent_box(encoder: Encoder, region: Region, method: Method = Method()) -> LatentBox:
+def latent_box(encoder: Encoder, region: Region, method: Method = CROWN) -> LatentBox:
   """Returns bounds of means and log-variances `[B, D]` over a region of inputs."""
   box = output_box(encoder.both(), region, method)
-  (low_mean, low), (high_mean, high) = (jnp.split(ends, 2, axis=1) for ends in (box.lower, box.upper))
-  return LatentBox(Box(low_mean, high_mean), Box(low, high))
+  lower, upper = (jnp.split(ends, 2, axis=1) for ends in (box.lower, box.upper))
+  mean, log_var = map(Box, lower, upper)
+  return LatentBox(mean, log_var)
 
 
 @jax.jit
@@ -143,9 +147,7 @@ def latent_shift(box: LatentBox, mean: jax.Array, log_var: jax.Array) -> jax.Arr
 
 
 @functools.partial(jax.jit, static_argnames='method')
-def margins(
-  layers: Layers, region: Region, labels: jax.Array, method: Method = Method()
-) -> jax.Array:
+def margins(layers: Layers, region: Region, labels: jax.Array, method: Method = CROWN) -> jax.Array:
   """Returns lower bounds `[B]` of the margin: the label's logit minus the largest other one.
 
   Where the bound is > 0, no input in the region is misclassified. The difference of two logits is
@@ -182,8 +184,9 @@ def margins(
 def box_margins(box: Box, probe: Dense, labels: jax.Array) -> jax.Array:
   """Returns lower bounds `[B]` of a probe's margin that follow from a box of means alone.
 
-  With centres c and half-widths r: min over j of (w_y - w_j) . c + b_y - b_j - |w_y - w_j| . r. They
-  are not as tight as `margins`, and hold for a probe that is fitted later.
+  With centres c and half-widths r they are the least over j of
+  (w_y - w_j) . c + b_y - b_j - |w_y - w_j| . r, less the rounding. They are not as tight as
+  `margins`, and hold for a probe that is fitted later.
 
   Example:
     >>> probe, box = Dense(jnp.eye(2), jnp.zeros(2)), Box(jnp.array([[1.0, 0.0]]), jnp.ones((1, 2)))

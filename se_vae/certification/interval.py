@@ -1,4 +1,4 @@
-"""Interval bounds (Gowal et al., 2018): each layer maps a box to the smallest box of its outputs."""
+"""Interval bounds (Gowal et al., 2018): a layer maps a box to the smallest box of its outputs."""
 
 from __future__ import annotations
 

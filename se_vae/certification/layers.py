@@ -1,7 +1,7 @@
-"""The layers that can be certified: linear maps and ReLU, each with the operations that bounds need.
+"""The layers that can be certified: linear maps and ReLU, with the operations that bounds need.
 
-A network is a tuple of layers. Layers are pytrees of their weights, so bounds are differentiable in
-the weights.
+A network is a tuple of layers. Layers are pytrees of their weights, so bounds are differentiable
+in the weights.
 
 To add a kind of layer, write its interval rule (`interval.propagate`) and its backward rule
 (`linear_relaxation.lower_bounds`). Linear maps need no rule of their own: they need the methods of
@@ -101,7 +101,8 @@ class Conv:
     channels = self.weights.shape[2]
     if len(in_shape) != 3 or in_shape[2] != channels:
       raise AssertionError(f'a Conv layer wants inputs (H, W, {channels}), got {in_shape}')
-    height, width = (-(-size // step) for size, step in zip(in_shape[:2], self.strides, strict=True))
+    sizes = zip(in_shape[:2], self.strides, strict=True)
+    height, width = (-(-size // step) for size, step in sizes)
     return height, width, self.weights.shape[3]
 
   @property

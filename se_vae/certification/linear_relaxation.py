@@ -2,14 +2,14 @@
 
 A linear function of a layer's outputs is turned into one of its inputs that is never larger, layer
 by layer, until it is one of the network's inputs; its smallest value over the region is the bound.
-Linear layers are transposed. A ReLU whose input z lies in [l, u] is replaced, for any slopes a and s
-in [0, 1], by the lines
+Linear layers are transposed. A ReLU whose input z lies in [l, u], l <= 0 <= u, gives way to lines,
 
-  a z  <=  max(z, 0)  <=  s z + max(-s l, (1 - s) u)      (l <= 0 <= u).
+  a z  <=  max(z, 0)  <=  s z + max(-s l, (1 - s) u),
 
-The upper one touches the two ends, because max(z, 0) - s z is convex. So rounding of a slope is
-harmless, and so is any choice: s = u / (u - l) is best for one unit, the adaptive a is 1 where u > -l
-and 0 elsewhere, and alpha-CROWN (Xu et al., 2021) improves a by projected gradient steps.
+which hold for any slopes a and s in [0, 1]: max(z, 0) - s z is convex, so it is largest at an end.
+They hold for rounded slopes too. s = u / (u - l) gives the smallest area, and so does the adaptive
+a, which is 1 where u > -l and 0 elsewhere; alpha-CROWN (Xu et al., 2021) improves a by projected
+gradient steps. Where l > 0 or u < 0, both lines are max(z, 0) itself.
 
 Rounding: see `rounding`. With coefficients c of a layer's outputs W x + b, the error of c W and
 c . b and the error of the network's own sums add up to at most gamma |c| . (|W| |x| + |b|), and all
@@ -49,10 +49,14 @@ def boxes(layers: Layers, region: Region) -> list[Box]:
   found = [region.box]
   for i, layer in enumerate(layers):
     box = found[-1]
-    if isinstance(layer, ReLU) and any(isinstance(before, ReLU) for before in layers[:i]):
+    if isinstance(layer, ReLU) and _num_affine(layers[:i]) > 1:
       box = found[-1] = box.intersect(output_box(layers[:i], found, region))
     found.append(interval.propagate(layer, box, region if i == 0 else None))
   return found
+
+
+def _num_affine(layers: Layers) -> int:
+  return sum(isinstance(layer, Affine) for layer in layers)
 
 
 def output_box(
@@ -152,9 +156,7 @@ def _with_slopes(
   return region.lower_bounds(rows, extra) + constant - slack
 
 
-def _bias(
-  layer: Affine, box: Box, rows: jax.Array, extra: int
-) -> tuple[jax.Array, jax.Array]:
+def _bias(layer: Affine, box: Box, rows: jax.Array, extra: int) -> tuple[jax.Array, jax.Array]:
   """Returns rows . bias, and the error of this, of the transposed layer and of the layer itself."""
   sizes, flat = interval.magnitude(layer, box), _flat(rows)
   bias = jnp.broadcast_to(row(layer.bias, sizes), sizes.shape).reshape(len(sizes), -1)

@@ -1,8 +1,8 @@
 """How far a sum of rounded products can be from the exact one.
 
-A sum of n products, in any order, with or without fused multiply-add, differs from the exact sum by
-at most `gamma(n)` times the sum of the products' absolute values (Higham, *Accuracy and Stability of
-Numerical Algorithms*, 2002, Sec. 3.1). The other modules compute those sums of absolute values
+A sum of n products, in any order, with or without fused multiply-add, differs from the exact sum
+by at most `gamma(n)` times the sum of the products' absolute values (Higham, *Accuracy and
+Stability of Numerical Algorithms*, 2002, Sec. 3.1). The other modules compute those sums of absolute values
 beside the bounds, and move each bound outwards by what the theorem allows. They count
 
 * the rounding of the bound itself, and
@@ -13,10 +13,10 @@ So a bound holds for the exact network and for every such evaluation of it. This
 products are not computed in a narrower type than their factors (as TF32 and bfloat16 are), and that
 convolutions are sums of products (Winograd and Fourier forms are not).
 
-Two conventions keep the other modules short. `gamma` is 12% larger than in the theorem, because the
-sums of absolute values are rounded too, each by at most 5.3% (two of them are multiplied at most).
-And `FLOOR` is added to factors of such a sum: underflow, at most 2^-126 a product in float32, is then covered
-as long as weights, coefficients and activations stay below 2^20.
+Two conventions keep the other modules short. `gamma` is 12% larger than in the theorem, because
+the sums of absolute values are rounded too, each by at most 5.3%, and one is at most inside
+another. And `FLOOR` is added to the factors of these sums: this covers underflow, of at most 2^-126
+a product in float32, as long as weights, coefficients and activations stay below 2^20.
 """
 
 from __future__ import annotations
