@@ -2,8 +2,9 @@
 
 A sum of n products, in any order, with or without fused multiply-add, differs from the exact sum
 by at most `gamma(n)` times the sum of the products' absolute values (Higham, *Accuracy and
-Stability of Numerical Algorithms*, 2002, Sec. 3.1). The other modules compute those sums of absolute values
-beside the bounds, and move each bound outwards by what the theorem allows. They count
+Stability of Numerical Algorithms*, 2002, Sec. 3.1). The other modules compute those sums of
+absolute values beside the bounds, and move each bound outwards by what the theorem allows. They
+count
 
 * the rounding of the bound itself, and
 * the rounding of the network, if it is evaluated in the dtype of the bounds and each output of a

@@ -23,6 +23,7 @@ from se_vae.config import ArgumentError
 from se_vae.evaluation import attacked_classifier
 from se_vae.evaluation.linear_probe import LinearProbe
 from se_vae.evaluation.metrics import AdversarialAccuracy
+from se_vae.gaussians import DiagonalGaussian
 from se_vae.models.layer_lists import encoder_of
 from se_vae.models.vae import VAE, Params
 from se_vae.parallel import sharding
@@ -274,6 +275,7 @@ def _latent_box(certifier: Certifier, encoder: Encoder, batch: Any) -> LatentBox
 def _shift(model: VAE, certifier: Certifier, constants: Any, batch: Any) -> jax.Array:
   encoder, params = constants
   q = model.encode(params, batch[0])
+  assert isinstance(q, DiagonalGaussian)  # `encoder_of` refuses others
   box = certification.latent_box(encoder, certifier.region(*batch), certifier.method)
   return certification.latent_shift(box, q.mean, q.log_var)
 

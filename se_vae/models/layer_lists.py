@@ -72,6 +72,7 @@ def encoder_of(model: Any, params: Params) -> certification.Encoder:
       f'cannot certify {_name(last)} as an encoder: it does not end in a GaussianHead'
     )
   *trunk, head = layers_of(module, params['encoder'])
+  assert isinstance(head, certification.Dense)
   means, log_vars = (jnp.split(leaf, 2, axis=-1) for leaf in (head.weights, head.bias))
   mean, log_var = map(certification.Dense, means, log_vars)
   return certification.Encoder(tuple(trunk), mean, log_var)
