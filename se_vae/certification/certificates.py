@@ -171,13 +171,13 @@ def margins(layers: Layers, region: Region, labels: jax.Array, method: Method = 
   unit = jnp.eye(num_classes, dtype=region.box.lower.dtype)
   is_label = labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)[None]
   rows = is_label[:, None].astype(unit.dtype) - unit[None]
-  if method.name == 'ibp':
-    last = len(layers) - 1
-    lower = linear_relaxation.lower_bounds(layers[last:], known[last:], Region(known[last]), rows)
-  else:
-    lower = linear_relaxation.lower_bounds(
+  last = len(layers) - 1
+  lower = linear_relaxation.lower_bounds(layers[last:], known[last:], Region(known[last]), rows)
+  if method.name != 'ibp':
+    linear = linear_relaxation.lower_bounds(
       layers, known, region, rows, slope_steps=method.slope_steps
     )
+    lower = jnp.maximum(lower, linear)
   return jnp.min(jnp.where(is_label, jnp.inf, lower), axis=1)
 
 

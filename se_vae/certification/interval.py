@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from se_vae.certification import rounding
-from se_vae.certification.layers import Affine, Layer, Layers, ReLU, row
+from se_vae.certification.layers import Affine, Flatten, Layer, Layers, ReLU, row
 from se_vae.certification.regions import Box, Region
 
 
@@ -24,9 +24,19 @@ def boxes(layers: Layers, region: Region) -> list[Box]:
     region: of its inputs `[B, ...]`.
   """
   found = [region.box]
-  for layer in layers:
-    found.append(propagate(layer, found[-1], region if len(found) == 1 else None))
+  for layer, inputs in zip(layers, input_regions(layers, region), strict=True):
+    found.append(propagate(layer, found[-1], inputs))
   return found
+
+
+def input_regions(layers: Layers, region: Region) -> list[Region | None]:
+  """Returns the region for each layer whose inputs are the network's, and None for the others."""
+  regions: list[Region | None] = []
+  inputs: Region | None = region
+  for layer in layers:
+    regions.append(inputs)
+    inputs = inputs.flatten() if inputs is not None and isinstance(layer, Flatten) else None
+  return regions
 
 
 def propagate(layer: Layer, box: Box, region: Region | None = None) -> Box:

@@ -47,11 +47,13 @@ def boxes(layers: Layers, region: Region) -> list[Box]:
     region: of its inputs `[B, ...]`.
   """
   found = [region.box]
-  for i, layer in enumerate(layers):
+  for i, (layer, inputs) in enumerate(
+    zip(layers, interval.input_regions(layers, region), strict=True)
+  ):
     box = found[-1]
     if isinstance(layer, ReLU) and _num_affine(layers[:i]) > 1:
       box = found[-1] = box.intersect(output_box(layers[:i], found, region))
-    found.append(interval.propagate(layer, box, region if i == 0 else None))
+    found.append(interval.propagate(layer, box, inputs))
   return found
 
 

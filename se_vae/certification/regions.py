@@ -68,6 +68,11 @@ class Region:
   x: jax.Array | None = None
   radius: jax.Array | None = None
 
+  def flatten(self) -> Region:
+    """Returns the region of inputs `[B, F]`."""
+    x = None if self.x is None else self.x.reshape(len(self.x), -1)
+    return Region(self.box.flatten(), x, self.radius)
+
   def lower_bounds(self, coefficients: jax.Array, num_roundings: int) -> jax.Array:
     """Returns a lower bound of coefficients . x' over the region.
 
@@ -78,17 +83,17 @@ class Region:
     Returns:
       `[B, R]`. It holds for inputs that are outside the region by one unit in the last place too.
     """
-    box = self.box.flatten()
+    region = self.flatten()
+    box, x = region.box, region.x
     rows = coefficients.reshape(*coefficients.shape[:2], -1)
     sizes = box.magnitude + rounding.FLOOR
     error = rounding.gamma(rows.shape[2] + num_roundings + 16, rows.dtype)
     underflow = rounding.FLOOR * jnp.sum(sizes, axis=1, keepdims=True)
     slack = error * (dots(jnp.abs(rows), sizes) + underflow)
     lower = dots(rows, box.center) - dots(jnp.abs(rows), box.half_width)
-    if self.x is not None and self.radius is not None:
+    if x is not None and self.radius is not None:
       # The floor makes up for squares that underflow.
       norm = jnp.sqrt(jnp.sum(rows**2 + rounding.FLOOR, axis=2)) * self.radius[:, None]
-      x = self.x.reshape(len(self.x), -1)
       lower = jnp.maximum(lower, dots(rows, x) - norm - error * norm)
     return lower - slack
 

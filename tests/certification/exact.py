@@ -5,6 +5,8 @@ A network is a list of (weights `[K, N]`, bias `[N]`), with a ReLU between two o
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import scipy.optimize
 
@@ -26,7 +28,7 @@ def random_network(rng, widths):
       np.float64(np.float32(rng.normal(size=(fan_in, fan_out)) * (2.0 / fan_in) ** 0.5)),
       np.float64(np.float32(0.3 * rng.normal(size=fan_out))),
     )
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+    for fan_in, fan_out in itertools.pairwise(widths)
   ]
 
 
@@ -41,8 +43,8 @@ def forward(network, x):
 def minimum(network, lower, upper, row):
   """The exact least value of row . outputs over a box of inputs, by mixed-integer programming.
 
-  Each unit is z = a - b with a, b >= 0 and a binary variable that lets only one of them be positive,
-  so that its output max(z, 0) is a.
+  Each unit is z = a - b with a, b >= 0 and a binary variable that lets only one of them be
+  positive, so that its output max(z, 0) is a.
   """
   sizes = [len(lower), *(len(bias) for _, bias in network)]
   hidden = sum(sizes[1:-1])

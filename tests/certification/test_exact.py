@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from se_vae import attacks
-from se_vae.attacks import losses
 from se_vae import certification as cert
+from se_vae.attacks import losses
 from se_vae.certification import certificates
 from tests import oracles
 from tests.certification import exact
