@@ -241,6 +241,14 @@ def certified_radius(
 ) -> np.ndarray:
   """Returns for each example the largest radius found within which nothing misleads the probe.
 
+  Example:
+    >>> from se_vae import make_vae
+    >>> model = make_vae((2, 2, 1), latent_dim=3, num_layers=1)
+    >>> params, x = model.init(jax.random.key(0)), np.zeros((1, 2, 2, 1), np.float32)
+    >>> probe = LinearProbe(np.zeros((3, 2), np.float32), np.array([0.0, 1.0], np.float32))
+    >>> certified_radius(model, params, probe, x, np.array([1]), most=0.5)  # always class 1
+    array([0.5], dtype=float32)
+
   Args:
     model: whose encoder has layers that `models.layer_lists` knows.
     params: its parameters.
