@@ -185,7 +185,7 @@ def box_margins(box: Box, probe: Dense, labels: jax.Array) -> jax.Array:
   """Returns lower bounds `[B]` of a probe's margin that follow from a box of means alone.
 
   With centres c and half-widths r they are the least over j of
-  (w_y - w_j) . c + b_y - b_j - |w_y - w_j| . r, less the rounding. They are not as tight as
+  `(w_y - w_j) . c + b_y - b_j - |w_y - w_j| . r`, less the rounding. They are not as tight as
   `margins`, and hold for a probe that is fitted later.
 
   Example:
@@ -207,8 +207,8 @@ def certified_radius(
   """Returns for each example the largest radius found at which it is certified, by bisection.
 
   Example:
-    >>> print(certified_radius(lambda radius: radius < 0.3, jnp.ones(1), num_steps=12).round(2))
-    [0.3]
+    >>> print(certified_radius(lambda radius: radius < 0.3, jnp.ones(1), num_steps=3))
+    [0.25]
 
   Args:
     is_certified: maps radii `[B]` to whether each example is certified at its own.

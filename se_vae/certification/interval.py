@@ -64,7 +64,7 @@ def propagate(layer: Layer, box: Box, region: Region | None = None) -> Box:
 
 
 def magnitude(layer: Affine, box: Box) -> jax.Array:
-  """Returns |W| |x| + |b| at its largest over a box: what rounding errors are relative to."""
+  """Returns `|W| |x| + |b|` at its largest over a box: what rounding errors are relative to."""
   sizes = layer.map_weights(jnp.abs)
   outputs = sizes.product(box.magnitude)
   return outputs + row(sizes.bias, outputs) + rounding.FLOOR

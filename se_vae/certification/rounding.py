@@ -22,7 +22,8 @@ a product in float32, as long as weights, coefficients and activations stay belo
 
 from __future__ import annotations
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 
 FLOOR = 2.0**-80
@@ -33,7 +34,7 @@ _LARGEST = 0.05
 _MARGIN = 1.12
 
 
-def gamma(num_terms: int, dtype: jax.typing.DTypeLike) -> float:
+def gamma(num_terms: int, dtype: Any) -> float:
   """Returns a bound on the relative error of a sum of products: n u / (1 - n u), plus 12%.
 
   Example:

@@ -194,10 +194,11 @@ def certified_accuracy(
   Example:
     >>> from se_vae import make_vae
     >>> model = make_vae((2, 2, 1), latent_dim=3, num_layers=1)
-    >>> params, probe = model.init(jax.random.key(0)), LinearProbe(jnp.eye(3), jnp.zeros(3))
-    >>> x, labels = np.zeros((5, 2, 2, 1), np.float32), np.zeros(5, np.int32)
+    >>> params, x = model.init(jax.random.key(0)), np.zeros((2, 2, 2, 1), np.float32)
+    >>> probe = LinearProbe(np.zeros((3, 2), np.float32), np.array([0.0, 1.0], np.float32))
+    >>> labels = np.array([0, 1])  # the probe says 1, whatever the image
     >>> print(certified_accuracy(model, params, probe, x, labels, radii=(0.1,)))
-    n = 5: 0.000 at 0.1
+    n = 2: 0.500 at 0.1
 
   Args:
     model: whose encoder has layers that `models.layer_lists` knows.
