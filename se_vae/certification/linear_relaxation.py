@@ -11,9 +11,9 @@ They hold for rounded slopes too. s = u / (u - l) gives the smallest area, and s
 a, which is 1 where u > -l and 0 elsewhere; alpha-CROWN (Xu et al., 2021) improves a by projected
 gradient steps. Where l > 0 or u < 0, both lines are max(z, 0) itself.
 
-Rounding: see `rounding`. With coefficients c of a layer's outputs W x + b, the errors of c W, of c . b
-and of the network's own sums add up to at most gamma times `|c| . (|W| |x| + |b|)`, and those of a
-ReLU's lines to gamma times `|c| . |z|`. The sum of these is subtracted.
+Rounding: see `rounding`. With coefficients c of a layer's outputs W x + b, the errors of c W, of
+c . b and of the network's own sums add up to at most gamma times `|c| . (|W| |x| + |b|)`, and those
+of a ReLU's lines to gamma times `|c| . |z|`. The sum of these is subtracted.
 """
 
 from __future__ import annotations
