@@ -13,6 +13,12 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
   from se_vae.attacks import pgd
   from se_vae.config import ArgumentError, TrainConfig
   from se_vae.data.transforms import pixels
+  from se_vae.evaluation.certificates import (
+    certified_accuracy,
+    certified_latent_shift,
+    certified_radius,
+    latent_box,
+  )
   from se_vae.evaluation.latent_shift import joint_accuracy, max_latent_shift
   from se_vae.evaluation.linear_probe import (
     GaussianLatents,
@@ -43,6 +49,9 @@ __all__ = [
   'TrainConfig',
   'TrainState',
   'adversarial_accuracy',
+  'certified_accuracy',
+  'certified_latent_shift',
+  'certified_radius',
   'data',
   'elbo',
   'encoder_means',
@@ -55,6 +64,7 @@ __all__ = [
   'init_state',
   'joint_accuracy',
   'kl_divergence',
+  'latent_box',
   'load_model',
   'load_pretrained',
   'log_normalizer',

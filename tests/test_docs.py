@@ -23,7 +23,7 @@ from experiments import (
 )
 from experiments.benchmarks import attack_comparison, speed
 from experiments.cli import app, distributed, flags
-from se_vae import attacks, data, evaluation, training
+from se_vae import attacks, certification, data, evaluation, training
 
 DTYPE_PROMOTION = 'standard'  # optax relies on it
 ROOT = Path(__file__).parents[1]
@@ -134,7 +134,7 @@ def test_the_api_reference_has_every_public_name():
   listed = re.findall(r'^   ~[\w.]+\.(\w+)$', pages['index'], flags=re.MULTILINE)
   assert sorted([*listed, 'data']) == sorted(se_vae.__all__)
   documented = re.findall(r'automodule:: (\S+)', ''.join(pages.values()))
-  for package in (se_vae, attacks, data, evaluation, training):
+  for package in (se_vae, attacks, certification, data, evaluation, training):
     for name in package.__all__:
       module = getattr(getattr(package, name), '__module__', None)  # constants have none
       assert not str(module).startswith('se_vae') or module in documented, name

@@ -4,12 +4,20 @@
 its examples, `attack_suite` and `targets` the attacks, `attack_log` what they found.
 `sanity_checks` checks the result, a `Claim` of `claims`, and `verdicts` has what the checks return.
 `linear_probe` makes a classifier of an encoder. `latent_shift` measures how far an attack moves a
-representation, without labels.
+representation, without labels. `certificates` bounds both from the other side, for every attack.
 """
 
 from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):  # the checks of a file are read without loading JAX
+  from se_vae.evaluation.certificates import (
+    Certifier,
+    certified_accuracy,
+    certified_latent_shift,
+    certified_margins,
+    certified_radius,
+    latent_box,
+  )
   from se_vae.evaluation.latent_shift import joint_accuracy, max_latent_shift
   from se_vae.evaluation.linear_probe import (
     GaussianLatents,
@@ -25,6 +33,7 @@ with _epy.lazy_api_imports(globals()):  # the checks of a file are read without 
 
 __all__ = [
   'AdversarialAccuracy',
+  'Certifier',
   'Evaluation',
   'GaussianLatents',
   'LinearProbe',
@@ -32,9 +41,14 @@ __all__ = [
   'Reconstruction',
   'SanityCheck',
   'adversarial_accuracy',
+  'certified_accuracy',
+  'certified_latent_shift',
+  'certified_margins',
+  'certified_radius',
   'encoder_means',
   'evaluate',
   'fit_probe',
   'joint_accuracy',
+  'latent_box',
   'max_latent_shift',
 ]

@@ -1,0 +1,348 @@
+"""Certificates of encoders and probes for whole test sets: what no attack can exceed.
+
+A certificate speaks about all images in a ball, found or not. Only that of a probe's accuracy needs
+labels. `certification` has the methods, and says what a bound counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from se_vae import certification
+from se_vae.attacks.projections import Norm
+from se_vae.certification import Encoder, LatentBox, Method
+from se_vae.config import ArgumentError
+from se_vae.evaluation import attacked_classifier
+from se_vae.evaluation.linear_probe import LinearProbe
+from se_vae.evaluation.metrics import AdversarialAccuracy
+from se_vae.gaussians import DiagonalGaussian
+from se_vae.models.layer_lists import encoder_of
+from se_vae.models.vae import VAE, Params
+from se_vae.parallel import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Certifier:
+  """How encodings are certified: the ball, the method, and how images are cut into batches.
+
+  Attributes:
+    norm: 'linf' or 'l2'.
+    bounds: lowest and highest pixel value.
+    method: of `certification.Method`; CROWN by default.
+    every_probe: whether margins follow from the box of the means alone. They are smaller then, and
+      `latent_box` is all that is needed to certify another probe.
+    batch_size: images at a time.
+    mesh: devices to spread a batch over; all of them if None.
+  """
+
+  norm: Norm = 'linf'
+  bounds: tuple[float, float] = (0.0, 1.0)
+  method: Method = certification.CROWN
+  every_probe: bool = False
+  batch_size: int = 32
+  mesh: Mesh | None = None
+
+  def region(self, x: jax.Array, radius: jax.Array) -> certification.Region:
+    """Returns the ball of each image `[B, ...]` with its radius `[B]`."""
+    return certification.ball(x, radius, norm=self.norm, bounds=self.bounds)
+
+  def map(self, function: Callable[..., Any], constants: Any, arrays: Any) -> Any:
+    """Returns `function(self, constants, batch)` for all rows of host arrays, as NumPy arrays."""
+    mesh = sharding.data_mesh() if self.mesh is None else self.mesh
+    count = len(jax.tree.leaves(arrays)[0])
+    function = functools.partial(function, self, sharding.replicate(mesh, constants))
+    return sharding.map_batches(mesh, function, arrays, min(self.batch_size, count))
+
+
+LINF_CROWN = Certifier()
+
+
+def latent_box(
+  model: VAE, params: Params, x: np.ndarray, *, radius: float, certifier: Certifier = LINF_CROWN
+) -> LatentBox:
+  """Returns bounds of the encodings of all images in the ball about each of x, without labels.
+
+  Example:
+    >>> from se_vae import make_vae
+    >>> model = make_vae((2, 2, 1), latent_dim=3, num_layers=1)
+    >>> params = model.init(jax.random.key(0))
+    >>> box = latent_box(model, params, np.zeros((5, 2, 2, 1), np.float32), radius=0.1)
+    >>> box.mean.lower.shape, bool((box.log_var.lower <= box.log_var.upper).all())
+    ((5, 3), True)
+
+  Args:
+    model: whose encoder has layers that `models.layer_lists` knows.
+    params: its parameters.
+    x: images `[N, H, W, C]`, inside `certifier.bounds`.
+    radius: of the ball, >= 0.
+    certifier: ball, method, batches.
+
+  Returns:
+    Boxes of NumPy arrays `[N, D]`, sound in floating point.
+
+  Raises:
+    TypeError: for an encoder with other layers, by name.
+    ArgumentError: for a bad radius, or images outside the bounds.
+  """
+  x = _checked(x, (radius,), certifier)
+  return certifier.map(_latent_box, encoder_of(model, params), (x, _full(radius, x)))
+
+
+def certified_latent_shift(
+  model: VAE,
+  params: Params,
+  x: np.ndarray,
+  *,
+  radii: Sequence[float],
+  certifier: Certifier = LINF_CROWN,
+) -> np.ndarray:
+  """Returns upper bounds on the squared W2 between the encodings of x and of any x' in the ball.
+
+  `max_latent_shift` gives lower bounds of the same: the largest shift is between the two.
+
+  Example:
+    >>> from se_vae import make_vae
+    >>> model = make_vae((2, 2, 1), latent_dim=3, num_layers=1)
+    >>> params, x = model.init(jax.random.key(0)), np.zeros((5, 2, 2, 1), np.float32)
+    >>> certified_latent_shift(model, params, x, radii=(0.1, 0.2)).shape
+    (2, 5)
+
+  Args:
+    model: whose encoder has layers that `models.layer_lists` knows.
+    params: its parameters.
+    x: images `[N, H, W, C]`, inside `certifier.bounds`.
+    radii: radii >= 0, in any order.
+    certifier: ball, method, batches.
+
+  Returns:
+    `[R, N]`; not smaller at a larger radius.
+
+  Raises:
+    TypeError: for an encoder with other layers, by name.
+    ArgumentError: for bad radii, or images outside the bounds.
+  """
+  x = _checked(x, radii, certifier)
+  constants, function = (encoder_of(model, params), params), functools.partial(_shift, model)
+
+  def bounds(radius: float) -> np.ndarray:
+    return np.asarray(certifier.map(function, constants, (x, _full(radius, x))))
+
+  # A ball holds all smaller ones, so a bound at a larger radius holds at the smaller ones too.
+  return _along_radii(np.fmin, bounds, radii)
+
+
+def certified_margins(
+  model: VAE,
+  params: Params,
+  probe: LinearProbe,
+  x: np.ndarray,
+  labels: np.ndarray,
+  *,
+  radii: Sequence[float],
+  certifier: Certifier = LINF_CROWN,
+) -> np.ndarray:
+  """Returns lower bounds of the margin, the label's logit minus the largest other, over each ball.
+
+  Args:
+    model: whose encoder has layers that `models.layer_lists` knows.
+    params: its parameters.
+    probe: on its means, from D latents to K classes.
+    x: images `[N, H, W, C]`, inside `certifier.bounds`.
+    labels: `[N]` integers in [0, K).
+    radii: radii >= 0, in any order.
+    certifier: ball, method, batches.
+
+  Returns:
+    `[R, N]`; not larger at a larger radius. An image is certified where it is > 0.
+
+  Raises:
+    TypeError: for an encoder with other layers, by name.
+    ArgumentError: for bad radii or labels, or images outside the bounds.
+  """
+  x = _checked(x, radii, certifier)
+  labels = _checked_labels(labels, x, probe)
+  constants = (encoder_of(model, params), probe)
+
+  def bounds(radius: float) -> np.ndarray:
+    return np.asarray(certifier.map(_margins, constants, (x, labels, _full(radius, x))))
+
+  return _along_radii(np.fmax, bounds, radii)
+
+
+def certified_accuracy(
+  model: VAE,
+  params: Params,
+  probe: LinearProbe,
+  x: np.ndarray,
+  labels: np.ndarray,
+  *,
+  radii: Sequence[float],
+  certifier: Certifier = LINF_CROWN,
+) -> AdversarialAccuracy:
+  """Returns the share of examples that no image within the radius misleads, whatever the attack.
+
+  Each example's largest certified radius among `radii` is found by bisection.
+
+  Example:
+    >>> from se_vae import make_vae
+    >>> model = make_vae((2, 2, 1), latent_dim=3, num_layers=1)
+    >>> params, x = model.init(jax.random.key(0)), np.zeros((2, 2, 2, 1), np.float32)
+    >>> probe = LinearProbe(np.zeros((3, 2), np.float32), np.array([0.0, 1.0], np.float32))
+    >>> labels = np.array([0, 1])  # the probe says 1, whatever the image
+    >>> print(certified_accuracy(model, params, probe, x, labels, radii=(0.1,)))
+    n = 2: 0.500 at 0.1
+
+  Args:
+    model: whose encoder has layers that `models.layer_lists` knows.
+    params: its parameters.
+    probe: on its means, from D latents to K classes.
+    x: images `[N, H, W, C]`, inside `certifier.bounds`.
+    labels: `[N]` integers in [0, K).
+    radii: radii >= 0, in any order.
+    certifier: ball, method, batches.
+
+  Raises:
+    TypeError: for an encoder with other layers, by name.
+    ArgumentError: for bad radii or labels, or images outside the bounds.
+  """
+  x = _checked(x, radii, certifier)
+  labels = _checked_labels(labels, x, probe)
+  constants = (encoder_of(model, params), probe)
+  grid = np.unique(np.asarray(radii, np.float32))
+  # The first `low` radii are certified, and the one after the first `high` is not.
+  low, high = np.zeros(len(x), np.int32), np.full(len(x), len(grid), np.int32)
+  for _ in range(math.ceil(math.log2(len(grid) + 1))):
+    middle = (low + high) // 2
+    radius = grid[np.minimum(middle, len(grid) - 1)]
+    certified = certifier.map(_margins, constants, (x, labels, radius)) > 0.0
+    low = np.where(certified & (low < high), middle + 1, low)
+    high = np.where(certified, high, np.minimum(high, middle))
+  counts = np.searchsorted(grid, np.asarray(radii, np.float32))
+  return AdversarialAccuracy(np.asarray(radii, np.float64), counts[:, None] < low[None])
+
+
+def certified_radius(
+  model: VAE,
+  params: Params,
+  probe: LinearProbe,
+  x: np.ndarray,
+  labels: np.ndarray,
+  *,
+  most: float,
+  num_steps: int = 10,
+  certifier: Certifier = LINF_CROWN,
+) -> np.ndarray:
+  """Returns for each example the largest radius found within which nothing misleads the probe.
+
+  Example:
+    >>> from se_vae import make_vae
+    >>> model = make_vae((2, 2, 1), latent_dim=3, num_layers=1)
+    >>> params, x = model.init(jax.random.key(0)), np.zeros((1, 2, 2, 1), np.float32)
+    >>> probe = LinearProbe(np.zeros((3, 2), np.float32), np.array([0.0, 1.0], np.float32))
+    >>> certified_radius(model, params, probe, x, np.array([1]), most=0.5)  # always class 1
+    array([0.5], dtype=float32)
+
+  Args:
+    model: whose encoder has layers that `models.layer_lists` knows.
+    params: its parameters.
+    probe: on its means, from D latents to K classes.
+    x: images `[N, H, W, C]`, inside `certifier.bounds`.
+    labels: `[N]` integers in [0, K).
+    most: the largest radius that is looked at, >= 0.
+    num_steps: halvings of [0, most].
+    certifier: ball, method, batches.
+
+  Returns:
+    `[N]` in [0, most], or -1 where not even the image itself is certified.
+
+  Raises:
+    TypeError: for an encoder with other layers, by name.
+    ArgumentError: for bad radii, counts or labels, or images outside the bounds.
+  """
+  x = _checked(x, (most,), certifier)
+  attacked_classifier.check_counts(num_steps=num_steps)
+  labels = _checked_labels(labels, x, probe)
+  function = functools.partial(_radius, num_steps)
+  arrays = (x, labels, _full(most, x))
+  return np.asarray(certifier.map(function, (encoder_of(model, params), probe), arrays))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _latent_box(certifier: Certifier, encoder: Encoder, batch: Any) -> LatentBox:
+  return certification.latent_box(encoder, certifier.region(*batch), certifier.method)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _shift(model: VAE, certifier: Certifier, constants: Any, batch: Any) -> jax.Array:
+  encoder, params = constants
+  q = model.encode(params, batch[0])
+  assert isinstance(q, DiagonalGaussian)  # `encoder_of` refuses others
+  box = certification.latent_box(encoder, certifier.region(*batch), certifier.method)
+  return certification.latent_shift(box, q.mean, q.log_var)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _margins(certifier: Certifier, constants: Any, batch: Any) -> jax.Array:
+  encoder, probe = constants
+  x, labels, radius = batch
+  region, last = certifier.region(x, radius), certification.Dense(probe.weights, probe.bias)
+  if not certifier.every_probe:
+    return certification.margins(encoder.means(last), region, labels, certifier.method)
+  box = certification.output_box(encoder.means(), region, certifier.method)
+  return certification.box_margins(box, last, labels)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _radius(num_steps: int, certifier: Certifier, constants: Any, batch: Any) -> jax.Array:
+  x, labels, most = batch
+
+  def is_certified(radius: jax.Array) -> jax.Array:
+    return _margins(certifier, constants, (x, labels, radius)) > 0.0
+
+  return certification.certified_radius(is_certified, most, num_steps=num_steps)
+
+
+def _along_radii(
+  tighter: np.ufunc, bounds: Callable[[float], np.ndarray], radii: Sequence[float]
+) -> np.ndarray:
+  """Returns bounds `[R, N]`, each the tightest of those at its radius and at all larger ones.
+
+  `fmin` and `fmax` ignore NaN, which stands for no bound, as where float32 overflows.
+  """
+  grid = np.unique(np.asarray(radii, np.float64))
+  found = np.stack([bounds(radius) for radius in grid[::-1]])
+  return tighter.accumulate(found)[::-1][np.searchsorted(grid, radii)]
+
+
+def _full(radius: float, x: np.ndarray) -> np.ndarray:
+  return np.full(len(x), radius, np.float32)
+
+
+def _checked(x: np.ndarray, radii: Sequence[float], certifier: Certifier) -> np.ndarray:
+  """Returns the images in float32; raises ArgumentError for unusable ones, radii or batches."""
+  x = np.asarray(x)
+  if x.ndim < 2 or not np.issubdtype(x.dtype, np.floating):
+    raise ArgumentError('x', f'must be float images [N, ...], got {x.dtype} {x.shape}')
+  attacked_classifier.check_images(x, certifier.bounds)
+  attacked_classifier.check_radii(radii)
+  attacked_classifier.check_counts(batch_size=certifier.batch_size)
+  return x.astype(np.float32)
+
+
+def _checked_labels(labels: np.ndarray, x: np.ndarray, probe: LinearProbe) -> np.ndarray:
+  """Returns the labels in int32; raises ArgumentError unless there is a class for each image."""
+  labels, num_classes = np.asarray(labels), len(probe.bias)
+  if labels.shape != (len(x),) or not np.issubdtype(labels.dtype, np.integer):
+    message = f'must be {len(x)} integers, one for each image, got {labels.dtype} {labels.shape}'
+    raise ArgumentError('labels', message)
+  if not ((labels >= 0) & (labels < num_classes)).all():
+    raise ArgumentError('labels', f'must lie in [0, {num_classes})')
+  return labels.astype(np.int32)
