@@ -62,8 +62,18 @@ def pytest_configure(config: pytest.Config) -> None:
   # Third-party modules that warn about themselves at import.
   config.addinivalue_line('filterwarnings', 'ignore::DeprecationWarning:tensorflow_datasets.*')
   config.option.loadscopereorder = False  # pytest-xdist keeps the order of the files
+  if jax.__version_info__ < (0, 11) and not _is_soak(config):
+    # Half of the time of JAX 0.10's compiler goes into this part. Newer ones are faster with it.
+    os.environ['XLA_FLAGS'] = (
+      f'--xla_cpu_use_fusion_emitters=false {os.environ.get("XLA_FLAGS", "")}'
+    )
   _keep_what_is_compiled(config)
   config.pluginmanager.register(_Compilation())  # for the examples in docstrings too
+
+
+def _is_soak(config: pytest.Config) -> bool:
+  """Whether these are the slow tests, which run for minutes."""
+  return bool(config.option.markexpr == 'slow')
 
 
 def _keep_what_is_compiled(config: pytest.Config) -> None:
@@ -109,8 +119,7 @@ class _Compilation:
 
   @pytest.hookimpl(tryfirst=True)
   def pytest_runtest_setup(self, item: pytest.Item) -> None:
-    is_soak = item.config.option.markexpr == 'slow'  # few tests, which run for minutes
-    disabled = not _path_of(item).startswith(OPTIMIZED) and not is_soak
+    disabled = not _path_of(item).startswith(OPTIMIZED) and not _is_soak(item.config)
     if disabled != jax.config.read('jax_disable_most_optimizations'):
       jax.config.update('jax_disable_most_optimizations', disabled)
       os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(disabled))
