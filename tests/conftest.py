@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -19,10 +20,11 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 os.environ |= dict.fromkeys(('HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9')
 os.environ['NO_PROXY'] = 'localhost,127.0.0.1'
 
+os.environ['POT_BACKEND_DISABLE_PYTORCH'] = '1'  # or POT, an oracle, would load it
+
 
 # What computes the paper's formulas and the attacks is tested as users compile it. All other tests
-# compile without most optimisations, and take about three fifths of the time, but for the runs of
-# `test_faults.py`, which are long.
+# compile without most optimisations, and take about three fifths of the time.
 OPTIMIZED = (
   'se_vae/attacks/',
   'se_vae/certification/',
@@ -31,7 +33,6 @@ OPTIMIZED = (
   'se_vae/objectives/',
   'se_vae/wasserstein.py',
   'tests/attacks/',
-  'tests/experiments/test_faults.py',
   'tests/models/test_cpu_ops.py',
   'tests/objectives/',
   'tests/parallel/test_lowering.py',
@@ -68,6 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
       f'--xla_cpu_use_fusion_emitters=false {os.environ.get("XLA_FLAGS", "")}'
     )
   _keep_what_is_compiled(config)
+  gc.set_threshold(100_000)  # tracing makes many objects, and little of it is garbage
   config.pluginmanager.register(_Compilation())  # for the examples in docstrings too
 
 

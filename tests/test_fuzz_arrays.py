@@ -20,6 +20,7 @@ from hypothesis.extra import numpy as hnp
 import se_vae
 from se_vae import ArgumentError, DiagonalGaussian, FullGaussian
 from tests.tools.fuzzing import fuzz
+from tests.training.small_runs import drawn
 
 DTYPE_PROMOTION = 'standard'  # as for a user
 
@@ -27,7 +28,7 @@ DIMENSIONS = st.sampled_from([0, 1, 2, 3])
 DTYPES = ['float32'] * 8 + ['float16', 'bfloat16', 'int32', 'uint8', 'bool', 'complex64']
 KEY = jax.random.key(0)
 MODEL = se_vae.make_vae((2, 2, 1), latent_dim=3, hidden_units=2, num_layers=1)
-PARAMS = MODEL.init(KEY)
+PARAMS = drawn(MODEL)
 
 # By name: a function of arrays, the usual shapes of the arrays for dimensions B and D, and the
 # shape of every array of the result.

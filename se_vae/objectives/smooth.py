@@ -170,8 +170,8 @@ def balanced_gamma(gamma: jax.typing.ArrayLike) -> jax.Array:
   differ in their units only. They differ in more where one of the networks is frozen.
 
   Example:
-    >>> print(balanced_gamma(1.0).round(3), balanced_gamma(10.0).round(3))
-    0.667 5.238
+    >>> print(f'{balanced_gamma(1.0):.3f}, {balanced_gamma(10.0):.3f}')
+    0.667, 5.238
 
   Args:
     gamma: the paper's coupling strength, a scalar >= 0. It may be traced.

@@ -34,7 +34,7 @@ FLAGS = {
   'hidden_units': 16,
   'latent_dim': 4,
   'pgd_steps': 2,
-  'num_steps': 1500,
+  'num_steps': 600,
   'log_every': 50,
   'checkpoint_every': 100,
 }
@@ -100,7 +100,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 def test_a_killed_run_ends_bitwise_equal(tmp_path, undisturbed):
   process = start(tmp_path)
-  wait_for_step(process, tmp_path, 450)
+  wait_for_step(process, tmp_path, 250)
   assert process.poll() is None
   process.kill()
   process.communicate()
@@ -126,7 +126,7 @@ def test_a_binary_killed_at_random_moments_leaves_the_same_bytes(tmp_path, binar
 
 def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, undisturbed):
   """In the middle of a window as long as the run, so that no row or checkpoint is due."""
-  process = start(tmp_path, log_every=1500, checkpoint_every=1500)
+  process = start(tmp_path, log_every=600, checkpoint_every=600)
   while not (tmp_path / 'metrics.jsonl').exists():  # then training is under way
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
@@ -134,8 +134,8 @@ def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, u
   assert process.returncode == 128 + signal.SIGTERM
   assert 'SIGTERM: saved. Run the same command again' in stderr.splitlines()[-1]
   (step, _), *_ = checkpoints.steps(tmp_path / 'checkpoints')
-  assert 0 < step < 1500
-  run(tmp_path, log_every=1500, checkpoint_every=1500)
+  assert 0 < step < 600
+  run(tmp_path, log_every=600, checkpoint_every=600)
   mine, theirs = (
     checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail).tensors
     for path in (tmp_path, undisturbed)
@@ -232,7 +232,7 @@ def test_a_full_disk_is_an_error_in_a_line_and_the_run_goes_on_afterwards(tmp_pa
   try:
     workdir = disk / 'run'
     process = start(workdir)
-    wait_for_step(process, workdir, 400)
+    wait_for_step(process, workdir, 250)
     (disk / 'ballast').write_bytes(b'x' * (shutil.disk_usage(disk).free - 4096))
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1 and 'Traceback' not in stderr, stderr

@@ -5,6 +5,7 @@ SE_VAE_FUZZ sets the number of inputs of each kind. `tests/test_fuzz_arrays.py` 
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -349,7 +350,9 @@ def test_attack_logs(tmp_path, attack_log, choices):
     np.testing.assert_array_equal(getattr(found, name), value)
 
 
-PARAMS = make_model().init(jax.random.key(0))
+@functools.cache
+def params_of_model():
+  return {'params': make_model().init(jax.random.key(0))}
 
 
 @fuzz(0.1)
@@ -357,10 +360,9 @@ PARAMS = make_model().init(jax.random.key(0))
 @example(arguments={**MODEL, 'image_shape': [4, 4]})
 def test_models_of_other_arguments(tmp_path, arguments):
   """A checkpoint of a foreign writer: a model of these shapes, or an error."""
-  params = {'params': PARAMS}
   directory = tmp_path / 'checkpoints'
   try:
-    checkpoints.save(directory, 0, params, {'model': arguments}, keep=1)
+    checkpoints.save(directory, 0, params_of_model(), {'model': arguments}, keep=1)
   except ValueError:
     return  # NaN or a huge integer
   try:
