@@ -20,8 +20,9 @@ def info_nce(
 
   Example:
     >>> z = jnp.eye(2)
-    >>> print(info_nce(z, z, positives=jnp.array([0, 1]), temperature=1.0))
-    [0.3132617 0.3132617]
+    >>> losses = info_nce(z, z, positives=jnp.array([0, 1]), temperature=1.0)
+    >>> print(f'{losses[0]:.4f} {losses[1]:.4f}')  # log(1 + exp(-1))
+    0.3133 0.3133
 
   Args:
     queries: vectors `[B, D]`.

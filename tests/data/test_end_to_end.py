@@ -118,7 +118,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(cifar_like, tmp_path)
   workdir = tmp_path / 'w'
   settings = config(workdir, cifar_like, cache_dir=str(tmp_path / 'cache'))
   for changed, message in (
-    ({'dataset': 'tfds:others'}, "data_dir: .*a prepared TFDS set 'others'"),
+    ({'dataset': 'tfds:others'}, "data_dir: .*the TFDS set 'others', prepared"),
     ({'data_dir': None}, 'data_dir: '),
     ({'batch_size': 81}, 'batch_size: must be at most the 80 training examples'),
   ):
