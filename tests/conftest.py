@@ -24,30 +24,36 @@ os.environ['NO_PROXY'] = 'localhost,127.0.0.1'
 # compile without most optimisations, and take about three fifths of the time, but for the runs of
 # `test_faults.py`, which are long.
 OPTIMIZED = (
-  'attacks',
-  'experiments/test_faults.py',
-  'models/test_cpu_ops.py',
-  'parallel/test_lowering.py',
-  'test_gaussians',
-  'test_matrix_functions',
-  'objectives',
-  'test_wasserstein',
+  'se_vae/attacks/',
+  'se_vae/certification/',
+  'se_vae/gaussians.py',
+  'se_vae/matrix_functions.py',
+  'se_vae/objectives/',
+  'se_vae/wasserstein.py',
+  'tests/attacks/',
+  'tests/experiments/test_faults.py',
+  'tests/models/test_cpu_ops.py',
+  'tests/objectives/',
+  'tests/parallel/test_lowering.py',
+  'tests/test_gaussians.py',
+  'tests/test_matrix_functions.py',
+  'tests/test_wasserstein',
 )
 # The files that take longest start first, so that no worker is left alone with one at the end.
 LONGEST = (
-  'attacks/test_attacks.py',
-  'training/test_step.py',
-  'training/test_losses.py',
-  'experiments/test_pipeline.py',
-  'experiments/test_benchmark.py',
-  'parallel/test_processes.py',
-  'training/test_loop.py',
-  'experiments/test_probe.py',
-  'evaluation/test_evaluate.py',
-  'experiments/test_faults.py',
-  'test_docs.py',
-  'experiments/test_sweep.py',
-  'experiments/test_figure1.py',
+  'tests/attacks/test_attacks.py',
+  'tests/training/test_step.py',
+  'tests/training/test_losses.py',
+  'tests/experiments/test_pipeline.py',
+  'tests/experiments/test_benchmark.py',
+  'tests/parallel/test_processes.py',
+  'tests/training/test_loop.py',
+  'tests/experiments/test_probe.py',
+  'tests/evaluation/test_evaluate.py',
+  'tests/experiments/test_faults.py',
+  'tests/test_docs.py',
+  'tests/experiments/test_sweep.py',
+  'tests/experiments/test_figure1.py',
 )
 
 
@@ -56,8 +62,18 @@ def pytest_configure(config: pytest.Config) -> None:
   # Third-party modules that warn about themselves at import.
   config.addinivalue_line('filterwarnings', 'ignore::DeprecationWarning:tensorflow_datasets.*')
   config.option.loadscopereorder = False  # pytest-xdist keeps the order of the files
+  if jax.__version_info__ < (0, 11) and not _is_soak(config):
+    # Half of the time of JAX 0.10's compiler goes into this part. Newer ones are faster with it.
+    os.environ['XLA_FLAGS'] = (
+      f'--xla_cpu_use_fusion_emitters=false {os.environ.get("XLA_FLAGS", "")}'
+    )
   _keep_what_is_compiled(config)
   config.pluginmanager.register(_Compilation())  # for the examples in docstrings too
+
+
+def _is_soak(config: pytest.Config) -> bool:
+  """Whether these are the slow tests, which run for minutes."""
+  return bool(config.option.markexpr == 'slow')
 
 
 def _keep_what_is_compiled(config: pytest.Config) -> None:
@@ -86,16 +102,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Optimised programs come first, since JAX forgets all programs where that changes."""
 
   def place(item: pytest.Item) -> tuple[bool, int]:
-    name = item.path.as_posix().rpartition('/tests/')[2]
-    rank = LONGEST.index(name) if name in LONGEST else len(LONGEST)
-    return not _is_optimized(item.path), rank
+    path = _path_of(item)
+    rank = LONGEST.index(path) if path in LONGEST else len(LONGEST)
+    return not path.startswith(OPTIMIZED), rank
 
   items.sort(key=place)
 
 
-def _is_optimized(path: Path) -> bool:
-  folder = Path(__file__).parent
-  return path.is_relative_to(folder) and path.relative_to(folder).as_posix().startswith(OPTIMIZED)
+def _path_of(item: pytest.Item) -> str:
+  """From the root of the repository."""
+  return item.path.relative_to(Path(__file__).parents[1]).as_posix()
 
 
 class _Compilation:
@@ -103,8 +119,7 @@ class _Compilation:
 
   @pytest.hookimpl(tryfirst=True)
   def pytest_runtest_setup(self, item: pytest.Item) -> None:
-    is_soak = item.config.option.markexpr == 'slow'  # few tests, which run for minutes
-    disabled = not _is_optimized(item.path) and not is_soak
+    disabled = not _path_of(item).startswith(OPTIMIZED) and not _is_soak(item.config)
     if disabled != jax.config.read('jax_disable_most_optimizations'):
       jax.config.update('jax_disable_most_optimizations', disabled)
       os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(disabled))
