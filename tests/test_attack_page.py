@@ -20,7 +20,7 @@ import pytest
 import se_vae
 from se_vae.attacks import losses
 from se_vae.evaluation.linear_probe import LinearProbe, ProbedEncoder
-from se_vae.training.selection import EncodingShift
+from se_vae.training import EncodingShift
 from tests.tools import chromium
 
 ROOT = Path(__file__).parents[1]

@@ -20,9 +20,9 @@ def info_nce(
 
   Example:
     >>> z = jnp.eye(2)
-    >>> values = info_nce(z, z, positives=jnp.array([0, 1]), temperature=1.0)
-    >>> print(values.shape, f'{values[0]:.4f}')
-    (2,) 0.3133
+    >>> losses = info_nce(z, z, positives=jnp.array([0, 1]), temperature=1.0)
+    >>> print(f'{losses[0]:.4f} {losses[1]:.4f}')  # log(1 + exp(-1))
+    0.3133 0.3133
 
   Args:
     queries: vectors `[B, D]`.

@@ -132,8 +132,8 @@ def correlation(gamma: jax.typing.ArrayLike) -> jax.Array:
   """Returns the correlation rho in [0, 1) of the balanced coupling, gamma = rho / (1 - rho^2).
 
   Example:
-    >>> print(correlation(0.0), correlation(1e6))
-    0.0 0.9999995
+    >>> print(f'{correlation(0.0):.3f} {correlation(10.0):.3f}')
+    0.000 0.951
 
   Args:
     gamma: coupling strength, a scalar >= 0. It may be traced.
@@ -170,8 +170,8 @@ def balanced_gamma(gamma: jax.typing.ArrayLike) -> jax.Array:
   differ in their units only. They differ in more where one of the networks is frozen.
 
   Example:
-    >>> print(f'{balanced_gamma(1.0):.3f}, {balanced_gamma(10.0):.3f}')
-    0.667, 5.238
+    >>> print(f'{balanced_gamma(1.0):.3f} {balanced_gamma(10.0):.3f}')
+    0.667 5.238
 
   Args:
     gamma: the paper's coupling strength, a scalar >= 0. It may be traced.

@@ -352,8 +352,10 @@ def test_a_run_records_where_its_parameters_came_from(trained, smoothed):
 
 def test_a_run_starts_from_a_pretrained_encoder_by_its_name(tmp_path):
   name = 'mnist_mlp_vae_latent128'
-  network = {'dataset': 'mnist_5k', 'latent_dim': 128, 'hidden_units': 200}
-  settings = config(tmp_path, init_from=name, freeze_decoder=True, **network, num_steps=2)
+  network = {'latent_dim': 128, 'hidden_units': 200}
+  settings = config(
+    tmp_path, dataset='mnist_5k', init_from=name, freeze_decoder=True, **network, num_steps=2
+  )
   assert flags.absolute(flags.to_dict(settings))['init_from'] == name
   pretrain.run(settings, signals.StopSignal())
   source = json.loads((tmp_path / 'result.json').read_text())['source']
