@@ -43,18 +43,17 @@ OPTIMIZED = (
 # The files that take longest start first, so that no worker is left alone with one at the end.
 LONGEST = (
   'tests/attacks/test_attacks.py',
-  'tests/training/test_step.py',
-  'tests/training/test_losses.py',
+  'tests/test_commands.py',
   'tests/experiments/test_pipeline.py',
-  'tests/experiments/test_benchmark.py',
-  'tests/parallel/test_processes.py',
-  'tests/training/test_loop.py',
-  'tests/experiments/test_probe.py',
-  'tests/evaluation/test_evaluate.py',
   'tests/experiments/test_faults.py',
+  'tests/experiments/test_benchmark.py',
+  'tests/experiments/test_probe.py',
+  'tests/parallel/test_processes.py',
   'tests/test_docs.py',
-  'tests/experiments/test_sweep.py',
+  'tests/training/test_losses.py',
+  'tests/training/test_loop.py',
   'tests/experiments/test_figure1.py',
+  'tests/training/test_step.py',
 )
 
 
