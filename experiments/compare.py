@@ -24,8 +24,7 @@ from se_vae.config import setting, validate
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
 
-  from experiments.visual import pareto
-  from se_vae.evaluation import verdicts
+  from experiments.visual import pareto, plots
   from se_vae.storage import atomic_files, json_files
 
 _HELD_OUT = ('elbo', 'squared_error', 'active_latents')
@@ -63,12 +62,6 @@ class Encoder:
   def accuracy(self) -> np.ndarray:
     """Adversarial accuracy `[seeds, R]`."""
     return np.array([probe['accuracy'] for probe in self.probes])
-
-  @property
-  def checks(self) -> list[verdicts.SanityCheck]:
-    """The sanity checks of all seeds."""
-    found = (check for probe in self.probes for check in probe.get('checks', ()))
-    return [verdicts.SanityCheck.from_json(check) for check in found]
 
   def mean(self, name: str) -> float:
     """A figure of held-out images, averaged over the seeds."""
@@ -108,7 +101,7 @@ def run(config: CompareConfig) -> list[Encoder]:
     for each in encoders
   ]
   with atomic_files.replacing(output / 'compare.png') as file:
-    summary = verdicts.summary([check for each in encoders for check in each.checks])
+    summary = plots.checks_summary(*(probe for each in encoders for probe in each.probes))
     pareto.save(file, points, f'accuracy at radius {config.radius:g}', summary)
   header, *rows = _table(encoders, radii)
   text = messages.markdown_table(header, rows)
@@ -158,7 +151,7 @@ def _table(encoders: Sequence[Encoder], radii: Sequence[float]) -> Iterator[list
       for mean, half in zip(accuracy.mean(axis=0), spread, strict=True)
     ]
     held_out = [f'{each.mean(name):.1f}' for name in _HELD_OUT]
-    yield [each.name, str(len(accuracy)), *held_out, *shown, verdicts.summary(each.checks)]
+    yield [each.name, str(len(accuracy)), *held_out, *shown, plots.checks_summary(*each.probes)]
 
 
 if __name__ == '__main__':

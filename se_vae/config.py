@@ -34,14 +34,14 @@ Class = TypeVar('Class', bound=type)
 # A name of OBJECTIVES, or a function (model, params, keys, x, x_adv) -> terms by name.
 Objective: TypeAlias = str | Callable[..., Any]
 
-# The objectives that a setting is for, and the value that it has for all others.
+# The objectives that a setting is for; with all others it keeps its default.
 _SMOOTH = ('se', 'se_avae')
-_FOR: dict[str, tuple[tuple[str, ...], Any]] = {
-  'coupling': (_SMOOTH, 'paper'),
-  'kl_weight': (('vae', 'tc_vae'), 1.0),
-  'encoder_noise': (('vae',), 0.0),
-  'jacobian_weight': (('lipschitz',), 0.01),
-  'temperature': (('contrastive',), 0.5),
+_FOR = {
+  'coupling': _SMOOTH,
+  'kl_weight': ('vae', 'tc_vae'),
+  'encoder_noise': ('vae',),
+  'jacobian_weight': ('lipschitz',),
+  'temperature': ('contrastive',),
 }
 
 
@@ -300,6 +300,7 @@ class TrainConfig:
     selects = self.objective in _SMOOTH or callable(self.objective)
     if self.warm_start and not (selects and self.radius > 0.0):
       raise ArgumentError('warm_start', "needs objective 'se' or 'se_avae', and a radius > 0")
-    for name, (objectives, neutral) in _FOR.items():
-      if self.objective not in objectives and getattr(self, name) != neutral:
+    defaults = {field.name: field.default for field in dataclasses.fields(self)}
+    for name, objectives in _FOR.items():
+      if self.objective not in objectives and getattr(self, name) != defaults[name]:
         raise ArgumentError(name, f'needs objective {" or ".join(map(repr, objectives))}')

@@ -155,18 +155,23 @@ def _check(
   for name in ('num_steps', 'num_queries'):
     if others.get(name, 1) < 1:
       raise ValueError(f'{name} must be >= 1, got {others[name]}')
-  if norm not in NORMS:
-    raise ValueError(f'norm must be one of {", ".join(NORMS)}, got {norm!r}')
-  lowest, highest = bounds
-  if not lowest < highest:
-    raise ValueError(f'bounds must be (lowest, highest), got {bounds}')
+  check_norm_and_bounds(norm, bounds)
   if _is_known(radius) and not 0.0 <= float(np.asarray(radius)) < math.inf:
     raise ValueError(f'radius must be finite and >= 0, got {radius}')
   if _is_known(x):
     pixels = np.asarray(x)  # JAX would trace, within another function, what is known
     least, most = pixels.min(), pixels.max()
-    if not (lowest <= least and most <= highest):  # NaN is outside too
+    if not (bounds[0] <= least and most <= bounds[1]):  # NaN is outside too
       raise ValueError(f'x must lie in the bounds {bounds}, got values from {least} to {most}')
+
+
+def check_norm_and_bounds(norm: str, bounds: tuple[float, float]) -> None:
+  """Raises ValueError for an unknown norm, or bounds that are not (lowest, highest)."""
+  if norm not in NORMS:
+    raise ValueError(f'norm must be one of {", ".join(NORMS)}, got {norm!r}')
+  lowest, highest = bounds
+  if not lowest < highest:
+    raise ValueError(f'bounds must be (lowest, highest), got {bounds}')
 
 
 def _is_known(value: Any) -> bool:

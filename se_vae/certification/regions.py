@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from se_vae.attacks.projections import NORMS, Norm
+from se_vae.attacks.projections import Norm, check_norm_and_bounds
 from se_vae.certification import rounding
 
 
@@ -130,11 +130,8 @@ def ball(
     raise AssertionError(f'x must be floats [B, ...], not empty, got {x.dtype} {x.shape}')
   if jnp.shape(radius) not in ((), (len(x),)):
     raise AssertionError(f'radius must be a scalar or [{len(x)}], got {jnp.shape(radius)}')
-  if norm not in NORMS:
-    raise ValueError(f'norm must be one of {", ".join(NORMS)}, got {norm!r}')
+  check_norm_and_bounds(norm, bounds)
   lowest, highest = bounds
-  if not lowest < highest:
-    raise ValueError(f'bounds must be (lowest, highest), got {bounds}')
   radius = jnp.broadcast_to(jnp.asarray(radius, x.dtype), len(x))
   radius = jnp.where((radius >= 0.0) & (radius < jnp.inf), radius, jnp.nan)
   widths = radius.reshape((-1,) + (1,) * (x.ndim - 1))

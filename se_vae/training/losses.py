@@ -36,7 +36,7 @@ class Entry:
   """
 
   terms: Callable[[VAE, Params, jax.Array, jax.Array, jax.Array], Terms]
-  select: Callable[..., jax.Array]
+  select: Callable[[selection.Batch], jax.Array]
 
 
 def entry(config: TrainConfig) -> Entry:
@@ -148,7 +148,7 @@ def _error(x: jax.Array, x_mean: jax.Array) -> Terms:
 
 
 # The names of `se_vae.config.OBJECTIVES`: the terms, and what stands in for x'.
-OBJECTIVES: dict[str, tuple[Callable[..., Terms], Callable[..., jax.Array]]] = {
+OBJECTIVES: dict[str, tuple[Callable[..., Terms], Callable[[selection.Batch], jax.Array]]] = {
   'vae': (vae, selection.noisy),
   'se': (se, selection.furthest_encoding),
   'avae': (avae, selection.unchanged),

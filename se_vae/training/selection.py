@@ -1,25 +1,48 @@
 """The selection of x': what an objective sees beside each image (paper Sec. 2.1).
 
 `select` is the paper's: the image of the ball whose encoding is furthest from that of x. The
-functions of the table in `training.losses` have one signature, ``(model, config, params, key, x,
-index, start) -> x_adv``. No gradient flows through a selection: x' is data (Sec. 2).
+functions of the table in `training.losses` all take a `Batch`. No gradient flows through a
+selection: x' is data (Sec. 2).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from se_vae import attacks, gaussians, objectives, wasserstein
+from se_vae.attacks import projections
 from se_vae.config import SELECTION_DISTANCES, TrainConfig
 from se_vae.gaussians import Gaussian
 from se_vae.models.vae import VAE, Params
 from se_vae.parallel import sharding
 
 _MOST_PIXELS_SHIFTED = 2  # of a view for the contrastive loss, up or down and left or right
+
+
+class Batch(NamedTuple):
+  """What a selection may use.
+
+  Attributes:
+    model: the model.
+    config: the settings.
+    params: the model's parameters.
+    key: one PRNG key.
+    x: images `[B, H, W, C]` in [0, 1].
+    places: `[B]`, the place of each image in the whole batch.
+    start: images `[B, H, W, C]` for an attack to start from, or None for random ones.
+  """
+
+  model: VAE
+  config: TrainConfig
+  params: Params
+  key: jax.Array
+  x: jax.Array
+  places: jax.Array
+  start: jax.Array | None = None
 
 
 def mean_distance(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
@@ -110,52 +133,29 @@ def select(
   if config.attack_dtype == 'bfloat16':
     params = _cast(params, jnp.bfloat16)
   objective = EncodingShift(model, config.selection_distance)
-  return _maximise(objective, config, key, x, (params, q_a), index, start)
+  return _maximise(objective, config, key, x, (params, q_a), index=index, start=start)
 
 
-def furthest_encoding(
-  model: VAE,
-  config: TrainConfig,
-  params: Params,
-  key: jax.Array,
-  x: jax.Array,
-  index: jax.Array,
-  start: jax.Array | None,
-) -> jax.Array:
+def furthest_encoding(batch: Batch) -> jax.Array:
   """Returns what `select` returns, for the encodings of x."""
-  q_a = model.encode(params, x)
-  return select(model, config, params, key, x, q_a, index=index, start=start)
+  model, config, params, key, x, index, start = batch
+  return select(model, config, params, key, x, model.encode(params, x), index=index, start=start)
 
 
-def noisy(
-  model: VAE,
-  config: TrainConfig,
-  params: Params,
-  key: jax.Array,
-  x: jax.Array,
-  index: jax.Array,
-  start: jax.Array | None,
-) -> jax.Array:
+def noisy(batch: Batch) -> jax.Array:
   """Returns x with uniform noise of half-width `config.encoder_noise`, clipped to [0, 1]."""
   # The program is the same with and without noise, and draws none where there is none.
+  radius = batch.config.encoder_noise
   return jax.lax.cond(
-    config.encoder_noise > 0.0,
-    lambda: attacks.noise(key, x, radius=config.encoder_noise, index=index),
-    lambda: x,
+    radius > 0.0,
+    lambda: attacks.noise(batch.key, batch.x, radius=radius, index=batch.places),
+    lambda: batch.x,
   )
 
 
-def unchanged(
-  model: VAE,
-  config: TrainConfig,
-  params: Params,
-  key: jax.Array,
-  x: jax.Array,
-  index: jax.Array,
-  start: jax.Array | None,
-) -> jax.Array:
+def unchanged(batch: Batch) -> jax.Array:
   """Returns x, for an objective that sees nothing else."""
-  return x
+  return batch.x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,27 +189,20 @@ class Confusion:
     return objectives.info_nce(queries, means, positives=positives, temperature=temperature)
 
 
-def confused_view(
-  model: VAE,
-  config: TrainConfig,
-  params: Params,
-  key: jax.Array,
-  x: jax.Array,
-  index: jax.Array,
-  start: jax.Array | None,
-) -> jax.Array:
+def confused_view(batch: Batch) -> jax.Array:
   """Returns a shifted copy of each image, attacked so that it is taken for another.
 
   This is the positive of Kim et al. (2020). The copy is x moved by up to two pixels in each
   direction. x' lies in the ball around the copy, and maximises the contrastive loss against the
   encodings of the batch.
   """
+  model, config, params, key, x, index, start = batch
   view_key, attack_key = jax.random.split(key)
   view = shifted(attacks.example_keys(view_key, index), x)
   params = jax.lax.stop_gradient(params)
   means = sharding.whole_batch(model.encode(params, x).mean)
   args = (params, means, sharding.positions(len(x)), config.temperature)
-  return _maximise(Confusion(model), config, attack_key, view, args, index, start)
+  return _maximise(Confusion(model), config, attack_key, view, args, index=index, start=start)
 
 
 def shifted(keys: jax.Array, x: jax.Array) -> jax.Array:
@@ -233,6 +226,7 @@ def _maximise(
   key: jax.Array,
   x: jax.Array,
   args: tuple[Any, ...],
+  *,
   index: jax.Array | None,
   start: jax.Array | None,
 ) -> jax.Array:
@@ -244,7 +238,7 @@ def _maximise(
     radius=config.radius,
     num_steps=config.pgd_steps,
     relative_step_size=config.relative_step_size,
-    norm='l2' if config.norm == 'l2' else 'linf',
+    norm=cast(projections.Norm, config.norm),
     start=start,
     args=args,
     index=index,

@@ -20,7 +20,7 @@ from se_vae import attacks
 from se_vae.config import ArgumentError, TrainConfig
 from se_vae.models.vae import VAE, Params
 from se_vae.parallel import sharding
-from se_vae.training import losses
+from se_vae.training import losses, selection
 
 Metrics = dict[str, jax.Array]
 
@@ -163,7 +163,7 @@ def train_step(
   examples: jax.Array | None = None,
   optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[TrainState, Metrics]:
-  """Takes one step of gradient ascent on the bound.
+  """Takes one step: selects x', and follows the gradient of the loss.
 
   Example:
     >>> from se_vae import make_vae
@@ -195,7 +195,8 @@ def train_step(
     if examples is None:
       raise ArgumentError('examples', 'is needed for a warm start')
     start = _warm_start(config, offsets[examples], x)
-  x_adv = losses.entry(config).select(model, config, state.params, select_key, x, index, start)
+  batch = selection.Batch(model, config, state.params, select_key, x, index, start)
+  x_adv = losses.entry(config).select(batch)
   if offsets is not None:
     rows = sharding.whole_batch((examples, _offset_rows(config, x, x_adv)))
     offsets = offsets.at[rows[0]].set(rows[1])

@@ -137,7 +137,7 @@ def test_the_contrastive_view_is_in_the_ball_around_a_shifted_image():
   model, params = tiny(), drawn(tiny())
   config = config_for('contrastive', radius=0.1)
   index = jnp.arange(BATCH)
-  x_adv = selection.confused_view(model, config, params, KEY, X, index, None)
+  x_adv = selection.confused_view(selection.Batch(model, config, params, KEY, X, index))
   view_key = jax.random.split(KEY)[0]
   view = selection.shifted(jax.vmap(jax.random.fold_in, (None, 0))(view_key, index), X)
   assert np.abs(x_adv - view).max() <= 0.1 + 1e-6 and 0.0 <= x_adv.min() <= x_adv.max() <= 1.0
