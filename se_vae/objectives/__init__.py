@@ -13,7 +13,6 @@ from se_vae.objectives.consistency import (
   AVAETerms,
   SEAVAETerms,
   avae_elbo,
-  consistency_kl,
   se_avae_elbo,
 )
 from se_vae.objectives.contrastive import info_nce
@@ -35,7 +34,6 @@ __all__ = [
   'TCElboTerms',
   'avae_elbo',
   'balanced_gamma',
-  'consistency_kl',
   'correlation',
   'elbo',
   'gaussian_log_likelihood',

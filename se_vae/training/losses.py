@@ -76,10 +76,9 @@ def avae(
 ) -> Terms:
   """The Autoencoding VAE (Cemgil et al., 2020)."""
   q = model.encode(params, x)
-  z = gaussians.sample_each(q, keys)
-  x_mean = model.decode(params, z)
+  x_mean = model.decode(params, gaussians.sample_each(q, keys))
   q_cycle = model.encode(params, jax.lax.stop_gradient(x_mean))
-  terms = objectives.avae_elbo(x, x_mean, q, z, q_cycle, gamma=config.gamma, obs_var=config.obs_var)
+  terms = objectives.avae_elbo(x, x_mean, q, q_cycle, gamma=config.gamma, obs_var=config.obs_var)
   return {**terms._asdict(), **_error(x, x_mean)}
 
 
@@ -88,14 +87,11 @@ def se_avae(
 ) -> Terms:
   """The Smooth Encoder with self-consistency."""
   q_a = model.encode(params, x)
-  z = gaussians.sample_each(q_a, keys)
-  x_mean = model.decode(params, z)
+  x_mean = model.decode(params, gaussians.sample_each(q_a, keys))
   q_b = model.encode(params, x_adv)
   q_cycle = model.encode(params, jax.lax.stop_gradient(x_mean))
   numbers = {'gamma': config.gamma, 'obs_var': config.obs_var}
-  terms = objectives.se_avae_elbo(
-    x, x_mean, q_a, q_b, z, q_cycle, **numbers, coupling=config.coupling
-  )
+  terms = objectives.se_avae_elbo(x, x_mean, q_a, q_b, q_cycle, **numbers, coupling=config.coupling)
   return {**terms._asdict(), 'squared_w2': wasserstein.squared_w2(q_a, q_b), **_error(x, x_mean)}
 
 
