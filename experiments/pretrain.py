@@ -85,6 +85,8 @@ class PretrainConfig:
       raise ArgumentError('freeze_decoder', 'needs init_from, the run whose decoder is kept')
     if self.train.objective == 'tc_vae' and self.model.covariance != 'diagonal':
       raise ArgumentError('covariance', "must be diagonal for objective 'tc_vae'")
+    if self.train.selection != 'pgd' and self.model.covariance != 'diagonal':
+      raise ArgumentError('covariance', f'must be diagonal for selection {self.train.selection!r}')
 
 
 def main() -> None:

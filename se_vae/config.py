@@ -18,6 +18,7 @@ COVARIANCES = ('diagonal', 'full')
 OBJECTIVES = ('vae', 'se', 'avae', 'se_avae', 'tc_vae', 'lipschitz', 'contrastive')
 COUPLINGS = ('paper', 'balanced')
 SELECTION_DISTANCES = ('squared_w2', 'symmetric_kl', 'mean_distance')
+SELECTIONS = ('pgd', 'interval', 'linear')
 NORMS = ('linf', 'l2')
 ATTACK_DTYPES = ('float32', 'bfloat16')
 PRECISIONS = ('default', 'high', 'highest')
@@ -38,6 +39,7 @@ Objective: TypeAlias = str | Callable[..., Any]
 _SMOOTH = ('se', 'se_avae')
 _FOR = {
   'coupling': _SMOOTH,
+  'selection': ('se',),
   'kl_weight': ('vae', 'tc_vae'),
   'encoder_noise': ('vae',),
   'jacobian_weight': ('lipschitz',),
@@ -229,6 +231,27 @@ class TrainConfig:
     above=0,
     traced=True,
   )
+  selection: str = setting(
+    'pgd',
+    "What stands for q(z | x') in the SE-ELBO: the encoding of the x' that PGD selects, or the "
+    "worst encoding within bounds, interval or linear, of those of all x' in the ball.",
+    choices=SELECTIONS,
+  )
+  certified_weight: float = setting(
+    1.0,
+    'Share of the SE-ELBO with the bounds of selection interval or linear; the rest is that with '
+    "the x' of PGD.",
+    at_least=0,
+    at_most=1,
+    traced=True,
+  )
+  ramp: float = setting(
+    0.0,
+    'Share of the training steps during which radius and gamma grow from 0 to their values.',
+    at_least=0,
+    at_most=1,
+    traced=True,
+  )
   radius: float = setting(
     0.2,
     'Radius of the selection, for pixels in [0, 1]; at most 1 for linf.',
@@ -300,6 +323,8 @@ class TrainConfig:
     selects = self.objective in _SMOOTH or callable(self.objective)
     if self.warm_start and not (selects and self.radius > 0.0):
       raise ArgumentError('warm_start', "needs objective 'se' or 'se_avae', and a radius > 0")
+    if self.selection == 'pgd' and self.certified_weight != 1.0:
+      raise ArgumentError('certified_weight', "needs selection 'interval' or 'linear'")
     defaults = {field.name: field.default for field in dataclasses.fields(self)}
     for name, objectives in _FOR.items():
       if self.objective not in objectives and getattr(self, name) != defaults[name]:

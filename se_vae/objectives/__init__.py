@@ -1,14 +1,16 @@
 """Training objectives, term by term: one value for each example `[B]`, in nats.
 
 `bounds` has the VAE's ELBO. `smooth` has the paper's SE-ELBO, with the paper's coupling of z_a and
-z_b or a balanced one, and `consistency` the objective of the Autoencoding VAE beside both. The
-other modules have objectives to compare with: `total_correlation` the beta-TC-VAE, `lipschitz` a
-penalty on the encoder's Jacobian, and `contrastive` a loss without a decoder.
+z_b or a balanced one, `certified` its smallest value over a box of encodings, and `consistency` the
+objective of the Autoencoding VAE. The other modules have objectives to compare with:
+`total_correlation` the beta-TC-VAE, `lipschitz` a penalty on the encoder's Jacobian, and
+`contrastive` a loss without a decoder.
 
 Bounds are maximised, and called `elbo`; penalties and losses are minimised.
 """
 
 from se_vae.objectives.bounds import ElboTerms, elbo, gaussian_log_likelihood, squared_error
+from se_vae.objectives.certified import worst_encoding
 from se_vae.objectives.consistency import (
   AVAETerms,
   SEAVAETerms,
@@ -22,6 +24,7 @@ from se_vae.objectives.smooth import (
   balanced_gamma,
   correlation,
   log_normalizer,
+  log_prior,
   se_elbo,
 )
 from se_vae.objectives.total_correlation import TCElboTerms, tc_elbo
@@ -39,9 +42,11 @@ __all__ = [
   'gaussian_log_likelihood',
   'info_nce',
   'log_normalizer',
+  'log_prior',
   'se_avae_elbo',
   'se_elbo',
   'squared_error',
   'squared_jacobian_norm',
   'tc_elbo',
+  'worst_encoding',
 ]

@@ -92,19 +92,14 @@ def se_elbo(
     ValueError: if the value of gamma or obs_var is known and outside its range; for an unknown
       coupling.
   """
-  if coupling not in COUPLINGS:
-    raise ValueError(f'coupling must be one of {", ".join(COUPLINGS)}, got {coupling!r}')
   log_likelihood = gaussian_log_likelihood(x, x_mean, obs_var)
   check_batch(x, 'q_a', q_a)
   wasserstein.check_gamma(gamma)
   gamma = jnp.asarray(gamma, log_likelihood.dtype)
+  log_prior_a, log_prior_b = (log_prior(q, gamma, coupling) for q in (q_a, q_b))
+  log_mass = jnp.zeros((), log_likelihood.dtype)
   if coupling == 'paper':
-    log_prior_a = gaussians.expected_log_standard_normal(q_a)
-    log_prior_b = gaussians.expected_log_standard_normal(q_b)
     log_mass = log_normalizer(gamma, q_a.dim)
-  else:
-    log_prior_a, log_prior_b = _balanced_log_prior(q_a, gamma), _balanced_log_prior(q_b, gamma)
-    log_mass = jnp.zeros((), log_likelihood.dtype)
   transport_cost = wasserstein.entropic_transport_cost(q_a, q_b, gamma)
   bound = log_likelihood + log_prior_a + log_prior_b - transport_cost
   return SEElboTerms(
@@ -117,14 +112,35 @@ def se_elbo(
   )
 
 
-def _balanced_log_prior(q: Gaussian, gamma: jax.Array) -> jax.Array:
-  """Returns what one of the two latents adds to E log psi, beside the coupling, `[B]`.
+def log_prior(q: Gaussian, gamma: jax.typing.ArrayLike, coupling: str = 'paper') -> jax.Array:
+  """Returns what one of the two latents adds to E log psi(z_a, z_b), beside the coupling.
 
-  log psi(z_a, z_b) = -gamma / 2 ||z_a - z_b||^2 - (||z_a||^2 + ||z_b||^2) / (2 (1 + rho))
-                      - D log(2 pi) - D / 2 log(1 - rho^2).
+  With the paper's coupling it is E log p(z) (Eq. 2). With the balanced one,
+
+    log psi(z_a, z_b) = -gamma / 2 ||z_a - z_b||^2 - (||z_a||^2 + ||z_b||^2) / (2 (1 + rho))
+                        - D log(2 pi) - D / 2 log(1 - rho^2),
+
+  and each latent has half of the constants.
+
+  Args:
+    q: encodings, with means `[..., D]`.
+    gamma: coupling strength, a scalar >= 0. It may be traced.
+    coupling: 'paper' (Eq. 2) or 'balanced'.
+
+  Returns:
+    `[...]`, in nats.
+
+  Raises:
+    AssertionError: if gamma is not a scalar.
+    ValueError: if the value of gamma is known, and it is negative or not finite; for an unknown
+      coupling.
   """
+  if coupling not in COUPLINGS:
+    raise ValueError(f'coupling must be one of {", ".join(COUPLINGS)}, got {coupling!r}')
+  if coupling == 'paper':
+    return gaussians.expected_log_standard_normal(q)
   quadratic = gaussians.expected_squared_norm(q) / (1.0 + correlation(gamma))
-  log_det = log_conditional_variance(gamma)  # half of it for each of z_a and z_b
+  log_det = log_conditional_variance(gamma)
   return -0.5 * (quadratic + q.dim * (LOG_2PI + 0.5 * log_det))
 
 

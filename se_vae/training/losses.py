@@ -21,7 +21,7 @@ from se_vae import gaussians, objectives, wasserstein
 from se_vae.config import TrainConfig
 from se_vae.models.vae import VAE, Params
 from se_vae.parallel import sharding
-from se_vae.training import selection
+from se_vae.training import certified, selection
 
 Terms = dict[str, jax.Array]
 
@@ -61,14 +61,27 @@ def vae(
 def se(
   model: VAE, params: Params, keys: jax.Array, x: jax.Array, x_adv: jax.Array, config: TrainConfig
 ) -> Terms:
-  """The Smooth Encoder (Eq. 6-7, Sec. 6)."""
+  """The Smooth Encoder (Eq. 6-7, Sec. 6), with a certified part where the settings ask for it."""
   q_a = model.encode(params, x)
   x_mean = model.decode(params, gaussians.sample_each(q_a, keys))
   q_b = model.encode(params, x_adv)
-  terms = objectives.se_elbo(
-    x, x_mean, q_a, q_b, gamma=config.gamma, obs_var=config.obs_var, coupling=config.coupling
+  bound = functools.partial(
+    objectives.se_elbo,
+    x,
+    x_mean,
+    q_a,
+    gamma=config.gamma,
+    obs_var=config.obs_var,
+    coupling=config.coupling,
   )
-  return {**terms._asdict(), 'squared_w2': wasserstein.squared_w2(q_a, q_b), **_error(x, x_mean)}
+  terms = bound(q_b)
+  extra = {'squared_w2': wasserstein.squared_w2(q_a, q_b), **_error(x, x_mean)}
+  if config.selection != 'pgd':
+    lowest = bound(certified.worst_encoding(model, config, params, x, q_a))
+    extra['certified_elbo'] = lowest.elbo
+    share = config.certified_weight
+    terms = jax.tree.map(lambda one, low: one + share * (low - one), terms, lowest)
+  return {**terms._asdict(), **extra}
 
 
 def avae(
@@ -146,7 +159,7 @@ def _error(x: jax.Array, x_mean: jax.Array) -> Terms:
 # The names of `se_vae.config.OBJECTIVES`: the terms, and what stands in for x'.
 OBJECTIVES: dict[str, tuple[Callable[..., Terms], Callable[[selection.Batch], jax.Array]]] = {
   'vae': (vae, selection.noisy),
-  'se': (se, selection.furthest_encoding),
+  'se': (se, selection.furthest_or_certified),
   'avae': (avae, selection.unchanged),
   'se_avae': (se_avae, selection.furthest_encoding),
   'tc_vae': (tc_vae, selection.unchanged),

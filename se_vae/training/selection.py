@@ -142,6 +142,15 @@ def furthest_encoding(batch: Batch) -> jax.Array:
   return select(model, config, params, key, x, model.encode(params, x), index=index, start=start)
 
 
+def furthest_or_certified(batch: Batch) -> jax.Array:
+  """Returns what `select` returns, or x where the objective is the certified bound alone."""
+  if batch.config.selection == 'pgd':
+    return furthest_encoding(batch)
+  # One program serves every weight, and attacks where the result has any.
+  is_used = batch.config.certified_weight < 1.0
+  return jax.lax.cond(is_used, lambda: furthest_encoding(batch), lambda: batch.x)
+
+
 def noisy(batch: Batch) -> jax.Array:
   """Returns x with uniform noise of half-width `config.encoder_noise`, clipped to [0, 1]."""
   # The program is the same with and without noise, and draws none where there is none.

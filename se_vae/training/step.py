@@ -48,6 +48,28 @@ def _unflatten(static: tuple[Any, ...], traced: tuple[Any, ...]) -> TrainConfig:
 jax.tree_util.register_pytree_node(TrainConfig, _flatten, _unflatten)
 
 
+def at_step(config: TrainConfig, step: jax.Array, dtype: Any = jnp.float32) -> TrainConfig:
+  """Returns the settings of one step: during the ramp, a part of `gamma` and of `radius`.
+
+  Example:
+    >>> config = at_step(TrainConfig(gamma=10.0, ramp=0.5, num_steps=100), jnp.array(9))
+    >>> print(config.gamma, config.radius)
+    2.0 0.04
+
+  Args:
+    config: the settings of the run.
+    step: the number of steps done.
+    dtype: of the two numbers.
+  """
+  number = (step + 1).astype(dtype)
+  length = jnp.asarray(config.ramp * config.num_steps, dtype)
+  share = jnp.minimum(number / jnp.maximum(length, 1.0), 1.0)
+  leaves, static = _flatten(config)
+  values = dict(zip(_TRACED, leaves, strict=True))
+  values |= {name: values[name] * share for name in ('gamma', 'radius')}
+  return _unflatten(static, tuple(values.values()))
+
+
 class TrainState(NamedTuple):
   """Everything that a training step changes.
 
@@ -189,6 +211,7 @@ def train_step(
   """
   sample_key, select_key = jax.random.split(jax.random.fold_in(key, state.step))
   index = sharding.positions(len(x))
+  config = at_step(config, state.step, x.dtype)
   offsets = state.offsets
   start = None
   if offsets is not None:

@@ -1,0 +1,54 @@
+"""The worst encoding of a whole ball of images, within certified bounds.
+
+The selection of `training.selection` finds one x' of the ball, and shows how far an encoding can
+move at least. Bounds of all encodings of the ball show how far it can move at most. With the worst
+encoding within them in the place of q(z | x'), the SE-ELBO is a lower bound of what it is for any
+x' of the ball. Training on it makes the bounds smaller: unlike a selected x', the worst encoding
+has a gradient, that of the bounds in the encoder's parameters.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import jax
+
+from se_vae import certification, objectives
+from se_vae.attacks import projections
+from se_vae.config import TrainConfig
+from se_vae.gaussians import DiagonalGaussian, Gaussian
+from se_vae.models import layer_lists
+from se_vae.models.vae import VAE, Params
+
+# How the means are bounded. Linear bounds of the log-variances too would double the cost of a step.
+_METHODS = {
+  'interval': certification.Method('ibp'),
+  'linear': certification.Method('crown_ibp'),
+}
+
+
+def worst_encoding(
+  model: VAE, config: TrainConfig, params: Params, x: jax.Array, q_a: Gaussian
+) -> DiagonalGaussian:
+  """Returns what `objectives.worst_encoding` returns for bounds of the encodings of each ball.
+
+  Args:
+    model: the model, with an encoder that `models.layer_lists` knows.
+    config: the settings; `selection` names the bounds.
+    params: the model's parameters.
+    x: images `[B, H, W, C]` in [0, 1].
+    q_a: the encodings of x, factorised, with means `[B, D]`.
+
+  Raises:
+    TypeError: for an encoder that cannot be certified, by name.
+  """
+  encoder = layer_lists.encoder_of(model, params)
+  assert isinstance(q_a, DiagonalGaussian)  # `encoder_of` refuses others
+  region = certification.ball(x, config.radius, norm=cast(projections.Norm, config.norm))
+  log_vars = (*encoder.trunk, encoder.log_var)
+  boxes = (
+    certification.output_box(encoder.means(), region, _METHODS[config.selection]),
+    certification.output_box(log_vars, region, _METHODS['interval']),
+  )
+  ends = ((box.lower, box.upper) for box in boxes)
+  return objectives.worst_encoding(q_a, *ends, gamma=config.gamma, coupling=config.coupling)

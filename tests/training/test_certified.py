@@ -1,0 +1,159 @@
+"""Training on certified bounds: what they hold for, and that they become smaller."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from se_vae import attacks, evaluation, training
+from se_vae.config import ArgumentError
+from se_vae.training import losses, selection
+from se_vae.training.step import at_step
+from tests.training.small_runs import (
+  BATCH,
+  CONFIG,
+  KEY,
+  assert_close,
+  batch,
+  drawn,
+  run,
+  tiny,
+)
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+X = batch(0)
+KEYS = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(BATCH))
+INTERVAL = dataclasses.replace(CONFIG, gamma=2.0, radius=0.05, selection='interval')
+LINEAR = dataclasses.replace(INTERVAL, selection='linear')
+
+
+def terms_of(config, x_adv, params=None):
+  """Terms `[B]` of the objective, for given x'."""
+  model = tiny()
+  params = drawn(model) if params is None else params
+  return losses.entry(config).terms(model, params, KEYS, X, x_adv)
+
+
+@pytest.mark.parametrize('coupling', ['paper', 'balanced'])
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_no_image_of_the_ball_has_a_smaller_bound(norm, coupling):
+  """Neither random ones nor those that PGD selects, and the linear bound is the tighter one."""
+  radius = {'linf': 0.05, 'l2': 0.3}[norm]
+  change = {'norm': norm, 'coupling': coupling, 'radius': radius}
+  interval, linear = (dataclasses.replace(config, **change) for config in (INTERVAL, LINEAR))
+  model, params = tiny(), drawn(tiny())
+  q_a = model.encode(params, X)
+  images = [X, training.select(model, interval, params, KEY, X, q_a)]
+  for i in range(5):
+    noise = {'linf': 0.05, 'l2': 0.3 / 4.0}[norm]  # there are 4 x 4 pixels
+    images.append(attacks.noise(jax.random.key(i), X, radius=noise))
+  found = [terms_of(dataclasses.replace(interval, selection='pgd'), x)['elbo'] for x in images]
+  lowest = np.min(found, axis=0)
+  by_interval, by_line = (terms_of(config, X)['certified_elbo'] for config in (interval, linear))
+  assert (by_interval <= by_line + 1e-4 * np.abs(by_line)).all()
+  assert (by_line <= lowest + 1e-4 * np.abs(lowest)).all()
+  assert np.mean(by_line - by_interval) > 0.01 * np.mean(lowest - by_interval)
+
+
+def test_the_objective_is_the_weighted_mean_of_both_bounds():
+  x_adv = jnp.clip(X + 0.05, 0.0, 1.0)
+  plain = terms_of(dataclasses.replace(INTERVAL, selection='pgd'), x_adv)
+  alone = terms_of(INTERVAL, x_adv)
+  mixed = terms_of(dataclasses.replace(INTERVAL, certified_weight=0.25), x_adv)
+  np.testing.assert_allclose(alone['elbo'], alone['certified_elbo'], rtol=1e-6)
+  for name in plain.keys() - {'squared_w2', 'squared_error'}:
+    expected = 0.75 * plain[name] + 0.25 * alone[name]
+    np.testing.assert_allclose(mixed[name], expected, rtol=1e-5, atol=1e-4, err_msg=name)
+  for name in ('squared_w2', 'squared_error', 'certified_elbo'):
+    np.testing.assert_array_equal(mixed[name], alone[name])
+
+
+def test_radius_zero_is_the_bound_of_the_image_itself():
+  config = dataclasses.replace(INTERVAL, radius=0.0)
+  terms = terms_of(config, X)
+  plain = terms_of(dataclasses.replace(config, selection='pgd'), X)
+  np.testing.assert_allclose(terms['elbo'], plain['elbo'], rtol=1e-4)
+
+
+def test_there_is_an_attack_only_where_its_bound_has_a_weight():
+  model, params = tiny(), drawn(tiny())
+
+  def selected(weight):
+    config = dataclasses.replace(INTERVAL, certified_weight=weight)
+    inputs = selection.Batch(model, config, params, KEY, X, jnp.arange(BATCH))
+    return losses.entry(config).select(inputs)
+
+  np.testing.assert_array_equal(selected(1.0), X)
+  q_a = model.encode(params, X)
+  expected = training.select(model, INTERVAL, params, KEY, X, q_a)
+  np.testing.assert_allclose(selected(0.5), expected, atol=1e-6)
+  assert np.abs(selected(0.5) - X).max() > 0.04
+
+
+@pytest.mark.parametrize('config', [INTERVAL, dataclasses.replace(LINEAR, certified_weight=0.5)])
+def test_four_devices_train_as_one(config):
+  model = tiny(num_layers=1)
+  state = training.init_state(model, config, KEY)
+  (one, alone), (four, spread) = (run(model, config, state, n, rows=1)[0] for n in (1, 4))
+  assert_close(four.params, one.params, rtol=1e-4)
+  for key, value in alone.items():
+    np.testing.assert_allclose(spread[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def test_training_makes_the_certified_shift_smaller():
+  """And smaller than training on selected x' does, from the same weights."""
+  model, params = tiny(), drawn(tiny())
+  changes = {'gamma': 30.0, 'num_steps': 60, 'pgd_steps': 2}
+  images = np.asarray(np.round(X * 255), np.uint8)
+  shifts = []
+  for config in (INTERVAL, dataclasses.replace(INTERVAL, selection='pgd')):
+    config = dataclasses.replace(config, **changes)
+    trained, _ = training.fit(model, config, images, batch_size=BATCH, params=params)
+    shifts.append(evaluation.certified_latent_shift(model, trained, np.asarray(X), radii=(0.05,)))
+  before = evaluation.certified_latent_shift(model, params, np.asarray(X), radii=(0.05,))
+  assert np.mean(shifts[0]) < 0.5 * np.mean(before)
+  assert np.mean(shifts[0]) < np.mean(shifts[1])
+
+
+def test_the_ramp_raises_gamma_and_radius_in_equal_steps_up_to_their_values():
+  config = dataclasses.replace(CONFIG, gamma=8.0, radius=0.4, ramp=0.5, num_steps=8)
+  for step, share in ((0, 0.25), (1, 0.5), (3, 1.0), (7, 1.0)):
+    now = at_step(config, jnp.int32(step))
+    np.testing.assert_allclose([now.gamma, now.radius], [8.0 * share, 0.4 * share], rtol=1e-6)
+    assert (now.obs_var, now.objective) == (config.obs_var, config.objective)
+  for step in (0, 5):
+    now = at_step(dataclasses.replace(config, ramp=0.0), jnp.int32(step))
+    assert (now.gamma, now.radius) == (8.0, jnp.float32(0.4))
+
+
+def test_a_step_of_the_ramp_is_a_step_with_its_gamma_and_radius():
+  model = tiny(num_layers=1)
+  config = dataclasses.replace(CONFIG, gamma=8.0, radius=0.4, ramp=0.5, num_steps=8)
+  state = training.init_state(model, config, KEY)
+  step = jax.jit(training.train_step, static_argnums=0)
+  ramped = step(model, config, state, KEY, X)
+  plain = step(model, dataclasses.replace(config, gamma=2.0, radius=0.1, ramp=0.0), state, KEY, X)
+  for a, b in zip(*map(jax.tree.leaves, (ramped, plain)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'selection': 'interval', 'objective': 'vae'}, "selection: needs objective 'se'"),
+    ({'certified_weight': 0.5}, "certified_weight: needs selection 'interval' or 'linear'"),
+    ({'selection': 'box'}, 'selection: must be one of pgd, interval, linear'),
+    ({'ramp': 1.5}, 'ramp: must be <= 1'),
+  ],
+)
+def test_wrong_settings_are_refused(change, message):
+  with pytest.raises(ArgumentError, match=message):
+    training.TrainConfig(**change)
+
+
+def test_an_encoder_that_cannot_be_certified_is_named():
+  model = tiny(covariance='full')
+  with pytest.raises(TypeError, match="cannot certify MLPEncoder with covariance='full'"):
+    training.loss(model, INTERVAL, drawn(model), KEY, X)
