@@ -28,6 +28,8 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae.storage import atomic_files, json_files
 
 _HELD_OUT = ('elbo', 'squared_error', 'active_latents')
+_OF_THE_DECODER = ('elbo', 'squared_error')
+_WITHOUT_DECODER = ('contrastive',)  # objectives that leave the decoder as it was drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +138,16 @@ def _encoders(config: CompareConfig) -> Iterator[Encoder]:
       radii = probe['radii'] if radii is None else radii
       if probe['radii'] != radii:
         raise UsageError(f'--runs: {path / file} has radii {probe["radii"]}, and others {radii}')
-    held_out = [{key: result['test'].get(key, np.nan) for key in _HELD_OUT} for result in results]
+    held_out = [_held_out(result) for result in results]
     yield Encoder(name, [dict(probe) for probe in probes], held_out)
+
+
+def _held_out(result: records.Result) -> dict[str, float]:
+  """The figures of held-out images, NaN where there are none or they mean nothing."""
+  figures = {key: result['test'].get(key, np.nan) for key in _HELD_OUT}
+  if result['config'].get('objective') in _WITHOUT_DECODER:
+    figures |= dict.fromkeys(_OF_THE_DECODER, np.nan)
+  return figures
 
 
 def _table(encoders: Sequence[Encoder], radii: Sequence[float]) -> Iterator[list[str]]:
@@ -150,7 +160,8 @@ def _table(encoders: Sequence[Encoder], radii: Sequence[float]) -> Iterator[list
       f'{mean:.3f}' + (f' ± {half:.3f}' if len(accuracy) > 1 else '')
       for mean, half in zip(accuracy.mean(axis=0), spread, strict=True)
     ]
-    held_out = [f'{each.mean(name):.1f}' for name in _HELD_OUT]
+    means = (each.mean(name) for name in _HELD_OUT)
+    held_out = ['-' if np.isnan(mean) else f'{mean:.1f}' for mean in means]
     yield [each.name, str(len(accuracy)), *held_out, *shown, plots.checks_summary(*each.probes)]
 
 

@@ -22,13 +22,18 @@ def train_step(model: VAE, config: TrainConfig, batch_size: int) -> int:
 
   The encodings of x, and of x' for 'se', go forward and backward, but for the gradient in the image
   itself; so does the decoder, wholly, for its gradient goes on to the encoder. The selection is L
-  passes forward and back to the image, which need no gradient in a weight.
+  passes forward and back to the image, which need no gradient in a weight. Interval bounds take the
+  centre and the width of the ball forward and backward in its place; linear ones also two rows for
+  each latent.
   """
   encoder, decoder = sum(encoder_layers(model)), sum(decoder_layers(model))
   encoding = 3 * encoder - encoder_layers(model)[0]
   operations = encoding + 3 * decoder
-  if config.objective == 'se':
+  if config.objective == 'se' and config.selection == 'pgd':
     operations += encoding + config.pgd_steps * selection_step(model)
+  elif config.objective == 'se':
+    operations += 2 * encoding
+    operations += 3 * 2 * model.latent_dim * encoder if config.selection == 'linear' else 0
   return batch_size * operations
 
 

@@ -37,7 +37,7 @@ from typing import Any
 from etils import epy
 
 from experiments.cli import app, devices, flags, messages, signals, workdirs
-from se_vae.config import ARCHS, OBJECTIVES, ArgumentError, setting, validate
+from se_vae.config import ARCHS, OBJECTIVES, SELECTIONS, ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
@@ -61,6 +61,9 @@ class BenchmarkConfig:
   )
   archs: tuple[str, ...] = setting(ARCHS, 'Architectures.', choices=ARCHS)
   objectives: tuple[str, ...] = setting(OBJECTIVES, 'Training objectives.', choices=OBJECTIVES)
+  selections: tuple[str, ...] = setting(
+    ('pgd',), 'Selections of se, in the section steps.', choices=SELECTIONS
+  )
   batch_sizes: tuple[int, ...] = setting((64, 256), 'Batch sizes of the MLP.', at_least=1)
   conv_batch_sizes: tuple[int, ...] = setting((64,), 'Batch sizes of the ConvNet.', at_least=1)
   latent_dim: int = setting(64, 'Latent dimensions.', at_least=1)
@@ -139,6 +142,8 @@ def _cases(config: BenchmarkConfig) -> dict[workloads.Case, set[str]]:
       for objective in config.objectives:
         for section in ('steps', 'torch', 'profile')[: 3 if objective == 'se' else 2]:
           add(section, arch=arch, objective=objective, batch_size=batch_size)
+      for selection in config.selections if 'se' in config.objectives else ():
+        add('steps', arch=arch, objective='se', batch_size=batch_size, selection=selection)
   base = {'arch': 'mlp', 'objective': 'se', 'batch_size': config.growth_batch_sizes[0]}
   for name, values in (
     ('pgd_steps', config.growth_pgd_steps),

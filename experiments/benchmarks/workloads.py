@@ -42,12 +42,15 @@ class Case:
   pgd_steps: int
   hidden_units: int
   conv_channels: int
+  selection: str = 'pgd'
 
   @property
   def name(self) -> str:
     """The case's name in the tables."""
     size = f'ConvNet {self.conv_channels}' if self.arch == 'convnet' else f'MLP {self.hidden_units}'
-    attack = f', L {self.pgd_steps}' if self.objective == 'se' else ''
+    attack = ''
+    if self.objective == 'se':
+      attack = f', L {self.pgd_steps}' if self.selection == 'pgd' else f', {self.selection}'
     kind = f'{size} {self.objective.upper()}'
     return f'{kind}, batch {self.batch_size}, latent {self.latent_dim}{attack}'
 
@@ -62,8 +65,8 @@ class Case:
     )
 
   def train_config(self) -> TrainConfig:
-    """Returns the settings of the step: the defaults, but for the objective and L."""
-    return TrainConfig(objective=self.objective, pgd_steps=self.pgd_steps)
+    """Returns the settings of the step: the defaults, but for objective, selection and L."""
+    return TrainConfig(objective=self.objective, selection=self.selection, pgd_steps=self.pgd_steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ class Point(NamedTuple):
   Attributes:
     name: its label.
     clean: accuracy without an attack.
-    elbo: ELBO of held-out images, in nats.
+    elbo: ELBO of held-out images, in nats; NaN where the decoder was not trained.
     robust: adversarial accuracy, the mean over the seeds.
     lowest: the lowest seed's.
     highest: the highest seed's.
@@ -74,6 +74,8 @@ def save(file: BinaryIO, points: Sequence[Point], title: str, caption: str) -> N
 
 
 def _draw(axis: Any, points: Sequence[Point], values: Sequence[float]) -> None:
+  shown = [i for i, value in enumerate(values) if np.isfinite(value)]
+  points, values = [points[i] for i in shown], [values[i] for i in shown]
   robust = [point.robust for point in points]
   below = [point.robust - point.lowest for point in points]
   above = [point.highest - point.robust for point in points]

@@ -40,10 +40,24 @@ def test_the_table_has_means_over_seeds_and_half_their_range(tmp_path, capsys):
     for seed in ('seed0', 'seed1')
   ]
   assert se['elbo'] == f'{np.mean([test["elbo"] for test in tests]):.1f}'
-  assert se['active_latents'] == '7.0' and se['squared_error'] == 'nan'
+  assert se['active_latents'] == '7.0' and se['squared_error'] == '-'
   assert '2 passed' in se['checks'] and '2 failed' in se['checks']
   assert se['checks'] in capsys.readouterr().out
   assert (tmp_path / 'out' / 'compare.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_an_objective_that_does_not_train_the_decoder_has_no_elbo(tmp_path):
+  write(tmp_path / 'runs' / 'vae')
+  write(tmp_path / 'runs' / 'contrastive')
+  path = tmp_path / 'runs' / 'contrastive' / 'result.json'
+  result = json.loads(path.read_text())
+  result['config']['objective'] = 'contrastive'
+  path.write_text(json.dumps(result))
+  found = compare.run(config(tmp_path / 'runs', output=tmp_path / 'out'))
+  assert np.isnan(found[0].mean('elbo')) and np.isfinite(found[1].mean('elbo'))
+  with (tmp_path / 'out' / 'compare.csv').open() as file:
+    first, _ = csv.DictReader(file)
+  assert (first['encoder'], first['elbo'], first['active_latents']) == ('contrastive', '-', '7.0')
 
 
 def test_no_point_of_the_front_is_beaten():
