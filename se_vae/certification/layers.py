@@ -75,6 +75,9 @@ class Conv:
 
   def product(self, x: jax.Array) -> jax.Array:
     """Returns `[B, h, w, O]`, the layer without its bias, for `[B, H, W, I]`."""
+    return self._convolve(x)
+
+  def _convolve(self, x: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(
       x,
       self.weights,
@@ -89,12 +92,12 @@ class Conv:
     rows = coefficients.shape[:2]
     flat = coefficients.reshape(-1, *coefficients.shape[2:])
     inputs = jax.ShapeDtypeStruct((len(flat), *in_shape), flat.dtype)
-    (transposed,) = jax.linear_transpose(self.product, inputs)(flat)
+    (transposed,) = jax.linear_transpose(self._convolve, inputs)(flat)
     return transposed.reshape(*rows, *in_shape)
 
   def map_weights(self, function: Callable[[jax.Array], jax.Array]) -> Conv:
     """Returns the layer with a function applied to weights and bias."""
-    return Conv(function(self.weights), function(self.bias), self.strides)
+    return dataclasses.replace(self, weights=function(self.weights), bias=function(self.bias))
 
   def out_shape(self, in_shape: Shape) -> Shape:
     """Returns the shape of an example's outputs."""

@@ -46,6 +46,27 @@ def test_layers_compute_what_the_network_does(module):
   np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_our_convolutions_have_the_bounds_and_gradients_of_plain_ones():
+  module = networks.ConvEncoder(3, (4, 3))
+  ours = layer_lists.layers_of(module, variables_of(module))
+  plain = tuple(
+    cert.Conv(layer.weights, layer.bias, layer.strides) if isinstance(layer, cert.Conv) else layer
+    for layer in ours
+  )
+  assert sum(type(layer) is layer_lists.Conv for layer in ours) == 2
+  region = cert.ball(jnp.asarray(X), 0.1)
+  for name in ('ibp', 'crown_ibp', 'crown'):
+
+    def widths(layers, name=name):
+      box = cert.output_box(layers, region, cert.Method(name))
+      return jnp.sum(box.half_width), box
+
+    (_, box), gradient = jax.value_and_grad(widths, has_aux=True)(ours)
+    (_, expected), wanted = jax.value_and_grad(widths, has_aux=True)(plain)
+    for a, b in zip(*map(jax.tree.leaves, ((box, gradient), (expected, wanted))), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
 @pytest.mark.parametrize('arch', ['mlp', 'convnet'])
 def test_an_encoder_has_a_head_for_means_and_one_for_log_variances(arch):
   model = make_vae(SHAPE, arch=arch, latent_dim=3, hidden_units=6, conv_channels=4, num_layers=2)
