@@ -245,9 +245,23 @@ class TrainConfig:
     at_most=1,
     traced=True,
   )
+  certified_radius: float | None = setting(
+    None,
+    'Radius of the ball of selection interval or linear, if it is not that of PGD, radius.',
+    at_least=0,
+    traced=True,
+  )
+  certified_share: float = setting(
+    1.0,
+    'Radius, as a share, of the smaller linf ball that selection interval or linear takes around '
+    "the x' of PGD, inside the whole ball; 1 takes the whole.",
+    above=0,
+    at_most=1,
+    traced=True,
+  )
   ramp: float = setting(
     0.0,
-    'Share of the training steps during which radius and gamma grow from 0 to their values.',
+    'Share of the training steps during which gamma and the radii grow from 0 to their values.',
     at_least=0,
     at_most=1,
     traced=True,
@@ -323,9 +337,12 @@ class TrainConfig:
     selects = self.objective in _SMOOTH or callable(self.objective)
     if self.warm_start and not (selects and self.radius > 0.0):
       raise ArgumentError('warm_start', "needs objective 'se' or 'se_avae', and a radius > 0")
-    if self.selection == 'pgd' and self.certified_weight != 1.0:
-      raise ArgumentError('certified_weight', "needs selection 'interval' or 'linear'")
     defaults = {field.name: field.default for field in dataclasses.fields(self)}
+    for name in ('certified_weight', 'certified_radius', 'certified_share'):
+      if self.selection == 'pgd' and getattr(self, name) != defaults[name]:
+        raise ArgumentError(name, "needs selection 'interval' or 'linear'")
+    if self.norm == 'l2' and self.certified_share != 1.0:
+      raise ArgumentError('certified_share', "needs norm 'linf'")
     for name, objectives in _FOR.items():
       if self.objective not in objectives and getattr(self, name) != defaults[name]:
         raise ArgumentError(name, f'needs objective {" or ".join(map(repr, objectives))}')

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import cast
 
 import jax
+import jax.numpy as jnp
 
 from se_vae import certification, objectives
 from se_vae.attacks import projections
@@ -27,8 +28,30 @@ _METHODS = {
 }
 
 
+def region(config: TrainConfig, x: jax.Array, x_adv: jax.Array) -> certification.Region:
+  """Returns the images whose encodings are bounded.
+
+  Args:
+    config: the settings.
+    x: images `[B, H, W, C]` in [0, 1].
+    x_adv: the selected x' of each image, which matters for a `certified_share` below 1.
+  """
+  norm = cast(projections.Norm, config.norm)
+  radius = config.radius if config.certified_radius is None else config.certified_radius
+  if norm == 'l2':
+    return certification.ball(x, radius, norm=norm)
+  width = config.certified_share * radius
+  center = jnp.clip(x_adv, x - (radius - width), x + (radius - width))
+  return certification.ball(center, width)
+
+
 def worst_encoding(
-  model: VAE, config: TrainConfig, params: Params, x: jax.Array, q_a: Gaussian
+  model: VAE,
+  config: TrainConfig,
+  params: Params,
+  x: jax.Array,
+  x_adv: jax.Array,
+  q_a: Gaussian,
 ) -> DiagonalGaussian:
   """Returns what `objectives.worst_encoding` returns for bounds of the encodings of each ball.
 
@@ -37,6 +60,7 @@ def worst_encoding(
     config: the settings; `selection` names the bounds.
     params: the model's parameters.
     x: images `[B, H, W, C]` in [0, 1].
+    x_adv: the selected x' of each image.
     q_a: the encodings of x, factorised, with means `[B, D]`.
 
   Raises:
@@ -44,11 +68,11 @@ def worst_encoding(
   """
   encoder = layer_lists.encoder_of(model, params)
   assert isinstance(q_a, DiagonalGaussian)  # `encoder_of` refuses others
-  region = certification.ball(x, config.radius, norm=cast(projections.Norm, config.norm))
+  images = region(config, x, x_adv)
   log_vars = (*encoder.trunk, encoder.log_var)
   boxes = (
-    certification.output_box(encoder.means(), region, _METHODS[config.selection]),
-    certification.output_box(log_vars, region, _METHODS['interval']),
+    certification.output_box(encoder.means(), images, _METHODS[config.selection]),
+    certification.output_box(log_vars, images, _METHODS['interval']),
   )
   ends = ((box.lower, box.upper) for box in boxes)
   return objectives.worst_encoding(q_a, *ends, gamma=config.gamma, coupling=config.coupling)

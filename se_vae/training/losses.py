@@ -77,7 +77,7 @@ def se(
   terms = bound(q_b)
   extra = {'squared_w2': wasserstein.squared_w2(q_a, q_b), **_error(x, x_mean)}
   if config.selection != 'pgd':
-    lowest = bound(certified.worst_encoding(model, config, params, x, q_a))
+    lowest = bound(certified.worst_encoding(model, config, params, x, x_adv, q_a))
     extra['certified_elbo'] = lowest.elbo
     share = config.certified_weight
     terms = jax.tree.map(lambda one, low: one + share * (low - one), terms, lowest)

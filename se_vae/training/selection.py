@@ -143,11 +143,12 @@ def furthest_encoding(batch: Batch) -> jax.Array:
 
 
 def furthest_or_certified(batch: Batch) -> jax.Array:
-  """Returns what `select` returns, or x where the objective is the certified bound alone."""
-  if batch.config.selection == 'pgd':
+  """Returns what `select` returns, or x where nothing but the bounds of whole balls is used."""
+  config = batch.config
+  if config.selection == 'pgd':
     return furthest_encoding(batch)
-  # One program serves every weight, and attacks where the result has any.
-  is_used = batch.config.certified_weight < 1.0
+  # One program serves every weight, and attacks where the result is used.
+  is_used = jnp.minimum(config.certified_weight, config.certified_share) < 1.0
   return jax.lax.cond(is_used, lambda: furthest_encoding(batch), lambda: batch.x)
 
 

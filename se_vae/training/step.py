@@ -49,7 +49,7 @@ jax.tree_util.register_pytree_node(TrainConfig, _flatten, _unflatten)
 
 
 def at_step(config: TrainConfig, step: jax.Array, dtype: Any = jnp.float32) -> TrainConfig:
-  """Returns the settings of one step: during the ramp, a part of `gamma` and of `radius`.
+  """Returns the settings of one step: during the ramp, a part of `gamma` and of the radii.
 
   Example:
     >>> config = at_step(TrainConfig(gamma=10.0, ramp=0.5, num_steps=100), jnp.array(9))
@@ -59,14 +59,15 @@ def at_step(config: TrainConfig, step: jax.Array, dtype: Any = jnp.float32) -> T
   Args:
     config: the settings of the run.
     step: the number of steps done.
-    dtype: of the two numbers.
+    dtype: of these numbers.
   """
   number = (step + 1).astype(dtype)
   length = jnp.asarray(config.ramp * config.num_steps, dtype)
   share = jnp.minimum(number / jnp.maximum(length, 1.0), 1.0)
   leaves, static = _flatten(config)
   values = dict(zip(_TRACED, leaves, strict=True))
-  values |= {name: values[name] * share for name in ('gamma', 'radius')}
+  for name in ('gamma', 'radius', 'certified_radius'):
+    values[name] = None if values[name] is None else values[name] * share
   return _unflatten(static, tuple(values.values()))
 
 

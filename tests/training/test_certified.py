@@ -9,7 +9,7 @@ import pytest
 
 from se_vae import attacks, evaluation, training
 from se_vae.config import ArgumentError
-from se_vae.training import losses, selection
+from se_vae.training import certified, losses, selection
 from se_vae.training.step import at_step
 from tests.training.small_runs import (
   BATCH,
@@ -70,6 +70,27 @@ def test_the_objective_is_the_weighted_mean_of_both_bounds():
     np.testing.assert_array_equal(mixed[name], alone[name])
 
 
+def test_a_share_of_the_ball_lies_around_the_selected_image_inside_the_whole():
+  config = dataclasses.replace(INTERVAL, radius=0.2, certified_radius=0.1, certified_share=0.25)
+  x_adv = jnp.asarray(np.random.default_rng(0).uniform(X - 0.2, X + 0.2), jnp.float32)
+  whole = certified.region(dataclasses.replace(config, certified_share=1.0), X, x_adv).box
+  np.testing.assert_allclose(whole.lower, np.maximum(X - 0.1, 0.0), atol=1e-7)
+  np.testing.assert_allclose(whole.upper, np.minimum(X + 0.1, 1.0), atol=1e-7)
+  box = certified.region(config, X, x_adv).box
+  assert (box.lower >= whole.lower - 1e-6).all() and (box.upper <= whole.upper + 1e-6).all()
+  near = jnp.clip(x_adv, X - 0.075, X + 0.075)
+  np.testing.assert_allclose(box.upper, jnp.minimum(near + 0.025, 1.0), atol=1e-6)
+  np.testing.assert_allclose(box.lower, jnp.maximum(near - 0.025, 0.0), atol=1e-6)
+
+
+def test_a_smaller_certified_radius_or_share_has_a_larger_bound():
+  x_adv = jnp.clip(X + 0.05, 0.0, 1.0)
+  whole = terms_of(INTERVAL, x_adv)['certified_elbo']
+  for change in ({'certified_radius': 0.02}, {'certified_share': 0.5}):
+    part = terms_of(dataclasses.replace(INTERVAL, **change), x_adv)['certified_elbo']
+    assert (part > whole).all()
+
+
 def test_radius_zero_is_the_bound_of_the_image_itself():
   config = dataclasses.replace(INTERVAL, radius=0.0)
   terms = terms_of(config, X)
@@ -80,16 +101,17 @@ def test_radius_zero_is_the_bound_of_the_image_itself():
 def test_there_is_an_attack_only_where_its_bound_has_a_weight():
   model, params = tiny(), drawn(tiny())
 
-  def selected(weight):
-    config = dataclasses.replace(INTERVAL, certified_weight=weight)
+  def selected(**change):
+    config = dataclasses.replace(INTERVAL, **change)
     inputs = selection.Batch(model, config, params, KEY, X, jnp.arange(BATCH))
     return losses.entry(config).select(inputs)
 
-  np.testing.assert_array_equal(selected(1.0), X)
+  np.testing.assert_array_equal(selected(), X)
   q_a = model.encode(params, X)
   expected = training.select(model, INTERVAL, params, KEY, X, q_a)
-  np.testing.assert_allclose(selected(0.5), expected, atol=1e-6)
-  assert np.abs(selected(0.5) - X).max() > 0.04
+  for change in ({'certified_weight': 0.5}, {'certified_share': 0.5}):
+    np.testing.assert_allclose(selected(**change), expected, atol=1e-6)
+  assert np.abs(expected - X).max() > 0.04
 
 
 @pytest.mark.parametrize('config', [INTERVAL, dataclasses.replace(LINEAR, certified_weight=0.5)])
@@ -118,10 +140,13 @@ def test_training_makes_the_certified_shift_smaller():
 
 
 def test_the_ramp_raises_gamma_and_radius_in_equal_steps_up_to_their_values():
-  config = dataclasses.replace(CONFIG, gamma=8.0, radius=0.4, ramp=0.5, num_steps=8)
+  config = dataclasses.replace(INTERVAL, gamma=8.0, radius=0.4, ramp=0.5, num_steps=8)
+  assert at_step(config, jnp.int32(0)).certified_radius is None
+  config = dataclasses.replace(config, certified_radius=0.2)
   for step, share in ((0, 0.25), (1, 0.5), (3, 1.0), (7, 1.0)):
     now = at_step(config, jnp.int32(step))
-    np.testing.assert_allclose([now.gamma, now.radius], [8.0 * share, 0.4 * share], rtol=1e-6)
+    numbers = [now.gamma, now.radius, now.certified_radius]
+    np.testing.assert_allclose(numbers, np.multiply([8.0, 0.4, 0.2], share), rtol=1e-6)
     assert (now.obs_var, now.objective) == (config.obs_var, config.objective)
   for step in (0, 5):
     now = at_step(dataclasses.replace(config, ramp=0.0), jnp.int32(step))
@@ -144,6 +169,11 @@ def test_a_step_of_the_ramp_is_a_step_with_its_gamma_and_radius():
   [
     ({'selection': 'interval', 'objective': 'vae'}, "selection: needs objective 'se'"),
     ({'certified_weight': 0.5}, "certified_weight: needs selection 'interval' or 'linear'"),
+    ({'certified_radius': 0.1}, "certified_radius: needs selection 'interval' or 'linear'"),
+    (
+      {'selection': 'interval', 'norm': 'l2', 'certified_share': 0.5},
+      "certified_share: needs norm 'linf'",
+    ),
     ({'selection': 'box'}, 'selection: must be one of pgd, interval, linear'),
     ({'ramp': 1.5}, 'ramp: must be <= 1'),
   ],
