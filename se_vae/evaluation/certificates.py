@@ -8,61 +8,44 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from se_vae import certification
-from se_vae.attacks.projections import Norm
 from se_vae.certification import Encoder, LatentBox, Method
 from se_vae.config import ArgumentError
-from se_vae.evaluation import attacked_classifier
+from se_vae.evaluation import attacked_classifier, certifiers
+from se_vae.evaluation.certifiers import LINF_CROWN, Certifier
 from se_vae.evaluation.linear_probe import LinearProbe
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.gaussians import DiagonalGaussian
 from se_vae.models.layer_lists import encoder_of
 from se_vae.models.vae import VAE, Params
-from se_vae.parallel import sharding
+
+# Halvings of the interval between the two radii asked for that an example's certified radius is in.
+_HALVINGS = 5
 
 
-@dataclasses.dataclass(frozen=True)
-class Certifier:
-  """How encodings are certified: the ball, the method, and how images are cut into batches.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Certificate:
+  """What is certified of N examples, whatever the attack.
 
   Attributes:
-    norm: 'linf' or 'l2'.
-    bounds: lowest and highest pixel value.
-    method: of `certification.Method`; CROWN by default.
-    every_probe: whether margins follow from the box of the means alone. They are smaller then, and
-      `latent_box` is all that is needed to certify another probe.
-    batch_size: images at a time.
-    mesh: devices to spread a batch over; all of them if None.
+    method: how the bounds were found.
+    radius: `[N]`, the largest radius found within which nothing misleads the classifier, at most
+      the largest of `curve.radii`; -1 where not even the image itself is certified.
+    curve: which examples are certified at each radius, and the certified accuracy.
   """
 
-  norm: Norm = 'linf'
-  bounds: tuple[float, float] = (0.0, 1.0)
-  method: Method = certification.CROWN
-  every_probe: bool = False
-  batch_size: int = 32
-  mesh: Mesh | None = None
+  method: Method
+  radius: np.ndarray
+  curve: AdversarialAccuracy
 
-  def region(self, x: jax.Array, radius: jax.Array) -> certification.Region:
-    """Returns the ball of each image `[B, ...]` with its radius `[B]`."""
-    return certification.ball(x, radius, norm=self.norm, bounds=self.bounds)
-
-  def map(self, function: Callable[..., Any], constants: Any, arrays: Any) -> Any:
-    """Returns `function(self, constants, batch)` for all rows of host arrays, as NumPy arrays."""
-    mesh = sharding.data_mesh() if self.mesh is None else self.mesh
-    count = len(jax.tree.leaves(arrays)[0])
-    function = functools.partial(function, self, sharding.replicate(mesh, constants))
-    return sharding.map_batches(mesh, function, arrays, min(self.batch_size, count))
-
-
-LINF_CROWN = Certifier()
+  def __repr__(self) -> str:
+    return f'Certificate({self.method.name}, {self.curve})'
 
 
 def latent_box(
@@ -213,20 +196,9 @@ def certified_accuracy(
     TypeError: for an encoder with other layers, by name.
     ArgumentError: for bad radii or labels, or images outside the bounds.
   """
-  x = _checked(x, radii, certifier)
-  labels = _checked_labels(labels, x, probe)
-  constants = (encoder_of(model, params), probe)
-  grid = np.unique(np.asarray(radii, np.float32))
-  # The first `low` radii are certified, and the one after the first `high` is not.
-  low, high = np.zeros(len(x), np.int32), np.full(len(x), len(grid), np.int32)
-  for _ in range(math.ceil(math.log2(len(grid) + 1))):
-    middle = (low + high) // 2
-    radius = grid[np.minimum(middle, len(grid) - 1)]
-    certified = certifier.map(_margins, constants, (x, labels, radius)) > 0.0
-    low = np.where(certified & (low < high), middle + 1, low)
-    high = np.where(certified, high, np.minimum(high, middle))
-  counts = np.searchsorted(grid, np.asarray(radii, np.float32))
-  return AdversarialAccuracy(np.asarray(radii, np.float64), counts[:, None] < low[None])
+  is_certified = _margin_is_positive(model, params, probe, x, labels, radii, certifier)
+  radius = certifiers.largest_radius(is_certified, len(x), radii, num_steps=0)
+  return _curve(radius, radii)
 
 
 def certified_radius(
@@ -267,12 +239,71 @@ def certified_radius(
     TypeError: for an encoder with other layers, by name.
     ArgumentError: for bad radii, counts or labels, or images outside the bounds.
   """
-  x = _checked(x, (most,), certifier)
   attacked_classifier.check_counts(num_steps=num_steps)
+  is_certified = _margin_is_positive(model, params, probe, x, labels, (most,), certifier)
+  return certifiers.largest_radius(is_certified, len(x), (0.0, most), num_steps=num_steps)
+
+
+def certify(
+  model: VAE,
+  params: Params,
+  probe: LinearProbe,
+  x: np.ndarray,
+  labels: np.ndarray,
+  *,
+  radii: Sequence[float],
+  certifier: Certifier = LINF_CROWN,
+  on_batch: Callable[[], Any] = lambda: None,
+) -> Certificate:
+  """Returns the certified accuracy at each radius, and each example's largest certified radius.
+
+  The radii are bisected first, and then the interval between two of them that the example's
+  largest radius is in. `on_batch` is called after each batch, and may raise to stop.
+
+  Raises:
+    TypeError: for an encoder with other layers, by name.
+    ArgumentError: for bad radii or labels, or images outside the bounds.
+  """
+  is_certified = _margin_is_positive(
+    model, params, probe, x, labels, radii, certifier, on_batch=on_batch
+  )
+  radius = certifiers.largest_radius(is_certified, len(x), (0.0, *radii), num_steps=_HALVINGS)
+  return Certificate(certifier.method, radius, _curve(radius, radii))
+
+
+def _margin_is_positive(
+  model: VAE,
+  params: Params,
+  probe: LinearProbe,
+  x: np.ndarray,
+  labels: np.ndarray,
+  radii: Sequence[float],
+  certifier: Certifier,
+  *,
+  on_batch: Callable[[], Any] = lambda: None,
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+  """Returns a function of examples `[M]` and a radius for each: whether each is certified there."""
+  x = _checked(x, radii, certifier)
   labels = _checked_labels(labels, x, probe)
-  function = functools.partial(_radius, num_steps)
-  arrays = (x, labels, _full(most, x))
-  return np.asarray(certifier.map(function, (encoder_of(model, params), probe), arrays))
+  # Whatever the number of examples left, batches have one shape, so this compiles once.
+  certifier = dataclasses.replace(certifier, batch_size=min(certifier.batch_size, len(x)))
+  constants = encoder_of(model, params), probe
+
+  def margins(*operands: Any) -> jax.Array:
+    found = _margins(*operands)
+    on_batch()
+    return found
+
+  def is_certified(rows: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    return np.asarray(certifier.map(margins, constants, (x[rows], labels[rows], radius))) > 0.0
+
+  return is_certified
+
+
+def _curve(radius: np.ndarray, radii: Sequence[float]) -> AdversarialAccuracy:
+  """Returns at which radii each example is certified, from the largest ones `[N]`."""
+  limits = np.asarray(radii, np.float64)
+  return AdversarialAccuracy(limits, radius[None] >= limits.astype(np.float32)[:, None])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -298,16 +329,6 @@ def _margins(certifier: Certifier, constants: Any, batch: Any) -> jax.Array:
     return certification.margins(encoder.means(last), region, labels, certifier.method)
   box = certification.output_box(encoder.means(), region, certifier.method)
   return certification.box_margins(box, last, labels)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _radius(num_steps: int, certifier: Certifier, constants: Any, batch: Any) -> jax.Array:
-  x, labels, most = batch
-
-  def is_certified(radius: jax.Array) -> jax.Array:
-    return _margins(certifier, constants, (x, labels, radius)) > 0.0
-
-  return certification.certified_radius(is_certified, most, num_steps=num_steps)
 
 
 def _along_radii(
