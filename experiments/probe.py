@@ -29,7 +29,7 @@ from etils import epy
 from experiments import identity, pretrain, probe_settings, records
 from experiments.cli import app, devices, flags, messages, provenance, signals, workdirs
 from experiments.probe_settings import ProbeConfig
-from se_vae.config import ArgumentError, validate
+from se_vae.config import ArgumentError, ModelConfig, validate
 from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -95,10 +95,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   model, params, metadata, checkpoint = _load(argument, run)
   dataset = _load_dataset(config, metadata, output)
   check_fits(config, dataset)
-  if config.certify:
-    certifiers.certifier_for(
-      linear_probe.ProbedEncoder(model), (params, None), model.image_shape, method=_method(config)
-    )
+  _check_certifiable(config, model)
   if config.dataset is None:
     dataset.check_is_that_of(metadata['data']['digest'])
   elif (shape := dataset.train.images.shape[1:]) != model.image_shape:
@@ -320,6 +317,13 @@ def evaluate(
   )
 
 
+def _check_certifiable(config: ProbeConfig, model: vae.VAE) -> None:
+  """Raises ArgumentError if certificates are asked for that there are none of."""
+  if config.certify:
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    certifiers.certifier_for(linear_probe.ProbedEncoder(model), (params, None), model.image_shape)
+
+
 def _method(config: ProbeConfig) -> certification.Method | None:
   """The method of --certify, or None if it is to be chosen or there are no certificates."""
   return certification.Method(config.certify_method) if config.certify_method else None
@@ -377,9 +381,14 @@ def _latent_shift(
   return probe_results.latent_shift(config.radii, shift)
 
 
-def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
-  """Raises ArgumentError unless a data set has what the settings ask of it."""
+def check_fits(
+  config: ProbeConfig, dataset: data.Dataset, model: ModelConfig | None = None
+) -> None:
+  """Raises ArgumentError unless a data set, and a model to be trained, have what is asked."""
   validate(config)
+  if model is not None:
+    shape = tuple(dataset.train.images.shape[1:])
+    _check_certifiable(config, vae.make_vae(shape, **flags.to_dict(model)))
   if config.certify_method and not config.certify:
     raise ArgumentError('certify_method', 'needs certify')
   if config.task not in dataset.num_classes:

@@ -78,7 +78,7 @@ def certifier_for(
 
   Args:
     logits_fn: a `ProbedEncoder`.
-    args: its parameters and its probe.
+    args: its parameters, of which only shapes and dtypes are used, and its probe.
     image_shape: of one image.
     method: in place of the one that suits.
     norm: of the certifier, as are `bounds` and `mesh`.
@@ -93,7 +93,7 @@ def certifier_for(
     message = f'needs a ProbedEncoder, with its parameters and probe as args; got {name}'
     raise ArgumentError('certify', message)
   try:
-    layers = encoder_of(logits_fn.model, args[0]).means()
+    layers = jax.eval_shape(functools.partial(encoder_of, logits_fn.model), args[0]).means()
   except TypeError as error:
     raise ArgumentError('certify', str(error)) from None
   count = certification.num_coefficients(layers, image_shape)

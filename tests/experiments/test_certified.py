@@ -9,11 +9,20 @@ import json
 import numpy as np
 import pytest
 
-from experiments import compare, identity, pretrain, probe, probe_settings, records
+from experiments import (
+  compare,
+  identity,
+  pretrain,
+  probe,
+  probe_settings,
+  records,
+  supervised,
+  sweep,
+)
 from experiments.cli import flags, signals
 from experiments.visual import plots, probe_results, report_page
 from se_vae import certification
-from se_vae.config import ArgumentError
+from se_vae.config import ArgumentError, ModelConfig
 from se_vae.storage import json_files
 from tests.experiments.test_report import RADII, render, shown, write_probe, write_run
 from tests.experiments.test_report_charts import drawn, points_of, scales
@@ -114,10 +123,38 @@ def test_what_cannot_be_certified_is_refused_before_anything_is_fitted(
   train(tmp_path, covariance='full', num_steps=10)
   monkeypatch.setattr(probe, 'fit', pytest.fail)
   full = dataclasses.replace(config, workdir=str(tmp_path), certify=True)
-  with pytest.raises(ArgumentError, match='certify: cannot certify .* with covariance'):
+  message = r'certify: cannot certify .* with covariance'
+  with pytest.raises(ArgumentError, match=message):
     probe.run(full, signals.StopSignal())
   with pytest.raises(ArgumentError, match='certify_method: needs certify'):
     probe.run(dataclasses.replace(config, certify_method='ibp'), signals.StopSignal())
+
+
+@pytest.mark.parametrize('binary', ['sweep', 'supervised'])
+def test_what_cannot_be_certified_is_refused_before_training(tmp_path, binary):
+  model = ModelConfig(covariance='full')
+  settings = {'workdir': str(tmp_path), 'model': model}
+  with pytest.raises(ArgumentError, match=r'--probe: --certify: cannot certify .* covariance'):
+    if binary == 'sweep':
+      config = sweep.SweepConfig(vary='seed=0', probe='--certify')
+      base = dataclasses.replace(pretrain.PretrainConfig(), **settings)
+      sweep.run(config, base, signals.StopSignal())
+    else:
+      config = supervised.SupervisedConfig(probe='--certify', **settings)
+      supervised.run(config, signals.StopSignal())
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_that_is_trained_with_labels_is_certified_too(tmp_path):
+  model = ModelConfig(hidden_units=8, latent_dim=4)
+  attack = '--certify --radii=0,0.01 --pgd_steps=2 --num_examples=20 --check_examples=0'
+  config = supervised.SupervisedConfig(
+    str(tmp_path), model=model, probe=attack, num_steps=20, pgd_steps=1
+  )
+  result = supervised.run(config, signals.StopSignal())
+  assert result['certified']['method'] == 'crown'
+  assert np.all(np.array(result['certified']['accuracy']) <= result['accuracy'])
+  json_files.read(tmp_path / 'result.json', records.Supervised)
 
 
 def test_the_methods_of_the_flag_are_those_of_the_library():
