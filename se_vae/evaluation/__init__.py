@@ -5,7 +5,7 @@ its examples, `attack_suite` and `targets` the attacks, `attack_log` what they f
 `sanity_checks` checks the result, a `Claim` of `claims`, and `verdicts` has what the checks return.
 `linear_probe` makes a classifier of an encoder. `latent_shift` measures how far an attack moves a
 representation, without labels. `certificates` bounds both from the other side, for every attack,
-with the methods and batches of `certifiers`.
+with the methods and batches of `certifiers`. `randomized_smoothing` has certificates by sampling.
 """
 
 from etils import epy as _epy
@@ -30,6 +30,7 @@ with _epy.lazy_api_imports(globals()):  # the checks of a file are read without 
     fit_probe,
   )
   from se_vae.evaluation.metrics import AdversarialAccuracy
+  from se_vae.evaluation.randomized_smoothing import SmoothedCertificate, smoothed_accuracy
   from se_vae.evaluation.robustness import Evaluation, adversarial_accuracy, evaluate
   from se_vae.evaluation.verdicts import SanityCheck
 
@@ -43,6 +44,7 @@ __all__ = [
   'ProbedEncoder',
   'Reconstruction',
   'SanityCheck',
+  'SmoothedCertificate',
   'adversarial_accuracy',
   'certified_accuracy',
   'certified_latent_shift',
@@ -54,4 +56,5 @@ __all__ = [
   'joint_accuracy',
   'latent_box',
   'max_latent_shift',
+  'smoothed_accuracy',
 ]
