@@ -1,7 +1,18 @@
 """Certificates of encoders and probes for whole test sets: what no attack can exceed.
 
 A certificate speaks about all images in a ball, found or not. Only that of a probe's accuracy needs
-labels. `certification` has the methods, and says what a bound counts.
+labels. `certification` has the methods, and says what a bound counts. The functions share their
+arguments:
+
+* `model`, a VAE whose encoder has layers that `models.layer_lists` knows, and its parameters
+  `params`;
+* `probe`, on its means, from D latents to K classes;
+* images `x` `[N, H, W, C]`, inside `certifier.bounds`, and `labels` `[N]`, integers in [0, K);
+* `radii` >= 0, in any order, or one `radius`;
+* `certifier`: ball, method, batches.
+
+They raise TypeError for an encoder with other layers, by name, and ArgumentError for bad radii,
+counts or labels, or images outside the bounds.
 """
 
 from __future__ import annotations
@@ -61,19 +72,8 @@ def latent_box(
     >>> box.mean.lower.shape, bool((box.log_var.lower <= box.log_var.upper).all())
     ((5, 3), True)
 
-  Args:
-    model: whose encoder has layers that `models.layer_lists` knows.
-    params: its parameters.
-    x: images `[N, H, W, C]`, inside `certifier.bounds`.
-    radius: of the ball, >= 0.
-    certifier: ball, method, batches.
-
   Returns:
     Boxes of NumPy arrays `[N, D]`, sound in floating point.
-
-  Raises:
-    TypeError: for an encoder with other layers, by name.
-    ArgumentError: for a bad radius, or images outside the bounds.
   """
   x = _checked(x, (radius,), certifier)
   return certifier.map(_latent_box, encoder_of(model, params), (x, _full(radius, x)))
@@ -98,19 +98,8 @@ def certified_latent_shift(
     >>> certified_latent_shift(model, params, x, radii=(0.1, 0.2)).shape
     (2, 5)
 
-  Args:
-    model: whose encoder has layers that `models.layer_lists` knows.
-    params: its parameters.
-    x: images `[N, H, W, C]`, inside `certifier.bounds`.
-    radii: radii >= 0, in any order.
-    certifier: ball, method, batches.
-
   Returns:
     `[R, N]`; not smaller at a larger radius.
-
-  Raises:
-    TypeError: for an encoder with other layers, by name.
-    ArgumentError: for bad radii, or images outside the bounds.
   """
   x = _checked(x, radii, certifier)
   constants, function = (encoder_of(model, params), params), functools.partial(_shift, model)
@@ -134,21 +123,8 @@ def certified_margins(
 ) -> np.ndarray:
   """Returns lower bounds of the margin, the label's logit minus the largest other, over each ball.
 
-  Args:
-    model: whose encoder has layers that `models.layer_lists` knows.
-    params: its parameters.
-    probe: on its means, from D latents to K classes.
-    x: images `[N, H, W, C]`, inside `certifier.bounds`.
-    labels: `[N]` integers in [0, K).
-    radii: radii >= 0, in any order.
-    certifier: ball, method, batches.
-
   Returns:
     `[R, N]`; not larger at a larger radius. An image is certified where it is > 0.
-
-  Raises:
-    TypeError: for an encoder with other layers, by name.
-    ArgumentError: for bad radii or labels, or images outside the bounds.
   """
   x = _checked(x, radii, certifier)
   labels = _checked_labels(labels, x, probe)
@@ -182,19 +158,6 @@ def certified_accuracy(
     >>> labels = np.array([0, 1])  # the probe says 1, whatever the image
     >>> print(certified_accuracy(model, params, probe, x, labels, radii=(0.1,)))
     n = 2: 0.500 at 0.1
-
-  Args:
-    model: whose encoder has layers that `models.layer_lists` knows.
-    params: its parameters.
-    probe: on its means, from D latents to K classes.
-    x: images `[N, H, W, C]`, inside `certifier.bounds`.
-    labels: `[N]` integers in [0, K).
-    radii: radii >= 0, in any order.
-    certifier: ball, method, batches.
-
-  Raises:
-    TypeError: for an encoder with other layers, by name.
-    ArgumentError: for bad radii or labels, or images outside the bounds.
   """
   is_certified = _margin_is_positive(model, params, probe, x, labels, radii, certifier)
   radius = certifiers.largest_radius(is_certified, len(x), radii, num_steps=0)
@@ -214,6 +177,8 @@ def certified_radius(
 ) -> np.ndarray:
   """Returns for each example the largest radius found within which nothing misleads the probe.
 
+  It is found by `num_steps` halvings of the radii from 0 to `most`, which are >= 0.
+
   Example:
     >>> from se_vae import make_vae
     >>> model = make_vae((2, 2, 1), latent_dim=3, num_layers=1)
@@ -222,22 +187,8 @@ def certified_radius(
     >>> certified_radius(model, params, probe, x, np.array([1]), most=0.5)  # always class 1
     array([0.5], dtype=float32)
 
-  Args:
-    model: whose encoder has layers that `models.layer_lists` knows.
-    params: its parameters.
-    probe: on its means, from D latents to K classes.
-    x: images `[N, H, W, C]`, inside `certifier.bounds`.
-    labels: `[N]` integers in [0, K).
-    most: the largest radius that is looked at, >= 0.
-    num_steps: halvings of [0, most].
-    certifier: ball, method, batches.
-
   Returns:
     `[N]` in [0, most], or -1 where not even the image itself is certified.
-
-  Raises:
-    TypeError: for an encoder with other layers, by name.
-    ArgumentError: for bad radii, counts or labels, or images outside the bounds.
   """
   attacked_classifier.check_counts(num_steps=num_steps)
   is_certified = _margin_is_positive(model, params, probe, x, labels, (most,), certifier)
@@ -259,10 +210,6 @@ def certify(
 
   The radii are bisected first, and then the interval between two of them that the example's
   largest radius is in. `on_batch` is called after each batch, and may raise to stop.
-
-  Raises:
-    TypeError: for an encoder with other layers, by name.
-    ArgumentError: for bad radii or labels, or images outside the bounds.
   """
   is_certified = _margin_is_positive(
     model, params, probe, x, labels, radii, certifier, on_batch=on_batch
