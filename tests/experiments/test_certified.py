@@ -23,6 +23,7 @@ from experiments.cli import flags, signals
 from experiments.visual import plots, probe_results, report_page
 from se_vae import certification
 from se_vae.config import ArgumentError, ModelConfig
+from se_vae.evaluation import certifiers
 from se_vae.storage import json_files
 from tests.experiments.test_report import RADII, render, shown, write_probe, write_run
 from tests.experiments.test_report_charts import drawn, points_of, scales
@@ -117,15 +118,14 @@ def test_a_result_from_before_there_were_certificates_still_stands(workdir, resu
   place.unlink()
 
 
-def test_what_cannot_be_certified_is_refused_before_anything_is_fitted(
-  config, tmp_path, monkeypatch
-):
-  train(tmp_path, covariance='full', num_steps=10)
+def test_what_cannot_be_certified_is_refused_before_anything_is_fitted(config, monkeypatch):
+  def refused(*_):
+    raise TypeError('cannot certify Mine')
+
   monkeypatch.setattr(probe, 'fit', pytest.fail)
-  full = dataclasses.replace(config, workdir=str(tmp_path), certify=True)
-  message = r'certify: cannot certify .* with covariance'
-  with pytest.raises(ArgumentError, match=message):
-    probe.run(full, signals.StopSignal())
+  monkeypatch.setattr(certifiers, 'encoder_of', refused)
+  with pytest.raises(ArgumentError, match='certify: cannot certify Mine'):
+    probe.run(dataclasses.replace(config, certify=True), signals.StopSignal())
   with pytest.raises(ArgumentError, match='certify_method: needs certify'):
     probe.run(dataclasses.replace(config, certify_method='ibp'), signals.StopSignal())
 
