@@ -61,6 +61,12 @@ class Encoder:
   held_out: Sequence[dict[str, float]]
 
   @property
+  def certified(self) -> np.ndarray | None:
+    """Certified accuracy `[seeds, R]`; None unless every seed has it."""
+    found = [probe['certified']['accuracy'] for probe in self.probes if 'certified' in probe]
+    return np.array(found) if len(found) == len(self.probes) else None
+
+  @property
   def accuracy(self) -> np.ndarray:
     """Adversarial accuracy `[seeds, R]`."""
     return np.array([probe['accuracy'] for probe in self.probes])
@@ -152,17 +158,24 @@ def _held_out(result: records.Result) -> dict[str, float]:
 
 def _table(encoders: Sequence[Encoder], radii: Sequence[float]) -> Iterator[list[str]]:
   """The header, and a row for each encoder; half the range of the seeds beside their mean."""
-  yield ['encoder', 'seeds', *_HELD_OUT, *(f'at {radius:g}' for radius in radii), 'checks']
+  any_certified = any(each.certified is not None for each in encoders)
+  certified = [f'certified at {radius:g}' for radius in radii] if any_certified else []
+  attacked = [f'at {radius:g}' for radius in radii]
+  yield ['encoder', 'seeds', *_HELD_OUT, *attacked, *certified, 'checks']
   for each in encoders:
-    accuracy = each.accuracy
-    spread = (accuracy.max(axis=0) - accuracy.min(axis=0)) / 2.0
-    shown = [
-      f'{mean:.3f}' + (f' ± {half:.3f}' if len(accuracy) > 1 else '')
-      for mean, half in zip(accuracy.mean(axis=0), spread, strict=True)
-    ]
     means = (each.mean(name) for name in _HELD_OUT)
     held_out = ['-' if np.isnan(mean) else f'{mean:.1f}' for mean in means]
-    yield [each.name, str(len(accuracy)), *held_out, *shown, plots.checks_summary(*each.probes)]
+    shown = list(_over_seeds(each.accuracy))
+    if certified:
+      shown += [''] * len(radii) if each.certified is None else _over_seeds(each.certified)
+    yield [each.name, str(len(each.probes)), *held_out, *shown, plots.checks_summary(*each.probes)]
+
+
+def _over_seeds(accuracy: np.ndarray) -> Iterator[str]:
+  """The mean of accuracies `[seeds, R]` at each radius; half their range if there are several."""
+  for values in accuracy.T:
+    half = (values.max() - values.min()) / 2.0
+    yield f'{values.mean():.3f}' + (f' ± {half:.3f}' if len(values) > 1 else '')
 
 
 if __name__ == '__main__':

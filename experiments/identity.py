@@ -16,6 +16,7 @@ from experiments.cli import workdirs
 _PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
 # Checkpoints identify encoders, and digests the data. The others change no result.
 _FREE_SETTINGS = (*_PLACES, 'pretrained', 'dataset', 'surrogate', 'strict', 'batch_size')
+_OF_CERTIFICATES = ('certify', 'certify_method')
 _RENAMED = {'pgd_step_size': 'relative_step_size'}
 
 
@@ -61,6 +62,10 @@ def _encoders_of_old_results(attack: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _settings(attack: dict[str, Any]) -> dict[str, Any]:
-  """Returns those of a probe's settings that its result depends on, by their names of now."""
+  """Returns those of a probe's settings that its result depends on, by their names of now.
+
+  Those of certificates are none if there are no certificates, as in results of earlier versions.
+  """
   named = {_RENAMED.get(name, name): value for name, value in attack['config'].items()}
-  return {name: value for name, value in named.items() if name not in _FREE_SETTINGS}
+  free = _FREE_SETTINGS if named.get('certify') else (*_FREE_SETTINGS, *_OF_CERTIFICATES)
+  return {name: value for name, value in named.items() if name not in free}

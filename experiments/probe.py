@@ -7,10 +7,11 @@ Reads the newest checkpoint of the run in --workdir, or the encoder that --pretr
 `_images.png` (adversarial images beside originals and reconstructions) and `.npz` (the probe, the
 attack log and the adversarial image of every example) to the same directory, or to --output, and
 then only reads the run. With --attack=worst_case the files are named `probe_TASK_worst_case`;
-`robustness.json` holds all results. --joint adds the curve of one attack on all tasks together, and
---moves the largest latent shift, with `_moves.csv`. With --strict the exit code is 1 if a check
-fails. An interrupted attack continues when the same command is given again. A finished one is not
-repeated until its JSON file is removed.
+`robustness.json` holds all results. --certify adds the certified curve, which no attack can bring
+the accuracy below. --joint adds the curve of one attack on all tasks together, and --moves the
+largest latent shift, with `_moves.csv`. With --strict the exit code is 1 if a check fails. An
+interrupted attack continues when the same command is given again. A finished one is not repeated
+until its JSON file is removed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from etils import epy
 from experiments import identity, pretrain, probe_settings, records
 from experiments.cli import app, devices, flags, messages, provenance, signals, workdirs
 from experiments.probe_settings import ProbeConfig
-from se_vae.config import ArgumentError, validate
+from se_vae.config import ArgumentError, ModelConfig, validate
 from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -36,8 +37,8 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
 
   from experiments.visual import probe_results
-  from se_vae import data
-  from se_vae.evaluation import attack_log, latent_shift, linear_probe, robustness
+  from se_vae import certification, data
+  from se_vae.evaluation import attack_log, certifiers, latent_shift, linear_probe, robustness
   from se_vae.models import vae
   from se_vae.storage import model_store, pretrained
 
@@ -94,6 +95,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   model, params, metadata, checkpoint = _load(argument, run)
   dataset = _load_dataset(config, metadata, output)
   check_fits(config, dataset)
+  _check_certifiable(config, model)
   if config.dataset is None:
     dataset.check_is_that_of(metadata['data']['digest'])
   elif (shape := dataset.train.images.shape[1:]) != model.image_shape:
@@ -309,9 +311,22 @@ def evaluate(
     relative_step_size=config.relative_step_size,
     latents_fn=linear_probe.GaussianLatents(classifier.model),
     check_examples=config.check_examples,
+    certify=_method(config) or config.certify,
     **_attack_options(config, mesh),
     **options,
   )
+
+
+def _check_certifiable(config: ProbeConfig, model: vae.VAE) -> None:
+  """Raises ArgumentError if certificates are asked for that there are none of."""
+  if config.certify:
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    certifiers.certifier_for(linear_probe.ProbedEncoder(model), (params, None), model.image_shape)
+
+
+def _method(config: ProbeConfig) -> certification.Method | None:
+  """The method of --certify, or None if it is to be chosen or there are no certificates."""
+  return certification.Method(config.certify_method) if config.certify_method else None
 
 
 @contextlib.contextmanager
@@ -366,9 +381,16 @@ def _latent_shift(
   return probe_results.latent_shift(config.radii, shift)
 
 
-def check_fits(config: ProbeConfig, dataset: data.Dataset) -> None:
-  """Raises ArgumentError unless a data set has what the settings ask of it."""
+def check_fits(
+  config: ProbeConfig, dataset: data.Dataset, model: ModelConfig | None = None
+) -> None:
+  """Raises ArgumentError unless a data set, and a model to be trained, have what is asked."""
   validate(config)
+  if model is not None:
+    shape = tuple(dataset.train.images.shape[1:])
+    _check_certifiable(config, vae.make_vae(shape, **flags.to_dict(model)))
+  if config.certify_method and not config.certify:
+    raise ArgumentError('certify_method', 'needs certify')
   if config.task not in dataset.num_classes:
     tasks = ', '.join(dataset.num_classes)
     raise ArgumentError('task', f'{dataset.name} has no task {config.task}; its tasks are {tasks}')

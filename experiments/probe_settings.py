@@ -11,6 +11,8 @@ from se_vae.config import SUITES, setting
 TASKS = ('digit', 'color', 'label')
 RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 
+CERTIFICATES = ('ibp', 'crown_ibp', 'crown')  # of se_vae.certification, which would import JAX
+
 # Auto-PGD and Square hold a table with an entry for each step, which is a constant of the program.
 MOST_STEPS = 1_000_000
 MOST_RESTARTS = 10_000  # every attempt is listed before the first
@@ -64,6 +66,15 @@ class ProbeConfig:
   )
   joint: bool = setting(False, 'Attack the probes of all tasks together too, for colour sets.')
   moves: bool = setting(False, 'Measure the largest latent shift, without labels.')
+  certify: bool = setting(
+    False, "Find what no attack can exceed too, and each example's certified radius."
+  )
+  certify_method: str | None = setting(
+    None,
+    'How --certify bounds the encoder; if not given, crown for an MLP and crown_ibp for a ConvNet, '
+    'which is faster and much looser.',
+    choices=CERTIFICATES,
+  )
   strict: bool = setting(False, 'Exit with code 1 if a check fails.')
   num_examples: int | None = setting(
     None, 'Test examples to attack, a fair sample of all; all if not given.', at_least=1

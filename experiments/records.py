@@ -60,6 +60,12 @@ class Joint(Curve):
   tasks: list[str]
 
 
+class Certified(Curve):
+  """Certified accuracy against radius, and the method that bounded the encoder."""
+
+  method: str
+
+
 class LatentShift(TypedDict):
   """The largest latent shift against radius."""
 
@@ -81,6 +87,7 @@ class Attacked(Curve):
   num_examples: int
   step: int
   checks: NotRequired[list[CheckRecord]]
+  certified: NotRequired[Certified]
 
 
 class Probe(Attacked):
@@ -98,6 +105,7 @@ class FinishedProbe(Curve):
   task: str
   num_examples: int
   checks: list[CheckRecord]
+  certified: NotRequired[Certified]
   config: dict[str, Any]
   pretraining: dict[str, Any]
   step: int

@@ -295,6 +295,7 @@ def _load_classifier(path: Path) -> Probe:
 
 def _attacked(content: records.Attacked, attack: str) -> Probe:
   checks = [SanityCheck.from_json(check) for check in content.get('checks', ())]
+  certified = content.get('certified')
   return Probe(
     task=content['task'],
     attack=attack,
@@ -302,6 +303,7 @@ def _attacked(content: records.Attacked, attack: str) -> Probe:
     step=content['step'],
     accuracy=_accuracy(content),
     joint=None,
+    certified=(certified['method'], _accuracy(certified)) if certified else None,
     latent_shift=None,
     checks=checks,
     summary=verdicts.summary(checks),

@@ -149,7 +149,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   dataset = pretrain.load_dataset(config.data, workdir)
   pretrain.check_batch_size(config.batch_size, dataset)
   with flags.errors_begin_with('--probe'):
-    probe.check_fits(attack, dataset)
+    probe.check_fits(attack, dataset, config.model)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
   devices.check_memory(config.model, dataset.train.images.shape[1:], mesh, part='encoder')
   with workdirs.lock(workdir, recording.RESULT):

@@ -91,7 +91,7 @@ def run(
   for each in variants:
     dataset = pretrain.prepare(each.pretraining)
     with flags.errors_begin_with('--probe'):
-      probe.check_fits(each.attack, dataset)
+      probe.check_fits(each.attack, dataset, each.pretraining.model)
   with workdirs.lock(workdir, 'sweep.*') as check_place:
     content: dict[str, Any] = {
       'config': {'sweep': flags.to_dict(config), 'pretraining': flags.to_dict(base)},

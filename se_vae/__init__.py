@@ -27,6 +27,7 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
     encoder_means,
     fit_probe,
   )
+  from se_vae.evaluation.randomized_smoothing import smoothed_accuracy
   from se_vae.evaluation.robustness import Evaluation, adversarial_accuracy, evaluate
   from se_vae.gaussians import DiagonalGaussian, FullGaussian, entropy, kl_divergence
   from se_vae.models.vae import VAE, make_vae
@@ -75,6 +76,7 @@ __all__ = [
   'save_model',
   'se_elbo',
   'select',
+  'smoothed_accuracy',
   'squared_w2',
   'train_step',
 ]

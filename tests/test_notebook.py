@@ -34,7 +34,7 @@ def test_notebook_is_stored_as_it_was_run():
   assert 10 <= len(cells) <= 15
   assert not [o for cell in cells for o in cell.outputs if o.output_type == 'error']
   assert not [o for cell in cells for o in cell.outputs if o.get('name') == 'stderr']
-  assert sum(kinds(cell).count('image/png') for cell in cells) == 6
+  assert sum(kinds(cell).count('image/png') for cell in cells) == 7
   assert PATH.stat().st_size < 1_000_000
 
 

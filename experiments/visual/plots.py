@@ -15,6 +15,7 @@ import numpy as np
 from se_vae.evaluation import verdicts
 
 if TYPE_CHECKING:
+  from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
 _LABELS = {
@@ -74,6 +75,12 @@ class Curve:
     return np.stack([intervals[..., 0].min(axis=0), intervals[..., 1].max(axis=0)], axis=-1)
 
   @property
+  def certified(self) -> np.ndarray | None:
+    """Certified accuracy, averaged over the seeds, `[R]`; None unless every seed has it."""
+    found = [result['certified']['accuracy'] for result in self.results if 'certified' in result]
+    return np.mean(found, axis=0) if len(found) == len(self.results) else None
+
+  @property
   def checks(self) -> str:
     """The summary of the sanity checks of all seeds."""
     return checks_summary(*self.results)
@@ -119,13 +126,7 @@ def save(
   figure = new_figure(4.2 * count, height)
   axes = figure.subplots(1, count, squeeze=False)[0]
   for axis, (title, curves), text in zip(axes, panels, captions, strict=False):
-    variants = list(dict.fromkeys(curve.variant for curve in curves))
-    for curve in curves:
-      color, style = _look(curve.objective, variants.index(curve.variant), len(variants))
-      axis.plot(
-        curve.radii, curve.accuracy, style, marker='o', ms=3.5, color=color, label=curve.label
-      )
-      axis.fill_between(curve.radii, *curve.interval.T, color=color, alpha=0.2, linewidth=0)
+    draw(axis, curves)
     axis.set(title=title, ylim=(-0.02, 1.02))
     axis.tick_params(labelleft=axis is axes[0])
     axis.annotate(
@@ -145,8 +146,25 @@ def save(
     axis.set_xlabel('attack radius (l-inf, pixels in [0, 1])')
     axis.locator_params(axis='x', nbins=7)  # or the numbers touch
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    on_a_band = any('certified' in text for text in axis.get_legend_handles_labels()[1])
+    axis.legend(frameon=on_a_band, framealpha=0.85)
   figure.savefig(file, dpi=150, format='png')
+
+
+def draw(axis: Axes, curves: Sequence[Curve]) -> None:
+  """Draws curves with their intervals, and certified ones with what is between the two shaded."""
+  variants = list(dict.fromkeys(curve.variant for curve in curves))
+  for curve in curves:
+    color, style = _look(curve.objective, variants.index(curve.variant), len(variants))
+    dots: dict[str, Any] = {'ms': 3.5, 'color': color}
+    axis.plot(curve.radii, curve.accuracy, style, marker='o', label=curve.label, **dots)
+    axis.fill_between(curve.radii, *curve.interval.T, color=color, alpha=0.2, linewidth=0)
+    if (certified := curve.certified) is not None:
+      label = f'{curve.label}, certified'
+      axis.plot(curve.radii, certified, ':', marker='^', label=label, **dots)
+      label = f'{curve.label}: the truth lies here'
+      band: dict[str, Any] = {'color': color, 'alpha': 0.13, 'hatch': '///', 'linewidth': 0}
+      axis.fill_between(curve.radii, certified, curve.accuracy, label=label, **band)
 
 
 def caption(curves: Sequence[Curve]) -> list[str]:

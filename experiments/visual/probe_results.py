@@ -12,6 +12,7 @@ from experiments.cli import workdirs
 from experiments.visual import image_grids, plots
 from se_vae.evaluation import verdicts
 from se_vae.evaluation.attack_log import AttackLog
+from se_vae.evaluation.certificates import Certificate
 from se_vae.evaluation.linear_probe import LinearProbe
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.evaluation.robustness import Evaluation
@@ -28,13 +29,20 @@ _PAGE = 12
 
 
 def claim(task: str, outcome: Evaluation) -> dict[str, Any]:
-  """The curve of a task and its sanity checks, as JSON values."""
+  """The curve of a task, its sanity checks and what is certified, as JSON values."""
   return {
     'task': task,
     'num_examples': outcome.curve.correct.shape[1],
     **curve(outcome.curve),
     'checks': [check.to_json() for check in outcome.checks],
+    **_certified(outcome.certificate),
   }
+
+
+def _certified(certificate: Certificate | None) -> dict[str, Any]:
+  if certificate is None:
+    return {}
+  return {'certified': {'method': certificate.method.name, **curve(certificate.curve)}}
 
 
 def curve(accuracy: AdversarialAccuracy) -> dict[str, Any]:
@@ -73,6 +81,9 @@ def as_text(result: dict[str, Any], attacked: str = 'probe') -> str:
     result['radii'], result['accuracy'], result['interval'], strict=True
   ):
     lines.append(f'{radius:6.3f}  {accuracy:.3f} [{low:.3f}, {high:.3f}]')
+  if 'certified' in result:
+    values = ' '.join(f'{value:.3f}' for value in result['certified']['accuracy'])
+    lines.append(f'certified, {result["certified"]["method"]}: {values}')
   if 'joint' in result:
     values = ' '.join(f'{value:.3f}' for value in result['joint']['accuracy'])
     lines.append(f'{" and ".join(result["joint"]["tasks"])} together (checks: not run): {values}')
@@ -110,6 +121,10 @@ def write(
   for prefix, found in drawn.items():
     low, high = zip(*found['interval'], strict=True)
     columns |= {f'{prefix}accuracy': found['accuracy'], f'{prefix}low': low, f'{prefix}high': high}
+  if 'certified' in result:
+    low, high = zip(*result['certified']['interval'], strict=True)
+    columns |= {'certified': result['certified']['accuracy']}
+    columns |= {'certified_low': low, 'certified_high': high}
   _write_csv(stem.with_suffix('.csv'), columns)
   moves = result.get('moves')
   if moves:
@@ -121,6 +136,8 @@ def write(
   names = {'radius': 'broken_radius'}  # its name in files
   arrays = {names.get(name, name): array for name, array in log.items()}
   arrays |= {'radii': accuracy.radii, 'correct': accuracy.correct, 'labels': labels}
+  if outcome.certificate is not None:
+    arrays['certified_radius'] = outcome.certificate.radius
   arrays |= {'probe_weights': probe.weights, 'probe_bias': probe.bias}
   with atomic_files.replacing(stem.with_suffix('.npz')) as file:
     np.savez_compressed(file, **arrays)

@@ -111,13 +111,17 @@ class Row(NamedTuple):
 
 
 class CurveRow(NamedTuple):
-  """A row of a table of curves: the run, a remark, its values and the verdict of its checks."""
+  """A row of a table of curves: the run, a remark, its values and the verdict of its checks.
+
+  The band of a certified curve reaches up to the values `[R]` of the attacked one, `attacked`.
+  """
 
   label: str
   style: Style
   note: str
   series: Series
   checks: str
+  attacked: Sequence[float] = ()
 
 
 class Table(NamedTuple):
@@ -137,7 +141,7 @@ class Table(NamedTuple):
 class Probe(NamedTuple):
   """The result of a probe, or of a supervised classifier.
 
-  `joint` has the names of several tasks and their curve.
+  `joint` has the names of several tasks and their curve, `certified` the method and its curve.
   """
 
   task: str
@@ -146,6 +150,7 @@ class Probe(NamedTuple):
   step: int
   accuracy: Series
   joint: tuple[str, Series] | None
+  certified: tuple[str, Series] | None
   latent_shift: Series | None
   checks: list[SanityCheck]
   summary: str
@@ -240,7 +245,22 @@ def panel(title: str, curves: Sequence[plots.Curve]) -> Table:
       *(column.tolist() for column in (curve.radii, curve.accuracy, *curve.interval.T))
     )
     rows.append(CurveRow(curve.label, style, note, numbers, curve.checks))
+    if curve.certified is not None:
+      values = curve.certified.tolist()
+      rows.append(_certified(rows[-1], note, series(numbers.radii, values, values, values)))
   return _accuracy_table(title, rows)
+
+
+def _certified(attacked: CurveRow, note: str, numbers: Series) -> CurveRow:
+  """The row of a certified curve, below that of the attacked one."""
+  return CurveRow(
+    f'{attacked.label}, certified',
+    attacked.style._replace(line='dotted'),
+    note,
+    numbers,
+    'the true accuracy is in the shaded band between this curve and the attacked one',
+    attacked.series.values,
+  )
 
 
 def _robustness(runs: Sequence[Run]) -> list[Table]:
@@ -256,6 +276,9 @@ def _robustness(runs: Sequence[Run]) -> list[Table]:
       curve = CurveRow(run.label, run.style, note, probe.accuracy, probe.summary)
       title = f'{dataset}, {probe.task} probe, {probe.attack} attack'
       accuracies.setdefault(title, []).append(curve)
+      if probe.certified:
+        method, numbers = probe.certified
+        accuracies[title].append(_certified(curve, f'method {method}', numbers))
       if probe.joint:
         tasks, numbers = probe.joint
         joint = curve._replace(series=numbers, checks=not_run)
@@ -284,10 +307,11 @@ def _curve_table(
 ) -> Table:
   radii = sorted({radius for curve in curves for radius in curve.series.radii})
   rows, lines = [], []
-  for label, style, note, numbers, checks in curves:
+  for label, style, note, numbers, checks, attacked in curves:
     cells = {radius: values for radius, *values in zip(*numbers, strict=True)}
     rows.append(Row(label, style, note, [cells.get(radius) for radius in radii], checks))
-    lines.append(Line(style, *numbers))
+    line = Line(style, *numbers)
+    lines.append(line._replace(low=line.y, high=attacked) if attacked else line)
   drawing = chart(lines, 'radius of the attack (l-inf, pixels in [0, 1])', y_limits=y_limits)
   return Table(title, unit, [f'{radius:g}' for radius in radii], rows, drawing, decimals)
 

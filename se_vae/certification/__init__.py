@@ -20,6 +20,7 @@ from se_vae.certification.certificates import (
   output_box,
 )
 from se_vae.certification.layers import Conv, Dense, Flatten, Layer, ReLU, apply
+from se_vae.certification.linear_relaxation import num_coefficients
 from se_vae.certification.regions import Box, Region, ball
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
   'latent_box',
   'latent_shift',
   'margins',
+  'num_coefficients',
   'output_box',
 ]

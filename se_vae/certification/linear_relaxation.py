@@ -57,6 +57,27 @@ def boxes(layers: Layers, region: Region) -> list[Box]:
   return found
 
 
+def num_coefficients(layers: Layers, in_shape: tuple[int, ...]) -> int:
+  """Returns how many coefficients CROWN holds at once for one example, for the inputs of ReLUs.
+
+  Example:
+    >>> from se_vae.certification import Dense
+    >>> first, second = Dense(jnp.ones((7, 3)), jnp.ones(3)), Dense(jnp.ones((3, 2)), jnp.ones(2))
+    >>> num_coefficients((first, ReLU(), second, ReLU()), (7,))  # two bounds of two units each
+    28
+  """
+  shapes = [in_shape]
+  for layer in layers:
+    shapes.append(layer.out_shape(shapes[-1]))
+  sizes = [math.prod(shape) for shape in shapes]
+  bounded = [
+    2 * sizes[i] * max(sizes[: i - 1])
+    for i, layer in enumerate(layers)
+    if isinstance(layer, ReLU) and _num_affine(layers[:i]) > 1
+  ]
+  return max(bounded, default=1)
+
+
 def _num_affine(layers: Layers) -> int:
   return sum(isinstance(layer, Affine) for layer in layers)
 

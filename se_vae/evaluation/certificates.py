@@ -1,68 +1,62 @@
 """Certificates of encoders and probes for whole test sets: what no attack can exceed.
 
 A certificate speaks about all images in a ball, found or not. Only that of a probe's accuracy needs
-labels. `certification` has the methods, and says what a bound counts.
+labels. `certification` has the methods, and says what a bound counts. The functions share their
+arguments:
+
+* `model`, a VAE whose encoder has layers that `models.layer_lists` knows, and its parameters
+  `params`;
+* `probe`, on its means, from D latents to K classes;
+* images `x` `[N, H, W, C]`, inside `certifier.bounds`, and `labels` `[N]`, integers in [0, K);
+* `radii` >= 0, in any order, or one `radius`;
+* `certifier`: ball, method, batches.
+
+They raise TypeError for an encoder with other layers, by name, and ArgumentError for bad radii,
+counts or labels, or images outside the bounds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from se_vae import certification
-from se_vae.attacks.projections import Norm
 from se_vae.certification import Encoder, LatentBox, Method
 from se_vae.config import ArgumentError
-from se_vae.evaluation import attacked_classifier
+from se_vae.evaluation import attacked_classifier, certifiers
+from se_vae.evaluation.certifiers import LINF_CROWN, Certifier
 from se_vae.evaluation.linear_probe import LinearProbe
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.gaussians import DiagonalGaussian
 from se_vae.models.layer_lists import encoder_of
 from se_vae.models.vae import VAE, Params
-from se_vae.parallel import sharding
+
+# Halvings of the interval between the two radii asked for that an example's certified radius is in.
+_HALVINGS = 5
 
 
-@dataclasses.dataclass(frozen=True)
-class Certifier:
-  """How encodings are certified: the ball, the method, and how images are cut into batches.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Certificate:
+  """What is certified of N examples, whatever the attack.
 
   Attributes:
-    norm: 'linf' or 'l2'.
-    bounds: lowest and highest pixel value.
-    method: of `certification.Method`; CROWN by default.
-    every_probe: whether margins follow from the box of the means alone. They are smaller then, and
-      `latent_box` is all that is needed to certify another probe.
-    batch_size: images at a time.
-    mesh: devices to spread a batch over; all of them if None.
+    method: how the bounds were found.
+    radius: `[N]`, the largest radius found within which nothing misleads the classifier, at most
+      the largest of `curve.radii`; -1 where not even the image itself is certified.
+    curve: which examples are certified at each radius, and the certified accuracy.
   """
 
-  norm: Norm = 'linf'
-  bounds: tuple[float, float] = (0.0, 1.0)
-  method: Method = certification.CROWN
-  every_probe: bool = False
-  batch_size: int = 32
-  mesh: Mesh | None = None
+  method: Method
+  radius: np.ndarray
+  curve: AdversarialAccuracy
 
-  def region(self, x: jax.Array, radius: jax.Array) -> certification.Region:
-    """Returns the ball of each image `[B, ...]` with its radius `[B]`."""
-    return certification.ball(x, radius, norm=self.norm, bounds=self.bounds)
-
-  def map(self, function: Callable[..., Any], constants: Any, arrays: Any) -> Any:
-    """Returns `function(self, constants, batch)` for all rows of host arrays, as NumPy arrays."""
-    mesh = sharding.data_mesh() if self.mesh is None else self.mesh
-    count = len(jax.tree.leaves(arrays)[0])
-    function = functools.partial(function, self, sharding.replicate(mesh, constants))
-    return sharding.map_batches(mesh, function, arrays, min(self.batch_size, count))
-
-
-LINF_CROWN = Certifier()
+  def __repr__(self) -> str:
+    return f'Certificate({self.method.name}, {self.curve})'
 
 
 def latent_box(
@@ -78,19 +72,8 @@ def latent_box(
     >>> box.mean.lower.shape, bool((box.log_var.lower <= box.log_var.upper).all())
     ((5, 3), True)
 
-  Args:
-    model: whose encoder has layers that `models.layer_lists` knows.
-    params: its parameters.
-    x: images `[N, H, W, C]`, inside `certifier.bounds`.
-    radius: of the ball, >= 0.
-    certifier: ball, method, batches.
-
   Returns:
     Boxes of NumPy arrays `[N, D]`, sound in floating point.
-
-  Raises:
-    TypeError: for an encoder with other layers, by name.
-    ArgumentError: for a bad radius, or images outside the bounds.
   """
   x = _checked(x, (radius,), certifier)
   return certifier.map(_latent_box, encoder_of(model, params), (x, _full(radius, x)))
@@ -115,19 +98,8 @@ def certified_latent_shift(
     >>> certified_latent_shift(model, params, x, radii=(0.1, 0.2)).shape
     (2, 5)
 
-  Args:
-    model: whose encoder has layers that `models.layer_lists` knows.
-    params: its parameters.
-    x: images `[N, H, W, C]`, inside `certifier.bounds`.
-    radii: radii >= 0, in any order.
-    certifier: ball, method, batches.
-
   Returns:
     `[R, N]`; not smaller at a larger radius.
-
-  Raises:
-    TypeError: for an encoder with other layers, by name.
-    ArgumentError: for bad radii, or images outside the bounds.
   """
   x = _checked(x, radii, certifier)
   constants, function = (encoder_of(model, params), params), functools.partial(_shift, model)
@@ -151,21 +123,8 @@ def certified_margins(
 ) -> np.ndarray:
   """Returns lower bounds of the margin, the label's logit minus the largest other, over each ball.
 
-  Args:
-    model: whose encoder has layers that `models.layer_lists` knows.
-    params: its parameters.
-    probe: on its means, from D latents to K classes.
-    x: images `[N, H, W, C]`, inside `certifier.bounds`.
-    labels: `[N]` integers in [0, K).
-    radii: radii >= 0, in any order.
-    certifier: ball, method, batches.
-
   Returns:
     `[R, N]`; not larger at a larger radius. An image is certified where it is > 0.
-
-  Raises:
-    TypeError: for an encoder with other layers, by name.
-    ArgumentError: for bad radii or labels, or images outside the bounds.
   """
   x = _checked(x, radii, certifier)
   labels = _checked_labels(labels, x, probe)
@@ -199,34 +158,10 @@ def certified_accuracy(
     >>> labels = np.array([0, 1])  # the probe says 1, whatever the image
     >>> print(certified_accuracy(model, params, probe, x, labels, radii=(0.1,)))
     n = 2: 0.500 at 0.1
-
-  Args:
-    model: whose encoder has layers that `models.layer_lists` knows.
-    params: its parameters.
-    probe: on its means, from D latents to K classes.
-    x: images `[N, H, W, C]`, inside `certifier.bounds`.
-    labels: `[N]` integers in [0, K).
-    radii: radii >= 0, in any order.
-    certifier: ball, method, batches.
-
-  Raises:
-    TypeError: for an encoder with other layers, by name.
-    ArgumentError: for bad radii or labels, or images outside the bounds.
   """
-  x = _checked(x, radii, certifier)
-  labels = _checked_labels(labels, x, probe)
-  constants = (encoder_of(model, params), probe)
-  grid = np.unique(np.asarray(radii, np.float32))
-  # The first `low` radii are certified, and the one after the first `high` is not.
-  low, high = np.zeros(len(x), np.int32), np.full(len(x), len(grid), np.int32)
-  for _ in range(math.ceil(math.log2(len(grid) + 1))):
-    middle = (low + high) // 2
-    radius = grid[np.minimum(middle, len(grid) - 1)]
-    certified = certifier.map(_margins, constants, (x, labels, radius)) > 0.0
-    low = np.where(certified & (low < high), middle + 1, low)
-    high = np.where(certified, high, np.minimum(high, middle))
-  counts = np.searchsorted(grid, np.asarray(radii, np.float32))
-  return AdversarialAccuracy(np.asarray(radii, np.float64), counts[:, None] < low[None])
+  is_certified = _margin_is_positive(model, params, probe, x, labels, radii, certifier)
+  radius = certifiers.largest_radius(is_certified, len(x), radii, num_steps=0)
+  return _curve(radius, radii)
 
 
 def certified_radius(
@@ -242,6 +177,8 @@ def certified_radius(
 ) -> np.ndarray:
   """Returns for each example the largest radius found within which nothing misleads the probe.
 
+  It is found by `num_steps` halvings of the radii from 0 to `most`, which are >= 0.
+
   Example:
     >>> from se_vae import make_vae
     >>> model = make_vae((2, 2, 1), latent_dim=3, num_layers=1)
@@ -250,29 +187,70 @@ def certified_radius(
     >>> certified_radius(model, params, probe, x, np.array([1]), most=0.5)  # always class 1
     array([0.5], dtype=float32)
 
-  Args:
-    model: whose encoder has layers that `models.layer_lists` knows.
-    params: its parameters.
-    probe: on its means, from D latents to K classes.
-    x: images `[N, H, W, C]`, inside `certifier.bounds`.
-    labels: `[N]` integers in [0, K).
-    most: the largest radius that is looked at, >= 0.
-    num_steps: halvings of [0, most].
-    certifier: ball, method, batches.
-
   Returns:
     `[N]` in [0, most], or -1 where not even the image itself is certified.
-
-  Raises:
-    TypeError: for an encoder with other layers, by name.
-    ArgumentError: for bad radii, counts or labels, or images outside the bounds.
   """
-  x = _checked(x, (most,), certifier)
   attacked_classifier.check_counts(num_steps=num_steps)
+  is_certified = _margin_is_positive(model, params, probe, x, labels, (most,), certifier)
+  return certifiers.largest_radius(is_certified, len(x), (0.0, most), num_steps=num_steps)
+
+
+def certify(
+  model: VAE,
+  params: Params,
+  probe: LinearProbe,
+  x: np.ndarray,
+  labels: np.ndarray,
+  *,
+  radii: Sequence[float],
+  certifier: Certifier = LINF_CROWN,
+  on_batch: Callable[[], Any] = lambda: None,
+) -> Certificate:
+  """Returns the certified accuracy at each radius, and each example's largest certified radius.
+
+  The radii are bisected first, and then the interval between two of them that the example's
+  largest radius is in. `on_batch` is called after each batch, and may raise to stop.
+  """
+  is_certified = _margin_is_positive(
+    model, params, probe, x, labels, radii, certifier, on_batch=on_batch
+  )
+  radius = certifiers.largest_radius(is_certified, len(x), (0.0, *radii), num_steps=_HALVINGS)
+  return Certificate(certifier.method, radius, _curve(radius, radii))
+
+
+def _margin_is_positive(
+  model: VAE,
+  params: Params,
+  probe: LinearProbe,
+  x: np.ndarray,
+  labels: np.ndarray,
+  radii: Sequence[float],
+  certifier: Certifier,
+  *,
+  on_batch: Callable[[], Any] = lambda: None,
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+  """Returns a function of examples `[M]` and a radius for each: whether each is certified there."""
+  x = _checked(x, radii, certifier)
   labels = _checked_labels(labels, x, probe)
-  function = functools.partial(_radius, num_steps)
-  arrays = (x, labels, _full(most, x))
-  return np.asarray(certifier.map(function, (encoder_of(model, params), probe), arrays))
+  # Whatever the number of examples left, batches have one shape, so this compiles once.
+  certifier = dataclasses.replace(certifier, batch_size=min(certifier.batch_size, len(x)))
+  constants = encoder_of(model, params), probe
+
+  def margins(*operands: Any) -> jax.Array:
+    found = _margins(*operands)
+    on_batch()
+    return found
+
+  def is_certified(rows: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    return np.asarray(certifier.map(margins, constants, (x[rows], labels[rows], radius))) > 0.0
+
+  return is_certified
+
+
+def _curve(radius: np.ndarray, radii: Sequence[float]) -> AdversarialAccuracy:
+  """Returns at which radii each example is certified, from the largest ones `[N]`."""
+  limits = np.asarray(radii, np.float64)
+  return AdversarialAccuracy(limits, radius[None] >= limits.astype(np.float32)[:, None])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -298,16 +276,6 @@ def _margins(certifier: Certifier, constants: Any, batch: Any) -> jax.Array:
     return certification.margins(encoder.means(last), region, labels, certifier.method)
   box = certification.output_box(encoder.means(), region, certifier.method)
   return certification.box_margins(box, last, labels)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _radius(num_steps: int, certifier: Certifier, constants: Any, batch: Any) -> jax.Array:
-  x, labels, most = batch
-
-  def is_certified(radius: jax.Array) -> jax.Array:
-    return _margins(certifier, constants, (x, labels, radius)) > 0.0
-
-  return certification.certified_radius(is_certified, most, num_steps=num_steps)
 
 
 def _along_radii(

@@ -15,6 +15,7 @@ from se_vae.evaluation import attack_suite
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.evaluation.attack_suite import Attack, Suite
 from se_vae.evaluation.attacked_classifier import AttackedClassifier
+from se_vae.evaluation.certificates import Certificate
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.parallel import sharding
 
@@ -36,6 +37,7 @@ class Claim:
     representation: clean representations `[N, E]`, or the logits of a classifier without.
     reconstruct_fn: images to reconstructions, if there is a decoder.
     surrogate: another classifier, with its arguments.
+    certificate: what is certified of the examples, if that was asked for.
   """
 
   classifier: AttackedClassifier
@@ -50,6 +52,7 @@ class Claim:
   representation: np.ndarray
   reconstruct_fn: Model | None
   surrogate: tuple[Model, tuple[Any, ...]] | None
+  certificate: Certificate | None = None
 
   @property
   def rows(self) -> np.ndarray:

@@ -23,12 +23,22 @@ from jax.sharding import Mesh
 from se_vae.attacks import losses
 from se_vae.attacks.losses import Model
 from se_vae.attacks.projections import Norm
+from se_vae.certification import Method
 from se_vae.config import SUITES, ArgumentError
-from se_vae.evaluation import attack_suite, attacked_classifier, sanity_checks, verdicts
+from se_vae.evaluation import (
+  attack_suite,
+  attacked_classifier,
+  certificates,
+  certifiers,
+  sanity_checks,
+  verdicts,
+)
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.evaluation.attack_suite import Suite
 from se_vae.evaluation.attacked_classifier import AttackedClassifier
+from se_vae.evaluation.certificates import Certificate
 from se_vae.evaluation.claims import Claim
+from se_vae.evaluation.linear_probe import ProbedEncoder
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.evaluation.verdicts import SanityCheck
 
@@ -100,12 +110,14 @@ class Evaluation:
     attack_log: what misclassified each example, at what radius, with which image, at what cost.
     checks: the sanity checks, in order; empty if `check_examples` was 0.
     config: everything that the numbers depend on, as JSON values.
+    certificate: what no attack can exceed; None if it was not asked for.
   """
 
   curve: AdversarialAccuracy
   attack_log: AttackLog
   checks: tuple[SanityCheck, ...]
   config: dict[str, Any]
+  certificate: Certificate | None = None
 
   @property
   def passed(self) -> bool:
@@ -113,7 +125,9 @@ class Evaluation:
     return all(check.verdict != 'fail' for check in self.checks)
 
   def __repr__(self) -> str:
-    return f'Evaluation({self.config["attack"]}, {self.curve}, {verdicts.summary(self.checks)})'
+    certified = '' if self.certificate is None else f'{self.certificate}, '
+    summary = verdicts.summary(self.checks)
+    return f'Evaluation({self.config["attack"]}, {self.curve}, {certified}{summary})'
 
 
 def evaluate(
@@ -136,6 +150,7 @@ def evaluate(
   reconstruct_fn: Model | None = None,
   surrogate: tuple[Model, tuple[Any, ...]] | None = None,
   check_examples: int = 500,
+  certify: bool | Method = False,
   mesh: Mesh | None = None,
   state_path: str | Path | None = None,
   progress: Progress = lambda done, total: None,
@@ -175,6 +190,9 @@ def evaluate(
     reconstruct_fn: images (and `args`) to their reconstructions, for check 12.
     surrogate: another classifier and its arguments. Check 8 uses its adversarial images here.
     check_examples: how many of the first examples the checks attack again; 0 for no checks.
+    certify: whether to find what is certified of the same examples too, by CROWN, or CROWN-IBP for
+      a large encoder (`certifiers.certifier_for`); or the method. Then `logits_fn` must be a
+      `ProbedEncoder`, and `args` its parameters and probe.
     mesh: devices to spread a batch over; all of them if None.
     state_path: npz file that keeps the attack log, for an evaluation that is interrupted and
       started again.
@@ -193,6 +211,12 @@ def evaluate(
     raise ArgumentError('check_examples', f'must be >= 0, got {check_examples}')
   if attack not in SUITES:
     raise ArgumentError('attack', f'must be one of {", ".join(SUITES)}, got {attack!r}')
+  certifier = None
+  if certify:
+    method, shape = certify if isinstance(certify, Method) else None, np.shape(x)[1:]
+    certifier = certifiers.certifier_for(
+      logits_fn, args, shape, method=method, norm=norm, bounds=bounds, mesh=mesh
+    )
   classifier, logits = attacked_classifier.prepare(
     logits_fn,
     x,
@@ -249,9 +273,25 @@ def evaluate(
   log = _attack_all(classifier, suite, outputs, config, path, progress)
   radii_asked = np.asarray(radii, np.float64)
   curve = AdversarialAccuracy(radii_asked, log.robust(radii_asked))
-  if not check_examples:
-    return Evaluation(curve, log, (), config)
   report = functools.partial(progress, log.done, log.done)
+  certificate = None
+  if certifier is not None:
+    config |= {'certified_by': dataclasses.asdict(certifier.method)}
+    # What attacks have found is not used here, so that check 13 can compare the two.
+    assert isinstance(logits_fn, ProbedEncoder)  # or there would be no certifier
+    params, probe = args
+    certificate = certificates.certify(
+      logits_fn.model,
+      params,
+      probe,
+      classifier.x,
+      classifier.labels,
+      radii=radii,
+      certifier=certifier,
+      on_batch=report,
+    )
+  if not check_examples:
+    return Evaluation(curve, log, (), config, certificate)
   claim = Claim(
     classifier=dataclasses.replace(classifier, on_batch=report),
     suite=suite,
@@ -265,8 +305,9 @@ def evaluate(
     representation=representation,
     reconstruct_fn=reconstruct_fn,
     surrogate=surrogate,
+    certificate=certificate,
   )
-  return Evaluation(curve, log, sanity_checks.run_checks(claim), config)
+  return Evaluation(curve, log, sanity_checks.run_checks(claim), config, certificate)
 
 
 def _attack_all(

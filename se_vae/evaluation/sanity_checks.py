@@ -1,4 +1,4 @@
-"""Twelve sanity checks of an evaluation: one function a check, all of them in `CHECKS`.
+"""Thirteen sanity checks of an evaluation: one function a check, all of them in `CHECKS`.
 
 Most follow Athalye, Carlini and Wagner (2018) and Carlini et al. (2019), who list what a sound
 evaluation shows, and what masked gradients or a faulty evaluation do not. Each function measures
@@ -296,6 +296,41 @@ def informative(claim: Claim) -> Judgement:
   return not defects, '; '.join([text, *defects]), figures
 
 
+def certificates_hold(claim: Claim) -> Judgement:
+  """No image within an example's certified radius is misclassified, whatever found it.
+
+  The images are the clean ones, those of the log, whose distances are measured in float64, and
+  those of the raw curves. One counterexample shows that the certificate or the attack is wrong.
+  """
+  if claim.certificate is None:
+    return None, 'nothing to check: no certificates were asked for', {}
+  certified, log, x = claim.certificate.radius, claim.attack_log, claim.classifier.x
+  # Attacks compute with float32's radii, and certificates speak about these.
+  radius = np.minimum(
+    log.radius.astype(np.float32), _distances(x, log.images, claim.classifier.norm)
+  )
+  radius = np.where(np.isfinite(log.radius), radius, np.inf)
+  found = [('clean', 0.0, np.flatnonzero(~claim.correct & (certified >= 0.0)))]
+  for number, name in enumerate(log.names):
+    rows = np.flatnonzero((log.attack == number) & (radius <= certified))
+    found += [(name, float(radius[row]), np.array([row])) for row in rows]
+  for name, curve in claim.curves.items() if claim.middle_radius else ():
+    for at, correct in zip(curve.radii, curve.correct, strict=True):
+      found.append((name, at, claim.rows[~correct & (np.float32(at) <= certified[claim.rows])]))
+  first = {int(row): (name, at) for name, at, rows in reversed(found) for row in rows}
+  values = {'examples': sorted(first), 'attacks': [first[row][0] for row in sorted(first)]}
+  if not first:
+    share = float(np.mean(certified > 0.0))
+    return True, f'holds for all; {share:.4f} of the examples are certified beyond radius 0', values
+  row = min(first)
+  name, at = first[row]
+  text = (
+    f'{len(first)} examples are misclassified within their certified radius: example {row} by '
+    f'{name} at radius {at:.6g}, certified up to {certified[row]:.6g}'
+  )
+  return False, text, values
+
+
 CHECKS: dict[str, Callable[[Claim], Judgement]] = {
   'images are legal': legality,
   're-scoring agrees': rescoring,
@@ -309,6 +344,7 @@ CHECKS: dict[str, Callable[[Claim], Judgement]] = {
   'forward pass is deterministic': deterministic,
   'a mean of minima': mean_of_minima,
   'representation is informative': informative,
+  'certificates hold': certificates_hold,
 }
 
 

@@ -23,7 +23,7 @@ class SanityCheck(NamedTuple):
   """The result of one check.
 
   Attributes:
-    number: 1 to 12.
+    number: 1 to 13.
     name: the statement that is checked.
     verdict: 'pass', 'fail' or 'skipped'.
     figure: the reason for the verdict, in one line.

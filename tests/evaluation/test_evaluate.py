@@ -75,9 +75,9 @@ def test_every_attack_of_a_suite_stays_in_its_ball():
 @pytest.mark.parametrize('attack', ['standard', 'worst_case'])
 def test_an_honest_evaluation_passes_all_checks(attack):
   result = honest(attack)
-  assert [check.number for check in result.checks] == list(range(1, 13))
-  assert result.passed and not skipped(result), result.checks
-  assert repr(result).endswith('checks: 12 passed, 0 failed, 0 skipped)')
+  assert [check.number for check in result.checks] == list(range(1, 14))
+  assert result.passed and skipped(result) == {13}, result.checks
+  assert repr(result).endswith('checks: 12 passed, 0 failed, 1 skipped (13: certificates hold))')
   for each in (result, result.curve, result.attack_log, result.checks):
     assert '\n' not in repr(each) and 'array' not in repr(each)
 
@@ -188,16 +188,16 @@ def test_checks_that_have_nothing_to_attack_are_skipped():
   """No example is robust at radius 1, and no attack does anything at radius 0."""
   result = evaluate(radii=(0.0, 1.0))
   assert result.curve.accuracy[1] == 0.0 and result.passed
-  assert skipped(result) == {6, 7}
+  assert skipped(result) == {6, 7, 13}
   reason = f'nothing to attack: of the first {COUNT} examples none is robust at radius 1'
   assert result.checks[5].figure == result.checks[6].figure == reason
-  assert skipped(evaluate(radii=(0.0,))) == {3, 5, 6, 7, 8}
+  assert skipped(evaluate(radii=(0.0,))) == {3, 5, 6, 7, 8, 13}
 
 
 def test_checks_attack_at_a_radius_above_0_even_if_hardly_any_example_is_misclassified_there():
   result = evaluate(radii=(0.0, 0.02))
   assert result.curve.accuracy[1] > 0.5
-  assert not skipped(result)
+  assert skipped(result) == {13}
 
 
 def test_an_image_counts_from_the_smallest_radius_that_it_is_within(monkeypatch):
@@ -273,6 +273,6 @@ def test_two_classes_and_l2_work(attack):
   assert np.all(result.curve.correct[far])  # out of reach even without bounds
   assert result.curve.accuracy[-1] < 1.0
   assert {1, 2, 3} & failed(result) == set()
-  assert skipped(result) == {7}
+  assert skipped(result) == {7, 13}
   assert result.checks[6].figure == 'Square is for linf, and the norm is l2'
   assert 'dlr' not in ' '.join(result.attack_log.names) and 'square' not in result.attack_log.names

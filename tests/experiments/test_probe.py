@@ -52,7 +52,7 @@ def result(config):
 
 
 def test_the_evidence_lies_beside_the_curve(workdir, result):
-  assert [check['number'] for check in result['checks']] == list(range(1, 13))
+  assert [check['number'] for check in result['checks']] == list(range(1, 14))
   written = json.loads((workdir / 'robustness.json').read_text())
   assert written == {'digit': json.loads((workdir / 'probe_digit.json').read_text())}
   assert written['digit']['accuracy'] == result['accuracy']
@@ -245,7 +245,7 @@ def test_a_failed_check_is_an_exit_code_where_that_is_asked_for(
     probe.main()
   output = capsys.readouterr().out
   assert ('FAIL' in output) != passed and 'representation is informative' in output
-  summary = 'checks: 12 passed, 0 failed, 0 skipped\n' if passed else '12 failed'
+  summary = 'checks: 13 passed, 0 failed, 0 skipped\n' if passed else '13 failed'
   assert summary in output.splitlines(keepends=True)[-1]
 
 
