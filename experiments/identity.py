@@ -16,7 +16,7 @@ from experiments.cli import workdirs
 _PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
 # Checkpoints identify encoders, and digests the data. The others change no result.
 _FREE_SETTINGS = (*_PLACES, 'pretrained', 'dataset', 'surrogate', 'strict', 'batch_size')
-_OF_CERTIFICATES = ('certify', 'certify_method')
+_OF_CERTIFICATES = ('certify', 'certify_method', 'certify_slope_steps')
 _RENAMED = {'pgd_step_size': 'relative_step_size'}
 
 

@@ -95,7 +95,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   model, params, metadata, checkpoint = _load(argument, run)
   dataset = _load_dataset(config, metadata, output)
   check_fits(config, dataset)
-  _check_certifiable(config, model)
+  _method(config, model)
   if config.dataset is None:
     dataset.check_is_that_of(metadata['data']['digest'])
   elif (shape := dataset.train.images.shape[1:]) != model.image_shape:
@@ -311,22 +311,24 @@ def evaluate(
     relative_step_size=config.relative_step_size,
     latents_fn=linear_probe.GaussianLatents(classifier.model),
     check_examples=config.check_examples,
-    certify=_method(config) or config.certify,
+    certify=_method(config, classifier.model) or False,
     **_attack_options(config, mesh),
     **options,
   )
 
 
-def _check_certifiable(config: ProbeConfig, model: vae.VAE) -> None:
-  """Raises ArgumentError if certificates are asked for that there are none of."""
-  if config.certify:
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    certifiers.certifier_for(linear_probe.ProbedEncoder(model), (params, None), model.image_shape)
+def _method(config: ProbeConfig, model: vae.VAE) -> certification.Method | None:
+  """The method of --certify, or None without it.
 
-
-def _method(config: ProbeConfig) -> certification.Method | None:
-  """The method of --certify, or None if it is to be chosen or there are no certificates."""
-  return certification.Method(config.certify_method) if config.certify_method else None
+  Raises:
+    ArgumentError: for an encoder that cannot be certified.
+  """
+  if not config.certify:
+    return None
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  classifier = linear_probe.ProbedEncoder(model)
+  suited = certifiers.certifier_for(classifier, (params, None), model.image_shape).method
+  return certification.Method(config.certify_method or suited.name, config.certify_slope_steps)
 
 
 @contextlib.contextmanager
@@ -388,9 +390,11 @@ def check_fits(
   validate(config)
   if model is not None:
     shape = tuple(dataset.train.images.shape[1:])
-    _check_certifiable(config, vae.make_vae(shape, **flags.to_dict(model)))
+    _method(config, vae.make_vae(shape, **flags.to_dict(model)))
   if config.certify_method and not config.certify:
     raise ArgumentError('certify_method', 'needs certify')
+  if config.certify_slope_steps and (not config.certify or config.certify_method == 'ibp'):
+    raise ArgumentError('certify_slope_steps', 'needs certify, by crown or crown_ibp')
   if config.task not in dataset.num_classes:
     tasks = ', '.join(dataset.num_classes)
     raise ArgumentError('task', f'{dataset.name} has no task {config.task}; its tasks are {tasks}')

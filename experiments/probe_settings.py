@@ -75,6 +75,13 @@ class ProbeConfig:
     'which is faster and much looser.',
     choices=CERTIFICATES,
   )
+  certify_slope_steps: int = setting(
+    0,
+    'Gradient steps on the slopes of the linear bounds of --certify (alpha-CROWN): tighter, and '
+    'slower.',
+    at_least=0,
+    at_most=1000,
+  )
   strict: bool = setting(False, 'Exit with code 1 if a check fails.')
   num_examples: int | None = setting(
     None, 'Test examples to attack, a fair sample of all; all if not given.', at_least=1

@@ -21,7 +21,7 @@ from experiments import (
 )
 from experiments.cli import flags, signals
 from experiments.visual import plots, probe_results, report_page
-from se_vae import certification
+from se_vae import certification, make_vae
 from se_vae.config import ArgumentError, ModelConfig
 from se_vae.evaluation import certifiers
 from se_vae.storage import json_files
@@ -107,8 +107,8 @@ def test_without_the_flag_nothing_is_certified_or_named(config, workdir, result,
 def test_a_result_from_before_there_were_certificates_still_stands(workdir, result):
   path = workdir / 'probe_digit.json'
   old, now = json.loads(path.read_text()), json.loads(path.read_text())
-  now['config'] |= {'certify': False, 'certify_method': None}
-  for name in ('certify', 'certify_method'):
+  now['config'] |= {'certify': False, 'certify_method': None, 'certify_slope_steps': 0}
+  for name in ('certify', 'certify_method', 'certify_slope_steps'):
     del old['config'][name]
   place = workdir / 'old.json'
   place.write_text(json.dumps(old))
@@ -128,6 +128,18 @@ def test_what_cannot_be_certified_is_refused_before_anything_is_fitted(config, m
     probe.run(dataclasses.replace(config, certify=True), signals.StopSignal())
   with pytest.raises(ArgumentError, match='certify_method: needs certify'):
     probe.run(dataclasses.replace(config, certify_method='ibp'), signals.StopSignal())
+  for change in ({}, {'certify': True, 'certify_method': 'ibp'}):
+    change = change | {'certify_slope_steps': 3}
+    with pytest.raises(ArgumentError, match='certify_slope_steps: needs certify, by crown'):
+      probe.run(dataclasses.replace(config, **change), signals.StopSignal())
+
+
+def test_the_method_has_the_slope_steps(config):
+  model = make_vae((4, 4, 1), latent_dim=2)
+  change = {'certify': True, 'certify_slope_steps': 3}
+  method = probe._method(dataclasses.replace(config, **change), model)
+  assert method == certification.Method('crown', 3)
+  assert probe._method(config, model) is None
 
 
 @pytest.mark.parametrize('binary', ['sweep', 'supervised'])
