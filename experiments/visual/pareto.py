@@ -57,38 +57,58 @@ def save(file: BinaryIO, points: Sequence[Point], title: str, caption: str) -> N
     caption: below the panels, such as the summary of the sanity checks.
   """
   figure = plots.new_figure(11.0, 4.8)
-  for axis, (name, values) in zip(
-    figure.subplots(1, 2, sharey=True),
-    (
-      ('clean accuracy', [point.clean for point in points]),
-      ('ELBO of held-out images (nats)', [point.elbo for point in points]),
-    ),
-    strict=True,
-  ):
-    _draw(axis, points, values)
+  panels = {
+    'clean accuracy': [(point, point.clean) for point in points],
+    'ELBO of held-out images (nats)': [(p, p.elbo) for p in points if np.isfinite(p.elbo)],
+  }
+  axes = figure.subplots(1, 2, sharey=True)
+  for axis, (name, shown) in zip(axes, panels.items(), strict=True):
+    _draw(axis, *zip(*shown, strict=True))
     axis.set_xlabel(name)
     axis.grid(alpha=0.3)
-  figure.axes[0].set_ylabel(title)
+  axes[0].set_ylabel(title)
   figure.supxlabel(caption, fontsize=7.5, parse_math=False)
+  figure.draw_without_rendering()  # the layout is final now, and labels can be placed in it
+  for axis, shown in zip(axes, panels.values(), strict=True):
+    _label(axis, shown)
   figure.savefig(file, dpi=150, format='png')
 
 
 def _draw(axis: Any, points: Sequence[Point], values: Sequence[float]) -> None:
-  shown = [i for i, value in enumerate(values) if np.isfinite(value)]
-  points, values = [points[i] for i in shown], [values[i] for i in shown]
   robust = [point.robust for point in points]
   below = [point.robust - point.lowest for point in points]
   above = [point.highest - point.robust for point in points]
   axis.errorbar(values, robust, yerr=[below, above], fmt='o', color='#1b6ca8', ms=5, elinewidth=1)
-  axis.margins(x=0.15)  # for the labels
+  axis.margins(0.12)  # for the labels
   best = front(values, robust)
   axis.step([values[i] for i in best], [robust[i] for i in best], where='pre', color='#d95f02')
-  for point, value in zip(points, values, strict=True):
-    axis.annotate(
+
+
+# Where a label may stand beside its point: alignment, and offset in points. The first is the best.
+_PLACES = tuple(
+  (side, 4 * sign, up)
+  for up in (3, -10, 12, -19, 21, -28)
+  for side, sign in (('left', 1), ('right', -1))
+)
+
+
+def _label(axis: Any, shown: Sequence[tuple[Point, float]]) -> None:
+  """Writes the names of points where they fit: inside the axes, and clear of earlier labels."""
+  taken: list[Any] = []
+  for point, value in shown:
+    text = axis.annotate(
       point.name,
       (value, point.robust),
-      xytext=(4, 3),
+      (0, 0),
       textcoords='offset points',
       fontsize=7.5,
       parse_math=False,
     )
+    text.set_in_layout(False)
+    for side, right, up in _PLACES:
+      text.set(ha=side, position=(right, up))
+      box = text.get_window_extent()
+      inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 and box.y1 < axis.bbox.y1
+      if inside and not any(box.overlaps(other) for other in taken):
+        break
+    taken.append(box)

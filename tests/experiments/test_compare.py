@@ -1,6 +1,7 @@
 """The comparison of attacked encoders: its table is the files', and its front cannot be beaten."""
 
 import csv
+import itertools
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from experiments import compare
 from experiments.cli.flags import UsageError
-from experiments.visual import pareto
+from experiments.visual import pareto, plots
 from tests.experiments.test_report import RADII, write_probe, write_run
 
 
@@ -72,6 +73,19 @@ def test_no_point_of_the_front_is_beaten():
       tuple(point) for point, lost in zip(points, beaten, strict=True) if not lost
     }
     assert len(best) == len({tuple(points[i]) for i in best})
+
+
+def test_names_of_close_points_do_not_cover_each_other():
+  figure = plots.new_figure(6.0, 4.0)
+  axis = figure.subplots()
+  points = [pareto.Point(f'encoder {i}', 0.9, 0.0, 0.7, 0.7, 0.7) for i in range(6)]
+  shown = [(point, 0.9 + 0.001 * i) for i, point in enumerate(points)]
+  axis.plot([value for _, value in shown], [0.7] * 6, 'o')
+  figure.draw_without_rendering()
+  pareto._label(axis, shown)
+  boxes = [text.get_window_extent() for text in axis.texts]
+  assert [text.get_text() for text in axis.texts] == [point.name for point in points]
+  assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 @pytest.mark.parametrize(
