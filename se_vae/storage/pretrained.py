@@ -20,27 +20,27 @@ from se_vae.storage import checkpoints, model_store
 _CHECKPOINTS: dict[str, tuple[int, str]] = {
   'mnist_mlp_vae_latent128': (
     20000,
-    'b0d213dc4868a5f3f87a80accfbcefe099fda224502ddfbf6c91e6bd2d65a73b',
+    'e0e1fffc1c289648f28f4447b90cd2ea6d1f0db4346627ddbc664a0972abb741',
   ),
   'mnist_mlp_se_smoothed_latent128': (
     10000,
-    'fb96d90e9bd5ee3e3034baefa511d2a074575e6434dd35fedf3eacf1507642ca',
+    'a91f3b67d2251b5db624b083595f276cf08956c599ad1910d439c80b0b1fe747',
   ),
   'mnist_convnet_vae_latent128': (
     20000,
-    'ec6701be1cfa2dfc2c8ab6ff57fd32f88bee185ec42b9633d2bc8844c08fb56b',
+    '8484c342c93c2c46d37d490bb85886307866e3288d2d48adeaa4a24d9975e7ba',
   ),
   'mnist_convnet_se_smoothed_latent128': (
     10000,
-    '2d8dd9c541d3e5deb1516e42ea1163d708180152855cf29762d19ba3a8f6a558',
+    '714ef93b5d0265ee8725483fbdf9b414db11340671aa4a4afed899738121d830',
   ),
   'color_mnist_mlp_vae_latent128': (
     20000,
-    '2730783a2cc41b51d6125483ea03d70a9ea997e4d82c6d3722462a065650be7b',
+    '90902a7a23b5339192a3b841dbd1d632e58dcefbe86690e9316a8a631ad48dbd',
   ),
   'color_mnist_mlp_se_smoothed_latent128': (
     10000,
-    '29fa78285794773d56b03689dba1b1d4158e5a0dacbab6eef82c9bc3d765bc71',
+    'e18bc2627b6152773da70b354d1097ea96fa7d7606e1fc3e25d12b52f9d78942',
   ),
 }
 
@@ -108,7 +108,8 @@ def export(source: str | Path, destination: str | Path) -> Path:
   config: dict[str, Any] = saved.metadata['config'] | dict.fromkeys(_PLACES)
   if config.get('init_from'):
     config['init_from'] = Path(config['init_from']).name
-  metadata = {name: saved.metadata[name] for name in ('model', 'data', 'versions')}
+  metadata = {name: saved.metadata[name] for name in ('model', 'versions')}
+  metadata['data'] = {'digest': saved.metadata['data']['digest']}  # its source is a place too
   directory = Path(destination) / model_store.CHECKPOINTS
   return checkpoints.save(
     directory, saved.metadata['step'], {'params': half}, {**metadata, 'config': config}, keep=1

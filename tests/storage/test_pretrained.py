@@ -56,7 +56,7 @@ def test_an_export_is_the_run_in_half_precision(tmp_path):
   arguments = {'image_shape': [2, 2, 1], 'latent_dim': 3, 'num_layers': 1, 'hidden_units': 4}
   metadata = {
     'model': arguments,
-    'data': {'source': 'here', 'digest': 'abc'},
+    'data': {'source': 'IDX files in /home/me/data', 'digest': 'abc'},
     'config': {'workdir': '/home/me/run', 'data_dir': '/home/me/data', 'gamma': 2.0},
   }
   checkpoints.save(tmp_path / 'run' / 'checkpoints', 7, {'params': params, 'more': 1}, metadata)
@@ -70,4 +70,4 @@ def test_an_export_is_the_run_in_half_precision(tmp_path):
     params,
   )
   assert saved.metadata['step'] == 7 and saved.metadata['config']['gamma'] == 2.0
-  assert '/home' not in str(saved.metadata)
+  assert '/home' not in str(saved.metadata) and saved.metadata['data'] == {'digest': 'abc'}
