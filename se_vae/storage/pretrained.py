@@ -20,27 +20,31 @@ from se_vae.storage import checkpoints, model_store
 _CHECKPOINTS: dict[str, tuple[int, str]] = {
   'mnist_mlp_vae_latent128': (
     20000,
-    'e0e1fffc1c289648f28f4447b90cd2ea6d1f0db4346627ddbc664a0972abb741',
+    '46fb67fb7126b928889da02a7560e97254c3feeabeae93a912e0a136f6f16f6f',
   ),
   'mnist_mlp_se_smoothed_latent128': (
     10000,
-    'a91f3b67d2251b5db624b083595f276cf08956c599ad1910d439c80b0b1fe747',
+    'f2f48aad7eafa70923caa5f1ce460104df8f63142f3e1f2b55fac27ba228651a',
+  ),
+  'mnist_mlp_se_certified_latent128': (
+    20000,
+    'c823cdd326584ac3988e3d05d63e89d441ead1e58c0d4e566f4c1d8f84e40bc5',
   ),
   'mnist_convnet_vae_latent128': (
     20000,
-    '8484c342c93c2c46d37d490bb85886307866e3288d2d48adeaa4a24d9975e7ba',
+    '486fa1b508ef553d8e762f4b191d75271a26d1df754db5bd94d5e3fb6ebcc58b',
   ),
   'mnist_convnet_se_smoothed_latent128': (
     10000,
-    '714ef93b5d0265ee8725483fbdf9b414db11340671aa4a4afed899738121d830',
+    '84897e4381c8f37a4fa0641e2284b6772fe7d36610a3745047d73eec10759dfd',
   ),
   'color_mnist_mlp_vae_latent128': (
     20000,
-    '90902a7a23b5339192a3b841dbd1d632e58dcefbe86690e9316a8a631ad48dbd',
+    'bb539939c3bfd5866c38f82f54061754129fb17a5ab75324785c146157e1101c',
   ),
   'color_mnist_mlp_se_smoothed_latent128': (
     10000,
-    'e18bc2627b6152773da70b354d1097ea96fa7d7606e1fc3e25d12b52f9d78942',
+    '81bb2462cbc485e3922f09ac7f21432377b1d62b16c1bcba4878810a8cf3914d',
   ),
 }
 
@@ -109,7 +113,8 @@ def export(source: str | Path, destination: str | Path) -> Path:
   if config.get('init_from'):
     config['init_from'] = Path(config['init_from']).name
   metadata = {name: saved.metadata[name] for name in ('model', 'versions')}
-  metadata['data'] = {'digest': saved.metadata['data']['digest']}  # its source is a place too
+  # The source of the data is a place too; the name of the data set is none.
+  metadata['data'] = {**saved.metadata['data'], 'source': config['dataset']}
   directory = Path(destination) / model_store.CHECKPOINTS
   return checkpoints.save(
     directory, saved.metadata['step'], {'params': half}, {**metadata, 'config': config}, keep=1
