@@ -39,7 +39,8 @@ def evaluate(**options):
   defaults = {'radii': RADII, 'num_steps': 5, 'num_queries': 20, 'batch_size': 8, 'certify': True}
   defaults |= {'mesh': sharding.data_mesh(1), 'args': (params, PROBE), 'check_examples': 0}
   options = {**defaults, **options}
-  return robustness.evaluate(options.pop('logits_fn', ProbedEncoder(model)), X, labels(), **options)
+  x, y = options.pop('x', X), options.pop('labels', labels())
+  return robustness.evaluate(options.pop('logits_fn', ProbedEncoder(model)), x, y, **options)
 
 
 def check_13(result):
@@ -119,6 +120,19 @@ def test_a_certificate_that_is_too_large_is_flagged(monkeypatch, row, radius, at
   assert check.verdict == 'fail' and check.values == {'examples': [row], 'attacks': [attack]}
   text = f'1 examples are misclassified within their certified radius: example {row} by {attack} at'
   assert check.figure.startswith(text)
+
+
+def test_an_unsound_rule_is_flagged(monkeypatch):
+  """The ball is too small, so its certificates are of smaller radii than they say."""
+  real = certifiers.Certifier.region
+
+  def too_small(self, x, radius):
+    return real(self, x, 0.1 * radius)
+
+  monkeypatch.setattr(certifiers.Certifier, 'region', too_small)
+  fewer = {'x': X[:20], 'labels': labels()[:20]}  # of another shape, or nothing is traced again
+  check = check_13(evaluate(check_examples=20, **fewer))
+  assert check.verdict == 'fail' and len(check.values['examples']) > 5
 
 
 class Unknown(nn.Module):
