@@ -42,7 +42,7 @@ def claim(task: str, outcome: Evaluation) -> dict[str, Any]:
 def _certified(certificate: Certificate | None) -> dict[str, Any]:
   if certificate is None:
     return {}
-  return {'certified': {'method': certificate.method.name, **curve(certificate.curve)}}
+  return {'certified': {'method': str(certificate.method), **curve(certificate.curve)}}
 
 
 def curve(accuracy: AdversarialAccuracy) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def as_text(result: dict[str, Any], attacked: str = 'probe') -> str:
     lines.append(f'{radius:6.3f}  {accuracy:.3f} [{low:.3f}, {high:.3f}]')
   if 'certified' in result:
     values = ' '.join(f'{value:.3f}' for value in result['certified']['accuracy'])
-    lines.append(f'certified, {result["certified"]["method"]}: {values}')
+    lines.append(f'certified ({result["certified"]["method"]}): {values}')
   if 'joint' in result:
     values = ' '.join(f'{value:.3f}' for value in result['joint']['accuracy'])
     lines.append(f'{" and ".join(result["joint"]["tasks"])} together (checks: not run): {values}')

@@ -47,6 +47,9 @@ class Method:
     if self.slope_steps < 0:
       raise ValueError(f'slope_steps must be >= 0, got {self.slope_steps}')
 
+  def __str__(self) -> str:
+    return f'{self.name}, {self.slope_steps} slope steps' if self.slope_steps else self.name
+
 
 CROWN = Method()
 

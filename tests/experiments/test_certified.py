@@ -83,7 +83,7 @@ def test_every_file_of_a_probe_has_the_certificates(workdir, result):
   assert [[float(row['certified_low']), float(row['certified_high'])] for row in rows] == certified[
     'interval'
   ]
-  line = 'certified, crown: ' + ' '.join(f'{value:.3f}' for value in certified['accuracy'])
+  line = 'certified (crown): ' + ' '.join(f'{value:.3f}' for value in certified['accuracy'])
   assert line in probe_results.as_text(result).splitlines()
 
 
@@ -138,7 +138,7 @@ def test_the_method_has_the_slope_steps(config):
   model = make_vae((4, 4, 1), latent_dim=2)
   change = {'certify': True, 'certify_slope_steps': 3}
   method = probe._method(dataclasses.replace(config, **change), model)
-  assert method == certification.Method('crown', 3)
+  assert method == certification.Method('crown', 3) and str(method) == 'crown, 3 slope steps'
   assert probe._method(config, model) is None
 
 
