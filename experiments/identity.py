@@ -39,7 +39,10 @@ def finished(path: Path, attack: dict[str, Any]) -> dict[str, Any] | None:
 
 def digest(attack: dict[str, Any]) -> str:
   """Returns a short digest of the settings of an attack."""
-  return hashlib.sha256(json.dumps(_settings(attack)).encode()).hexdigest()[:8]
+  settings = _settings(attack)
+  for name in _OF_CERTIFICATES:  # which do not change what an attack finds
+    settings.pop(name, None)
+  return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
 
 
 def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -304,6 +304,9 @@ def _train(
       state = progress.state
   except training.NotFiniteError as error:
     processes.on_first(recorder.record_not_finite, error)
+    if config.train.selection != 'pgd':  # the bounds of a whole ball overflow easily
+      hint = 'use --init_from and --ramp, or a smaller --certified_radius'
+      error.args = (f'{error}; with --selection={config.train.selection}, {hint}',)
     raise
   return processes.on_first(recorder.finish, state.params) or {}
 
@@ -377,7 +380,9 @@ def _check_same_settings(saved: records.Run, config: PretrainConfig) -> None:
   """
   stored, now = settings_of_model(saved['config']), flags.absolute(flags.to_dict(config))
   changed = [name for name, value in stored.items() if value != now[name]]
-  longer = config.train.schedule == 'constant' and config.train.num_steps > stored['num_steps']
+  # A cosine and a ramp depend on the number of steps from the first step on.
+  is_free = config.train.schedule == 'constant' and not config.train.ramp
+  longer = is_free and config.train.num_steps > stored['num_steps']
   if longer:
     changed.remove('num_steps')
   if 'init_from' in changed and _is_source(config.init_from, saved.get('source')):

@@ -11,7 +11,7 @@ then only reads the run. With --attack=worst_case the files are named `probe_TAS
 the accuracy below. --joint adds the curve of one attack on all tasks together, and --moves the
 largest latent shift, with `_moves.csv`. With --strict the exit code is 1 if a check fails. An
 interrupted attack continues when the same command is given again. A finished one is not repeated
-until its JSON file is removed.
+until its JSON file is removed. Certificates begin again.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ Objective: TypeAlias = str | Callable[..., Any]
 _SMOOTH = ('se', 'se_avae')
 _FOR = {
   'coupling': _SMOOTH,
+  'ramp': ('avae', 'contrastive', *_SMOOTH),
   'selection': ('se',),
   'kl_weight': ('vae', 'tc_vae'),
   'encoder_noise': ('vae',),
@@ -247,7 +248,8 @@ class TrainConfig:
   )
   certified_radius: float | None = setting(
     None,
-    'Radius of the ball of selection interval or linear, if it is not that of PGD, radius.',
+    'Radius of the ball of selection interval or linear, if it is not that of PGD, radius; at '
+    'most 1 for linf.',
     at_least=0,
     traced=True,
   )
@@ -332,11 +334,15 @@ class TrainConfig:
 
   def __post_init__(self) -> None:
     validate(self)
-    if self.norm == 'linf' and self.radius > 1.0:
-      raise ArgumentError('radius', f"must be <= 1 for norm 'linf'; got {self.radius}")
+    for name in ('radius', 'certified_radius'):
+      if self.norm == 'linf' and (getattr(self, name) or 0.0) > 1.0:
+        raise ArgumentError(name, f"must be <= 1 for norm 'linf'; got {getattr(self, name)}")
     selects = self.objective in _SMOOTH or callable(self.objective)
     if self.warm_start and not (selects and self.radius > 0.0):
       raise ArgumentError('warm_start', "needs objective 'se' or 'se_avae', and a radius > 0")
+    attacks = self.selection == 'pgd' or min(self.certified_weight, self.certified_share) < 1.0
+    if self.warm_start and not attacks:
+      raise ArgumentError('warm_start', 'needs a certified_weight or certified_share below 1')
     defaults = {field.name: field.default for field in dataclasses.fields(self)}
     for name in ('certified_weight', 'certified_radius', 'certified_share'):
       if self.selection == 'pgd' and getattr(self, name) != defaults[name]:
@@ -344,5 +350,6 @@ class TrainConfig:
     if self.norm == 'l2' and self.certified_share != 1.0:
       raise ArgumentError('certified_share', "needs norm 'linf'")
     for name, objectives in _FOR.items():
-      if self.objective not in objectives and getattr(self, name) != defaults[name]:
+      is_for = self.objective in objectives or (name == 'ramp' and callable(self.objective))
+      if not is_for and getattr(self, name) != defaults[name]:
         raise ArgumentError(name, f'needs objective {" or ".join(map(repr, objectives))}')

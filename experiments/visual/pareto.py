@@ -63,7 +63,7 @@ def save(file: BinaryIO, points: Sequence[Point], title: str, caption: str) -> N
   }
   axes = figure.subplots(1, 2, sharey=True)
   for axis, (name, shown) in zip(axes, panels.items(), strict=True):
-    _draw(axis, *zip(*shown, strict=True))
+    _draw(axis, [point for point, _ in shown], [value for _, value in shown])
     axis.set_xlabel(name)
     axis.grid(alpha=0.3)
   axes[0].set_ylabel(title)
@@ -108,7 +108,11 @@ def _label(axis: Any, shown: Sequence[tuple[Point, float]]) -> None:
     for side, right, up in _PLACES:
       text.set(ha=side, position=(right, up))
       box = text.get_window_extent()
-      inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 and box.y1 < axis.bbox.y1
+      inside = all(axis.bbox.contains(*corner) for corner in (box.min, box.max))
       if inside and not any(box.overlaps(other) for other in taken):
         break
+    else:
+      side, right, up = _PLACES[0]
+      text.set(ha=side, position=(right, up))
+      box = text.get_window_extent()
     taken.append(box)

@@ -35,7 +35,7 @@ _METRICS = {
   'log_prior_b': ("Log-prior of z'", 'nats'),
   'transport_cost': ('Entropic transport cost', 'nats'),
   'normalized_elbo': ('Normalised SE-ELBO', 'nats'),
-  'certified_elbo': ('SE-ELBO of the worst encoding within bounds', 'nats'),
+  'certified_elbo': ('SE-ELBO of the worst encoding within the bounds', 'nats'),
   'consistency_kl': ('Divergence of the encoding of what was decoded', 'nats'),
   'mutual_information': ('Mutual information of image and latents', 'nats'),
   'total_correlation': ('Total correlation of the latents', 'nats'),

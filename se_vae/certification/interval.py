@@ -76,5 +76,5 @@ def _around(layer: Affine, x: jax.Array, half: jax.Array, box: Box) -> Box:
   outputs += row(layer.bias, outputs)
   # One sum here, the same in the network, and the few operations around them.
   slack = rounding.gamma(2 * layer.fans[0] + 16, outputs.dtype) * (magnitude(layer, box) + half)
-  slack = jax.lax.stop_gradient(slack)  # training on bounds need not pay for one
+  slack = jax.lax.stop_gradient(slack)  # see `rounding`
   return Box(outputs - (half + slack), outputs + (half + slack))

@@ -71,7 +71,7 @@ def num_coefficients(layers: Layers, in_shape: tuple[int, ...]) -> int:
     shapes.append(layer.out_shape(shapes[-1]))
   sizes = [math.prod(shape) for shape in shapes]
   bounded = [
-    2 * sizes[i] * max(sizes[: i - 1])
+    2 * sizes[i] * max(sizes[: i + 1])
     for i, layer in enumerate(layers)
     if isinstance(layer, ReLU) and _num_affine(layers[:i]) > 1
   ]

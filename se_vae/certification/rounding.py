@@ -14,6 +14,9 @@ So a bound holds for the exact network and for every such evaluation of it. This
 products are not computed in a narrower type than their factors (as TF32 and bfloat16 are), and that
 convolutions are sums of products (Winograd and Fourier forms are not).
 
+Gradients leave out how the slack of interval bounds depends on the weights: it is tiny, and its
+gradient would cost as much as that of a bound.
+
 Two conventions keep the other modules short. `gamma` is 12% larger than in the theorem, because
 the sums of absolute values are rounded too, each by at most 5.3%, and one is at most inside
 another. And `FLOOR` is added to the factors of these sums: this covers underflow, of at most 2^-126

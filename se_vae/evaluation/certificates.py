@@ -232,8 +232,6 @@ def _margin_is_positive(
   """Returns a function of examples `[M]` and a radius for each: whether each is certified there."""
   x = _checked(x, radii, certifier)
   labels = _checked_labels(labels, x, probe)
-  # Whatever the number of examples left, batches have one shape, so this compiles once.
-  certifier = dataclasses.replace(certifier, batch_size=min(certifier.batch_size, len(x)))
   constants = encoder_of(model, params), probe
 
   def margins(*operands: Any) -> jax.Array:
@@ -242,7 +240,9 @@ def _margin_is_positive(
     return found
 
   def is_certified(rows: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    return np.asarray(certifier.map(margins, constants, (x[rows], labels[rows], radius))) > 0.0
+    # Whatever the number of examples left, batches have one shape, so this compiles once.
+    arrays = x[rows], labels[rows], radius
+    return np.asarray(certifier.map(margins, constants, arrays, count=len(x))) > 0.0
 
   return is_certified
 

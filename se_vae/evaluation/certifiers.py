@@ -50,10 +50,15 @@ class Certifier:
     """Returns the ball of each image `[B, ...]` with its radius `[B]`."""
     return certification.ball(x, radius, norm=self.norm, bounds=self.bounds)
 
-  def map(self, function: Callable[..., Any], constants: Any, arrays: Any) -> Any:
-    """Returns `function(self, constants, batch)` for all rows of host arrays, as NumPy arrays."""
+  def map(
+    self, function: Callable[..., Any], constants: Any, arrays: Any, *, count: int | None = None
+  ) -> Any:
+    """Returns `function(self, constants, batch)` for all rows of host arrays, as NumPy arrays.
+
+    A batch is at most as large as `count`, which is the number of rows if it is not given.
+    """
     mesh = sharding.data_mesh() if self.mesh is None else self.mesh
-    count = len(jax.tree.leaves(arrays)[0])
+    count = len(jax.tree.leaves(arrays)[0]) if count is None else count
     function = functools.partial(function, self, sharding.replicate(mesh, constants))
     return sharding.map_batches(mesh, function, arrays, min(self.batch_size, count))
 

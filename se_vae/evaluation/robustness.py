@@ -211,6 +211,8 @@ def evaluate(
     raise ArgumentError('check_examples', f'must be >= 0, got {check_examples}')
   if attack not in SUITES:
     raise ArgumentError('attack', f'must be one of {", ".join(SUITES)}, got {attack!r}')
+  if not isinstance(certify, bool | Method):
+    raise ArgumentError('certify', f'must be True, False or a Method, got {certify!r}')
   certifier = None
   if certify:
     method, shape = certify if isinstance(certify, Method) else None, np.shape(x)[1:]

@@ -1,7 +1,7 @@
 """The SE-ELBO at its smallest over a box of encodings: a bound that no x' can undercut.
 
-For factorised Gaussians the terms of the SE-ELBO that depend on q_b are a sum over latents, and
-each summand is a function of that latent's mean plus one of its log-variance. The function of the
+For factorised Gaussians, what q_b subtracts from the SE-ELBO is a sum over latents, and each
+summand is a function of that latent's mean plus one of its log-variance. The function of the
 mean is a convex parabola. With u = sqrt(1 + 4 gamma^2 S_a S_b) and the prior's weight p, which is 1
 for the paper's coupling and 1 / (1 + rho) for the balanced one, the derivative in log S_b is
 

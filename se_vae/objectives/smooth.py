@@ -113,7 +113,7 @@ def se_elbo(
 
 
 def log_prior(q: Gaussian, gamma: jax.typing.ArrayLike, coupling: str = 'paper') -> jax.Array:
-  """Returns what one of the two latents adds to E log psi(z_a, z_b), beside the coupling.
+  """Returns the part of E log psi(z_a, z_b) that depends on one of the two latents alone.
 
   With the paper's coupling it is E log p(z) (Eq. 2). With the balanced one,
 

@@ -3,7 +3,7 @@
 The selection of `training.selection` finds one x' of the ball, and shows how far an encoding can
 move at least. Bounds of all encodings of the ball show how far it can move at most. With the worst
 encoding within them in the place of q(z | x'), the SE-ELBO is a lower bound of what it is for any
-x' of the ball. Training on it makes the bounds smaller: unlike a selected x', the worst encoding
+x' of the ball. Training on it makes the bounds tighter: unlike a selected x', the worst encoding
 has a gradient, that of the bounds in the encoder's parameters.
 """
 
@@ -21,11 +21,8 @@ from se_vae.gaussians import DiagonalGaussian, Gaussian
 from se_vae.models import layer_lists
 from se_vae.models.vae import VAE, Params
 
-# How the means are bounded. Linear bounds of the log-variances too would double the cost of a step.
-_METHODS = {
-  'interval': certification.Method('ibp'),
-  'linear': certification.Method('crown_ibp'),
-}
+# Larger bounds of a log-variance, as at the beginning of a run, would make its variance overflow.
+_LARGEST_LOG_VAR = 20.0
 
 
 def region(config: TrainConfig, x: jax.Array, x_adv: jax.Array) -> certification.Region:
@@ -55,6 +52,8 @@ def worst_encoding(
 ) -> DiagonalGaussian:
   """Returns what `objectives.worst_encoding` returns for bounds of the encodings of each ball.
 
+  Bounds of log-variances above 20 count as 20, so that training can begin where they are huge.
+
   Args:
     model: the model, with an encoder that `models.layer_lists` knows.
     config: the settings; `selection` names the bounds.
@@ -69,10 +68,18 @@ def worst_encoding(
   encoder = layer_lists.encoder_of(model, params)
   assert isinstance(q_a, DiagonalGaussian)  # `encoder_of` refuses others
   images = region(config, x, x_adv)
-  log_vars = (*encoder.trunk, encoder.log_var)
-  boxes = (
-    certification.output_box(encoder.means(), images, _METHODS[config.selection]),
-    certification.output_box(log_vars, images, _METHODS['interval']),
+  box = certification.latent_box(encoder, images, certification.Method('ibp'))
+  mean, log_var = box.mean, box.log_var
+  if config.selection == 'linear':
+    # Linear bounds of the log-variances too would double the cost of a step.
+    mean = certification.output_box(encoder.means(), images, certification.Method('crown_ibp'))
+  return objectives.worst_encoding(
+    q_a,
+    (mean.lower, mean.upper),
+    (
+      jnp.minimum(log_var.lower, _LARGEST_LOG_VAR),
+      jnp.minimum(log_var.upper, _LARGEST_LOG_VAR),
+    ),
+    gamma=config.gamma,
+    coupling=config.coupling,
   )
-  ends = ((box.lower, box.upper) for box in boxes)
-  return objectives.worst_encoding(q_a, *ends, gamma=config.gamma, coupling=config.coupling)

@@ -90,6 +90,11 @@ def test_an_honest_certificate_passes_check_13():
   assert check.figure == 'holds for all; 0.9167 of the examples are certified beyond radius 0'
 
 
+def test_a_method_is_no_name():
+  with pytest.raises(ArgumentError, match="certify: must be True, False or a Method, got 'ibp'"):
+    evaluate(certify='ibp')
+
+
 def test_check_13_is_skipped_where_nothing_is_certified():
   result = evaluate(certify=False, check_examples=COUNT)
   assert result.certificate is None and 'certified_by' not in result.config

@@ -118,6 +118,14 @@ def test_a_result_from_before_there_were_certificates_still_stands(workdir, resu
   place.unlink()
 
 
+def test_an_attack_goes_on_from_its_state_whether_it_is_certified_or_not(result):
+  attack = {'config': dict(result['config'])}
+  plain = {'config': attack['config'] | {'certify': False, 'certify_method': None}}
+  assert attack['config']['certify'] and identity.digest(attack) == identity.digest(plain)
+  other = {'config': attack['config'] | {'seed': 7}}
+  assert identity.digest(other) != identity.digest(attack)
+
+
 def test_what_cannot_be_certified_is_refused_before_anything_is_fitted(config, monkeypatch):
   def refused(*_):
     raise TypeError('cannot certify Mine')

@@ -59,6 +59,8 @@ def test_an_objective_that_does_not_train_the_decoder_has_no_elbo(tmp_path):
   with (tmp_path / 'out' / 'compare.csv').open() as file:
     first, _ = csv.DictReader(file)
   assert (first['encoder'], first['elbo'], first['active_latents']) == ('contrastive', '-', '7.0')
+  with (tmp_path / 'alone.png').open('wb') as file:  # where no encoder has an ELBO
+    pareto.save(file, [pareto.Point('a', 0.9, np.nan, 0.5, 0.5, 0.5)], 'accuracy', '')
 
 
 def test_no_point_of_the_front_is_beaten():
@@ -86,6 +88,7 @@ def test_names_of_close_points_do_not_cover_each_other():
   boxes = [text.get_window_extent() for text in axis.texts]
   assert [text.get_text() for text in axis.texts] == [point.name for point in points]
   assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+  assert all(axis.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,18 @@ def test_values_outside_their_limits_are_named(change, message):
   assert flags.name_flags(error.value) == f'--{message}'
 
 
+def test_more_steps_need_a_constant_rate_and_no_ramp():
+  def longer(**train):
+    before = flags.from_dict(pretrain.PretrainConfig, {'num_steps': 10, 'objective': 'se', **train})
+    now = dataclasses.replace(before, train=dataclasses.replace(before.train, num_steps=20))
+    pretrain._check_same_settings({'config': flags.to_dict(before)}, now)
+
+  longer(schedule='constant')
+  for train in ({'schedule': 'cosine'}, {'schedule': 'constant', 'ramp': 0.5}):
+    with pytest.raises(ArgumentError, match='num_steps was 10, now 20'):
+      longer(**train)
+
+
 def test_directories_that_are_recorded_are_absolute(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('HOME', '/home/of/test')

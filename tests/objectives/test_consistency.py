@@ -109,6 +109,18 @@ def test_se_avae_is_the_se_elbo_less_the_divergence(family, coupling):
     np.testing.assert_array_equal(getattr(terms, name), getattr(smooth, name))
 
 
+def test_a_large_log_likelihood_leaves_the_consistency_its_digits():
+  p, p_cycle = (oracles.random_diagonal_moments(np.random.default_rng(i), 2) for i in range(2))
+  q, q_cycle = (
+    DiagonalGaussian(*(np.float32(v[None]) for v in (m.mean, np.log(np.diag(m.cov)))))
+    for m in (p, p_cycle)
+  )
+  x = jnp.ones((1, 784), jnp.float32)
+  terms = objectives.avae_elbo(x, 0.0 * x, q, q_cycle, gamma=5.0, obs_var=1e-5)
+  assert abs(terms.log_likelihood[0]) > 1e7
+  np.testing.assert_allclose(terms.consistency_kl[0], least_divergence(p, p_cycle, 5.0), rtol=1e-5)
+
+
 def test_shapes_that_do_not_fit_are_refused():
   q = DiagonalGaussian(jnp.zeros((2, 3)), jnp.zeros((2, 3)))
   x, other = jnp.zeros((2, 5)), DiagonalGaussian(jnp.zeros((1, 3)), jnp.zeros((1, 3)))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from se_vae import attacks, evaluation, training
+from se_vae.certification import Method
 from se_vae.config import ArgumentError
 from se_vae.training import certified, losses, selection
 from se_vae.training.step import at_step
@@ -98,6 +99,19 @@ def test_radius_zero_is_the_bound_of_the_image_itself():
   np.testing.assert_allclose(terms['elbo'], plain['elbo'], rtol=1e-4)
 
 
+def test_huge_bounds_leave_the_objective_and_its_gradient_finite():
+  """At the beginning of a run, those of the log-variances would overflow as variances."""
+  params = jax.tree.map(lambda leaf: 30.0 * leaf, drawn(tiny()))
+  box = evaluation.latent_box(
+    tiny(), params, np.asarray(X), radius=0.05, certifier=evaluation.Certifier(method=Method('ibp'))
+  )
+  assert box.log_var.upper.max() > 100.0
+  (value, _), gradient = jax.value_and_grad(training.loss, argnums=2, has_aux=True)(
+    tiny(), INTERVAL, params, KEY, X
+  )
+  assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
 def test_there_is_an_attack_only_where_its_bound_has_a_weight():
   model, params = tiny(), drawn(tiny())
 
@@ -176,6 +190,9 @@ def test_a_step_of_the_ramp_is_a_step_with_its_gamma_and_radius():
     ),
     ({'selection': 'box'}, 'selection: must be one of pgd, interval, linear'),
     ({'ramp': 1.5}, 'ramp: must be <= 1'),
+    ({'ramp': 0.5, 'objective': 'vae'}, 'ramp: needs objective'),
+    ({'selection': 'interval', 'certified_radius': 7.0}, 'certified_radius: must be <= 1 for norm'),
+    ({'selection': 'interval', 'warm_start': True}, 'warm_start: needs a certified_weight'),
   ],
 )
 def test_wrong_settings_are_refused(change, message):
