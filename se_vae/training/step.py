@@ -53,8 +53,8 @@ def at_step(config: TrainConfig, step: jax.Array, dtype: Any = jnp.float32) -> T
 
   Example:
     >>> config = at_step(TrainConfig(gamma=10.0, ramp=0.5, num_steps=100), jnp.array(9))
-    >>> print(config.gamma, config.radius)
-    2.0 0.04
+    >>> print(f'{config.gamma:.3f} {config.radius:.3f}')
+    2.000 0.040
 
   Args:
     config: the settings of the run.
