@@ -38,6 +38,10 @@ _CHECKPOINTS: dict[str, tuple[int, str]] = {
     10000,
     '84897e4381c8f37a4fa0641e2284b6772fe7d36610a3745047d73eec10759dfd',
   ),
+  'mnist_convnet_se_certified_latent128': (
+    6000,
+    'a3bf82fba6dbb1a16b168526fff8c511846e0b07193fdf7da6b7c364c2d5e94f',
+  ),
   'color_mnist_mlp_vae_latent128': (
     20000,
     'bb539939c3bfd5866c38f82f54061754129fb17a5ab75324785c146157e1101c',
