@@ -20,6 +20,8 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 os.environ |= dict.fromkeys(('HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9')
 os.environ['NO_PROXY'] = 'localhost,127.0.0.1'
 
+collect_ignore = ['tools/auto_lirpa.py']  # a script of PyTorch, which need not be there
+
 os.environ['POT_BACKEND_DISABLE_PYTORCH'] = '1'  # or POT, an oracle, would load it
 
 
