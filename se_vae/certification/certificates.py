@@ -1,4 +1,4 @@
-"""What a network's outputs can be over a whole region: boxes, margins, certified radii.
+"""What a network's outputs can be over a whole region: boxes and margins.
 
 Everything here is batched, and a function of layers and arrays. Each result is a bound in floating
 point: see `rounding` for what is counted.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -203,36 +202,6 @@ def box_margins(box: Box, probe: Dense, labels: jax.Array) -> jax.Array:
   """
   # Of one linear layer all methods give the same bounds, and this one computes them once.
   return margins((probe,), Region(box), labels, Method('ibp'))
-
-
-def certified_radius(
-  is_certified: Callable[[jax.Array], jax.Array], most: jax.Array, *, num_steps: int = 10
-) -> jax.Array:
-  """Returns for each example the largest radius found at which it is certified, by bisection.
-
-  Example:
-    >>> print(certified_radius(lambda radius: radius < 0.3, jnp.ones(1), num_steps=3))
-    [0.25]
-
-  Args:
-    is_certified: maps radii `[B]` to whether each example is certified at its own.
-    most: the largest radius, `[B]`.
-    num_steps: halvings; the result is within most / 2^num_steps of where bisection ends.
-
-  Returns:
-    `[B]`, each at most `most`; each has been certified itself, or is -1 where not even radius 0 is.
-  """
-  zero = jnp.zeros_like(most)
-
-  def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    certified, other = ends
-    middle = 0.5 * (certified + other)
-    passed = is_certified(middle)
-    return jnp.where(passed, middle, certified), jnp.where(passed, other, middle)
-
-  start = jnp.where(is_certified(most), most, zero)
-  certified, _ = jax.lax.fori_loop(0, num_steps, halve, (start, most))
-  return jnp.where(is_certified(zero), certified, -1.0)
 
 
 def _known(layers: Layers, region: Region, method: Method) -> list[Box]:

@@ -1,6 +1,6 @@
 """Bounds of random networks by auto_LiRPA, for `tests/certification/test_auto_lirpa.py`.
 
-  python -m venv /tmp/lirpa && /tmp/lirpa/bin/pip install 'numpy<2' torch 'onnx<1.17' appdirs
+  python -m venv /tmp/lirpa && /tmp/lirpa/bin/pip install 'numpy<2' torch 'onnx<1.17' appdirs tqdm
   /tmp/lirpa/bin/pip install --no-deps auto_LiRPA==0.3
   /tmp/lirpa/bin/python tests/tools/auto_lirpa.py tests/certification/auto_lirpa.npz
 
