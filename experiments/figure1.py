@@ -21,8 +21,9 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pretrain, probe, probe_settings
+from experiments import pretrain, probe_settings
 from experiments.cli import app, devices, flags, messages, signals, workdirs
+from experiments.scheduling import jobs, placement
 from se_vae.config import setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -50,6 +51,9 @@ class Figure1Config:
   num_examples: int | None = setting(None, 'Test images to attack.', at_least=1)
   radii: tuple[float, ...] | None = setting(
     None, 'linf radii of the attack.', at_least=0, at_most=1
+  )
+  placement: placement.PlacementConfig = dataclasses.field(
+    default_factory=placement.PlacementConfig
   )
 
 
@@ -157,18 +161,17 @@ class Piece:
 
   Attributes:
     identity: names the encoder in figure1.json: encoders, objective, latent_dim and seed.
-    pretraining: the settings of its training.
-    probes: the settings of its probes and of the attacks on them.
+    job: its training, and the attacks on its probes.
   """
 
   identity: dict[str, Any]
-  pretraining: pretrain.PretrainConfig
-  probes: tuple[probe_settings.ProbeConfig, ...]
+  job: jobs.Job
 
 
 def main() -> None:
   """Entry point."""
   config = flags.from_flags(Figure1Config)
+  placement.use_cpu_alone_beside_slots(config.placement)
   devices.use_all_cores(pretrain.PretrainConfig().batch_size)
   with signals.StopSignal().listening() as stop:
     run(config, stop)
@@ -179,31 +182,28 @@ def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
 
   Raises:
     ArgumentError: for wrong settings, before anything is compiled or written.
-    Interrupted: when `stop` has a signal, after a checkpoint.
+    Interrupted: when `stop` has a signal, after a checkpoint of every run.
+    ChildProcessError: if pieces failed, after all others. There is no figure then.
   """
   validate(config)
   workdir = workdirs.check_workdir(config.workdir, workdirs.FIGURE1)
   pieces = list(_pieces(config, _with_overrides(config), workdir))
   for piece in pieces:
-    dataset = pretrain.prepare(piece.pretraining)
-    for attack in piece.probes:
-      probe.check_fits(attack, dataset)
+    piece.job.check()
   with workdirs.lock(workdir, 'figure1.*') as check_place:
     started = time.monotonic()
-    results = []
-    for number, piece in enumerate(pieces, start=1):
-      name = f'[{number}/{len(pieces)}] {piece.identity["encoders"]} {piece.identity["objective"]}'
-      check_place()  # raises if the directory has vanished, which the piece would make anew
-      encoder = pretrain.run(piece.pretraining, stop, name)
-      for attack in piece.probes:
-        result = probe.run(attack, stop, f'{name}, attack on {attack.task}')
-        checks = plots.checks_summary(result)
-        results.append(
-          {**piece.identity, 'held_out': encoder['test'], **result, 'checks_summary': checks}
-        )
+    outcomes: dict[str, jobs.Outcome] = {}
 
+    def report(job: jobs.Job, outcome: jobs.Outcome) -> None:
+      check_place()  # raises if the directory has vanished, which the next piece would make anew
+      outcomes[job.name] = outcome
+
+    # Those that take longest start first, so that the slots end at about the same time.
+    order = sorted(pieces, key=lambda piece: (piece.identity['seed'], piece.identity['objective']))
+    placement.run_all([piece.job for piece in order], config.placement, workdir, stop, report)
+    results = list(_results(pieces, outcomes))
     panels = [(panel, curves_of(panel, results)) for panel in PANELS]
-    optimizer = _optimizer_text([piece.pretraining for piece in pieces])
+    optimizer = _optimizer_text([piece.job.pretraining for piece in pieces])
     with atomic_files.replacing(workdir / 'figure1.png') as file:
       plots.save(file, [(panel.title, curves) for panel, curves in panels])
     workdirs.write_csv(workdir / 'figure1.csv', _table(results))
@@ -213,7 +213,7 @@ def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
       'panels': [dataclasses.asdict(panel) for panel in PANELS],
       'results': results,
       'versions': devices.versions(),
-      'devices': devices.device_kinds(),
+      'devices': sorted({kind for result in results for kind in result['devices']}),
     }
     workdirs.write_json(workdir / 'figure1.json', content)
     text = f'Adversarial accuracy against l-inf radius\n\n{_markdown(panels)}\n\n{optimizer}\n'
@@ -222,6 +222,20 @@ def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
   print(f'\n{text}\n{workdir}/figure1.png, .json, .csv and .md, after {minutes:.1f} minutes')
   print(plots.checks_summary(*results))
   return content
+
+
+def _results(pieces: list[Piece], outcomes: dict[str, jobs.Outcome]) -> Iterator[dict[str, Any]]:
+  """The result of every attack, with the encoder that it is of, in the order of the pieces."""
+  for piece in pieces:
+    outcome = outcomes[piece.job.name]
+    assert outcome.encoder is not None
+    for result in outcome.attacked:
+      yield {
+        **piece.identity,
+        'held_out': outcome.encoder['test'],
+        **result,
+        'checks_summary': plots.checks_summary(result),
+      }
 
 
 def _with_overrides(config: Figure1Config) -> Preset:
@@ -266,15 +280,14 @@ def _pieces(config: Figure1Config, preset: Preset, workdir: Path) -> Iterator[Pi
           **varied,
           **encoders.overrides,
         }
-        yield Piece(
-          {'encoders': encoders.name, **varied},
-          flags.from_dict(pretrain.PretrainConfig, settings),
-          tuple(
-            probe_settings.ProbeConfig(**places, task=panel.task, seed=seed, **preset.attack)
-            for panel in PANELS
-            if panel.encoders == encoders.name
-          ),
+        attacks = tuple(
+          probe_settings.ProbeConfig(**places, task=panel.task, seed=seed, **preset.attack)
+          for panel in PANELS
+          if panel.encoders == encoders.name
         )
+        name = f'{encoders.name} {objective}, latent size {latent_dim}, seed {seed}'
+        pretraining = flags.from_dict(pretrain.PretrainConfig, settings)
+        yield Piece({'encoders': encoders.name, **varied}, jobs.Job(name, pretraining, attacks))
 
 
 def curves_of(panel: Panel, results: list[dict[str, Any]]) -> list[plots.Curve]:

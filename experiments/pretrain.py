@@ -246,6 +246,11 @@ def run(
     return _train(config, dataset, recorder, stop, description)
 
 
+def finished(config: PretrainConfig) -> dict[str, Any] | None:
+  """Returns the result's JSON if the run has come to its end; None otherwise."""
+  return recording.Recorder(config.workdir).result(config.train.num_steps)
+
+
 def _train(
   config: PretrainConfig,
   dataset: data.Dataset,

@@ -43,7 +43,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae.storage import model_store, pretrained
 
 # One probe at a time writes to a directory, whether or not the encoder is being trained there.
-_LOCK = '.probe.lock'
+LOCK = '.probe.lock'
 
 # Seconds to wait for a batch of an attack after a signal. A batch can take minutes, and is lost
 # unless the whole attempt is finished: the log of finished attempts is on disk.
@@ -89,9 +89,9 @@ def prepare(config: ProbeConfig) -> Prepared:
   validate(config)
   argument, run = _encoder(config)
   if config.output and (config.workdir or config.pretrained):
-    output = workdirs.check_workdir(config.output, argument='output', lock_name=_LOCK)
+    output = workdirs.check_workdir(config.output, argument='output', lock_name=LOCK)
   else:
-    output = workdirs.check_workdir(config.workdir, lock_name=_LOCK)
+    output = workdirs.check_workdir(config.workdir, lock_name=LOCK)
   model, params, metadata, checkpoint = _load(argument, run)
   dataset = _load_dataset(config, metadata, output)
   check_fits(config, dataset)
@@ -205,7 +205,7 @@ def run(
   stop.patience = _PATIENCE
   stem = prepared.output / probe_settings.file_stem(config)
   attacked = _attacked(config, prepared)
-  with workdirs.lock(prepared.output, *probe_results.PATTERNS, name=_LOCK):
+  with workdirs.lock(prepared.output, *probe_results.PATTERNS, name=LOCK):
     if (finished := identity.finished(stem.with_suffix('.json'), attacked)) is not None:
       return finished
     means = train_means(prepared, prepared.model, prepared.params)
@@ -265,6 +265,17 @@ def run(
     probe_results.write(stem, result, outcome, probe, prepared.images, prepared.labels, reconstruct)
     state.unlink()
   return result
+
+
+def finished(config: ProbeConfig) -> dict[str, Any] | None:
+  """Returns the result's JSON if this attack was done before; None otherwise.
+
+  Raises:
+    ArgumentError: for settings that are wrong.
+  """
+  prepared = prepare(config)
+  path = prepared.output / f'{probe_settings.file_stem(config)}.json'
+  return identity.finished(path, _attacked(config, prepared))
 
 
 def _attacked(config: ProbeConfig, prepared: Prepared) -> dict[str, Any]:

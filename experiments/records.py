@@ -148,6 +148,7 @@ class Variant(TypedDict):
 class Sweep(TypedDict):
   """sweep.json."""
 
+  config: NotRequired[dict[str, Any]]
   results: list[Variant]
 
 

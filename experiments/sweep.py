@@ -10,22 +10,23 @@ summary of its sanity checks. Finished variants are not repeated.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from etils import epy
 
-from experiments import pretrain, probe, probe_settings, records
+from experiments import pretrain, probe_settings, records
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
-from se_vae.config import setting, validate
+from experiments.scheduling import jobs, placement
+from se_vae.config import ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
@@ -50,6 +51,12 @@ class SweepConfig:
     None, "Settings of pretrain and their values: 'gamma=0.3,1,3 seed=0,1' makes six variants."
   )
   probe: str = setting('', "Flags of probe, for every variant: '--attack=worst_case --restarts=3'.")
+  shard: str | None = setting(
+    None, "Do the variants i, i + n, ... alone: 'i/n', with i from 0, for a job array."
+  )
+  placement: placement.PlacementConfig = dataclasses.field(
+    default_factory=placement.PlacementConfig
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +65,18 @@ class Variant:
 
   Attributes:
     varied: the settings that vary, with this encoder's values.
-    pretraining: all settings of its training.
-    attack: the settings of its probe and of the attack on it.
+    job: its training and the attack on it.
   """
 
   varied: dict[str, Any]
-  pretraining: pretrain.PretrainConfig
-  attack: probe_settings.ProbeConfig
+  job: jobs.Job
 
 
 def main() -> None:
   """Entry point."""
   config = flags.from_flags(SweepConfig)
   base = flags.from_flags(pretrain.PretrainConfig)
+  placement.use_cpu_alone_beside_slots(config.placement)
   devices.use_all_cores(base.batch_size, base.num_devices)
   with signals.StopSignal().listening() as stop:
     run(config, base, stop)
@@ -81,56 +87,113 @@ def run(
 ) -> dict[str, Any]:
   """Runs every variant that is not finished, and writes the tables; returns the JSON's content.
 
+  Several processes, on one host or on many, may run the same sweep: each takes the variants that
+  no other one works on, and all write the same tables.
+
   Raises:
     ArgumentError: for wrong settings, before anything is compiled or written.
-    Interrupted: when `stop` has a signal, after a checkpoint.
+    Interrupted: when `stop` has a signal, after a checkpoint of every run.
+    ChildProcessError: if variants failed, after all others.
   """
   validate(config)
-  workdir = workdirs.check_workdir(base.workdir, workdirs.SWEEP)
+  workdir = workdirs.check_directory('workdir', base.workdir)
+  workdirs.check_owner('workdir', workdir, workdirs.SWEEP)
   variants = list(variants_of(config, base, workdir))
+  mine = [each.job for each in _shard(variants, config.shard)]
   for each in variants:
-    dataset = pretrain.prepare(each.pretraining)
-    with flags.errors_begin_with('--probe'):
-      probe.check_fits(each.attack, dataset, each.pretraining.model)
-  with workdirs.lock(workdir, 'sweep.*') as check_place:
-    content: dict[str, Any] = {
-      'config': {'sweep': flags.to_dict(config), 'pretraining': flags.to_dict(base)},
+    each.job.check(attacks_flag='--probe')
+  tables = _Tables(config, base, workdir, variants)
+  try:
+    placement.run_all(mine, config.placement, workdir, stop, tables.add)
+  except ChildProcessError:
+    tables.finish()
+    raise
+  return tables.finish()
+
+
+class _Tables:
+  """The files of the sweep as a whole, which several processes may write in turns."""
+
+  def __init__(
+    self,
+    config: SweepConfig,
+    base: pretrain.PretrainConfig,
+    workdir: Path,
+    variants: list[Variant],
+  ) -> None:
+    self._variants = {each.job.name: each for each in variants}
+    self._workdir = workdir
+    self._content: dict[str, Any] = {
+      'config': {
+        'sweep': {'vary': config.vary, 'probe': config.probe},
+        'pretraining': flags.to_dict(base),
+      },
       'versions': devices.versions(),
-      'devices': devices.device_kinds(),
     }
-    path = workdir / 'sweep.json'
-    before = workdirs.read_json(path, records.Sweep)
-    known = before['results'] if before is not None else []
-    seconds = {str(result['varied']): result['seconds'] for result in known}
-    results: list[dict[str, Any]] = []
-    for number, each in enumerate(variants, start=1):
-      name = f'[{number}/{len(variants)}] {_label(each.varied)}'
-      check_place()  # raises if the directory has vanished, which the variant would make anew
-      started, fresh = time.monotonic(), not Path(str(each.pretraining.workdir)).exists()
-      encoder = pretrain.run(each.pretraining, stop, name)
-      attacked = probe.run(each.attack, stop, f'{name}, attack on {each.attack.task}')
-      if fresh:
-        seconds[str(each.varied)] = time.monotonic() - started
-      results.append(
-        {
-          'varied': each.varied,
-          'objective': each.pretraining.train.objective,
-          'held_out': encoder['test'],
-          'seconds': seconds.get(str(each.varied)),  # None for a variant that was interrupted
-          **attacked,
-          'checks_summary': plots.checks_summary(attacked),
-        }
-      )
-      workdirs.write_json(path, {**content, 'results': results})
+    self._results: dict[str, dict[str, Any]] = {}
+
+  def add(self, job: jobs.Job, outcome: jobs.Outcome) -> None:
+    """Puts a variant that is finished into sweep.json, beside those of other processes."""
+    if outcome.encoder is None:
+      return
+    (attacked,) = outcome.attacked
+    each = self._variants[job.name]
+    self._results[job.name] = {
+      'varied': each.varied,
+      'objective': each.job.pretraining.train.objective,
+      'held_out': outcome.encoder['test'],
+      'seconds': outcome.seconds,
+      **attacked,
+      'checks_summary': plots.checks_summary(attacked),
+    }
+    with self._lock():
+      self._write(keep_others=True)
+
+  def finish(self) -> dict[str, Any]:
+    """Writes all tables, with every variant that is finished, whoever did it."""
+    for name, each in self._variants.items():
+      if name not in self._results and (outcome := each.job.finished()) is not None:
+        self.add(each.job, outcome)
+    with self._lock():
+      content = self._write(keep_others=False)
+      if self._results:
+        self._write_tables(content['results'])
+    missing = len(self._variants) - len(self._results)
+    if missing:
+      print(f'{missing} of {len(self._variants)} variants are not finished, and not in the tables')
+    return content
+
+  def _lock(self) -> contextlib.AbstractContextManager[Any]:
+    return workdirs.lock(self._workdir, 'sweep.*', wait=True)
+
+  def _write(self, *, keep_others: bool) -> dict[str, Any]:
+    """Writes sweep.json, and returns its content; `keep_others` keeps variants of the file too."""
+    path = self._workdir / 'sweep.json'
+    before = workdirs.read_json(path, records.Sweep) or {'results': []}
+    known = {str(result['varied']): result for result in before['results']}
+    results = []
+    for name, each in self._variants.items():
+      old, own = known.get(str(each.varied)), self._results.get(name)
+      if own is not None:
+        # Who did a variant all at once knows how long that takes, and wrote it into the file.
+        seconds = own['seconds'] or (old and old['seconds'])
+        results.append({**own, 'seconds': seconds})
+      elif old is not None and keep_others and before.get('config') == self._content['config']:
+        results.append(dict(old))
+    kinds = sorted({kind for result in results for kind in result['devices']})
+    content = {**self._content, 'devices': kinds, 'results': results}
+    workdirs.write_json(path, content)
+    return content
+
+  def _write_tables(self, results: list[dict[str, Any]]) -> None:
     groups = list(_over_seeds(results))
-    with atomic_files.replacing(workdir / 'sweep.png') as file:
+    with atomic_files.replacing(self._workdir / 'sweep.png') as file:
       plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve in groups])])
-    workdirs.write_csv(workdir / 'sweep.csv', _table(groups, with_intervals=True))
+    workdirs.write_csv(self._workdir / 'sweep.csv', _table(groups, with_intervals=True))
     header, *rows = (map(_cell, row) for row in _table(groups, with_intervals=False))
     text = f'{_CAPTION}\n\n{messages.markdown_table(header, rows)}'
-    atomic_files.write(workdir / 'sweep.md', f'{text}\n'.encode())
+    atomic_files.write(self._workdir / 'sweep.md', f'{text}\n'.encode())
     print(f'{text}\n{plots.checks_summary(*results)}')
-    return {**content, 'results': results}
 
 
 def variants_of(
@@ -154,7 +217,19 @@ def variants_of(
       'data_dir': base.data.data_dir,
       'cache_dir': cache_dir,
     }
-    yield Variant(own, pretraining, dataclasses.replace(attack, **places))
+    job = jobs.Job(_label(own), pretraining, (dataclasses.replace(attack, **places),))
+    yield Variant(own, job)
+
+
+def _shard(variants: list[Variant], shard: str | None) -> list[Variant]:
+  """The variants of a shard 'i/n'; all of them if it is None."""
+  if shard is None:
+    return variants
+  found = re.fullmatch(r'(\d{1,6})/(\d{1,6})', shard, re.ASCII)
+  index, count = (int(number) for number in found.groups()) if found else (0, 0)
+  if not index < count:
+    raise ArgumentError('shard', f"must be 'i/n' with 0 <= i < n, got {shard!r}")
+  return variants[index::count]
 
 
 def directory_name(varied: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise UsageError(f'unexpected argument {argv[1]!r}; settings are given as --flag=value')
-    _use_compilation_cache(flags.from_flags(RuntimeConfig).compilation_cache_dir)
+    use_compilation_cache(flags.from_flags(RuntimeConfig).compilation_cache_dir)
     main()
     sys.stdout.flush()  # a full disk is told in a line as well
   except ArgumentError as error:
@@ -120,8 +120,10 @@ def _fail(code: int, message: str) -> NoReturn:
   sys.exit(code)
 
 
-def _use_compilation_cache(directory: str | None) -> None:
+def use_compilation_cache(directory: str | None) -> None:
   """Keeps every compiled program in `directory`, however small, and looks for it there first.
+
+  Nothing is kept if it is None.
 
   XLA compiles for the very CPU that it runs on, so a directory is for one host. JAX warns of every
   program that it cannot read or write; the first warning is shown.

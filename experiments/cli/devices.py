@@ -22,6 +22,9 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae.models import vae
   from se_vae.parallel import sharding
 
+# The number of cores that a process counts on, if it may not use all. XLA reads it too.
+CORES_VARIABLE = 'NPROC'
+
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scikit-learn', 'se_vae')
 
 
@@ -49,6 +52,9 @@ def use_all_cores(batch_size: int, num_devices: int | None = None) -> None:
 
 def num_cores() -> int:
   """How many cores this process may use."""
+  reserved = os.environ.get(CORES_VARIABLE, '')
+  if reserved.isdecimal() and int(reserved):
+    return int(reserved)
   affinity = getattr(os, 'sched_getaffinity', None)
   return len(affinity(0)) if affinity else os.cpu_count() or 1
 

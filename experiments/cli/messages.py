@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -11,8 +11,13 @@ from tqdm import tqdm
 _TERMINAL = '{l_bar}{bar}| {n_fmt}/{total_fmt}{times}{postfix}'
 _LINE = '{desc}: {n_fmt}/{total_fmt}{times}{postfix}'
 
+# Told of the progress of every bar, as (text, done, total), in a process that works for another.
+observer: Callable[[str, int, int], None] | None = None
 
-def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 'step') -> Any:
+
+def progress_bar(
+  total: int, description: str, *, initial: int = 0, unit: str = 'step', position: int | None = None
+) -> Any:
   """Returns a progress bar for a terminal, or one that writes a line every 15 s to a log file.
 
   Args:
@@ -20,6 +25,7 @@ def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 
     description: what the bar is called.
     initial: how many units are done already.
     unit: the name of a unit.
+    position: the line of the terminal, from 0, for one of several bars, which vanishes at the end.
   """
   terminal = sys.stderr.isatty()
   return _Bar(
@@ -32,6 +38,8 @@ def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 
     bar_format=_TERMINAL if terminal else _LINE,
     mininterval=0.2 if terminal else 15.0,
     smoothing=0.1,
+    position=position,
+    leave=position is None,
   )
 
 
@@ -45,6 +53,13 @@ class _Bar(tqdm):
     """The values that the format of the bar names."""
     values: dict[str, Any] = super().format_dict
     return {**values, 'times': _times(**values)}
+
+  def update(self, n: float | None = 1) -> bool | None:
+    """Adds to the progress, and tells the observer."""
+    shown: bool | None = super().update(n)
+    if observer is not None:
+      observer(self.desc, int(self.n), int(self.total))
+    return shown
 
   def display(self, *args: Any, **kwargs: Any) -> None:
     """Shows the bar unless it has shown this progress already, as tqdm does again at the end."""
@@ -75,6 +90,11 @@ class _Lines:
 
   def flush(self) -> None:
     sys.stderr.flush()
+
+
+def write_line(text: str) -> None:
+  """Prints a line to standard error, above the bars that are there."""
+  tqdm.write(text, file=sys.stderr)
 
 
 def warn(message: str) -> None:

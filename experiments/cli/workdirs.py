@@ -20,6 +20,15 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 Content = TypeVar('Content')
 
+
+class InUseError(ArgumentError):
+  """Another process works in a directory. `owner` says which, such as 'process 7 on host'."""
+
+  def __init__(self, argument: str, directory: Path, owner: str) -> None:
+    super().__init__(argument, f'{directory} is in use by {owner}')
+    self.owner = owner
+
+
 LOCK = '.lock'
 
 PRETRAIN = 'experiments.pretrain'
@@ -104,7 +113,9 @@ def _owner(directory: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def lock(workdir: Path, *patterns: str, name: str = LOCK) -> Iterator[Callable[[], None]]:
+def lock(
+  workdir: Path, *patterns: str, name: str = LOCK, wait: bool = False
+) -> Iterator[Callable[[], None]]:
   """Makes the directory if need be, and keeps every other process with this lock out of it.
 
   Args:
@@ -112,6 +123,7 @@ def lock(workdir: Path, *patterns: str, name: str = LOCK) -> Iterator[Callable[[
     *patterns: the names of the files that only the owner of the lock writes. Half-written ones
       that killed processes left are removed.
     name: the name of the lock.
+    wait: whether to wait for another process; for locks that are held briefly.
 
   Yields:
     A function that raises FileNotFoundError once the directory has vanished, even if another one
@@ -124,7 +136,7 @@ def lock(workdir: Path, *patterns: str, name: str = LOCK) -> Iterator[Callable[[
   path = workdir / name
   with contextlib.ExitStack() as held:
     with _in_use_errors(workdir):
-      file = held.enter_context(locks.hold(path))
+      file = held.enter_context(locks.hold(path, wait=wait))
     atomic_files.remove_leftovers(workdir, *patterns)
 
     def check_place() -> None:
@@ -139,7 +151,7 @@ def _in_use_errors(workdir: Path, argument: str = 'workdir') -> Iterator[None]:
   try:
     yield
   except locks.InUseError as owner:
-    raise ArgumentError(argument, f'{workdir} is in use by {owner}') from None
+    raise InUseError(argument, workdir, str(owner)) from None
 
 
 def read_json(

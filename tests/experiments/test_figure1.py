@@ -55,7 +55,7 @@ def tiny(monkeypatch) -> figure1.Preset:
 
 
 def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
-  settings = figure1.Figure1Config(workdir=str(tmp_path))
+  settings = figure1.Figure1Config(placement=ALONE, workdir=str(tmp_path))
   first = figure1.run(settings, signals.StopSignal())
   with Image.open(tmp_path / 'figure1.png') as picture:
     assert picture.width > 1000
@@ -88,7 +88,7 @@ def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
   before = contents(tmp_path)
   shutil.copytree(tmp_path, tmp_path / 'moved')
   monkeypatch.chdir(tmp_path)
-  moved = figure1.run(figure1.Figure1Config(workdir='moved'), signals.StopSignal())
+  moved = figure1.run(figure1.Figure1Config(placement=ALONE, workdir='moved'), signals.StopSignal())
   for here, there in zip(moved['results'], first['results'], strict=True):
     config = here['config'] | {'workdir': there['config']['workdir']}
     assert here | {'config': config} == there
@@ -99,7 +99,7 @@ def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
   ((_, checkpoint),) = checkpoints.steps(directory / 'checkpoints')
   checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
   with pytest.raises(checkpoints.CheckpointError, match=f'{directory}.*remove this directory'):
-    figure1.run(figure1.Figure1Config(workdir='moved'), signals.StopSignal())
+    figure1.run(figure1.Figure1Config(placement=ALONE, workdir='moved'), signals.StopSignal())
 
   page = report.run(report.ReportConfig(workdir=str(tmp_path))).read_text()
   for number in ('(a)', '(b)', '(c)', '(d)', '6 runs side by side', 'finished: 20 steps'):
@@ -107,7 +107,7 @@ def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
 
 
 def pieces_of(workdir: Path, preset: str, **options) -> list[figure1.Piece]:
-  settings = figure1.Figure1Config(workdir=str(workdir), preset=preset, **options)
+  settings = figure1.Figure1Config(placement=ALONE, workdir=str(workdir), preset=preset, **options)
   return list(figure1._pieces(settings, figure1._with_overrides(settings), workdir))
 
 

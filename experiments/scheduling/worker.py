@@ -1,0 +1,62 @@
+"""The process of one run in a slot. `experiments.scheduling.processes` starts it.
+
+It reads the job from standard input, and ends, as for SIGTERM, when its parent closes that: so no
+run outlives the binary that it belongs to. Standard output has a line of JSON for each news: the
+progress, and the outcome at the end. Whatever else is printed goes to standard error, the log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from absl import logging
+
+from experiments.cli import app, devices, messages, signals
+from experiments.scheduling import jobs
+
+
+def main() -> None:
+  """Does the job that standard input holds."""
+  news = os.fdopen(os.dup(1), 'w', buffering=1)
+  os.dup2(2, 1)
+  lock = threading.Lock()  # bars of several threads
+
+  def tell(**values: Any) -> None:
+    with lock:
+      print(json.dumps(values), file=news)
+
+  order = json.loads(sys.stdin.buffer.readline())
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  logging.set_verbosity(logging.WARNING)
+  messages.observer = lambda text, done, total: tell(progress=[text, done, total])
+  if order['cores']:
+    os.sched_setaffinity(0, order['cores'])
+  job = jobs.Job.from_json(order['job'])
+  app.use_compilation_cache(order['compilation_cache_dir'])
+  pretraining = job.pretraining
+  devices.use_all_cores(pretraining.batch_size, pretraining.num_devices)
+  try:
+    with signals.StopSignal().listening() as stop:
+      outcome = jobs.attempt(job, stop)
+  except signals.Interrupted as interrupted:
+    print(f'{interrupted}: saved', file=sys.stderr)
+    sys.exit(128 + interrupted.signum)
+  if outcome.error is not None:
+    print(f'error: {outcome.error}', file=sys.stderr)
+  tell(outcome=dataclasses.asdict(outcome))
+
+
+def _end_with_parent() -> None:
+  while os.read(0, 4096):
+    pass
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == '__main__':
+  main()
