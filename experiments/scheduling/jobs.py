@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import platform
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -129,6 +130,11 @@ class Outcome:
   error: str | None = None
   again: bool = False
   user: str | None = None
+
+
+def compiled_programs(workdir: Path) -> Path:
+  """Where the jobs of a directory keep this host's compiled programs until all are finished."""
+  return workdir.absolute() / 'compiled' / platform.node()
 
 
 # What takes the outcome of a job.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import platform
 import shutil
 import sys
 import time
@@ -19,9 +18,6 @@ from se_vae.config import setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
-
-# The compiled programs of this host, in the directory of all runs, until these are finished.
-_COMPILED = 'compiled'
 
 # Seconds between two looks at a directory in which another process works.
 _LOOK_EVERY = 2.0
@@ -97,6 +93,10 @@ def run_all(
     ray_cluster.run(left, config.ray_address, resources, config.retries, workdir, stop, note)
   elif left:
     _run_here(left, config, workdir, stop, note)
+  compiled = jobs.compiled_programs(workdir)
+  shutil.rmtree(compiled, ignore_errors=True)
+  with contextlib.suppress(OSError):  # other hosts have theirs there
+    compiled.parent.rmdir()
   if failed:
     print(jobs.failure_text(failed), file=sys.stderr)
     raise ChildProcessError(f'{len(failed)} of {len(every)} runs failed; the others are finished')
@@ -122,12 +122,8 @@ def _run_here(
       report(job, _attempt_here(job, f'[{number}/{len(left)}]', config.retries, stop))
     return
   chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-  cache_dir = Path(chosen or workdir.absolute() / _COMPILED / platform.node())
+  cache_dir = jobs.compiled_programs(workdir) if chosen is None else Path(chosen)
   processes.run(left, own, config.retries, cache_dir, stop, report)
-  if chosen is None:
-    shutil.rmtree(cache_dir, ignore_errors=True)
-    with contextlib.suppress(OSError):  # other hosts still use theirs
-      cache_dir.parent.rmdir()
 
 
 def _attempt_here(

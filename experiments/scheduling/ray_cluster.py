@@ -11,6 +11,7 @@ import dataclasses
 import logging as std_logging
 import os
 import platform
+import signal
 import socket
 import sys
 import threading
@@ -25,7 +26,15 @@ from etils import epy
 
 from experiments.cli import app, devices, signals
 from experiments.scheduling.display import Display
-from experiments.scheduling.jobs import LOG, Job, Outcome, Report, attempt, ending
+from experiments.scheduling.jobs import (
+  LOG,
+  Job,
+  Outcome,
+  Report,
+  attempt,
+  compiled_programs,
+  ending,
+)
 from se_vae.config import ArgumentError
 
 with epy.lazy_imports():  # Ray is an extra, and is imported for --ray_address alone
@@ -33,7 +42,7 @@ with epy.lazy_imports():  # Ray is an extra, and is imported for --ray_address a
   from ray.util import scheduling_strategies
 
 # Seconds in which a cluster, and each of its nodes, has to answer.
-_ANSWER = 10.0
+_ANSWER = 8.0
 _NODE_ANSWER = 60.0
 # Seconds in which tasks that are told to stop save their work.
 _SAVE = 60.0
@@ -99,7 +108,8 @@ def _run_tasks(
   report: Report,
   display: Display,
 ) -> None:
-  task = ray.remote(_work).options(**_options(resources), max_retries=retries, max_calls=1)
+  # One call a process: JAX is started with the cores or the GPU of one run.
+  task = ray.remote(max_calls=1, max_retries=retries, **_options(resources))(_work)
 
   def start(job: Job) -> Any:
     return task.options(name=job.name).remote(_absolute(job).to_json(), resources['cpu'])
@@ -135,7 +145,7 @@ def _work(order: dict[str, Any], num_cores: float) -> dict[str, Any]:
   logging.set_verbosity(logging.WARNING)
   job = Job.from_json(order)
   job.workdir.mkdir(parents=True, exist_ok=True)
-  app.use_compilation_cache(str(job.workdir.parent / 'compiled' / platform.node()))
+  app.use_compilation_cache(str(compiled_programs(job.workdir.parent)))
   devices.use_all_cores(job.pretraining.batch_size, job.pretraining.num_devices)
   with (job.workdir / LOG).open('a', buffering=1) as log, _copied_to(log):
     print(f'{job.name} on {platform.node()}, process {os.getpid()}', file=sys.stderr)
@@ -216,12 +226,21 @@ def _connected(address: str) -> Iterator[None]:
   patience = threading.Timer(_ANSWER, _give_up, [address])
   patience.daemon = True
   patience.start()
+  handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
   try:
     ray.init(address, logging_level=std_logging.WARNING)
   except (ConnectionError, RuntimeError, ValueError) as error:
-    raise ArgumentError('ray_address', f'{address}: {_first_line(error)}') from None
+    if address == 'auto':
+      message = (
+        'no Ray cluster runs on this machine; start one with `ray start --head`, or name one'
+      )
+    else:
+      message = f'{address}: {_first_line(error)}'
+    raise ArgumentError('ray_address', message) from None
   finally:
     patience.cancel()
+    for number, handler in handlers.items():  # Ray has put its own in their place
+      signal.signal(number, handler)
   try:
     yield
   finally:
@@ -258,10 +277,11 @@ def _check_nodes(workdir: Path, resources: dict[str, float], jobs: Sequence[Job]
   folders = sorted({str(job.pretraining.data.data_dir) for job in jobs} - {'None'})
   token = uuid.uuid4().hex
   mark = workdir.absolute() / f'.shared_{token}'
+  workdir.mkdir(parents=True, exist_ok=True)
   mark.write_text(token)
   try:
     looks = {
-      node['NodeManagerHostname']: ray.remote(_look)
+      node['NodeManagerHostname']: ray.remote(look)
       .options(
         num_cpus=0,
         scheduling_strategy=scheduling_strategies.NodeAffinitySchedulingStrategy(
@@ -277,12 +297,12 @@ def _check_nodes(workdir: Path, resources: dict[str, float], jobs: Sequence[Job]
       except ray.exceptions.RayError as error:
         lines = str(error).strip().splitlines()
         raise ArgumentError('ray_address', f'node {host} cannot run a task: {lines[-1]}') from None
-      _check_look(host, seen, token, workdir)
+      check_node(host, seen, token, workdir)
   finally:
     mark.unlink()
 
 
-def _check_look(host: str, seen: dict[str, Any], token: str, workdir: Path) -> None:
+def check_node(host: str, seen: dict[str, Any], token: str, workdir: Path) -> None:
   """Raises ArgumentError if a node does not see what this process sees."""
   if seen['token'] != token:
     raise ArgumentError(
@@ -300,7 +320,7 @@ def _check_look(host: str, seen: dict[str, Any], token: str, workdir: Path) -> N
     raise ArgumentError('ray_address', f'node {host} has other versions: {values}')
 
 
-def _look(mark: str, folders: list[str]) -> dict[str, Any]:
+def look(mark: str, folders: list[str]) -> dict[str, Any]:
   """What a node sees of the storage and of the packages."""
   path = Path(mark)
   return {

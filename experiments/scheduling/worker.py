@@ -7,6 +7,7 @@ progress, and the outcome at the end. Whatever else is printed goes to standard 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,13 +24,14 @@ from experiments.scheduling import jobs
 
 def main() -> None:
   """Does the job that standard input holds."""
-  news = os.fdopen(os.dup(1), 'w', buffering=1)
+  news = os.dup(1)
   os.dup2(2, 1)
-  lock = threading.Lock()  # bars of several threads
 
   def tell(**values: Any) -> None:
-    with lock:
-      print(json.dumps(values), file=news)
+    with contextlib.suppress(BrokenPipeError):  # the parent has died, and this process ends soon
+      line = f'{json.dumps(values)}\n'.encode()
+      while line:
+        line = line[os.write(news, line) :]
 
   order = json.loads(sys.stdin.buffer.readline())
   threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -25,6 +25,7 @@ from se_vae import certification, make_vae
 from se_vae.config import ArgumentError, ModelConfig
 from se_vae.evaluation import certifiers
 from se_vae.storage import json_files
+from tests.experiments.scheduled import ALONE
 from tests.experiments.test_report import RADII, render, shown, write_probe, write_run
 from tests.experiments.test_report_charts import drawn, points_of, scales
 
@@ -156,7 +157,7 @@ def test_what_cannot_be_certified_is_refused_before_training(tmp_path, binary):
   settings = {'workdir': str(tmp_path), 'model': model}
   with pytest.raises(ArgumentError, match=r'--probe: --certify: cannot certify .* covariance'):
     if binary == 'sweep':
-      config = sweep.SweepConfig(vary='seed=0', probe='--certify')
+      config = sweep.SweepConfig(vary='seed=0', probe='--certify', placement=ALONE)
       base = dataclasses.replace(pretrain.PretrainConfig(), **settings)
       sweep.run(config, base, signals.StopSignal())
     else:

@@ -23,6 +23,7 @@ from experiments import figure1, pretrain, probe, probe_settings
 from experiments.cli import flags, signals, workdirs
 from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
+from tests.experiments.scheduled import ALONE
 from tests.experiments.test_app import exit_code
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -162,7 +163,7 @@ def test_probe_and_figure1_have_locks_too_and_a_run_in_training_may_be_probed(tm
     probe.run(probe_settings.ProbeConfig(workdir=str(tmp_path)), stop)
   with workdirs.lock(tmp_path):
     with pytest.raises(ArgumentError, match=owner):
-      figure1.run(figure1.Figure1Config(workdir=str(tmp_path)), stop)
+      figure1.run(figure1.Figure1Config(placement=ALONE, workdir=str(tmp_path)), stop)
     with pytest.raises(ArgumentError, match='holds no pretrained encoder'):
       probe.run(probe_settings.ProbeConfig(workdir=str(tmp_path)), stop)
 

@@ -19,6 +19,7 @@ from experiments.visual import plots
 from se_vae import training
 from se_vae.evaluation import verdicts
 from se_vae.storage import checkpoints
+from tests.experiments.scheduled import ALONE
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 

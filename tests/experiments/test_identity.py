@@ -16,6 +16,7 @@ from experiments.cli import flags, provenance, signals, workdirs
 from se_vae import training
 from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
+from tests.experiments.scheduled import ALONE
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -243,10 +244,10 @@ BINARIES = {
   'experiments.pretrain': train,
   'experiments.probe': attack,
   'experiments.figure1': lambda path: figure1.run(
-    figure1.Figure1Config(workdir=str(path)), signals.StopSignal()
+    figure1.Figure1Config(placement=ALONE, workdir=str(path)), signals.StopSignal()
   ),
   'experiments.sweep': lambda path: sweep.run(
-    sweep.SweepConfig(vary='gamma=1'),
+    sweep.SweepConfig(vary='gamma=1', placement=ALONE),
     pretrain.PretrainConfig(workdir=str(path)),
     signals.StopSignal(),
   ),

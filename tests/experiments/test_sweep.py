@@ -17,6 +17,7 @@ from experiments.cli.flags import from_dict, to_dict
 from se_vae import training
 from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
+from tests.experiments.scheduled import ALONE
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -27,7 +28,7 @@ ATTACK = '--radii=0,0.1 --num_examples=20 --pgd_steps=2 --check_examples=0'
 
 
 def config_of(vary: str | None, attack: str = ATTACK) -> sweep.SweepConfig:
-  return sweep.SweepConfig(vary=vary, probe=attack)
+  return sweep.SweepConfig(vary=vary, probe=attack, placement=ALONE)
 
 
 def stopped() -> signals.StopSignal:

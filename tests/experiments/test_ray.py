@@ -1,0 +1,198 @@
+"""A sweep on a Ray cluster: nodes that die, nodes that differ, addresses that do not answer."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.cli import devices
+from experiments.scheduling import jobs, ray_cluster
+from se_vae.config import ArgumentError
+from tests.experiments import scheduled
+
+pytest.importorskip('ray')
+from ray.cluster_utils import Cluster
+
+RUNS = {'seed0', 'seed1', 'seed2'}
+FLAGS = ('--vary=seed=0,1,2', '--num_steps=1500', '--checkpoint_every=100')
+# Ray's own processes leave sockets to the garbage collector, and use what is deprecated.
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
+os.environ['RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO'] = '0'
+
+
+@pytest.fixture(scope='module')
+def cluster():
+  """A head with a core, where the tests run, to which nodes are added."""
+  head = {'num_cpus': 1, 'include_dashboard': False}
+  made = Cluster(initialize_head=True, head_node_args=head)
+  yield made
+  made.shutdown()
+
+
+@pytest.fixture(scope='module')
+def local(tmp_path_factory):
+  """The same runs without Ray, one after the other on a core."""
+  workdir = tmp_path_factory.mktemp('local')
+  code, _, err = scheduled.run(workdir, *FLAGS, '--parallel=1', NPROC='1')
+  assert code == 0, err
+  return workdir
+
+
+def starts(workdir: Path, run: str) -> list[int]:
+  """The steps at which the attempts at a run have started to train."""
+  text = (workdir / run / jobs.LOG).read_text()
+  return [int(step) for step in re.findall(rf'^seed {run[-1]}: (\d+)/1500$', text, re.MULTILINE)]
+
+
+def test_a_node_that_dies_takes_no_run_with_it(cluster, local, tmp_path):
+  node = cluster.add_node(num_cpus=1)
+  process = scheduled.start(tmp_path, *FLAGS, f'--ray_address={cluster.address}')
+  begun = [tmp_path / run / 'checkpoints' for run in ('seed0', 'seed1')]
+  scheduled.wait_until(lambda: all(any(p.glob('*.safetensors')) for p in begun), process)
+  cluster.remove_node(node, allow_graceful=False)
+  code, out, err = scheduled.end(process)
+  assert code == 0, err
+  assert out.endswith('checks: not run\n')
+  scheduled.assert_same_runs(tmp_path, local, RUNS)
+  assert (tmp_path / 'sweep.csv').read_bytes() == (local / 'sweep.csv').read_bytes()
+  # One of the runs was on the node that died, and went on from a checkpoint.
+  begins = [starts(tmp_path, run) for run in sorted(RUNS)]
+  again = [steps for steps in begins if len(steps) > 1]
+  assert all(steps[0] == 0 for steps in begins) and len(again) == 1
+  assert again[0][1] > 0 and again[0][1] % 100 == 0
+  # Ray streams what the runs print.
+  assert '(seed 0 pid=' in err and 'finished in ' in err
+
+
+def test_a_signal_saves_the_tasks_and_the_same_command_goes_on(cluster, local, tmp_path):
+  process = scheduled.start(tmp_path, *FLAGS, f'--ray_address={cluster.address}')
+  begun = tmp_path / 'seed0' / 'checkpoints'
+  scheduled.wait_until(lambda: any(begun.glob('*.safetensors')), process)
+  process.send_signal(signal.SIGTERM)
+  code, _, err = scheduled.end(process)
+  assert code == 128 + signal.SIGTERM
+  assert 'SIGTERM: saved. Run the same command again to go on.' in err
+  # The local machine may go on with what the cluster has begun.
+  code, _, err = scheduled.run(tmp_path, *FLAGS, '--parallel=1', NPROC='1')
+  assert code == 0, err
+  scheduled.assert_same_runs(tmp_path, local, RUNS)
+
+
+@pytest.mark.slow
+def test_forty_runs_while_nodes_come_and_go(cluster, tmp_path):
+  """Nodes are killed and added at random while a sweep of forty short runs goes on."""
+  names = [f'seed{seed}' for seed in range(40)]
+  vary = f'--vary=seed={",".join(map(str, range(40)))}'
+  short = (vary, '--num_steps=600', '--checkpoint_every=50')
+  code, _, err = scheduled.run(tmp_path / 'local', *short, '--parallel=1', NPROC='1')
+  assert code == 0, err
+  rng = random.Random(0)
+  flags = (*short, '--retries=100', f'--ray_address={cluster.address}')
+  process = scheduled.start(tmp_path / 'ray', *flags)
+  drained: list[str] = []
+  reader = threading.Thread(target=lambda: drained.extend(process.stderr))
+  reader.start()
+  nodes, killed = [], 0
+  while process.poll() is None:
+    if nodes and (len(nodes) >= 2 or rng.random() < 0.5):
+      cluster.remove_node(nodes.pop(rng.randrange(len(nodes))), allow_graceful=False)
+      killed += 1
+    else:
+      nodes.append(cluster.add_node(num_cpus=1))
+    time.sleep(rng.uniform(2.0, 15.0))
+  reader.join()
+  for node in nodes:
+    cluster.remove_node(node, allow_graceful=False)
+  assert process.returncode == 0, drained
+  assert killed >= 5
+  scheduled.assert_same_runs(tmp_path / 'ray', tmp_path / 'local', set(names))
+
+
+def refused(tmp_path: Path, *flags: str, **environment: str) -> tuple[str, float]:
+  """The error of a sweep that must be refused before it trains, and the seconds that took."""
+  began = time.monotonic()
+  code, out, err = scheduled.run(tmp_path / 'w', *FLAGS, *flags, **environment)
+  seconds = time.monotonic() - began
+  assert code == 2 and out == '', err
+  assert not list((tmp_path / 'w').glob('seed*'))
+  return err.splitlines()[-1], seconds
+
+
+def test_addresses_that_do_not_answer_are_told_in_a_line(tmp_path):
+  with socket.socket() as closed, socket.socket() as mute:
+    for each in (closed, mute):
+      each.bind(('127.0.0.1', 0))
+    mute.listen()  # it takes connections, and never answers
+    for each, message in ((closed, 'does not answer'), (mute, 'is no Ray cluster that answers')):
+      address = '{}:{}'.format(*each.getsockname())
+      line, seconds = refused(tmp_path, f'--ray_address={address}')
+      assert line.startswith(f'error: --ray_address: {address} {message}')
+      assert seconds < 60.0  # ten on a quiet machine, most of them the start of JAX
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ('--ray_address=head', "--ray_address: must be 'auto' or HOST:PORT, got 'head'"),
+    ('--resources_per_run=gpu', "--resources_per_run: must be like 'cpu=2,gpu=0.5', got 'gpu'"),
+  ],
+)
+def test_wrong_flags_are_told_in_a_line(tmp_path, flags, message):
+  line, _ = refused(tmp_path, *flags.split())
+  assert line == f'error: {message}'
+
+
+def test_what_no_node_has_is_told_in_a_line(cluster, tmp_path):
+  flags = (f'--ray_address={cluster.address}', '--resources_per_run=gpu=1')
+  line, _ = refused(tmp_path, *flags)
+  assert line == 'error: --resources_per_run: no node of the cluster has as much'
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'token': None}, 'workdir: node far does not share /shared/runs; use storage'),
+    ({'token': 'of another sweep'}, 'workdir: node far does not share /shared/runs'),
+    ({'missing': ['/data/mnist']}, 'data_dir: node far has no /data/mnist'),
+    (
+      {'versions': devices.versions() | {'jax': '0.0'}},
+      'ray_address: node far has other versions: jax 0.0 there and ',
+    ),
+    ({'versions': {}}, 'ray_address: node far has other versions: python missing there'),
+  ],
+)
+def test_a_node_that_differs_is_named(changes, message):
+  seen = {'token': 'a', 'missing': [], 'versions': devices.versions()}
+  ray_cluster.check_node('far', seen, 'a', Path('/shared/runs'))
+  with pytest.raises(ArgumentError, match=message):
+    ray_cluster.check_node('far', seen | changes, 'a', Path('/shared/runs'))
+
+
+def test_a_node_looks_at_the_storage(tmp_path):
+  mark = tmp_path / 'mark'
+  mark.write_text('a')
+  seen = ray_cluster.look(str(mark), [str(tmp_path), str(tmp_path / 'no')])
+  assert seen['token'] == 'a' and seen['missing'] == [str(tmp_path / 'no')]
+  assert seen['versions'] == devices.versions()
+  mark.unlink()
+  assert ray_cluster.look(str(mark), [])['token'] is None
+
+
+@pytest.mark.parametrize('text', ['', 'cpu', 'cpu=x', 'cpu=-1', '=1', 'cpu=nan', 'cpu=inf'])
+def test_what_are_no_resources(text):
+  with pytest.raises(ArgumentError, match='resources_per_run: must be like'):
+    ray_cluster.parse_resources(text)
+
+
+def test_a_run_takes_a_core_if_it_does_not_say():
+  assert ray_cluster.parse_resources('gpu=0.5, tpu=1') == {'cpu': 1.0, 'gpu': 0.5, 'tpu': 1.0}

@@ -1,0 +1,273 @@
+"""Many runs side by side: slots, failures, interruptions, and hosts that share a sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from experiments.cli import devices, messages
+from experiments.scheduling import display, jobs, slots
+from se_vae.config import ArgumentError
+from tests.experiments import scheduled
+
+RUNS = {'seed0', 'seed1', 'seed2'}
+SHORT = ('--vary=seed=0,1,2', '--num_steps=60')
+LONG = ('--vary=seed=0,1', '--num_steps=1500', '--checkpoint_every=100')
+
+
+@pytest.fixture
+def four_cores(monkeypatch):
+  monkeypatch.setattr(devices, 'num_cores', lambda: 4)
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {2, 3, 5, 7}, raising=False)
+  monkeypatch.setattr(slots, 'gpus', lambda: [])
+
+
+@pytest.mark.parametrize(
+  ('parallel', 'num_jobs', 'cores_per_run', 'cores'),
+  [
+    ('auto', 9, 1, [(2,), (3,), (5,), (7,)]),
+    ('auto', 3, 1, [(2,), (3,), (5,)]),  # all slots have equally many
+    ('auto', 2, 1, [(2, 3), (5, 7)]),
+    ('auto', 9, 2, [(2, 3), (5, 7)]),
+    ('auto', 9, 8, [(2, 3, 5, 7)]),
+    ('auto', 1, 1, [(2, 3, 5, 7)]),
+    ('1', 9, 1, [(2, 3, 5, 7)]),
+    ('2', 9, 1, [(2, 3), (5, 7)]),
+    ('4', 2, 1, [(2, 3), (5, 7)]),
+  ],
+)
+def test_the_cores_are_shared_evenly(four_cores, parallel, num_jobs, cores_per_run, cores, capsys):
+  found = slots.slots(parallel, num_jobs, cores_per_run)
+  assert [slot.cores for slot in found] == cores
+  assert all(slot.environment() == {'NPROC': str(len(slot.cores))} for slot in found)
+  assert capsys.readouterr().err == ''
+
+
+def test_more_slots_than_cores_share_them_with_a_warning(four_cores, capsys):
+  found = slots.slots('6', 9)
+  assert [slot.cores for slot in found] == [(2,), (3,), (5,), (7,), (2,), (3,)]
+  assert 'warning: --parallel: 6 runs share 4 cores' in capsys.readouterr().err
+
+
+def test_gpus_are_slots_and_several_slots_share_the_memory_of_one(four_cores, monkeypatch):
+  monkeypatch.setattr(slots, 'gpus', lambda: ['0', 'GPU-5c'])
+  first, second = slots.slots('auto', 9)
+  assert (first.cores, second.cores) == ((2, 3), (5, 7))
+  assert first.environment() == {'NPROC': '2', 'CUDA_VISIBLE_DEVICES': '0'}
+  assert second.environment() == {'NPROC': '2', 'CUDA_VISIBLE_DEVICES': 'GPU-5c'}
+  shared = [slot.environment() for slot in slots.slots('3', 9)]
+  assert [each['CUDA_VISIBLE_DEVICES'] for each in shared] == ['0', 'GPU-5c', '0']
+  fractions = [each.get('XLA_PYTHON_CLIENT_MEM_FRACTION') for each in shared]
+  assert fractions == ['0.450', None, '0.450']
+  (only,) = slots.slots('auto', 1)
+  assert only.environment()['CUDA_VISIBLE_DEVICES'] == '0,GPU-5c'
+
+
+def test_gpus_are_those_that_jax_would_use(monkeypatch):
+  class Plugin:
+    name = 'xla_cuda13'
+
+  monkeypatch.setattr(slots.importlib.metadata, 'entry_points', lambda group: [Plugin])
+  assert slots.gpus({'CUDA_VISIBLE_DEVICES': '2,0'}) == ['2', '0']
+  assert (
+    slots.gpus({'CUDA_VISIBLE_DEVICES': ''}) == slots.gpus({'CUDA_VISIBLE_DEVICES': '-1'}) == []
+  )
+  assert slots.gpus({'CUDA_VISIBLE_DEVICES': '2,0', 'JAX_PLATFORMS': 'cpu'}) == []
+  monkeypatch.setattr(slots.importlib.metadata, 'entry_points', lambda group: [])
+  assert slots.gpus({'CUDA_VISIBLE_DEVICES': '2,0'}) == []
+
+
+@pytest.mark.parametrize('parallel', ['', '0', '-1', 'two', '1.5', '1025'])
+def test_what_is_no_number_of_slots(parallel):
+  with pytest.raises(ArgumentError, match='parallel: must be'):
+    slots.parse(parallel)
+
+
+@pytest.fixture(scope='module')
+def one_after_another(tmp_path_factory):
+  """Three runs in one process, with one core."""
+  workdir = tmp_path_factory.mktemp('alone')
+  code, _, err = scheduled.run(workdir, *SHORT, '--parallel=1', NPROC='1')
+  assert code == 0, err
+  return workdir
+
+
+def test_runs_side_by_side_are_those_one_after_another_bit_for_bit(one_after_another, tmp_path):
+  code, out, err = scheduled.run(tmp_path, *SHORT, '--parallel=2')
+  assert code == 0, err
+  scheduled.assert_same_runs(tmp_path, one_after_another, RUNS)
+  assert (tmp_path / 'sweep.csv').read_bytes() == (one_after_another / 'sweep.csv').read_bytes()
+  for number in (1, 2, 3):
+    assert f'[{number}/3] seed ' in err
+  assert err.count('finished in ') == 3 and out.endswith('checks: not run\n')
+  assert not (tmp_path / 'compiled').exists()
+  results = json.loads((tmp_path / 'sweep.json').read_text())['results']
+  assert [result['varied'] for result in results] == [{'seed': 0}, {'seed': 1}, {'seed': 2}]
+  assert all(result['seconds'] > 0.0 and len(result['devices']) == 1 for result in results)
+  for name in RUNS:
+    assert '60/60' in (tmp_path / name / jobs.LOG).read_text()
+
+  logs = [(tmp_path / name / jobs.LOG).read_bytes() for name in sorted(RUNS)]
+  code, _, err = scheduled.run(tmp_path, *SHORT, '--parallel=2')  # nothing is left to do
+  assert code == 0 and err == ''
+  assert [(tmp_path / name / jobs.LOG).read_bytes() for name in sorted(RUNS)] == logs
+  assert json.loads((tmp_path / 'sweep.json').read_text())['results'] == results
+
+
+def test_a_run_that_fails_stops_no_other_and_is_named_with_the_end_of_its_log(tmp_path):
+  flags = ('--vary=learning_rate=1e-3,1e30', '--num_steps=60', '--parallel=2')
+  code, out, err = scheduled.run(tmp_path, *flags)
+  assert code == 1
+  assert 'learning_rate 1e+30: failed: step ' in err and 'is not finite' in err
+  assert f'{tmp_path}/learning_rate1e+30/run.log:' in err
+  assert '    error: step ' in err  # the last line of the log
+  assert err.endswith('error: 1 of 2 runs failed; the others are finished\n')
+  assert 'Traceback' not in err and 'started again' not in err  # it would fail in the same way
+  assert '| 0.001 | 1 |' in out and '1 of 2 variants are not finished' in out
+  (result,) = json.loads((tmp_path / 'sweep.json').read_text())['results']
+  assert result['varied'] == {'learning_rate': 1e-3}
+  # The rest is done when its cause is mended; what is finished stays.
+  before = (tmp_path / 'learning_rate0.001' / jobs.LOG).read_bytes()
+  code, _, err = scheduled.run(tmp_path, '--vary=learning_rate=1e-3,3e-3', *flags[1:])
+  assert code == 0, err
+  assert (tmp_path / 'learning_rate0.001' / jobs.LOG).read_bytes() == before
+
+
+def owner(workdir, run: str) -> int:
+  """The process that trains a run."""
+  _, number, *_ = (workdir / run / '.lock').read_text().split()
+  return int(number)
+
+
+def has_checkpoint(workdir, run: str) -> bool:
+  return any((workdir / run / 'checkpoints').glob('checkpoint_*.safetensors'))
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('undisturbed')
+  code, _, err = scheduled.run(workdir, *LONG, '--parallel=2')
+  assert code == 0, err
+  return workdir
+
+
+def test_a_run_that_is_killed_goes_on_from_its_checkpoint(undisturbed, tmp_path):
+  process = scheduled.start(tmp_path, *LONG, '--parallel=2')
+  scheduled.wait_until(lambda: has_checkpoint(tmp_path, 'seed1'), process)
+  os.kill(owner(tmp_path, 'seed1'), signal.SIGKILL)
+  code, _, err = scheduled.end(process)
+  assert code == 0, err
+  assert 'seed 1: its process was killed (SIGKILL' in err and '(1 of 2 retries)' in err
+  assert 'gone' in (tmp_path / 'seed1' / jobs.LOG).read_text()
+  scheduled.assert_same_runs(tmp_path, undisturbed, {'seed0', 'seed1'})
+
+
+def test_a_run_that_is_killed_without_retries_is_a_failure(tmp_path):
+  process = scheduled.start(tmp_path, *LONG, '--parallel=2', '--retries=0')
+  scheduled.wait_until(lambda: has_checkpoint(tmp_path, 'seed0'), process)
+  os.kill(owner(tmp_path, 'seed0'), signal.SIGKILL)
+  code, _, err = scheduled.end(process)
+  assert code == 1
+  assert 'failed: seed 0: its process was killed (SIGKILL, perhaps because' in err
+  assert 'seed 1: finished' in err
+
+
+@pytest.mark.parametrize(
+  'signum', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_all_runs_and_the_same_command_goes_on(undisturbed, tmp_path, signum):
+  process = scheduled.start(tmp_path, *LONG, '--parallel=2')
+  for run in ('seed0', 'seed1'):
+    scheduled.wait_until(lambda run=run: has_checkpoint(tmp_path, run), process)
+  process.send_signal(signum)
+  code, _, err = scheduled.end(process)
+  assert code == 128 + signum
+  assert 'saving 2 runs' in err
+  assert err.endswith(f'{signum.name}: saved. Run the same command again to go on.\n')
+  for run in ('seed0', 'seed1'):
+    assert (tmp_path / run / jobs.LOG).read_text().endswith('SIGTERM: saved\n')
+  code, _, err = scheduled.run(tmp_path, *LONG, '--parallel=2')
+  assert code == 0, err
+  scheduled.assert_same_runs(tmp_path, undisturbed, {'seed0', 'seed1'})
+
+
+def test_no_run_outlives_its_sweep_and_the_next_one_waits_for_it(undisturbed, tmp_path):
+  process = scheduled.start(tmp_path, *LONG, '--parallel=2')
+  for run in ('seed0', 'seed1'):
+    scheduled.wait_until(lambda run=run: has_checkpoint(tmp_path, run), process)
+  process.kill()
+  scheduled.end(process)
+  code, _, err = scheduled.run(tmp_path, *LONG, '--parallel=2')
+  assert code == 0, err
+  for run in ('seed0', 'seed1'):
+    assert 'SIGTERM: saved\n' in (tmp_path / run / jobs.LOG).read_text()
+  scheduled.assert_same_runs(tmp_path, undisturbed, {'seed0', 'seed1'})
+
+
+def test_processes_that_run_the_same_sweep_share_its_runs(one_after_another, tmp_path):
+  both = [scheduled.start(tmp_path, *SHORT, '--parallel=1', NPROC='1') for _ in range(2)]
+  for code, _, err in map(scheduled.end, both):
+    assert code == 0, err
+  scheduled.assert_same_runs(tmp_path, one_after_another, RUNS)
+  assert (tmp_path / 'sweep.csv').read_bytes() == (one_after_another / 'sweep.csv').read_bytes()
+
+
+def test_the_shards_of_a_job_array_make_one_sweep(one_after_another, tmp_path):
+  for index, finished in ((1, {'seed1'}), (0, RUNS)):
+    flags = (*SHORT, f'--shard={index}/2', '--parallel=1')
+    code, out, err = scheduled.run(tmp_path, *flags, NPROC='1')
+    assert code == 0, err
+    assert {path.name for path in tmp_path.glob('seed*')} == finished
+    assert ('2 of 3 variants are not finished' in out) == (index == 1)
+  scheduled.assert_same_runs(tmp_path, one_after_another, RUNS)
+  assert (tmp_path / 'sweep.csv').read_bytes() == (one_after_another / 'sweep.csv').read_bytes()
+
+
+def test_a_bar_tells_its_observer(monkeypatch):
+  told = []
+  monkeypatch.setattr(messages, 'observer', lambda *news: told.append(news))
+  bar = messages.progress_bar(10, 'a run', initial=2)
+  bar.update(3)
+  bar.close()
+  assert told == [('a run', 5, 10)]
+
+
+class Terminal:
+  """Standard error as a terminal."""
+
+  def __init__(self):
+    self.text = ''
+
+  def write(self, text):
+    self.text += text
+
+  def flush(self):
+    pass
+
+  def isatty(self):
+    return True
+
+
+def test_a_terminal_shows_a_bar_of_each_run_and_one_of_all(monkeypatch):
+  terminal = Terminal()
+  monkeypatch.setattr(sys, 'stderr', terminal)
+  shown = display.Display(3, 2)
+  shown.progress(0, 'seed 0', 0, 100)
+  shown.progress(1, 'seed 1', 40, 100)
+  shown.progress(0, 'seed 0, attack', 1, 2)
+  shown.ended('seed 0: finished')
+  shown.close()
+  for text in ('seed 0:', 'seed 1:', 'seed 0, attack:', 'runs:', '1/3', '[1/3] seed 0: finished\n'):
+    assert text in terminal.text
+
+
+def test_a_log_gets_a_line_for_each_run(capsys):
+  shown = display.Display(2, 2)
+  shown.progress(0, 'seed 0', 1, 100)
+  shown.ended('seed 0: finished in 3 s')
+  shown.close()
+  assert capsys.readouterr().err == '[1/2] seed 0: finished in 3 s\n'
