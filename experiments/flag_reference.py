@@ -5,16 +5,17 @@ python -m experiments.flag_reference
 
 from __future__ import annotations
 
-from experiments import pretrain, probe_settings
+from experiments import pretrain, probe_settings, sweep
 from experiments.cli import distributed, flags
 
 
 def references() -> str:
-  """Returns the tables of `pretrain`, of several processes and of `probe`, with headings."""
+  """Returns the tables of `pretrain`, of several processes, of `probe` and `sweep`, with headings."""
   sections = (
     ('`experiments.pretrain`', pretrain.PretrainConfig),
     ('`experiments.pretrain` in several processes', distributed.Cluster),
     ('`experiments.probe`', probe_settings.ProbeConfig),
+    ('`experiments.sweep`, beside all flags of `pretrain`', sweep.SweepConfig),
   )
   return '\n'.join(
     f'## {title}\n\n{flags.reference(config_type)}\n' for title, config_type in sections

@@ -54,6 +54,11 @@ class SweepConfig:
   shard: str | None = setting(
     None, "Do the variants i, i + n, ... alone: 'i/n', with i from 0, for a job array."
   )
+  vectorize: bool = setting(
+    False,
+    'Train all variants in one program, as populations; --vary may name the seed and numbers that '
+    'a compiled step takes. The attacks follow as without it.',
+  )
   placement: placement.PlacementConfig = dataclasses.field(
     default_factory=placement.PlacementConfig
   )
@@ -104,11 +109,33 @@ def run(
     each.job.check(attacks_flag='--probe')
   tables = _Tables(config, base, workdir, variants)
   try:
+    if config.vectorize:
+      _train_together(mine, config, workdir, stop)
     placement.run_all(mine, config.placement, workdir, stop, tables.add)
   except ChildProcessError:
     tables.finish()
     raise
   return tables.finish()
+
+
+def _train_together(
+  mine: list[jobs.Job], config: SweepConfig, workdir: Path, stop: signals.StopSignal
+) -> None:
+  """Trains all encoders that are not finished as one population.
+
+  A member that fails does not stop the others, and fails again as a run of its own.
+  """
+  members = tuple(job.pretraining for job in mine if pretrain.finished(job.pretraining) is None)
+  if len(members) > 1:
+    name = f'population of {len(members)}'
+    with contextlib.suppress(ChildProcessError):
+      placement.run_all(
+        [jobs.PopulationJob(name, members, workdir)],
+        config.placement,
+        workdir,
+        stop,
+        lambda job, outcome: None,
+      )
 
 
 class _Tables:

@@ -1,13 +1,14 @@
-"""One run of a sweep or a figure: an encoder to train, and the attacks on its probes.
+"""The jobs of a sweep or a figure: encoders to train, and the attacks on their probes.
 
-A job is plain settings, so that it can be sent to another process or host. Its files are in its
-work directory alone, where whoever takes it up goes on from its last checkpoint.
+A job is plain settings, so that it can be sent to another process or host. Its files are in work
+directories, where whoever takes it up goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import platform
 import time
 import traceback
@@ -17,8 +18,8 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pretrain, probe, probe_settings, recording
-from experiments.cli import flags, signals, workdirs
+from experiments import population, pretrain, probe, probe_settings, recording
+from experiments.cli import app, flags, signals, workdirs
 from se_vae.config import ArgumentError
 
 with epy.lazy_imports():
@@ -50,22 +51,23 @@ class Job:
     """The directory of all files of this job."""
     return Path(str(self.pretraining.workdir))
 
+  @property
+  def batch_size(self) -> int:
+    """Examples a step."""
+    return self.pretraining.batch_size
+
   def to_json(self) -> dict[str, Any]:
-    """The job as JSON values."""
+    """The job as JSON values, for `from_json`."""
     return {
       'name': self.name,
       'pretraining': flags.to_dict(self.pretraining),
       'attacks': [flags.to_dict(attack) for attack in self.attacks],
     }
 
-  @classmethod
-  def from_json(cls, values: dict[str, Any]) -> Job:
-    """Inverts `to_json`."""
-    return cls(
-      values['name'],
-      flags.from_dict(pretrain.PretrainConfig, values['pretraining']),
-      tuple(flags.from_dict(probe_settings.ProbeConfig, attack) for attack in values['attacks']),
-    )
+  def with_absolute_paths(self) -> Job:
+    """The job for a process that starts in another directory."""
+    attacks = tuple(_with_absolute_path(attack) for attack in self.attacks)
+    return Job(self.name, _with_absolute_path(self.pretraining), attacks)
 
   def check(self, attacks_flag: str | None = None) -> None:
     """Checks all settings. Compiles and writes nothing.
@@ -91,12 +93,7 @@ class Job:
 
   def user(self) -> str | None:
     """Who works in the directory, such as 'process 7 on host'; None if nobody does."""
-    try:
-      for name in _LOCKS:
-        locks.check_free(self.workdir / name)
-    except locks.InUseError as owner:
-      return str(owner)
-    return None
+    return _user([self.workdir])
 
   def finished(self) -> Outcome | None:
     """The results, if the encoder and all attacks are finished; None otherwise."""
@@ -109,6 +106,98 @@ class Job:
       return None
     found = [result for result in attacked if result is not None]
     return Outcome(encoder, found) if len(found) == len(attacked) else None
+
+  def do(self, stop: signals.StopSignal) -> Outcome:
+    """Does what is left.
+
+    Raises:
+      Interrupted: when `stop` says so, after a checkpoint.
+      Exception: whatever training and attacks raise.
+    """
+    started, fresh = time.monotonic(), not (self.workdir / recording.CONFIG).exists()
+    encoder = pretrain.run(self.pretraining, stop, self.name)
+    attacked = [
+      probe.run(attack, stop, f'{self.name}, attack on {attack.task}') for attack in self.attacks
+    ]
+    return Outcome(encoder, attacked, time.monotonic() - started if fresh else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class PopulationJob:
+  """Encoders that one program trains together, for jobs of their own that attack them later.
+
+  Attributes:
+    name: what the user knows it by.
+    members: the settings of each training.
+    workdir: the directory of all of them.
+  """
+
+  name: str
+  members: tuple[pretrain.PretrainConfig, ...]
+  workdir: Path
+
+  @property
+  def pretraining(self) -> pretrain.PretrainConfig:
+    """The settings of the first member."""
+    return self.members[0]
+
+  @property
+  def batch_size(self) -> int:
+    """Examples a step, of all members."""
+    return self.pretraining.batch_size * len(self.members)
+
+  def to_json(self) -> dict[str, Any]:
+    """The job as JSON values, for `from_json`."""
+    members = [flags.to_dict(member) for member in self.members]
+    return {'name': self.name, 'members': members, 'workdir': str(self.workdir)}
+
+  def with_absolute_paths(self) -> PopulationJob:
+    """The job for a process that starts in another directory."""
+    members = tuple(_with_absolute_path(member) for member in self.members)
+    return PopulationJob(self.name, members, self.workdir.absolute())
+
+  def user(self) -> str | None:
+    """Who works in one of the directories; None if nobody does."""
+    return _user([Path(str(member.workdir)) for member in self.members])
+
+  def finished(self) -> Outcome | None:
+    """An outcome without results, if all members are trained; None otherwise."""
+    results = [pretrain.finished(member) for member in self.members]
+    return None if None in results else Outcome(encoder={})
+
+  def do(self, stop: signals.StopSignal) -> Outcome:
+    """Does what is left, as `Job.do`."""
+    started = time.monotonic()
+    population.train_population(self.members, stop, self.name)
+    return Outcome(encoder={}, seconds=time.monotonic() - started)
+
+
+AnyJob = Job | PopulationJob
+
+
+def from_json(values: dict[str, Any]) -> AnyJob:
+  """Inverts `to_json`."""
+  if 'members' in values:
+    members = [flags.from_dict(pretrain.PretrainConfig, member) for member in values['members']]
+    return PopulationJob(values['name'], tuple(members), Path(values['workdir']))
+  return Job(
+    values['name'],
+    flags.from_dict(pretrain.PretrainConfig, values['pretraining']),
+    tuple(flags.from_dict(probe_settings.ProbeConfig, attack) for attack in values['attacks']),
+  )
+
+
+def _with_absolute_path(config: Any) -> Any:
+  return dataclasses.replace(config, workdir=str(Path(config.workdir).absolute()))
+
+
+def _user(directories: Iterable[Path]) -> str | None:
+  try:
+    for directory, name in itertools.product(directories, _LOCKS):
+      locks.check_free(directory / name)
+  except locks.InUseError as owner:
+    return str(owner)
+  return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,27 +221,23 @@ class Outcome:
   user: str | None = None
 
 
+# What takes the outcome of a job.
+Report = Callable[[Any, Outcome], None]
+
+
 def compiled_programs(workdir: Path) -> Path:
   """Where the jobs of a directory keep this host's compiled programs until all are finished."""
   return workdir.absolute() / 'compiled' / platform.node()
 
 
-# What takes the outcome of a job.
-Report = Callable[[Job, Outcome], None]
-
-
-def attempt(job: Job, stop: signals.StopSignal) -> Outcome:
+def attempt(job: AnyJob, stop: signals.StopSignal) -> Outcome:
   """Does what is left of a job; an error becomes an outcome.
 
   Raises:
     Interrupted: when `stop` says so, after a checkpoint.
   """
-  started, fresh = time.monotonic(), not (job.workdir / recording.CONFIG).exists()
   try:
-    encoder = pretrain.run(job.pretraining, stop, job.name)
-    attacked = [
-      probe.run(attack, stop, f'{job.name}, attack on {attack.task}') for attack in job.attacks
-    ]
+    return job.do(stop)
   except signals.Interrupted:
     raise
   except workdirs.InUseError as error:
@@ -161,10 +246,9 @@ def attempt(job: Job, stop: signals.StopSignal) -> Outcome:
     return Outcome(error=flags.name_flags(error))
   except Exception as error:  # whatever it is, the other jobs go on
     machine = isinstance(error, OSError | MemoryError | RuntimeError)
-    if not isinstance(error, OSError | ArithmeticError | MemoryError):
+    if not isinstance(error, (*app.failures(), MemoryError)):
       traceback.print_exc()  # into the log of the run
     return Outcome(error=' '.join(str(error).split()) or type(error).__name__, again=machine)
-  return Outcome(encoder, attacked, time.monotonic() - started if fresh else None)
 
 
 def ending(outcome: Outcome) -> str:
@@ -184,7 +268,7 @@ def last_lines(path: Path) -> list[str]:
   return text.splitlines()[-_SHOWN_LINES:]
 
 
-def failure_text(failures: Iterable[tuple[Job, str]]) -> str:
+def failure_text(failures: Iterable[tuple[AnyJob, str]]) -> str:
   """What a user reads of failed jobs: the error of each, and the end of its log."""
   parts = []
   for job, error in failures:

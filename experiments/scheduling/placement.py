@@ -54,7 +54,7 @@ class PlacementConfig:
 
 
 def run_all(
-  every: Sequence[jobs.Job],
+  every: Sequence[jobs.AnyJob],
   config: PlacementConfig,
   workdir: Path,
   stop: signals.StopSignal,
@@ -74,9 +74,9 @@ def run_all(
     Interrupted: when `stop` says so; all runs have saved their work.
     ChildProcessError: after all others have ended, if jobs failed. They are printed before.
   """
-  failed: list[tuple[jobs.Job, str]] = []
+  failed: list[tuple[jobs.AnyJob, str]] = []
 
-  def note(job: jobs.Job, outcome: jobs.Outcome) -> None:
+  def note(job: jobs.AnyJob, outcome: jobs.Outcome) -> None:
     if outcome.error is not None:
       failed.append((job, outcome.error))
     report(job, outcome)
@@ -109,7 +109,7 @@ def use_cpu_alone_beside_slots(config: PlacementConfig) -> None:
 
 
 def _run_here(
-  left: Sequence[jobs.Job],
+  left: Sequence[jobs.AnyJob],
   config: PlacementConfig,
   workdir: Path,
   stop: signals.StopSignal,
@@ -127,7 +127,7 @@ def _run_here(
 
 
 def _attempt_here(
-  job: jobs.Job, counted: str, retries: int, stop: signals.StopSignal
+  job: jobs.AnyJob, counted: str, retries: int, stop: signals.StopSignal
 ) -> jobs.Outcome:
   """Does a job in this process; waits for a directory that another one uses."""
   left, told = retries, False

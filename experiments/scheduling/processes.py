@@ -19,7 +19,7 @@ from typing import Any
 
 from experiments.cli import signals
 from experiments.scheduling.display import Display
-from experiments.scheduling.jobs import LOG, Job, Outcome, Report, ending
+from experiments.scheduling.jobs import LOG, AnyJob, Outcome, Report, ending
 from experiments.scheduling.slots import Slot
 
 # Seconds between two looks at a directory in which another process works.
@@ -32,7 +32,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 class _Child:
   """A running job. `number` is that of its slot, and `attempt` counts from 1."""
 
-  job: Job
+  job: AnyJob
   number: int
   attempt: int
   process: subprocess.Popen[bytes]
@@ -40,7 +40,7 @@ class _Child:
 
 
 def run(
-  jobs: Sequence[Job],
+  jobs: Sequence[AnyJob],
   slots: Sequence[Slot],
   retries: int,
   cache_dir: Path,
@@ -74,7 +74,7 @@ def run(
 class _Scheduler:
   def __init__(
     self,
-    jobs: Sequence[Job],
+    jobs: Sequence[AnyJob],
     slots: Sequence[Slot],
     retries: int,
     cache_dir: Path,
@@ -124,13 +124,13 @@ class _Scheduler:
     if self._free and self._waiting:  # all that wait are in use
       self._looked = time.monotonic()
 
-  def _put_off(self, job: Job, attempt: int, user: str) -> None:
+  def _put_off(self, job: AnyJob, attempt: int, user: str) -> None:
     if job.name not in self._told:
       self._told.add(job.name)
       self.display.line(f'{job.name}: {job.workdir} is in use by {user}; waiting for it')
     self._waiting.append((job, attempt))
 
-  def _start(self, job: Job, attempt: int) -> None:
+  def _start(self, job: AnyJob, attempt: int) -> None:
     number = self._free.pop(0)
     slot = self._slots[number]
     job.workdir.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ class _Scheduler:
     else:
       self._end(job, outcome)
 
-  def _end(self, job: Job, outcome: Outcome) -> None:
+  def _end(self, job: AnyJob, outcome: Outcome) -> None:
     self._report(job, outcome)
     self.display.ended(f'{job.name}: {ending(outcome)}')
 

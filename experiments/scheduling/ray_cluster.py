@@ -28,12 +28,13 @@ from experiments.cli import app, devices, signals
 from experiments.scheduling.display import Display
 from experiments.scheduling.jobs import (
   LOG,
-  Job,
+  AnyJob,
   Outcome,
   Report,
   attempt,
   compiled_programs,
   ending,
+  from_json,
 )
 from se_vae.config import ArgumentError
 
@@ -69,7 +70,7 @@ def parse_resources(text: str) -> dict[str, float]:
 
 
 def run(
-  jobs: Sequence[Job],
+  jobs: Sequence[AnyJob],
   address: str,
   resources: dict[str, float],
   retries: int,
@@ -101,7 +102,7 @@ def run(
 
 
 def _run_tasks(
-  jobs: Sequence[Job],
+  jobs: Sequence[AnyJob],
   resources: dict[str, float],
   retries: int,
   stop: signals.StopSignal,
@@ -111,8 +112,8 @@ def _run_tasks(
   # One call a process: JAX is started with the cores or the GPU of one run.
   task = ray.remote(max_calls=1, max_retries=retries, **_options(resources))(_work)
 
-  def start(job: Job) -> Any:
-    return task.options(name=job.name).remote(_absolute(job).to_json(), resources['cpu'])
+  def start(job: AnyJob) -> Any:
+    return task.options(name=job.name).remote(job.with_absolute_paths().to_json(), resources['cpu'])
 
   running = {start(job): (job, 1) for job in jobs}
   try:
@@ -143,10 +144,10 @@ def _work(order: dict[str, Any], num_cores: float) -> dict[str, Any]:
   """A task: does what is left of a job, in a process of its own; returns the outcome's values."""
   os.environ[devices.CORES_VARIABLE] = str(max(1, int(num_cores)))
   logging.set_verbosity(logging.WARNING)
-  job = Job.from_json(order)
+  job = from_json(order)
   job.workdir.mkdir(parents=True, exist_ok=True)
   app.use_compilation_cache(str(compiled_programs(job.workdir.parent)))
-  devices.use_all_cores(job.pretraining.batch_size, job.pretraining.num_devices)
+  devices.use_all_cores(job.batch_size, job.pretraining.num_devices)
   with (job.workdir / LOG).open('a', buffering=1) as log, _copied_to(log):
     print(f'{job.name} on {platform.node()}, process {os.getpid()}', file=sys.stderr)
     try:
@@ -181,16 +182,6 @@ def _copied_to(log: TextIO) -> Iterator[None]:
 
   with contextlib.redirect_stderr(Both()):  # type: ignore[type-var]
     yield
-
-
-def _absolute(job: Job) -> Job:
-  """The job with absolute paths, since tasks start in another directory."""
-  here = str(job.workdir.absolute())
-  return dataclasses.replace(
-    job,
-    pretraining=dataclasses.replace(job.pretraining, workdir=here),
-    attacks=tuple(dataclasses.replace(attack, workdir=here) for attack in job.attacks),
-  )
 
 
 def _options(resources: dict[str, float]) -> dict[str, Any]:
@@ -257,7 +248,7 @@ def _first_line(error: Exception) -> str:
   return str(error).strip().partition('\n')[0] or type(error).__name__
 
 
-def _check_nodes(workdir: Path, resources: dict[str, float], jobs: Sequence[Job]) -> None:
+def _check_nodes(workdir: Path, resources: dict[str, float], jobs: Sequence[AnyJob]) -> None:
   """Checks every node on which a task may run, before anything is trained.
 
   Raises:

@@ -39,10 +39,9 @@ def main() -> None:
   messages.observer = lambda text, done, total: tell(progress=[text, done, total])
   if order['cores']:
     os.sched_setaffinity(0, order['cores'])
-  job = jobs.Job.from_json(order['job'])
+  job = jobs.from_json(order['job'])
   app.use_compilation_cache(order['compilation_cache_dir'])
-  pretraining = job.pretraining
-  devices.use_all_cores(pretraining.batch_size, pretraining.num_devices)
+  devices.use_all_cores(job.batch_size, job.pretraining.num_devices)
   try:
     with signals.StopSignal().listening() as stop:
       outcome = jobs.attempt(job, stop)

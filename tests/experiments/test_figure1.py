@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -99,8 +100,12 @@ def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
   directory = Path('moved', 'mnist_mlp_se_latent4_seed0')
   ((_, checkpoint),) = checkpoints.steps(directory / 'checkpoints')
   checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
-  with pytest.raises(checkpoints.CheckpointError, match=f'{directory}.*remove this directory'):
+  capsys.readouterr()
+  with pytest.raises(ChildProcessError, match='1 of 6 runs failed'):
     figure1.run(figure1.Figure1Config(placement=ALONE, workdir='moved'), signals.StopSignal())
+  told = capsys.readouterr().err
+  assert 'failed: mnist_mlp se, latent size 4, seed 0: ' in told and 'Traceback' not in told
+  assert re.search(f'{directory}.*remove this directory', told)
 
   page = report.run(report.ReportConfig(workdir=str(tmp_path))).read_text()
   for number in ('(a)', '(b)', '(c)', '(d)', '6 runs side by side', 'finished: 20 steps'):
@@ -118,7 +123,7 @@ def pieces_of(workdir: Path, preset: str, **options) -> list[figure1.Piece]:
 )
 def test_a_preset_names_every_encoder_once(tmp_path, flags, count):
   pieces = pieces_of(tmp_path, 'cpu', **flags)
-  settings = [to_dict(piece.pretraining) for piece in pieces]
+  settings = [to_dict(piece.job.pretraining) for piece in pieces]
   assert len({values['workdir'] for values in settings}) == len(pieces) == count
   for piece, values in zip(pieces, settings, strict=True):
     identity = piece.identity
@@ -136,7 +141,7 @@ def test_a_preset_names_every_encoder_once(tmp_path, flags, count):
   ],
 )
 def test_every_preset_says_whose_optimizer_it_trains_with(tmp_path, preset, optimizers, text):
-  settings = [piece.pretraining for piece in pieces_of(tmp_path, preset)]
+  settings = [piece.job.pretraining for piece in pieces_of(tmp_path, preset)]
   assert {to_dict(each)['optimizer'] for each in settings} == optimizers
   assert text in figure1._optimizer_text(settings)
 

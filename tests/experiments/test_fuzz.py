@@ -192,7 +192,7 @@ def test_flags_within_flags(tmp_path, vary, attack):
     assert '--vary' in str(error) or '--probe' in str(error)
     return
   for each in variants:
-    assert str(each.pretraining.workdir).startswith(str(tmp_path))
+    assert str(each.job.pretraining.workdir).startswith(str(tmp_path))
 
 
 # JSON

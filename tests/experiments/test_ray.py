@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -34,9 +36,13 @@ os.environ['RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO'] = '0'
 def cluster():
   """A head with a core, where the tests run, to which nodes are added."""
   head = {'num_cpus': 1, 'include_dashboard': False}
-  made = Cluster(initialize_head=True, head_node_args=head)
-  yield made
-  made.shutdown()
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # Ray leaves files to the garbage collector
+    made = Cluster(initialize_head=True, head_node_args=head)
+    yield made
+    made.shutdown()
+    del made
+    gc.collect()
 
 
 @pytest.fixture(scope='module')

@@ -98,17 +98,17 @@ def test_finished_runs_are_not_repeated_and_their_seconds_are_kept(swept, monkey
 def test_every_combination_is_a_variant(tmp_path):
   vary = config_of('gamma=0.5,2 warm_start=true,false')
   variants = list(sweep.variants_of(vary, BASE, tmp_path))
-  settings = [to_dict(each.pretraining) for each in variants]
+  settings = [to_dict(each.job.pretraining) for each in variants]
   assert [(each['gamma'], each['warm_start']) for each in settings] == [
     (0.5, True),
     (0.5, False),
     (2.0, True),
     (2.0, False),
   ]
-  assert len({each.pretraining.workdir for each in variants}) == 4
+  assert len({each.job.pretraining.workdir for each in variants}) == 4
   for each, values in zip(variants, settings, strict=True):
     assert values['num_steps'] == TINY['num_steps']
-    assert each.attack.workdir == each.pretraining.workdir and each.attack.radii == (0.0, 0.1)
+    assert [a.workdir for a in each.job.attacks] == [each.job.pretraining.workdir]
 
 
 def test_a_variant_s_directory_has_a_name_of_its_own_below_the_work_directory(tmp_path):
@@ -128,7 +128,7 @@ def test_a_variant_s_directory_has_a_name_of_its_own_below_the_work_directory(tm
   for name in names:
     assert Path(name).parts == (name,) and '\0' not in name and len(name) < 256
   (variant,) = sweep.variants_of(config_of('init_from=../../../x'), BASE, tmp_path)
-  assert Path(str(variant.pretraining.workdir)).resolve().parent == tmp_path.resolve()
+  assert Path(str(variant.job.pretraining.workdir)).resolve().parent == tmp_path.resolve()
 
 
 @pytest.mark.parametrize(
