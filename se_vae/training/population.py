@@ -282,7 +282,8 @@ def check_population(configs: Sequence[TrainConfig], seeds: Sequence[int]) -> No
   if not configs:
     raise ArgumentError('configs', 'needs at least one member')
   if len(seeds) != len(configs):
-    raise ArgumentError('seeds', f'needs one for each of the {len(configs)}, got {len(seeds)}')
+    message = f'needs one for each of the {len(configs)} configs, got {len(seeds)}'
+    raise ArgumentError('seeds', message)
   if names := differing_programs(configs):
     values = '; '.join(f'{name} {_distinct(configs, name)}' for name in names)
     raise ArgumentError(names, f'must be the same in the whole population, got {values}')
