@@ -12,12 +12,14 @@ _TERMINAL = '{l_bar}{bar}| {n_fmt}/{total_fmt}{times}{postfix}'
 _LINE = '{desc}: {n_fmt}/{total_fmt}{times}{postfix}'
 
 
-def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 'step') -> Any:
+def progress_bar(
+  total: int, description: str | None, *, initial: int = 0, unit: str = 'step'
+) -> Any:
   """Returns a progress bar for a terminal, or one that writes a line every 15 s to a log file.
 
   Args:
     total: the number of units of work.
-    description: what the bar is called.
+    description: what the bar is called; None for one that is not shown.
     initial: how many units are done already.
     unit: the name of a unit.
   """
@@ -26,6 +28,7 @@ def progress_bar(total: int, description: str, *, initial: int = 0, unit: str = 
     total=total,
     initial=initial,
     desc=description,
+    disable=description is None,
     unit=unit,
     file=sys.stderr if terminal else _Lines(),
     dynamic_ncols=terminal,

@@ -108,11 +108,11 @@ def test_a_step_averages_once_and_its_selection_not_at_all():
   assert collectives(training.train_steps.lower(*arguments)) == {'all-reduce': 1}
 
 
-@pytest.mark.parametrize('vectorize', ['loop', 'vmap'])
 @pytest.mark.parametrize(
-  ('shape', 'expected'), [((4, 1), [[0], [1], [2], [3]]), ((2, 2), [[0, 1], [2, 3]])]
+  ('shape', 'vectorize', 'expected'),
+  [((4, 1), 'loop', [[0], [1], [2], [3]]), ((2, 2), 'vmap', [[0, 1], [2, 3]])],
 )
-def test_members_of_a_population_do_not_communicate(shape, expected, vectorize):
+def test_members_of_a_population_do_not_communicate(shape, vectorize, expected):
   """One all-reduce, over the devices that share a batch: of one device alone, it sends nothing."""
   mesh = sharding.population_mesh(*shape)
   arguments = population_arguments(tiny('mlp'), mesh, 4)
