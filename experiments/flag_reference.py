@@ -10,7 +10,7 @@ from experiments.cli import distributed, flags
 
 
 def references() -> str:
-  """Returns the tables of `pretrain`, of several processes, of `probe` and `sweep`, with headings."""
+  """Returns the tables of `pretrain` in one process and several, `probe` and `sweep`."""
   sections = (
     ('`experiments.pretrain`', pretrain.PretrainConfig),
     ('`experiments.pretrain` in several processes', distributed.Cluster),

@@ -29,6 +29,7 @@ from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
+  import numpy as np
 
   from se_vae import data, training
   from se_vae.models import vae
@@ -36,7 +37,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae.storage import checkpoints, model_store, pretrained
 
 # Seconds to wait for a dispatch once a signal has come; a dispatch takes about one.
-_PATIENCE = 60.0
+PATIENCE = 60.0
 
 # What a checkpoint is that other programs wrote.
 NOT_A_RUN = 'no checkpoint of pretrain'
@@ -236,7 +237,7 @@ def run(
   """
   dataset = processes.together(prepare, config)
   _check_same_everywhere(config, dataset)
-  stop.patience = _PATIENCE
+  stop.patience = PATIENCE
   recorder = recording.Recorder(config.workdir)
   with recorder, jax.default_matmul_precision(config.matmul_precision):
     processes.on_first(recorder.lock)
@@ -263,26 +264,13 @@ def _train(
   if config.num_devices is None and processes.is_first():
     devices.warn_of_idle_devices(mesh, config.batch_size)
   images = dataset.train.images
-  model_arguments = _model_arguments(config, dataset)
-  model = vae.make_vae(**model_arguments)
-  init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
-  # As one program, and not as dozens of small ones to compile.
-  init_state = jax.jit(training.init_state, static_argnames=('model', 'num_examples'))
-  state = init_state(model, config.train, init_key, num_examples=len(images))
-  step_function, arguments = training.TrainStep(model), (config.train, train_key)
-  window = training.empty_window(step_function, state, arguments, images)
-
-  restored = processes.on_first(_restore, config, dataset, state, window)
+  model = vae.make_vae(**model_arguments(config, dataset))
+  step_function = training.TrainStep(model)
+  state, arguments, window, eval_key = first_state(config, step_function, images)
+  restored = processes.on_first(_restore_newest, config, dataset, state, window)
   state, window, source = (state, window, None) if restored is None else restored
   state, window = processes.from_first((state, window))
-
-  metadata = {
-    'model': model_arguments,
-    'config': flags.to_dict(config),
-    'data': dataset.provenance(),
-    'versions': devices.versions(),
-    'source': source,
-  }
+  metadata = metadata_of(config, dataset, source)
   examiner = recording.Examiner(model, config.train, eval_key, dataset.test.images, mesh.local_mesh)
   kinds = devices.device_kinds(mesh)
   processes.on_first(recorder.start, int(state.step), metadata, kinds, examiner, description)
@@ -309,22 +297,71 @@ def _train(
       state = progress.state
   except training.NotFiniteError as error:
     processes.on_first(recorder.record_not_finite, error)
-    if config.train.selection != 'pgd':  # the bounds of a whole ball overflow easily
-      hint = 'use --init_from and --ramp, or a smaller --certified_radius'
-      error.args = (f'{error}; with --selection={config.train.selection}, {hint}',)
+    add_hint(error, config)
     raise
   return processes.on_first(recorder.finish, state.params) or {}
 
 
-def _restore(
+def first_state(
+  config: PretrainConfig, step_function: training.TrainStep, images: np.ndarray
+) -> tuple[training.TrainState, tuple[TrainConfig, jax.Array], training.Window, jax.Array]:
+  """Returns state, further arguments and window of a run at step 0, and the key of its examiner."""
+  init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+  # As one program, and not as dozens of small ones to compile.
+  init_state = jax.jit(training.init_state, static_argnames=('model', 'num_examples'))
+  state = init_state(step_function.model, config.train, init_key, num_examples=len(images))
+  arguments = (config.train, train_key)
+  return state, arguments, training.empty_window(step_function, state, arguments, images), eval_key
+
+
+def metadata_of(
+  config: PretrainConfig, dataset: data.Dataset, source: dict[str, Any] | None
+) -> dict[str, Any]:
+  """Returns the JSON values for every checkpoint and the result of a run.
+
+  Args:
+    config: the settings.
+    dataset: the data.
+    source: which run the parameters come from, if any.
+  """
+  return {
+    'model': model_arguments(config, dataset),
+    'config': flags.to_dict(config),
+    'data': dataset.provenance(),
+    'versions': devices.versions(),
+    'source': source,
+  }
+
+
+def add_hint(error: training.NotFiniteError, config: PretrainConfig) -> None:
+  """Says in the error what may help, where something is known to."""
+  if config.train.selection != 'pgd':  # the bounds of a whole ball overflow easily
+    hint = 'use --init_from and --ramp, or a smaller --certified_radius'
+    error.args = (f'{error}; with --selection={config.train.selection}, {hint}',)
+
+
+def _restore_newest(
   config: PretrainConfig, dataset: data.Dataset, state: training.TrainState, window: training.Window
+) -> tuple[training.TrainState, training.Window, dict[str, Any] | None]:
+  found = recording.load_newest(Path(str(config.workdir)))
+  return restore(config, dataset, state, window, found)
+
+
+def restore(
+  config: PretrainConfig,
+  dataset: data.Dataset,
+  state: training.TrainState,
+  window: training.Window,
+  found: checkpoints.Checkpoint | None,
 ) -> tuple[training.TrainState, training.Window, dict[str, Any] | None]:
   """Returns the state and the window to start from, and which run the parameters come from.
 
-  They come from the newest checkpoint, or from the run that `init_from` names, or are those of the
-  given state at step 0.
+  They come from the checkpoint, or without one from the run that `init_from` names, or are those of
+  the given state at step 0.
+
+  Raises:
+    ArgumentError: if the checkpoint has been made with other settings or data.
   """
-  found = recording.load_newest(Path(str(config.workdir)))
   if found is not None:
     with json_files.naming(found.path, NOT_A_RUN):
       saved = json_files.check(found.metadata, records.Run)
@@ -344,7 +381,7 @@ def _restore(
   return state._replace(params=source.params), window, origin
 
 
-def _model_arguments(config: PretrainConfig, dataset: data.Dataset) -> dict[str, Any]:
+def model_arguments(config: PretrainConfig, dataset: data.Dataset) -> dict[str, Any]:
   """Returns the arguments of `vae.make_vae`."""
   return {'image_shape': tuple(dataset.train.images.shape[1:]), **flags.to_dict(config.model)}
 
@@ -354,7 +391,7 @@ def _load_source(config: PretrainConfig, dataset: data.Dataset) -> model_store.S
   if config.init_from is None:
     return None
   source = load_run('init_from', encoder_directory('init_from', config.init_from))
-  here = _model_arguments(config, dataset)
+  here = model_arguments(config, dataset)
   if source.model != vae.make_vae(**here):
     there = source.metadata['model']
     there = {**there, 'image_shape': tuple(there['image_shape'])}

@@ -123,7 +123,7 @@ class Recorder:
     metadata: dict[str, Any],
     devices: list[str],
     examiner: Examiner,
-    description: str,
+    description: str | None,
   ) -> None:
     """Writes config.json and opens the other files, at the step that training starts from.
 
@@ -134,7 +134,7 @@ class Recorder:
       metadata: JSON values for every checkpoint and the result; `config` has the settings.
       devices: the kinds of the devices.
       examiner: measures the model, for the event files and the result.
-      description: text before the progress bar.
+      description: text before the progress bar; None for a run that shows none.
     """
     settings = metadata['config']
     self._step, self._num_steps = step, settings['num_steps']
@@ -270,6 +270,37 @@ def load_newest(workdir: Path) -> checkpoints.Checkpoint | None:
   except checkpoints.CheckpointError as error:
     message = f'{error}; remove this directory to train from the start'
     raise checkpoints.CheckpointError(message) from None
+
+
+def good_steps(workdir: Path) -> list[int]:
+  """Returns the steps of the good checkpoints in a work directory, newest first.
+
+  Raises:
+    CheckpointError: if all are damaged; the message says what to do.
+  """
+  if load_newest(workdir) is None:
+    return []
+  found = []
+  for step, path in checkpoints.steps(workdir / CHECKPOINTS):
+    with contextlib.suppress(checkpoints.CheckpointError):
+      checkpoints.load(path)
+      found.append(step)
+  return found
+
+
+def load_at(workdir: Path, step: int) -> checkpoints.Checkpoint | None:
+  """Returns the checkpoint of a step, and removes the newer ones; None if there is none.
+
+  Training goes on from it. Its later rows will be written again, and a newer checkpoint would go
+  with none.
+  """
+  found = None
+  for other, path in checkpoints.steps(workdir / CHECKPOINTS):
+    if other > step:
+      path.unlink()
+    elif other == step:
+      found = checkpoints.load(path)
+  return found
 
 
 def _best_loss(directory: Path) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pretrain, probe_settings, records
+from experiments import population, pretrain, probe_settings, records
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
 from experiments.scheduling import jobs, placement
@@ -82,6 +82,8 @@ def main() -> None:
   config = flags.from_flags(SweepConfig)
   base = flags.from_flags(pretrain.PretrainConfig)
   placement.use_cpu_alone_beside_slots(config.placement)
+  if config.vectorize:
+    devices.use_all_cores(base.batch_size * devices.num_cores(), base.num_devices)
   devices.use_all_cores(base.batch_size, base.num_devices)
   with signals.StopSignal().listening() as stop:
     run(config, base, stop)
@@ -107,6 +109,9 @@ def run(
   mine = [each.job for each in _shard(variants, config.shard)]
   for each in variants:
     each.job.check(attacks_flag='--probe')
+  if config.vectorize:
+    with flags.errors_begin_with('--vectorize'):
+      population.check_fit_together([job.pretraining for job in mine])
   tables = _Tables(config, base, workdir, variants)
   try:
     if config.vectorize:

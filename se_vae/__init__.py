@@ -34,7 +34,15 @@ with _epy.lazy_api_imports(globals()):  # a name loads what it needs when it is 
   from se_vae.objectives import elbo, log_normalizer, se_elbo
   from se_vae.storage.model_store import load_model, save_model
   from se_vae.storage.pretrained import load_pretrained
-  from se_vae.training import EncodingShift, TrainState, fit, init_state, select, train_step
+  from se_vae.training import (
+    EncodingShift,
+    TrainState,
+    fit,
+    fit_population,
+    init_state,
+    select,
+    train_step,
+  )
   from se_vae.wasserstein import entropic_squared_w2, entropic_transport_cost, squared_w2
 
 __all__ = [
@@ -61,6 +69,7 @@ __all__ = [
   'entropy',
   'evaluate',
   'fit',
+  'fit_population',
   'fit_probe',
   'init_state',
   'joint_accuracy',

@@ -83,6 +83,18 @@ def mesh_for(batch_size: int, num_devices: int | None = None) -> Any:
   return sharding.data_mesh(num_devices)
 
 
+def population_mesh(num_members: int, num_devices: int | None = None) -> Any:
+  """The mesh for a population: one device for each member, as far as there are `num_devices`.
+
+  Raises:
+    ArgumentError: if there are fewer devices than `num_devices`.
+  """
+  most = jax.local_device_count()
+  if num_devices is not None and num_devices > most:
+    raise ArgumentError('num_devices', f'must be <= {most}, the devices here; got {num_devices}')
+  return sharding.population_mesh(min(num_members, num_devices or most))
+
+
 def _check_split(share: int, num_devices: int) -> None:
   if share % num_devices:
     raise ArgumentError(
@@ -92,7 +104,11 @@ def _check_split(share: int, num_devices: int) -> None:
 
 
 def check_memory(
-  config: ModelConfig, image_shape: Sequence[int], mesh: Any, part: str | None = None
+  config: ModelConfig,
+  image_shape: Sequence[int],
+  mesh: Any,
+  part: str | None = None,
+  copies: int = 1,
 ) -> None:
   """Checks that a model can be trained, before anything is allocated: the system may kill it.
 
@@ -101,6 +117,7 @@ def check_memory(
     image_shape: (H, W, C).
     mesh: the devices.
     part: 'encoder' if that alone is trained.
+    copies: how many models each device trains.
 
   Raises:
     ArgumentError: if the parameters, their gradients and Adam's averages need more memory than an
@@ -113,6 +130,7 @@ def check_memory(
   try:
     needed = (
       4
+      * copies
       * _parameter_bytes(config, tuple(image_shape), part)
       * (len(mesh.local_devices) if on_cpu else 1)
     )

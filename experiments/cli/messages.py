@@ -16,13 +16,18 @@ observer: Callable[[str, int, int], None] | None = None
 
 
 def progress_bar(
-  total: int, description: str, *, initial: int = 0, unit: str = 'step', position: int | None = None
+  total: int,
+  description: str | None,
+  *,
+  initial: int = 0,
+  unit: str = 'step',
+  position: int | None = None,
 ) -> Any:
   """Returns a progress bar for a terminal, or one that writes a line every 15 s to a log file.
 
   Args:
     total: the number of units of work.
-    description: what the bar is called.
+    description: what the bar is called; None for one that is not shown.
     initial: how many units are done already.
     unit: the name of a unit.
     position: the line of the terminal, from 0, for one of several bars, which vanishes at the end.
@@ -32,6 +37,7 @@ def progress_bar(
     total=total,
     initial=initial,
     desc=description,
+    disable=description is None,
     unit=unit,
     file=sys.stderr if terminal else _Lines(),
     dynamic_ncols=terminal,
@@ -57,7 +63,7 @@ class _Bar(tqdm):
   def update(self, n: float | None = 1) -> bool | None:
     """Adds to the progress, and tells the observer."""
     shown: bool | None = super().update(n)
-    if observer is not None:
+    if observer is not None and not self.disable:
       observer(self.desc, int(self.n), int(self.total))
     return shown
 

@@ -3,7 +3,7 @@
 Importing this package opens no file, imports no source of data and uses no JAX backend.
 """
 
-from se_vae.data.batches import batch_indices
+from se_vae.data.batches import batch_indices, batch_stream
 from se_vae.data.datasets import Dataset, Split, check, load
 from se_vae.data.examples import DataError
 from se_vae.data.mnist import read_idx
@@ -15,6 +15,7 @@ __all__ = [
   'Dataset',
   'Split',
   'batch_indices',
+  'batch_stream',
   'central_square',
   'check',
   'colorize',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -34,6 +35,35 @@ def batch_indices(
   Raises:
     ValueError: if an argument is out of range.
   """
+  return _rows(_recent_permutation, seed, step, num_steps, batch_size, num_examples)
+
+
+def batch_stream(seed: int, batch_size: int, num_examples: int) -> Callable[[int, int], np.ndarray]:
+  """Returns `batch_indices` as a function of the first step and the number of steps.
+
+  It keeps its own last permutations, so that many streams can be read in turns.
+
+  Args:
+    seed: in [0, 2**31).
+    batch_size: examples a step, at least 1 and at most `num_examples`.
+    num_examples: N, the size of the training split.
+  """
+  own = functools.lru_cache(maxsize=2)(_permutation)
+
+  def stream(step: int, num_steps: int) -> np.ndarray:
+    return _rows(own, seed, step, num_steps, batch_size, num_examples)
+
+  return stream
+
+
+def _rows(
+  permutation: Callable[[int, int, int], np.ndarray],
+  seed: int,
+  step: int,
+  num_steps: int,
+  batch_size: int,
+  num_examples: int,
+) -> np.ndarray:
   if not 0 <= seed < 2**31:
     raise ValueError(f'seed must be in [0, 2**31), got {seed}')
   if step < 0 or num_steps < 0:
@@ -45,14 +75,16 @@ def batch_indices(
   indices = np.empty(stream.shape, np.int32)
   for epoch in np.unique(epochs):
     in_epoch = epochs == epoch
-    indices[in_epoch] = _permutation(seed, int(epoch), num_examples)[offsets[in_epoch]]
+    indices[in_epoch] = permutation(seed, int(epoch), num_examples)[offsets[in_epoch]]
   return indices.reshape(num_steps, batch_size)
 
 
-@functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   # JAX's generator rather than NumPy's, since NumPy does not promise the same stream in all
   # versions. It is named, so that JAX's configured default cannot change the batches.
   key = jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), _BATCH_DOMAIN)
   permutation = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
   return np.asarray(permutation, np.int32)
+
+
+_recent_permutation = functools.lru_cache(maxsize=4)(_permutation)

@@ -3,6 +3,10 @@
 Parameters are replicated, batches are split along one mesh axis, and each device works on its own
 share until the gradients are averaged. No program branches on the number of devices or draws a
 random number that depends on it.
+
+A mesh may have a second axis, for a population: members that are trained side by side. On such a
+mesh every array has a leading axis `[P, ...]` of members, which is split over the population axis,
+and `axis` counts from the one behind it. Members never communicate.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.flatten_util
@@ -19,6 +23,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = 'data'
+POPULATION_AXIS = 'population'
+
+# How a device takes its members: one after the other, all at once, or as suits its platform.
+Vectorize: TypeAlias = Literal['auto', 'loop', 'vmap']
 
 # The most pixel values of a batch of images that `fitting` allows.
 _BATCH_VALUES = 2**21
@@ -48,9 +56,29 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
   return jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def population_mesh(num_groups: int | None = None, devices_each: int = 1) -> Mesh:
+  """Returns a mesh over this process's first devices, in groups that each train some members.
+
+  Args:
+    num_groups: the length of the population axis; None for as many groups as there are devices for.
+    devices_each: the length of the data axis, the devices that share each batch of a member.
+
+  Raises:
+    ValueError: if this process has fewer devices.
+  """
+  most = jax.local_device_count()
+  num_groups = most // devices_each if num_groups is None else num_groups
+  needed = num_groups * devices_each
+  if not 1 <= needed <= most:
+    raise ValueError(f'num_groups * devices_each must be 1 to {most} here, got {needed}')
+  axes, kinds = (POPULATION_AXIS, DATA_AXIS), (AxisType.Auto, AxisType.Auto)
+  shape, devices = (num_groups, devices_each), jax.local_devices()[:needed]
+  return jax.make_mesh(shape, axes, axis_types=kinds, devices=devices)
+
+
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
   """Returns the tree with a copy of every leaf on every device."""
-  return _place(tree, NamedSharding(mesh, PartitionSpec()))
+  return _place(tree, NamedSharding(mesh, _spec(mesh, None)))
 
 
 def replicate_copy(mesh: Mesh, tree: Tree) -> Tree:
@@ -68,27 +96,50 @@ def _copier(mesh: Mesh) -> Callable[[Any], Any]:
   """Returns one function object for each mesh: a fresh one would be compiled at every call."""
   return jax.jit(
     lambda leaves: jax.tree.map(jnp.copy, leaves),
-    out_shardings=NamedSharding(mesh, PartitionSpec()),
+    out_shardings=NamedSharding(mesh, _spec(mesh, None)),
   )
 
 
-def per_device(mesh: Mesh, function: Callable[..., Tree], axes: Sequence[int | None]) -> Any:
+def per_device(
+  mesh: Mesh,
+  function: Callable[..., Tree],
+  axes: Sequence[int | None],
+  vectorize: Vectorize = 'auto',
+) -> Any:
   """Returns a function that runs on every device's share of its arguments.
 
   Args:
     mesh: the devices.
     function: takes shares, and returns the same values on every device, as `mean_over_devices`
-      and `whole_batch` give them.
+      and `whole_batch` give them. On a mesh with a population axis it takes one member's shares,
+      and is applied to each member.
     axes: for each argument the axis along which it is split, or None if it is replicated.
+    vectorize: how a device takes its members: 'loop' one after the other, 'vmap' all at once,
+      'auto' in a loop on a CPU and all at once elsewhere, as the program is lowered.
 
   Returns:
     A function of whole arrays, whose result is replicated.
   """
-  specs = tuple(map(_spec, axes))
+  specs = tuple(_spec(mesh, axis) for axis in axes)
+  function = _over_members(function, vectorize) if POPULATION_AXIS in mesh.shape else function
   # Not checked, since the check wants every value marked as varying over devices or not.
   return jax.shard_map(
-    function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+    function, mesh=mesh, in_specs=specs, out_specs=_spec(mesh, None), check_vma=False
   )
+
+
+def _over_members(function: Callable[..., Tree], vectorize: Vectorize) -> Callable[..., Tree]:
+  """Returns a function of stacked arguments `[P, ...]` that applies `function` to each member."""
+
+  def loop(*stacked: Any) -> Any:
+    return jax.lax.map(lambda member: function(*member), stacked)
+
+  def choose(*stacked: Any) -> Any:
+    return jax.lax.platform_dependent(*stacked, cpu=loop, default=jax.vmap(function))
+
+  if vectorize not in get_args(Vectorize):
+    raise ValueError(f'vectorize must be one of {get_args(Vectorize)}, got {vectorize!r}')
+  return {'loop': loop, 'vmap': jax.vmap(function), 'auto': choose}[vectorize]
 
 
 def mean_over_devices(tree: Tree) -> Tree:
@@ -133,12 +184,12 @@ def split(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:
   Raises:
     ValueError: if the number of devices does not divide the length of the axis.
   """
+  sharding, num_devices = NamedSharding(mesh, _spec(mesh, axis)), mesh.shape[DATA_AXIS]
   for leaf in jax.tree.leaves(tree):
-    if leaf.shape[axis] % mesh.size:
-      raise ValueError(
-        f'a batch of {leaf.shape[axis]} cannot be split evenly over {mesh.size} devices'
-      )
-  return _place(tree, NamedSharding(mesh, _spec(axis)))
+    length = leaf.shape[len(sharding.spec) - 1]
+    if length % num_devices:
+      raise ValueError(f'a batch of {length} cannot be split evenly over {num_devices} devices')
+  return _place(tree, sharding)
 
 
 def split_rows(mesh: Mesh, array: np.ndarray, indices: np.ndarray) -> jax.Array:
@@ -148,15 +199,15 @@ def split_rows(mesh: Mesh, array: np.ndarray, indices: np.ndarray) -> jax.Array:
 
   Args:
     mesh: the devices, whose number divides B.
-    array: `[N, ...]`, on the host.
+    array: `[N, ...]`, on the host; without a leading axis of members on any mesh.
     indices: `[K, B]`, in [0, N).
   """
 
   def read(share: Any) -> np.ndarray:
-    return array[indices[share[:2]]]
+    return array[indices[share[: indices.ndim]]]
 
   shape = (*indices.shape, *array.shape[1:])
-  return jax.make_array_from_callback(shape, NamedSharding(mesh, _spec(1)), read)
+  return jax.make_array_from_callback(shape, NamedSharding(mesh, _spec(mesh, 1)), read)
 
 
 def _place(tree: Tree, sharding: NamedSharding) -> Tree:
@@ -170,9 +221,11 @@ def _place(tree: Tree, sharding: NamedSharding) -> Tree:
   return placed
 
 
-def _spec(axis: int | None) -> PartitionSpec:
+def _spec(mesh: Mesh, axis: int | None) -> PartitionSpec:
   """Returns the specification that splits along `axis`, or that replicates for None."""
-  return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, DATA_AXIS)
+  members = (POPULATION_AXIS,) if POPULATION_AXIS in mesh.shape else ()
+  along = () if axis is None else (*(None,) * axis, DATA_AXIS)
+  return PartitionSpec(*members, *along)
 
 
 def fitting(batch_size: int, rows: np.ndarray) -> int:

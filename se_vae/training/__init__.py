@@ -1,7 +1,8 @@
 """Training: select x', evaluate the bound, follow its gradient (paper Sec. 2.1 and 6).
 
 `selection` finds x', `losses` is the table of objectives, `step` is one training step, `loop` takes
-many of them, and `input_pipeline` feeds it with batches. The settings are
+many of them, `population` does so for many encoders at once, and `input_pipeline` feeds both with
+batches. The settings are
 `se_vae.config.TrainConfig`.
 """
 
@@ -16,11 +17,13 @@ from se_vae.training.loop import (
   run,
   train_steps,
 )
+from se_vae.training.population import PopulationProgress, fit_population, run_population
 from se_vae.training.selection import EncodingShift, select
 from se_vae.training.step import (
   TrainState,
   TrainStep,
   apply_gradients,
+  differing_programs,
   init_state,
   loss,
   make_optimizer,
@@ -30,6 +33,7 @@ from se_vae.training.step import (
 __all__ = [
   'EncodingShift',
   'NotFiniteError',
+  'PopulationProgress',
   'Progress',
   'StepFunction',
   'TrainConfig',
@@ -37,12 +41,15 @@ __all__ = [
   'TrainStep',
   'Window',
   'apply_gradients',
+  'differing_programs',
   'empty_window',
   'fit',
+  'fit_population',
   'init_state',
   'loss',
   'make_optimizer',
   'run',
+  'run_population',
   'select',
   'train_step',
   'train_steps',

@@ -23,7 +23,7 @@ from se_vae.data.transforms import pixels
 from se_vae.models.vae import VAE, Params
 from se_vae.parallel import processes, sharding
 from se_vae.training import input_pipeline
-from se_vae.training.step import Metrics, TrainStep, init_state
+from se_vae.training.step import Metrics, TrainState, TrainStep, init_state
 
 
 class StepFunction(Protocol):
@@ -97,7 +97,9 @@ def _add_to_window(window: Window, step: jax.Array, metrics: Metrics) -> Window:
 
 
 @functools.partial(
-  jax.jit, static_argnames=('step_function', 'mesh'), donate_argnames=('state', 'window')
+  jax.jit,
+  static_argnames=('step_function', 'mesh', 'vectorize'),
+  donate_argnames=('state', 'window'),
 )
 def train_steps(
   step_function: StepFunction,
@@ -108,8 +110,11 @@ def train_steps(
   images: jax.Array,
   examples: jax.Array,
   count: jax.typing.ArrayLike,
+  vectorize: sharding.Vectorize = 'auto',
 ) -> tuple[Any, Window]:
   """Takes `count` training steps in one dispatch.
+
+  On a mesh with a population axis all arrays have a leading axis of members, `count` too.
 
   Args:
     step_function: the training step.
@@ -120,6 +125,7 @@ def train_steps(
     images: uint8 `[K, B, H, W, C]`, the batches, split along B.
     examples: int32 `[K, B]`, their places in the training set, split along B.
     count: how many of the K steps to take, traced: any number of them shares one compilation.
+    vectorize: how a device takes the members of a population, as for `sharding.per_device`.
 
   Returns:
     The new state and window.
@@ -135,7 +141,7 @@ def train_steps(
 
     return jax.lax.fori_loop(0, count, step, carry)
 
-  parallel = sharding.per_device(mesh, on_device, (None, None, 1, 1, None))
+  parallel = sharding.per_device(mesh, on_device, (None, None, 1, 1, None), vectorize)
   after: tuple[Any, Window] = parallel((state, window), args, images, examples, count)
   return after
 
@@ -147,11 +153,16 @@ class NotFiniteError(FloatingPointError):
     step: the step.
     metrics: its metrics.
     examples: `[B]`, the training examples of its batch.
+    member: the name of the run in its population; '' for a run of its own.
   """
 
-  def __init__(self, step: int, metrics: dict[str, float], examples: np.ndarray) -> None:
+  def __init__(
+    self, step: int, metrics: dict[str, float], examples: np.ndarray, member: str = ''
+  ) -> None:
     bad = ', '.join(f'{name} {value}' for name, value in metrics.items() if not np.isfinite(value))
-    super().__init__(f'step {step} is not finite: {bad}')
+    place = f'{member}: ' if member else ''
+    super().__init__(f'{place}step {step} is not finite: {bad}')
+    self.member = member
     self.step = step
     self.metrics = metrics
     self.examples = examples
@@ -219,10 +230,9 @@ def run(
     args = sharding.replicate(mesh, jax.tree.map(jnp.asarray, args))
   chunk = input_pipeline.read_chunk(mesh, images, indices_for(step, chunk_steps))
   while step < num_steps:
-    row_end = min((step // steps_per_row + 1) * steps_per_row, num_steps)
-    every = steps_per_checkpoint or row_end
-    next_checkpoint = (step // every + 1) * every
-    count = min(dispatch_steps, chunk_steps, row_end - step, next_checkpoint - step)
+    row_end = next_end(step, num_steps, steps_per_row)
+    end = next_end(step, row_end, steps_per_checkpoint or row_end)
+    count = min(dispatch_steps, chunk_steps, end - step)
     began = time.monotonic()
     state, window = train_steps(step_function, mesh, state, window, args, *chunk, np.int32(count))
     step += count
@@ -232,11 +242,10 @@ def run(
     steps_per_second = count / (time.monotonic() - began)
     if bad_step >= 0:
       examples = indices_for(bad_step, 1)[0]
-      raise NotFiniteError(bad_step, _to_floats(window.bad_metrics), examples)
+      raise NotFiniteError(bad_step, to_floats(window.bad_metrics), examples)
     row = None
     if step == row_end:
-      steps_in_row = int(window.num_steps)
-      row = {name: total / steps_in_row for name, total in _to_floats(window.sums).items()}
+      row = row_of(window)
       window = sharding.replicate_copy(mesh, empty)
     yield Progress(state, window, row)
     # The first dispatch includes the compilation, and is followed by one of a step again.
@@ -244,7 +253,19 @@ def run(
     dispatch_steps = processes.maximum(fitting)  # one clock for all processes
 
 
-def _to_floats(metrics: Metrics) -> dict[str, float]:
+def row_of(window: Window) -> dict[str, float]:
+  """Returns the averages of the metrics over the steps of a window."""
+  num_steps = int(window.num_steps)
+  return {name: total / num_steps for name, total in to_floats(window.sums).items()}
+
+
+def next_end(step: int, last: int, every: int) -> int:
+  """Returns the first multiple of `every` after `step`, or `last` if that comes before it."""
+  return min((step // every + 1) * every, last)
+
+
+def to_floats(metrics: Metrics) -> dict[str, float]:
+  """Returns scalar metrics as Python's numbers."""
   return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
@@ -293,15 +314,10 @@ def fit(
     NotFiniteError: if a metric is not finite.
     TypeError: for images that are not uint8.
   """
-  if config.freeze_decoder and params is None:
-    raise ArgumentError('params', 'is needed for freeze_decoder: its decoder is kept')
-  if steps_per_row < 1:
-    raise ArgumentError('steps_per_row', f'must be >= 1, got {steps_per_row}')
-  init_key, key, _ = jax.random.split(jax.random.key(seed), 3)
-  # As one program, and not as dozens of small ones to compile.
-  init = jax.jit(init_state, static_argnames=('model', 'num_examples', 'optimizer'))
-  state = init(model, config, init_key, num_examples=len(images), optimizer=optimizer)
-  state = state if params is None else state._replace(params=params)
+  check_fit(config, params, steps_per_row)
+  state, key = first_state(
+    model, config, seed, num_examples=len(images), params=params, optimizer=optimizer
+  )
   params, rows = state.params, []
   for progress in run(
     TrainStep(model, optimizer),
@@ -317,3 +333,37 @@ def fit(
     if progress.row is not None:
       rows.append({'step': int(progress.state.step), **progress.row})
   return params, rows
+
+
+def check_fit(config: TrainConfig, params: Params | None, steps_per_row: int) -> None:
+  """Raises ArgumentError for arguments that `fit` cannot use."""
+  if config.freeze_decoder and params is None:
+    raise ArgumentError('params', 'is needed for freeze_decoder: its decoder is kept')
+  if steps_per_row < 1:
+    raise ArgumentError('steps_per_row', f'must be >= 1, got {steps_per_row}')
+
+
+def first_state(
+  model: VAE,
+  config: TrainConfig,
+  seed: int,
+  *,
+  num_examples: int,
+  params: Params | None = None,
+  optimizer: optax.GradientTransformation | None = None,
+) -> tuple[TrainState, jax.Array]:
+  """Returns the state at step 0 of the run of a seed, and the key of its steps.
+
+  Args:
+    model: the model.
+    config: the settings.
+    seed: the seed of the run.
+    num_examples: N, the size of the training set.
+    params: parameters to start with; fresh ones if None.
+    optimizer: in place of the one that `config` names.
+  """
+  init_key, key, _ = jax.random.split(jax.random.key(seed), 3)
+  # As one program, and not as dozens of small ones to compile.
+  init = jax.jit(init_state, static_argnames=('model', 'num_examples', 'optimizer'))
+  state = init(model, config, init_key, num_examples=num_examples, optimizer=optimizer)
+  return state if params is None else state._replace(params=params), key

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,26 @@ def _unflatten(static: tuple[Any, ...], traced: tuple[Any, ...]) -> TrainConfig:
 
 
 jax.tree_util.register_pytree_node(TrainConfig, _flatten, _unflatten)
+
+
+def differing_programs(configs: Sequence[TrainConfig]) -> list[str]:
+  """Returns the names of the settings by which these configurations need different programs.
+
+  Example:
+    >>> differing_programs([TrainConfig(gamma=1.0), TrainConfig(gamma=3.0, pgd_steps=5)])
+    ['pgd_steps']
+
+  Args:
+    configs: the configurations. Numbers that a compiled step takes may differ; a traced setting
+      that is None in one alone may not.
+  """
+
+  def form(config: TrainConfig, name: str) -> Any:
+    value = getattr(config, name)
+    return value is None if name in _TRACED else value
+
+  names = [field.name for field in _FIELDS]
+  return [name for name in names if len({form(config, name) for config in configs}) > 1]
 
 
 def at_step(config: TrainConfig, step: jax.Array, dtype: Any = jnp.float32) -> TrainConfig:

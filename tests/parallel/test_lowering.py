@@ -40,6 +40,19 @@ def zeros(shapes):
   return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
+def groups_of_all_reduces(lowered: jax.stages.Lowered) -> list[list[list[int]]]:
+  """Which devices each all-reduce of the compiled program adds up.
+
+  The text says {{0,1},{2,3}} or [2,2]<=[4].
+  """
+  text = lowered.compile().as_text()
+  listed = re.findall(r'replica_groups=\{((?:\{[\d,]+\},?)+)\}', text)
+  counted = re.findall(r'replica_groups=\[(\d+),(\d+)\]<=\[\d+\]', text)
+  groups = [[[*map(int, group.split(','))] for group in re.findall(r'[\d,]*\d', g)] for g in listed]
+  ranges = [np.arange(int(g) * int(n)).reshape(int(g), int(n)).tolist() for g, n in counted]
+  return groups + ranges
+
+
 def train_arguments(model: vae.VAE, mesh: jax.sharding.Mesh) -> tuple:
   """Of `training.train_steps`, as `training.run` places them."""
   step, args = training.TrainStep(model), (CONFIG, KEY)
@@ -49,6 +62,22 @@ def train_arguments(model: vae.VAE, mesh: jax.sharding.Mesh) -> tuple:
   chunk = input_pipeline.read_chunk(mesh, images, indices)
   state, window, args = sharding.replicate(mesh, (state, window, args))
   return step, mesh, state, window, args, chunk.images, chunk.examples, np.int32(5)
+
+
+def population_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, size: int) -> tuple:
+  """Of `training.train_steps`, as `training.run_population` places them."""
+
+  def stack(tree):
+    return jax.tree.map(lambda leaf: jnp.stack([leaf] * size), tree)
+
+  step, args = training.TrainStep(model), jax.tree.map(jnp.asarray, (CONFIG, KEY))
+  state = zeros(jax.eval_shape(lambda: training.init_state(model, CONFIG, KEY)))
+  images, indices = np.zeros((20, *SHAPE), np.uint8), np.zeros((size, 5, BATCH), np.int32)
+  window = training.empty_window(step, state, args, images)
+  chunk = input_pipeline.read_chunk(mesh, images, indices)
+  placed = sharding.replicate(mesh, stack((state, window, args, np.int32(5))))
+  state, window, args, counts = placed
+  return step, mesh, state, window, args, chunk.images, chunk.examples, counts
 
 
 def attack_arguments(model: vae.VAE, mesh: jax.sharding.Mesh, kind: type) -> tuple:
@@ -77,6 +106,19 @@ def test_a_step_averages_once_and_its_selection_not_at_all():
   """One all-reduce a step, of gradients and metrics together; everything else is a device's own."""
   arguments = train_arguments(tiny('mlp'), sharding.data_mesh(4))
   assert collectives(training.train_steps.lower(*arguments)) == {'all-reduce': 1}
+
+
+@pytest.mark.parametrize(
+  ('shape', 'vectorize', 'expected'),
+  [((4, 1), 'loop', [[0], [1], [2], [3]]), ((2, 2), 'vmap', [[0, 1], [2, 3]])],
+)
+def test_members_of_a_population_do_not_communicate(shape, vectorize, expected):
+  """One all-reduce, over the devices that share a batch: of one device alone, it sends nothing."""
+  mesh = sharding.population_mesh(*shape)
+  arguments = population_arguments(tiny('mlp'), mesh, 4)
+  lowered = training.train_steps.lower(*arguments, vectorize)
+  assert collectives(lowered) == {'all-reduce': 1}
+  assert groups_of_all_reduces(lowered) == [expected]
 
 
 @pytest.mark.parametrize('kind', [attack_suite.PGD, attack_suite.APGD])
@@ -112,3 +154,17 @@ def test_a_convnet_s_attack_lowers_for_every_platform():
   assert_convolutions_are_native_but_on_cpu(
     attack_suite.run, *arguments, norm='linf', bounds=(0.0, 1.0)
   )
+
+
+@pytest.mark.parametrize('arch', ['mlp', 'convnet'])
+def test_members_are_taken_at_once_but_on_cpu(arch):
+  """Every product of the program for GPUs and TPUs is of all five members; on a CPU none is."""
+  arguments = population_arguments(tiny(arch), sharding.population_mesh(1), 5)
+  trace = training.train_steps.trace(*arguments)
+  texts = {name: trace.lower(lowering_platforms=(name,)).as_text() for name in PLATFORMS}
+  exported = jax.export.export(training.train_steps, platforms=('cuda', 'tpu'))(*arguments)
+  assert exported.platforms == ('cuda', 'tpu')
+  for platform, text in {**texts, 'both': exported.mlir_module()}.items():
+    products = re.findall(r'stablehlo\.dot_general.*?: \(tensor<(\d+)x\S*, tensor<(\d+)x', text)
+    expected = {False} if platform == 'cpu' else {True}
+    assert {'5' in sizes for sizes in products} == expected, platform

@@ -1,0 +1,190 @@
+"""Runs of several work directories as one population: their files are those of single runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import population, pretrain, recording
+from experiments.cli import flags, signals
+from se_vae import training
+from se_vae.config import ArgumentError
+from se_vae.storage import checkpoints
+from tests.training import small_runs
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 30, 'log_every': 10}
+TINY |= {'checkpoint_every': 8, 'num_devices': 1, 'dataset': 'color_mnist_5k'}
+TINY |= {'objective': 'vae'}  # rounding does not turn the sign of a step, as in a selection
+# The second ends before the others.
+MEMBERS = [{'seed': 0}, {'seed': 1, 'kl_weight': 5.0, 'num_steps': 20}, {'seed': 1, 'obs_var': 0.2}]
+
+
+class StopAfter(signals.StopSignal):
+  """Requests to stop after some dispatches."""
+
+  def __init__(self, dispatches: int) -> None:
+    super().__init__()
+    self._left = dispatches
+
+  def requested(self) -> int | None:
+    self._left -= 1
+    return signal.SIGTERM if self._left <= 0 else None
+
+
+def configs(directory: Path, **changes) -> list[pretrain.PretrainConfig]:
+  return [
+    flags.from_dict(
+      pretrain.PretrainConfig, {'workdir': str(directory / str(i)), **TINY, **own, **changes}
+    )
+    for i, own in enumerate(MEMBERS)
+  ]
+
+
+@pytest.fixture(scope='module')
+def singles(tmp_path_factory) -> Path:
+  directory = tmp_path_factory.mktemp('singles')
+  for config in configs(directory):
+    pretrain.run(config, signals.StopSignal())
+  return directory
+
+
+def names(workdir: Path) -> set[str]:
+  """Of all files, without the digests of checkpoints and the times of event files."""
+  files = (path.relative_to(workdir) for path in workdir.rglob('*') if path.is_file())
+  return {re.sub('_[0-9a-f]{64}|tfevents.*', '', str(path)) for path in files}
+
+
+def pixels(path: Path) -> np.ndarray:
+  with Image.open(path) as picture:
+    return np.asarray(picture, np.float32)
+
+
+def check_same_runs(found: Path, expected: Path) -> None:
+  """All files, but for paths in settings and the digests that they change.
+
+  Numbers agree to rounding: as the tests compile, a loop over members is fused differently.
+  """
+  for i in range(len(MEMBERS)):
+    own, single = found / str(i), expected / str(i)
+    assert names(own) == names(single)
+    pairs = [recording.read_rows(place / 'metrics.jsonl') for place in (own, single)]
+    assert pairs[0][1] == pairs[1][1] == ''
+    assert_same_numbers(pairs[0][0], pairs[1][0])
+    for page in recording.PAGES:
+      first, second = (pixels(place / f'{page}.png') for place in (own, single))
+      assert np.abs(first - second).max() <= 1.0  # of 255 levels
+    for name in ('config.json', 'result.json'):
+      contents = [json.loads((workdir / name).read_text()) for workdir in (own, single)]
+      for content in contents:
+        content.pop('checkpoint', None)
+        del content['config']['workdir']
+      assert_same_numbers(*(content.pop('test', {}) for content in contents))
+      assert contents[0] == contents[1]
+    for folder in (recording.CHECKPOINTS, recording.BEST):
+      pairs = zip(checkpoints.steps(own / folder), checkpoints.steps(single / folder), strict=True)
+      for (step, path), (expected_step, expected_path) in pairs:
+        assert step == expected_step
+        small_runs.assert_close(*(checkpoints.load(p).tensors for p in (path, expected_path)), 1e-4)
+
+
+def assert_same_numbers(found, expected) -> None:
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, expected)
+
+
+def test_the_files_are_those_of_single_runs(tmp_path, singles):
+  results = population.train_population(configs(tmp_path), signals.StopSignal())
+  check_same_runs(tmp_path, singles)
+  assert [result['step'] for result in results] == [30, 20, 30]
+  changed = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+  assert population.train_population(configs(tmp_path), signals.StopSignal()) == results
+  assert [pretrain.run(config, signals.StopSignal()) for config in configs(tmp_path)] == results
+  files = [path for path in changed if path.is_file() and path.name != '.lock']
+  assert all(path.stat().st_mtime_ns == changed[path] for path in files)
+
+
+@pytest.mark.parametrize('dispatches', [1, 4])
+def test_a_signal_saves_all_and_the_population_goes_on(tmp_path, singles, dispatches):
+  with pytest.raises(signals.Interrupted):
+    population.train_population(configs(tmp_path), StopAfter(dispatches))
+  steps = [recording.good_steps(Path(str(config.workdir))) for config in configs(tmp_path)]
+  assert len({own[0] for own in steps}) == 1 and steps[0][0] > 0
+  population.train_population(configs(tmp_path), signals.StopSignal())
+  check_same_runs(tmp_path, singles)
+
+
+def test_a_population_killed_while_it_saves_goes_on_from_the_last_common_step(
+  tmp_path, singles, monkeypatch
+):
+  with pytest.raises(signals.Interrupted):
+    population.train_population(configs(tmp_path), StopAfter(4))
+  _, common = recording.good_steps(tmp_path / '1')
+  (_, path), *_ = checkpoints.steps(tmp_path / '1' / recording.CHECKPOINTS)
+  path.unlink()
+  begun, load_at = [], recording.load_at
+  monkeypatch.setattr(
+    recording, 'load_at', lambda workdir, step: begun.append(step) or load_at(workdir, step)
+  )
+  population.train_population(configs(tmp_path), signals.StopSignal())
+  assert begun == [common] * len(MEMBERS)
+  check_same_runs(tmp_path, singles)
+
+
+def test_runs_that_share_no_step_go_on_for_themselves(tmp_path, singles):
+  """The first is finished, the second has been interrupted, the third not begun."""
+  first, second, _ = configs(tmp_path)
+  pretrain.run(first, signals.StopSignal())
+  with pytest.raises(signals.Interrupted):
+    pretrain.run(second, StopAfter(2))
+  population.train_population(configs(tmp_path), signals.StopSignal())
+  check_same_runs(tmp_path, singles)
+
+
+def test_a_finished_run_without_a_result_gets_one(tmp_path, singles):
+  for i in range(len(MEMBERS)):
+    shutil.copytree(singles / str(i), tmp_path / str(i))
+  own = configs(tmp_path)
+  for config in own:  # they hold the paths of the others
+    (Path(str(config.workdir)) / 'result.json').unlink()
+  results = population.train_population(own, signals.StopSignal())
+  assert [result['step'] for result in results] == [30, 20, 30]
+  check_same_runs(tmp_path, singles)
+
+
+def test_the_others_finish_beside_a_run_that_is_not_finite(tmp_path, singles):
+  own = configs(tmp_path)
+  own[1] = flags.replace(own[1], learning_rate=1e30)
+  with pytest.raises(training.NotFiniteError, match=r'/1: step \d+ is not finite'):
+    population.train_population(own, signals.StopSignal())
+  report = json.loads((tmp_path / '1' / 'not_finite.json').read_text())
+  assert 0 < report['step'] < 20
+  assert not (tmp_path / '1' / 'result.json').exists()
+  for i in ('0', '2'):
+    rows, expected = (recording.read_rows(p / i / 'metrics.jsonl')[0] for p in (tmp_path, singles))
+    assert_same_numbers(rows, expected)
+    assert (tmp_path / i / 'result.json').exists()
+
+
+def test_runs_that_do_not_fit_together_are_refused(tmp_path):
+  first, second, third = configs(tmp_path)
+  for changed, message in (
+    ({'pgd_steps': 3, 'log_every': 5}, 'pgd_steps, log_every: must be the same in all runs'),
+    ({'relative_step_size': 0.5}, 'relative_step_size: must be the same in all runs'),
+    ({'workdir': str(tmp_path / '0')}, 'workdir: must be another one for each run'),
+  ):
+    with pytest.raises(ArgumentError, match=message):
+      population.train_population(
+        [first, flags.replace(second, **changed), third], signals.StopSignal()
+      )
+  with pytest.raises(ArgumentError, match='configs: needs at least one run'):
+    population.train_population([], signals.StopSignal())
+  assert list(tmp_path.iterdir()) == []
