@@ -82,9 +82,9 @@ def main() -> None:
   config = flags.from_flags(SweepConfig)
   base = flags.from_flags(pretrain.PretrainConfig)
   placement.use_cpu_alone_beside_slots(config.placement)
-  if config.vectorize:
-    devices.use_all_cores(base.batch_size * devices.num_cores(), base.num_devices)
-  devices.use_all_cores(base.batch_size, base.num_devices)
+  # Each member of a population has a device of its own, however small its batch.
+  examples = base.batch_size * (devices.num_cores() if config.vectorize else 1)
+  devices.use_all_cores(examples, base.num_devices)
   with signals.StopSignal().listening() as stop:
     run(config, base, stop)
 
