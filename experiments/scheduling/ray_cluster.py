@@ -271,8 +271,8 @@ def _check_nodes(workdir: Path, resources: dict[str, float], jobs: Sequence[AnyJ
   workdir.mkdir(parents=True, exist_ok=True)
   mark.write_text(token)
   try:
-    looks = {
-      node['NodeManagerHostname']: ray.remote(look)
+    looks = [
+      ray.remote(look)
       .options(
         num_cpus=0,
         scheduling_strategy=scheduling_strategies.NodeAffinitySchedulingStrategy(
@@ -281,14 +281,15 @@ def _check_nodes(workdir: Path, resources: dict[str, float], jobs: Sequence[AnyJ
       )
       .remote(str(mark), folders)
       for node in able
-    }
-    for host, reference in looks.items():
+    ]
+    for node, reference in zip(able, looks, strict=True):
+      name = f'{node["NodeManagerHostname"]} ({node["NodeManagerAddress"]})'
       try:
         seen = ray.get(reference, timeout=_NODE_ANSWER)
       except ray.exceptions.RayError as error:
-        lines = str(error).strip().splitlines()
-        raise ArgumentError('ray_address', f'node {host} cannot run a task: {lines[-1]}') from None
-      check_node(host, seen, token, workdir)
+        reason = str(error).strip().splitlines()[-1]
+        raise ArgumentError('ray_address', f'node {name} cannot run a task: {reason}') from None
+      check_node(name, seen, token, workdir)
   finally:
     mark.unlink()
 

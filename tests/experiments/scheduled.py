@@ -46,12 +46,12 @@ def run(workdir: Path, *flags: str, **environment: str) -> tuple[int, str, str]:
 
 
 def wait_until(
-  condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120.0
+  condition: Callable[[], bool], process: subprocess.Popen[str] | None, seconds: float = 120.0
 ) -> None:
-  """Waits for something that must come while a process runs."""
+  """Waits for something that must come, while a process runs if there is one."""
   deadline = time.monotonic() + seconds
   while not condition():
-    assert process.poll() is None, process.communicate()
+    assert process is None or process.poll() is None, process.communicate()
     assert time.monotonic() < deadline, 'it never came'
     time.sleep(0.02)
 

@@ -8,6 +8,8 @@ import random
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -52,6 +54,11 @@ def local(tmp_path_factory):
   code, _, err = scheduled.run(workdir, *FLAGS, '--parallel=1', NPROC='1')
   assert code == 0, err
   return workdir
+
+
+def alive(cluster: Cluster) -> list[dict]:
+  """The nodes of a cluster that answer, whoever has started them."""
+  return [node for node in cluster.global_state.node_table() if node['Alive']]
 
 
 def starts(workdir: Path, run: str) -> list[int]:
@@ -156,6 +163,30 @@ def test_addresses_that_do_not_answer_are_told_in_a_line(tmp_path):
 def test_wrong_flags_are_told_in_a_line(tmp_path, flags, message):
   line, _ = refused(tmp_path, *flags.split())
   assert line == f'error: {message}'
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='a storage that is not shared needs root')
+def test_a_node_that_does_not_share_the_storage_is_told_in_a_line(cluster, tmp_path):
+  """A node in a mount namespace of its own, where an empty file system lies over the directory."""
+  ray = Path(sys.executable).with_name('ray')
+  command = (
+    f'mount -t tmpfs tmpfs {tmp_path} && exec {ray} start --address={cluster.address} --block'
+  )
+  known = len(alive(cluster))
+  with (tmp_path.parent / 'ray.log').open('w') as log:
+    node = subprocess.Popen(
+      ['unshare', '--mount', 'sh', '-c', f'{command} --num-cpus=1'], stdout=log, stderr=log
+    )
+  try:
+    scheduled.wait_until(lambda: len(alive(cluster)) > known, node)
+    line, _ = refused(tmp_path, f'--ray_address={cluster.address}')
+  finally:
+    node.terminate()
+    node.wait()
+    scheduled.wait_until(lambda: len(alive(cluster)) == known, None)
+  assert re.fullmatch(
+    rf'error: --workdir: node \S+ \(\S+\) does not share {tmp_path}/w; use storage .*', line
+  )
 
 
 def test_what_no_node_has_is_told_in_a_line(cluster, tmp_path):

@@ -234,7 +234,7 @@ def last_row(workdir, run: str) -> dict[str, float]:
 
 def test_a_population_trains_what_runs_of_their_own_train(one_after_another, tmp_path):
   flags = (*SHORT, '--vectorize', '--parallel=2')
-  code, out, err = scheduled.run(tmp_path, *flags)
+  code, _, err = scheduled.run(tmp_path, *flags)
   assert code == 0, err
   assert '[1/1] population of 2: ' in err and '[2/2] seed ' in err
   for run in RUNS:

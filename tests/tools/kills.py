@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -20,8 +21,9 @@ import time
 import traceback
 from pathlib import Path
 
-from experiments import figure1, pretrain, probe, probe_settings
+from experiments import figure1, pretrain, probe, probe_settings, sweep
 from experiments.cli import app, distributed, flags
+from experiments.scheduling import jobs
 from se_vae.evaluation import robustness
 
 TINY = {'hidden_units': 16, 'pgd_steps': 2}
@@ -39,6 +41,19 @@ BINARIES = {
     {**ATTACK, 'attack': 'worst_case', 'radii': '0,0.05,0.1,0.2', 'num_queries': 20},
   ),
   'figure1': (figure1, (figure1.Figure1Config,), {'radii': '0,0.1', 'latent_dims': 4}),
+  'sweep': (
+    sweep,
+    (sweep.SweepConfig, pretrain.PretrainConfig),
+    {
+      **TRAINING,
+      'num_steps': 600,
+      'vary': 'seed=0,1,2',
+      'parallel': 2,
+      'probe': ' '.join(
+        f'--{name}={value}' for name, value in {**ATTACK, 'radii': '0,0.1'}.items()
+      ),
+    },
+  ),
 }
 
 
@@ -79,12 +94,21 @@ def finish(process: int, log: Path, options: int = 0) -> bool:
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
-  """Every file but locks and event files, which tell of processes and of the clock."""
-  return {
+  """Every file but locks, logs and event files, which tell of processes and of the clock."""
+  found = {
     str(path.relative_to(workdir)): path.read_bytes()
     for path in workdir.rglob('*')
-    if path.is_file() and not path.name.endswith('lock') and path.parent.name != 'tensorboard'
+    if path.is_file()
+    and not path.name.endswith('lock')
+    and path.name != jobs.LOG
+    and path.parent.name != 'tensorboard'
   }
+  if 'sweep.json' in found:
+    table = json.loads(found['sweep.json'])
+    for result in table['results']:
+      del result['seconds']
+    found['sweep.json'] = json.dumps(table).encode()
+  return found
 
 
 def compare(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
