@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import socket
@@ -20,10 +21,11 @@ from se_vae.config import ArgumentError, setting, validate
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
 
-  from se_vae.parallel import processes
+  from se_vae.parallel import connections, processes
 
 
 _WEEK = 7 * 24 * 3600  # in seconds; JAX counts some times in 32 bits
+_JAX_LATER = 60  # seconds that JAX waits longer than we do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +85,20 @@ def joined(cluster: Cluster) -> Iterator[None]:
     return
   _check_port(cluster)
   _join(cluster)
+  connections.watch(cluster.heartbeat_timeout, functools.partial(_lost, cluster))
   shared: tuple[type[Exception], ...] = (ArgumentError, signals.Interrupted, *app.failures())
   try:
     yield
   except shared:
     raise
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    lost = f'lost the other processes, or a device: {" ".join(str(error).split())}'
-    _leave(1, f'error: {app.out_of_memory(error) or lost}')
+    _leave(1, f'error: {app.out_of_memory(error) or _failed_connection(error)}')
   except SystemExit as error:
     _leave(error.code if isinstance(error.code, int) else 1)
-  except BaseException:
-    _leave(1, traceback.format_exc())
+  except BaseException as error:
+    # Where JAX waits for a result itself, its error is a ValueError.
+    is_connection = isinstance(error, ValueError) and 'Gloo' in str(error)
+    _leave(1, f'error: {_failed_connection(error)}' if is_connection else traceback.format_exc())
 
 
 def _check_port(cluster: Cluster) -> None:
@@ -129,8 +133,9 @@ def _join(cluster: Cluster) -> None:
       cluster.coordinator,
       cluster.num_processes,
       cluster.process_id,
-      timeout=cluster.join_timeout + 60,  # JAX would abort with a stack trace
-      heartbeat_timeout=cluster.heartbeat_timeout,
+      # JAX would abort with a stack trace.
+      timeout=cluster.join_timeout + _JAX_LATER,
+      heartbeat_timeout=cluster.heartbeat_timeout + _JAX_LATER,
     )
   except ValueError as error:
     raise ArgumentError('distributed', str(error)) from None
@@ -138,6 +143,20 @@ def _join(cluster: Cluster) -> None:
     _leave(1, f'error: cannot join the other processes: {" ".join(str(error).split())}')
   finally:
     late.cancel()
+
+
+def _lost(cluster: Cluster, process: int) -> None:
+  """Ends this process because another is silent."""
+  _leave(
+    1,
+    f'error: lost process {process}: silent for {cluster.heartbeat_timeout} s '
+    '(--heartbeat_timeout); what was saved before stays. Run the same commands again to go on.',
+  )
+
+
+def _failed_connection(error: BaseException) -> str:
+  """Returns an error of JAX, which does not say whose fault it is, in one line."""
+  return f'lost the other processes, or a device: {" ".join(str(error).split())}'
 
 
 def _leave(code: int, message: str = '') -> None:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,19 +49,31 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def start(workdir: Path, *, env: dict[str, str] | None = None, **flags) -> subprocess.Popen:
-  """One process of the binary, as a user starts it."""
+def start(
+  workdir: Path, *, env: dict[str, str] | None = None, within: Sequence[str] = (), **flags
+) -> subprocess.Popen:
+  """One process of the binary, as a user starts it; `within` is a command that runs commands."""
   flags = {'workdir': workdir, 'num_devices': 2, **TINY, **flags}
   # JAX warns of proxies, which tests have so that nothing is downloaded.
   inherited = {name: value for name, value in os.environ.items() if not name.endswith('_PROXY')}
   return subprocess.Popen(
-    [sys.executable, '-m', 'experiments.pretrain', *(f'--{k}={v}' for k, v in flags.items())],
+    [*within, sys.executable, '-m', 'experiments.pretrain', *(f'--{k}={v}' for k, v in flags.items())],
     cwd=ROOT,
     env={**inherited, **(env or {})},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+@contextlib.contextmanager
+def killed_at_the_end(processes: list[subprocess.Popen]) -> Iterator[list[subprocess.Popen]]:
+  try:
+    yield processes
+  finally:
+    for process in processes:
+      process.kill()
+      process.communicate()
 
 
 @contextlib.contextmanager
@@ -74,12 +86,8 @@ def pair(
     start(**{'workdir': workdir, 'process_id': number, **cluster, **flags, **own[number]})
     for number in (0, 1)
   ]
-  try:
+  with killed_at_the_end(processes):
     yield processes
-  finally:
-    for process in processes:
-      process.kill()
-      process.communicate()
 
 
 class End(NamedTuple):
@@ -132,13 +140,15 @@ def alone(tmp_path_factory) -> Path:
   return workdir
 
 
-def assert_same_but_for_rounding(workdir: Path, expected: Path) -> None:
+def assert_same_but_for_rounding(
+  workdir: Path, expected: Path, num_steps: int = TINY['num_steps']
+) -> None:
   """A gradient's sum in another order: 2e-7 of each tensor's largest entry, on one machine."""
   mine, theirs = (
     checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail).tensors
     for path in (workdir, expected)
   )
-  assert mine.keys() == theirs.keys() and mine['step'] == TINY['num_steps']
+  assert mine.keys() == theirs.keys() and mine['step'] == num_steps
   for name in (name for name in theirs if name.startswith('params/')):
     tolerance = 1e-5 * np.abs(theirs[name]).max()
     np.testing.assert_allclose(mine[name], theirs[name], rtol=0.0, atol=tolerance, err_msg=name)

@@ -1,0 +1,150 @@
+"""Two hosts with addresses of their own, as network namespaces with a cable between them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from se_vae.parallel import connections
+from se_vae.storage import checkpoints
+from tests.parallel.test_processes import (
+  PATIENCE,
+  End,
+  assert_same_but_for_rounding,
+  ends,
+  killed_at_the_end,
+  run_alone,
+  start,
+)
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+ADDRESSES = ('192.0.2.1', '192.0.2.2')  # of a net that is kept for documentation: RFC 5737
+# Long enough to be interrupted: some seconds.
+LONGER = {'num_steps': 400, 'log_every': 100, 'checkpoint_every': 50, 'pgd_steps': 20}
+
+
+def ip(*arguments: str, check: bool = True) -> None:
+  command = ['ip', *arguments]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0 or not check, f'{command}: {done.stderr}'
+
+
+class Hosts:
+  """Two network namespaces; a cable between them, which can be cut."""
+
+  def __init__(self, names: tuple[str, str]) -> None:
+    self.names = names
+
+  def build(self) -> None:
+    for name in self.names:
+      ip('netns', 'add', name)
+    first, second = self.names
+    ip('link', 'add', first, 'netns', first, 'type', 'veth', 'peer', second, 'netns', second)
+    for name, address in zip(self.names, ADDRESSES, strict=True):
+      ip('-n', name, 'address', 'add', f'{address}/24', 'dev', name)
+      ip('-n', name, 'link', 'set', 'lo', 'up')
+      ip('-n', name, 'link', 'set', name, 'up')
+
+  def remove(self) -> None:
+    for name in self.names:  # and with them the ends of the cable
+      ip('netns', 'delete', name, check=False)
+
+  def cut(self) -> None:
+    ip('-n', self.names[1], 'link', 'set', self.names[1], 'down')
+
+  def mend(self) -> None:
+    ip('-n', self.names[1], 'link', 'set', self.names[1], 'up')
+
+  @contextlib.contextmanager
+  def train(self, workdir: Path, **flags) -> Iterator[list[subprocess.Popen]]:
+    """One process on each host, as a user starts them."""
+    cluster = {'coordinator': f'{ADDRESSES[0]}:1234', 'num_processes': 2, **PATIENCE, **flags}
+    processes = [
+      start(workdir, within=('ip', 'netns', 'exec', name), process_id=number, **cluster)
+      for number, name in enumerate(self.names)
+    ]
+    with killed_at_the_end(processes):
+      yield processes
+
+
+@pytest.fixture(scope='module')
+def hosts() -> Iterator[Hosts]:
+  if os.name != 'posix' or os.getuid() != 0:
+    pytest.skip('network namespaces need root')
+  if shutil.which('ip') is None:
+    pytest.skip('needs `ip`, of the package iproute2')
+  hosts = Hosts((f'a{os.getpid()}', f'b{os.getpid()}'))
+  try:
+    try:
+      hosts.build()
+    except AssertionError as error:  # as in a container without the right to do so
+      pytest.skip(f'network namespaces cannot be made here: {error}')
+    yield hosts
+  finally:
+    hosts.remove()
+
+
+def test_two_hosts_train_as_one(tmp_path, hosts):
+  """Though their name is of the loopback interface, as on Debian, where no other host can reach."""
+  with hosts.train(tmp_path / 'hosts') as processes:
+    found = ends(processes)
+  assert [end.code for end in found] == [0, 0], found
+  run_alone(tmp_path / 'alone')
+  assert_same_but_for_rounding(tmp_path / 'hosts', tmp_path / 'alone')
+
+
+def errors(end: End) -> list[str]:
+  """The lines that are no progress."""
+  return [line for line in end.errors if not line.startswith('pretrain: ')]
+
+
+def test_a_cut_cable_ends_both_in_a_line_and_the_run_goes_on_when_it_is_mended(tmp_path, hosts):
+  silence = 10
+  with hosts.train(tmp_path / 'hosts', **LONGER, heartbeat_timeout=silence) as processes:
+    while not checkpoints.steps(tmp_path / 'hosts' / 'checkpoints'):
+      assert [process.poll() for process in processes] == [None, None]
+      time.sleep(0.02)
+    hosts.cut()
+    cut = time.monotonic()
+    found = ends(processes)
+    assert time.monotonic() - cut < silence + 30.0  # a few seconds, where the machine is idle
+  hosts.mend()
+  for end, other in zip(found, (1, 0), strict=True):
+    assert end.code == 1, end
+    (line,) = errors(end)
+    assert line.startswith(f'error: lost process {other}: silent for {silence} s')
+  loaded = checkpoints.load_latest(tmp_path / 'hosts' / 'checkpoints', on_damage=pytest.fail)
+  assert 0 < loaded.tensors['step'] < LONGER['num_steps']
+  with hosts.train(tmp_path / 'hosts', **LONGER) as processes:
+    assert [end.code for end in ends(processes)] == [0, 0]
+  run_alone(tmp_path / 'alone', **LONGER)
+  assert_same_but_for_rounding(tmp_path / 'hosts', tmp_path / 'alone', LONGER['num_steps'])
+
+
+def test_a_process_is_silent_when_its_value_stays_and_not_when_it_has_left():
+  silence = connections.Silence({1, 2, 3}, now=0.0)
+  for process, value, now in ((1, '1', 1.0), (2, '1', 1.0), (1, '2', 5.0), (2, '1', 5.0)):
+    silence.hear(process, value, now)
+  silence.hear(3, 'left', 2.0)
+  silence.hear(0, '1', 2.0)  # this process's own
+  assert silence.longer_than(4.0, now=5.0) == []
+  assert silence.longer_than(4.0, now=6.0) == [2]
+  assert silence.longer_than(4.0, now=100.0) == [1, 2]
+
+
+@pytest.mark.parametrize('coordinator', ['127.0.0.1:1', 'localhost:65535', '[::1]:80'])
+def test_the_own_address_on_the_way_to_this_host_is_loopback(coordinator):
+  assert connections.own_address(coordinator) in ('127.0.0.1', '::1')
+
+
+@pytest.mark.parametrize('coordinator', ['', 'no-such-host.invalid:1', '127.0.0.1:99999999999'])
+def test_the_own_address_on_no_way_is_none(coordinator):
+  assert connections.own_address(coordinator) is None
