@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import ipaddress
 import os
 import re
 import socket
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from etils import epy
 
 from experiments.cli import app, signals
+from experiments.cli.messages import warn
 from se_vae.config import ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -84,6 +86,7 @@ def joined(cluster: Cluster) -> Iterator[None]:
     yield
     return
   _check_port(cluster)
+  _warn_of_loopback(cluster)
   _join(cluster)
   connections.watch(cluster.heartbeat_timeout, functools.partial(_lost, cluster))
   shared: tuple[type[Exception], ...] = (ArgumentError, signals.Interrupted, *app.failures())
@@ -113,6 +116,21 @@ def _check_port(cluster: Cluster) -> None:
       raise ArgumentError(
         'coordinator', f'cannot listen at {cluster.coordinator}: {error}'
       ) from None
+
+
+def _warn_of_loopback(cluster: Cluster) -> None:
+  """Tells process 0 if its name for itself is of no use to others, as on Debian: 127.0.1.1."""
+  if cluster.coordinator is None or cluster.process_id != 0:
+    return
+  host = cluster.coordinator.rpartition(':')[0].strip('[]')
+  address = connections.own_address(cluster.coordinator)
+  if address is None or host in ('localhost', address):
+    return
+  if ipaddress.ip_address(address).is_loopback:
+    warn(
+      f'--coordinator: {host} is {address} on this host, where no other host can connect; '
+      'if there are others, give the address that they use'
+    )
 
 
 def _join(cluster: Cluster) -> None:

@@ -1,19 +1,20 @@
 """What several hosts need and JAX has no public interface for: an address, and a watch on silence.
 
-This is the only module that uses private names of JAX.
+This is the only module that uses private names of JAX. It imports them where several processes need
+them, so that a single one does not depend on them.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
-from jax._src import distributed, xla_bridge
-from jax._src.lib import _jax
 from jax.extend import backend
 
 # Keys of JAX's key-value store, which process 0 serves.
@@ -38,7 +39,7 @@ def own_address(coordinator: str) -> str | None:
     with socket.socket(family, kind, protocol) as route:
       route.connect(target)
       address: str = route.getsockname()[0]
-  except (OSError, ValueError, OverflowError):
+  except (OSError, ValueError):
     return None
   return address
 
@@ -50,6 +51,9 @@ def listen_on_the_way_to_the_coordinator() -> None:
   which no other host can connect. Call it after `jax.distributed.initialize`, and before JAX is
   used. GPUs and TPUs choose for themselves.
   """
+  from jax._src import distributed, xla_bridge
+  from jax._src.lib import _jax  # type: ignore[attr-defined]
+
   if jax.config.jax_cpu_collectives_implementation != 'gloo':  # type: ignore[attr-defined]
     return
 
@@ -99,7 +103,10 @@ def watch(timeout: float, on_lost: Callable[[int], None]) -> None:
     on_lost: takes the number of the silent process, and must end this one. It runs in a thread of
       its own.
   """
-  client, own = distributed.global_state.client, jax.process_index()
+  from jax._src import distributed
+
+  client: Any = distributed.global_state.client
+  own = jax.process_index()
   others = set(range(1, jax.process_count())) if own == 0 else {0}
   pause, stopped = min(_SECONDS_PER_BEAT, timeout / 5.0), threading.Event()
   silence, told = Silence(others, time.monotonic()), threading.Event()
@@ -140,10 +147,8 @@ def watch(timeout: float, on_lost: Callable[[int], None]) -> None:
     stopped.set()
     for thread in threads:
       thread.join(pause)
-    try:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store may have ended
       client.key_value_set(f'{_ALIVE}/{own}', _LEFT, allow_overwrite=True)
-    except jax.errors.JaxRuntimeError:
-      pass  # the store has ended already
 
   threads = [threading.Thread(target=target, daemon=True) for target in (beat, look)]
   for thread in threads:

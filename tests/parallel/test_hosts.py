@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from tests.parallel.test_processes import (
   End,
   assert_same_but_for_rounding,
   ends,
+  free_port,
   killed_at_the_end,
   run_alone,
   start,
@@ -27,8 +29,15 @@ from tests.parallel.test_processes import (
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 ADDRESSES = ('192.0.2.1', '192.0.2.2')  # of a net that is kept for documentation: RFC 5737
-# Long enough to be interrupted: some seconds.
-LONGER = {'num_steps': 400, 'log_every': 100, 'checkpoint_every': 50, 'pgd_steps': 20}
+# Long enough to be interrupted. Without the attack, whose signs make rounding grow, and with small
+# steps: the rows of metrics still tell one batch from another.
+LONGER = {
+  'objective': 'vae',
+  'learning_rate': 1e-6,
+  'num_steps': 2000,
+  'log_every': 100,
+  'checkpoint_every': 100,
+}
 
 
 def ip(*arguments: str, check: bool = True) -> None:
@@ -106,6 +115,7 @@ def errors(end: End) -> list[str]:
   return [line for line in end.errors if not line.startswith('pretrain: ')]
 
 
+@pytest.mark.slow
 def test_a_cut_cable_ends_both_in_a_line_and_the_run_goes_on_when_it_is_mended(tmp_path, hosts):
   silence = 10
   with hosts.train(tmp_path / 'hosts', **LONGER, heartbeat_timeout=silence) as processes:
@@ -116,6 +126,7 @@ def test_a_cut_cable_ends_both_in_a_line_and_the_run_goes_on_when_it_is_mended(t
     cut = time.monotonic()
     found = ends(processes)
     assert time.monotonic() - cut < silence + 30.0  # a few seconds, where the machine is idle
+    print('ENDED AFTER', time.monotonic() - cut)
   hosts.mend()
   for end, other in zip(found, (1, 0), strict=True):
     assert end.code == 1, end
@@ -126,7 +137,28 @@ def test_a_cut_cable_ends_both_in_a_line_and_the_run_goes_on_when_it_is_mended(t
   with hosts.train(tmp_path / 'hosts', **LONGER) as processes:
     assert [end.code for end in ends(processes)] == [0, 0]
   run_alone(tmp_path / 'alone', **LONGER)
-  assert_same_but_for_rounding(tmp_path / 'hosts', tmp_path / 'alone', LONGER['num_steps'])
+  paths = tmp_path / 'hosts', tmp_path / 'alone'
+  assert_same_but_for_rounding(*paths, LONGER['num_steps'], tolerance=1e-4)  # 2e-5 was seen
+
+
+@pytest.mark.slow
+def test_a_silent_process_ends_all_others_in_a_line(tmp_path):
+  """Those that do not watch it themselves hear of it before process 0 ends, which they watch."""
+  cluster = {'coordinator': f'localhost:{free_port()}', 'num_processes': 3, **PATIENCE}
+  flags = {**cluster, **LONGER, 'num_steps': 100_000, 'num_devices': 1, 'batch_size': 48}
+  processes = [
+    start(tmp_path, process_id=number, **{**flags, 'heartbeat_timeout': 10}) for number in range(3)
+  ]
+  with killed_at_the_end(processes):
+    while not checkpoints.steps(tmp_path / 'checkpoints'):
+      assert [process.poll() for process in processes] == [None] * 3
+      time.sleep(0.02)
+    processes[2].send_signal(signal.SIGSTOP)
+    found = ends(processes[:2])
+  for end in found:
+    assert end.code == 1, end
+    (line,) = errors(end)
+    assert line.startswith('error: lost process 2: silent for 10 s')
 
 
 def test_a_process_is_silent_when_its_value_stays_and_not_when_it_has_left():
@@ -145,6 +177,6 @@ def test_the_own_address_on_the_way_to_this_host_is_loopback(coordinator):
   assert connections.own_address(coordinator) in ('127.0.0.1', '::1')
 
 
-@pytest.mark.parametrize('coordinator', ['', 'no-such-host.invalid:1', '127.0.0.1:99999999999'])
+@pytest.mark.parametrize('coordinator', ['', 'no-such-host.invalid:1', '127.0.0.1:port'])
 def test_the_own_address_on_no_way_is_none(coordinator):
   assert connections.own_address(coordinator) is None
