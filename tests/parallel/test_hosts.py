@@ -126,7 +126,6 @@ def test_a_cut_cable_ends_both_in_a_line_and_the_run_goes_on_when_it_is_mended(t
     cut = time.monotonic()
     found = ends(processes)
     assert time.monotonic() - cut < silence + 30.0  # a few seconds, where the machine is idle
-    print('ENDED AFTER', time.monotonic() - cut)
   hosts.mend()
   for end, other in zip(found, (1, 0), strict=True):
     assert end.code == 1, end
