@@ -130,7 +130,7 @@ def test_bytes_by_hand():
   parameters = weights + 8 * 200 + 128 + 784
   count = bytes_of('mlp', warm_start=True)
   assert count.parameters == 4 * parameters
-  assert count.optimizer == 2 * 4 * parameters + 4  # two averages, and the number of steps
+  assert count.optimizer == 2 * 4 * parameters + 8  # two averages, Adam's count and the schedule's
   assert count.warm_start == 1000 * 784
   assert count.all_reduce == 4 * (parameters + 9)
   assert bytes_of('mlp').warm_start == 0
