@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 from etils import epy
 
@@ -88,20 +89,20 @@ def joined(cluster: Cluster) -> Iterator[None]:
   _check_port(cluster)
   _warn_of_loopback(cluster)
   _join(cluster)
-  connections.watch(cluster.heartbeat_timeout, functools.partial(_lost, cluster))
+  is_lost = connections.watch(cluster.heartbeat_timeout, functools.partial(_lost, cluster))
   shared: tuple[type[Exception], ...] = (ArgumentError, signals.Interrupted, *app.failures())
   try:
     yield
   except shared:
     raise
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    _leave(1, f'error: {app.out_of_memory(error) or _failed_connection(error)}')
+    _leave_broken(error, is_lost())
   except SystemExit as error:
     _leave(error.code if isinstance(error.code, int) else 1)
   except BaseException as error:
-    # Where JAX waits for a result itself, its error is a ValueError.
-    is_connection = isinstance(error, ValueError) and 'Gloo' in str(error)
-    _leave(1, f'error: {_failed_connection(error)}' if is_connection else traceback.format_exc())
+    if isinstance(error, ValueError) and 'Gloo' in str(error):  # of a result that JAX waits for
+      _leave_broken(error, is_lost())
+    _leave(1, traceback.format_exc())
 
 
 def _check_port(cluster: Cluster) -> None:
@@ -163,7 +164,7 @@ def _join(cluster: Cluster) -> None:
     late.cancel()
 
 
-def _lost(cluster: Cluster, process: int) -> None:
+def _lost(cluster: Cluster, process: int) -> NoReturn:
   """Ends this process because another is silent."""
   _leave(
     1,
@@ -172,12 +173,15 @@ def _lost(cluster: Cluster, process: int) -> None:
   )
 
 
-def _failed_connection(error: BaseException) -> str:
-  """Returns an error of JAX, which does not say whose fault it is, in one line."""
-  return f'lost the other processes, or a device: {" ".join(str(error).split())}'
+def _leave_broken(error: BaseException, is_lost: bool) -> NoReturn:
+  """Ends this process after an error of JAX, which does not say whose fault it is."""
+  if is_lost:
+    threading.Event().wait()  # for `_lost`, which knows
+  lost = f'lost the other processes, or a device: {" ".join(str(error).split())}'
+  _leave(1, f'error: {app.out_of_memory(error) or lost}')
 
 
-def _leave(code: int, message: str = '') -> None:
+def _leave(code: int, message: str = '') -> NoReturn:
   """Ends the process without waiting for the others."""
   print(message, end='\n' if message else '', file=sys.stderr, flush=True)
   sys.stdout.flush()

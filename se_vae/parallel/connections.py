@@ -91,7 +91,7 @@ class Silence:
     return sorted(process for process, heard in self._heard.items() if now - heard > seconds)
 
 
-def watch(timeout: float, on_lost: Callable[[int], None]) -> None:
+def watch(timeout: float, on_lost: Callable[[int], None]) -> Callable[[], bool]:
   """Calls `on_lost` in every process, if one is silent for `timeout` seconds.
 
   JAX watches too, but a process that it takes for dead ends with a stack trace, so its timeout must
@@ -102,6 +102,10 @@ def watch(timeout: float, on_lost: Callable[[int], None]) -> None:
     timeout: seconds.
     on_lost: takes the number of the silent process, and must end this one. It runs in a thread of
       its own.
+
+  Returns:
+    A function that says whether a process is lost, so that `on_lost` is called soon. Connections
+    break meanwhile, as the others end.
   """
   from jax._src import distributed
 
@@ -154,3 +158,4 @@ def watch(timeout: float, on_lost: Callable[[int], None]) -> None:
   for thread in threads:
     thread.start()
   atexit.register(leave)  # runs before JAX's own, which waits for the other processes
+  return lambda: bool(lost)
