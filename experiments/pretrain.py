@@ -216,7 +216,9 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   return dataset
 
 
-def _check_bounds_memory(config: PretrainConfig, image_shape: tuple[int, ...], mesh: Any) -> None:
+def _check_bounds_memory(
+  config: PretrainConfig, image_shape: tuple[int, int, int], mesh: Any
+) -> None:
   """Raises ArgumentError if the linear bounds of a batch need more memory than there is."""
   if config.train.objective != 'se' or config.train.selection != 'linear':
     return
