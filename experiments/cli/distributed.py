@@ -89,19 +89,19 @@ def joined(cluster: Cluster) -> Iterator[None]:
   _check_port(cluster)
   _warn_of_loopback(cluster)
   _join(cluster)
-  is_lost = connections.watch(cluster.heartbeat_timeout, functools.partial(_lost, cluster))
+  watch = connections.watch(cluster.heartbeat_timeout, functools.partial(_lost, cluster))
   shared: tuple[type[Exception], ...] = (ArgumentError, signals.Interrupted, *app.failures())
   try:
     yield
   except shared:
     raise
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    _leave_broken(error, is_lost())
+    _leave_broken(error, watch.is_lost())
   except SystemExit as error:
     _leave(error.code if isinstance(error.code, int) else 1)
   except BaseException as error:
     if isinstance(error, ValueError) and 'Gloo' in str(error):  # of a result that JAX waits for
-      _leave_broken(error, is_lost())
+      _leave_broken(error, watch.is_lost())
     _leave(1, traceback.format_exc())
 
 

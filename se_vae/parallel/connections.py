@@ -91,71 +91,99 @@ class Silence:
     return sorted(process for process, heard in self._heard.items() if now - heard > seconds)
 
 
-def watch(timeout: float, on_lost: Callable[[int], None]) -> Callable[[], bool]:
-  """Calls `on_lost` in every process, if one is silent for `timeout` seconds.
+class Watch:
+  """Notices in every process that one is silent.
 
-  JAX watches too, but a process that it takes for dead ends with a stack trace, so its timeout must
-  be longer. All other processes watch process 0. It watches all, and tells the others. It is the
-  last to call `on_lost`, because the store ends with it.
+  Every process shows a new value from time to time. Process 0, which serves the store, looks at all
+  of them, and all others look at process 0 and at what it tells of the others.
 
   Args:
-    timeout: seconds.
-    on_lost: takes the number of the silent process, and must end this one. It runs in a thread of
-      its own.
+    store: JAX's key-value store.
+    own: the number of this process.
+    num_processes: how many there are.
+    timeout: seconds of silence after which a process is lost.
+    on_lost: takes the number of a lost process, and must end this one. It runs in a thread of its
+      own, in process 0 last, because the store ends with it.
+  """
 
-  Returns:
-    A function that says whether a process is lost, so that `on_lost` is called soon. Connections
-    break meanwhile, as the others end.
+  def __init__(
+    self, store: Any, own: int, num_processes: int, timeout: float, on_lost: Callable[[int], None]
+  ) -> None:
+    self._store, self._own, self._timeout, self._on_lost = store, own, timeout, on_lost
+    self._others = set(range(1, num_processes)) if own == 0 else {0}
+    self._pause = min(_SECONDS_PER_BEAT, timeout / 5.0)
+    self._silence = Silence(self._others, time.monotonic())
+    self._lost: list[int] = []
+    self._told, self._stopped = threading.Event(), threading.Event()
+    # The store may keep a thread waiting for long; the other looks at the clock alone.
+    self._threads = [
+      threading.Thread(target=target, daemon=True) for target in (self._beat, self._look)
+    ]
+    for thread in self._threads:
+      thread.start()
+
+  def is_lost(self) -> bool:
+    """Returns whether a process is lost. Connections break then, as the others end."""
+    return bool(self._lost)
+
+  def leave(self) -> None:
+    """Tells the others that this process leaves, and stops."""
+    self.stop()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store may have ended
+      self._show(_LEFT)
+
+  def stop(self) -> None:
+    """Stops without a word."""
+    self._stopped.set()
+    for thread in self._threads:
+      thread.join(self._pause)
+
+  def _beat(self) -> None:
+    count = 0
+    while not self._stopped.is_set():
+      count += 1
+      with contextlib.suppress(jax.errors.JaxRuntimeError):  # the silence counts
+        self._show(str(count))
+        self._listen()
+      self._stopped.wait(self._pause)
+
+  def _show(self, value: str) -> None:
+    self._store.key_value_set(f'{_ALIVE}/{self._own}', value, allow_overwrite=True)
+
+  def _listen(self) -> None:
+    if self._own == 0:
+      for key, value in self._store.key_value_dir_get(_ALIVE):
+        self._silence.hear(int(key.rpartition('/')[2]), value, time.monotonic())
+      if self._lost and not self._told.is_set():
+        self._store.key_value_set(f'{_LOST}/0', str(self._lost[0]))
+        self._told.set()
+    else:
+      value = self._store.key_value_try_get(f'{_ALIVE}/0')
+      self._silence.hear(0, value, time.monotonic())
+      self._lost.extend(int(value) for _, value in self._store.key_value_dir_get(_LOST))
+
+  def _look(self) -> None:
+    while not self._lost and not self._stopped.wait(self._pause / 4.0):
+      self._lost.extend(self._silence.longer_than(self._timeout, time.monotonic()))
+    if self._lost and self._own == 0 and len(self._others) > 1:
+      self._told.wait(2.0 * self._pause)
+      time.sleep(1.5 * self._pause)  # the others have listened once more
+    if self._lost:
+      self._on_lost(self._lost[0])
+
+
+def watch(timeout: float, on_lost: Callable[[int], None]) -> Watch:
+  """Returns a watch on all processes that JAX has joined, which leaves when this process exits.
+
+  JAX watches too, but ends the others with a stack trace, so its timeout must be longer.
+
+  Args:
+    timeout: seconds of silence after which a process is lost.
+    on_lost: as `Watch` takes it.
   """
   from jax._src import distributed
 
-  client: Any = distributed.global_state.client
-  own = jax.process_index()
-  others = set(range(1, jax.process_count())) if own == 0 else {0}
-  pause, stopped = min(_SECONDS_PER_BEAT, timeout / 5.0), threading.Event()
-  silence, told = Silence(others, time.monotonic()), threading.Event()
-  lost: list[int] = []
-
-  def beat() -> None:
-    """Talks to the store, and may wait for it for long."""
-    count = 0
-    while not stopped.is_set():
-      count += 1
-      try:
-        client.key_value_set(f'{_ALIVE}/{own}', str(count), allow_overwrite=True)
-        if own == 0:
-          found = client.key_value_dir_get(_ALIVE)
-        else:
-          found = [(f'{_ALIVE}/0', client.key_value_try_get(f'{_ALIVE}/0'))]
-          lost.extend(int(value) for _, value in client.key_value_dir_get(_LOST))
-        for key, value in found:
-          silence.hear(int(key.rpartition('/')[2]), value, time.monotonic())
-        if own == 0 and lost and not told.is_set():
-          client.key_value_set(f'{_LOST}/0', str(lost[0]))
-          told.set()
-      except jax.errors.JaxRuntimeError:
-        pass  # the silence counts
-      stopped.wait(pause)
-
-  def look() -> None:
-    """Looks at the clock, and waits for nothing else."""
-    while not lost and not stopped.wait(pause / 4.0):
-      lost.extend(silence.longer_than(timeout, time.monotonic()))
-    if lost and own == 0 and len(others) > 1:
-      told.wait(2.0 * pause)
-      time.sleep(1.5 * pause)  # the others have looked once more
-    if lost:
-      on_lost(lost[0])
-
-  def leave() -> None:
-    stopped.set()
-    for thread in threads:
-      thread.join(pause)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store may have ended
-      client.key_value_set(f'{_ALIVE}/{own}', _LEFT, allow_overwrite=True)
-
-  threads = [threading.Thread(target=target, daemon=True) for target in (beat, look)]
-  for thread in threads:
-    thread.start()
-  atexit.register(leave)  # runs before JAX's own, which waits for the other processes
-  return lambda: bool(lost)
+  store = distributed.global_state.client
+  found = Watch(store, jax.process_index(), jax.process_count(), timeout, on_lost)
+  atexit.register(found.leave)  # runs before JAX's own, which waits for the other processes
+  return found
