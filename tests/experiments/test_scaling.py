@@ -118,10 +118,11 @@ def test_operations_are_a_share_of_the_step_and_an_update_on_every_device(measur
 
 def test_every_device_holds_the_whole_state_and_its_share_of_the_batches(measured):
   count = bytes_of('mlp')
-  batches = STEPS * BATCH * (math.prod(SHAPE) + 4)  # pixels, and an index for each example
   for devices, program in zip(COUNTS, measured[0], strict=True):
-    settings = program.argument_bytes - count.checkpoint - batches // devices
-    assert 0 < settings < 100
+    share = STEPS * BATCH // devices
+    rest = program.argument_bytes - count.checkpoint - share * math.prod(SHAPE)
+    # Settings, and an index for each example, which only a warm start uses: JAX 0.12 drops it.
+    assert 0 < rest < 4 * share + 100
 
 
 def test_bytes_by_hand():
