@@ -31,8 +31,8 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
   import numpy as np
 
-  from se_vae import data, training
-  from se_vae.models import vae
+  from se_vae import certification, data, training
+  from se_vae.models import layer_lists, vae
   from se_vae.parallel import processes
   from se_vae.storage import checkpoints, model_store, pretrained
 
@@ -213,7 +213,23 @@ def prepare(config: PretrainConfig) -> data.Dataset:
     _load_source(config, dataset)
   mesh = devices.mesh_for(config.batch_size, config.num_devices)
   devices.check_memory(config.model, dataset.train.images.shape[1:], mesh)
+  _check_bounds_memory(config, dataset.train.images.shape[1:], mesh)
   return dataset
+
+
+def _check_bounds_memory(
+  config: PretrainConfig, image_shape: tuple[int, int, int], mesh: Any
+) -> None:
+  """Raises ArgumentError if the linear bounds of a batch need more memory than there is."""
+  if config.train.objective != 'se' or config.train.selection != 'linear':
+    return
+  model = vae.make_vae(image_shape, **flags.to_dict(config.model))
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  layers = jax.eval_shape(functools.partial(layer_lists.encoder_of, model), params).means()
+  rows = 2 * config.model.latent_dim * (config.batch_size // mesh.size)
+  count = rows * certification.num_row_coefficients(layers, model.image_shape)
+  width = 'hidden_units' if config.model.arch == 'mlp' else 'conv_channels'
+  devices.check_bounds_memory(('selection', 'batch_size', width), 'linear', count, mesh)
 
 
 def run(

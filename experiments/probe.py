@@ -39,7 +39,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.visual import probe_results
   from se_vae import certification, data
   from se_vae.evaluation import attack_log, certifiers, latent_shift, linear_probe, robustness
-  from se_vae.models import vae
+  from se_vae.models import layer_lists, vae
   from se_vae.storage import model_store, pretrained
 
 # One probe at a time writes to a directory, whether or not the encoder is being trained there.
@@ -332,14 +332,20 @@ def _method(config: ProbeConfig, model: vae.VAE) -> certification.Method | None:
   """The method of --certify, or None without it.
 
   Raises:
-    ArgumentError: for an encoder that cannot be certified.
+    ArgumentError: for an encoder that cannot be certified, or not within the memory.
   """
   if not config.certify:
     return None
   params = jax.eval_shape(model.init, jax.random.key(0))
   classifier = linear_probe.ProbedEncoder(model)
   suited = certifiers.certifier_for(classifier, (params, None), model.image_shape).method
-  return certification.Method(config.certify_method or suited.name, config.certify_slope_steps)
+  method = certification.Method(config.certify_method or suited.name, config.certify_slope_steps)
+  if method.name == 'crown':
+    layers = jax.eval_shape(functools.partial(layer_lists.encoder_of, model), params).means()
+    count = certification.num_coefficients(layers, model.image_shape)  # of one image a device
+    mesh = devices.mesh_for(config.batch_size)
+    devices.check_bounds_memory('certify_method', 'crown', count, mesh)
+  return method
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ LONGEST = (
   'tests/experiments/test_pipeline.py',
   'tests/experiments/test_faults.py',
   'tests/experiments/test_benchmark.py',
+  'tests/experiments/test_scaling.py',
   'tests/experiments/test_probe.py',
   'tests/parallel/test_processes.py',
   'tests/test_docs.py',

@@ -21,7 +21,7 @@ from experiments import (
   supervised,
   sweep,
 )
-from experiments.benchmarks import attack_comparison, speed
+from experiments.benchmarks import attack_comparison, scaling, speed
 from experiments.cli import app, distributed, flags
 from se_vae import attacks, certification, data, evaluation, training
 
@@ -33,6 +33,7 @@ TAUGHT = [page for page in PAGES if '```python\n' in page.read_text() and page.s
 # Each binary and the settings that are its flags, beside those that all binaries have.
 BINARIES = {
   'benchmarks.attack_comparison': [attack_comparison.ComparisonConfig],
+  'benchmarks.scaling': [scaling.ScalingConfig],
   'benchmarks.speed': [speed.BenchmarkConfig],
   'compare': [compare.CompareConfig],
   'figure1': [figure1.Figure1Config],

@@ -124,21 +124,40 @@ def check_memory(
       accelerator has, or on a CPU, where every device has a copy, more than the machine has.
   """
   names = ('latent_dim', 'hidden_units' if config.arch == 'mlp' else 'conv_channels')
+  try:
+    needed = 4 * copies * _parameter_bytes(config, tuple(image_shape), part)
+  except OverflowError as error:
+    raise ArgumentError(names, f'too large: {error}') from None
+  _check_fits(names, 'training', needed, mesh)
+
+
+def check_bounds_memory(
+  names: str | Sequence[str], what: str, num_coefficients: int, mesh: Any
+) -> None:
+  """Checks that linear bounds can be computed, before anything is allocated.
+
+  Args:
+    names: the arguments that decide.
+    what: needs the memory.
+    num_coefficients: of the bounds at the widest layer, on each device. They are held twice at
+      least, before and after a layer.
+    mesh: the devices.
+
+  Raises:
+    ArgumentError: if the coefficients alone need more memory than there is.
+  """
+  _check_fits(names, what, 2 * 4 * num_coefficients, mesh)
+
+
+def _check_fits(names: str | Sequence[str], what: str, needed: int, mesh: Any) -> None:
+  """Raises ArgumentError if each device needs so many bytes, and there are fewer."""
   device = mesh.local_devices[0]
   on_cpu = device.platform == 'cpu'
   here = _host_memory() if on_cpu else (device.memory_stats() or {}).get('bytes_limit')
-  try:
-    needed = (
-      4
-      * copies
-      * _parameter_bytes(config, tuple(image_shape), part)
-      * (len(mesh.local_devices) if on_cpu else 1)
-    )
-  except OverflowError as error:
-    raise ArgumentError(names, f'too large: {error}') from None
+  needed *= len(mesh.local_devices) if on_cpu else 1
   if here is not None and needed > here:
     needs, has = (f'{size / 2**30:,.1f} GiB' for size in (needed, here))
-    raise ArgumentError(names, f'training needs at least {needs} of memory, and there are {has}')
+    raise ArgumentError(names, f'{what} needs at least {needs} of memory, and there are {has}')
 
 
 @functools.lru_cache

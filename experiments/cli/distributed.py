@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import ipaddress
 import os
 import re
 import socket
@@ -11,19 +13,22 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 from etils import epy
 
 from experiments.cli import app, signals
+from experiments.cli.messages import warn
 from se_vae.config import ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
 
-  from se_vae.parallel import processes
+  from se_vae.parallel import connections, processes
 
 
 _WEEK = 7 * 24 * 3600  # in seconds; JAX counts some times in 32 bits
+_JAX_LATER = 60  # seconds that JAX waits longer than we do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +87,21 @@ def joined(cluster: Cluster) -> Iterator[None]:
     yield
     return
   _check_port(cluster)
+  _warn_of_loopback(cluster)
   _join(cluster)
+  watch = connections.watch(cluster.heartbeat_timeout, functools.partial(_lost, cluster))
   shared: tuple[type[Exception], ...] = (ArgumentError, signals.Interrupted, *app.failures())
   try:
     yield
   except shared:
     raise
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    lost = f'lost the other processes, or a device: {" ".join(str(error).split())}'
-    _leave(1, f'error: {app.out_of_memory(error) or lost}')
+    _leave_broken(error, watch.is_lost())
   except SystemExit as error:
     _leave(error.code if isinstance(error.code, int) else 1)
-  except BaseException:
+  except BaseException as error:
+    if isinstance(error, ValueError) and 'Gloo' in str(error):  # of a result that JAX waits for
+      _leave_broken(error, watch.is_lost())
     _leave(1, traceback.format_exc())
 
 
@@ -109,6 +117,21 @@ def _check_port(cluster: Cluster) -> None:
       raise ArgumentError(
         'coordinator', f'cannot listen at {cluster.coordinator}: {error}'
       ) from None
+
+
+def _warn_of_loopback(cluster: Cluster) -> None:
+  """Tells process 0 if its name for itself is of no use to others, as on Debian: 127.0.1.1."""
+  if cluster.coordinator is None or cluster.process_id != 0:
+    return
+  host = cluster.coordinator.rpartition(':')[0].strip('[]')
+  address = connections.own_address(cluster.coordinator)
+  if address is None or host in ('localhost', address):
+    return
+  if ipaddress.ip_address(address).is_loopback:
+    warn(
+      f'--coordinator: {host} is {address} on this host, where no other host can connect; '
+      'if there are others, give the address that they use'
+    )
 
 
 def _join(cluster: Cluster) -> None:
@@ -129,8 +152,9 @@ def _join(cluster: Cluster) -> None:
       cluster.coordinator,
       cluster.num_processes,
       cluster.process_id,
-      timeout=cluster.join_timeout + 60,  # JAX would abort with a stack trace
-      heartbeat_timeout=cluster.heartbeat_timeout,
+      # JAX would abort with a stack trace.
+      timeout=cluster.join_timeout + _JAX_LATER,
+      heartbeat_timeout=cluster.heartbeat_timeout + _JAX_LATER,
     )
   except ValueError as error:
     raise ArgumentError('distributed', str(error)) from None
@@ -140,7 +164,24 @@ def _join(cluster: Cluster) -> None:
     late.cancel()
 
 
-def _leave(code: int, message: str = '') -> None:
+def _lost(cluster: Cluster, process: int) -> NoReturn:
+  """Ends this process because another is silent."""
+  _leave(
+    1,
+    f'error: lost process {process}: silent for {cluster.heartbeat_timeout} s '
+    '(--heartbeat_timeout); what was saved before stays. Run the same commands again to go on.',
+  )
+
+
+def _leave_broken(error: BaseException, is_lost: bool) -> NoReturn:
+  """Ends this process after an error of JAX, which does not say whose fault it is."""
+  if is_lost:
+    threading.Event().wait()  # for `_lost`, which knows
+  lost = f'lost the other processes, or a device: {" ".join(str(error).split())}'
+  _leave(1, f'error: {app.out_of_memory(error) or lost}')
+
+
+def _leave(code: int, message: str = '') -> NoReturn:
   """Ends the process without waiting for the others."""
   print(message, end='\n' if message else '', file=sys.stderr, flush=True)
   sys.stdout.flush()

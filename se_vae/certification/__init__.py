@@ -19,7 +19,7 @@ from se_vae.certification.certificates import (
   output_box,
 )
 from se_vae.certification.layers import Conv, Dense, Flatten, Layer, ReLU, apply
-from se_vae.certification.linear_relaxation import num_coefficients
+from se_vae.certification.linear_relaxation import num_coefficients, num_row_coefficients
 from se_vae.certification.regions import Box, Region, ball
 
 __all__ = [
@@ -42,5 +42,6 @@ __all__ = [
   'latent_shift',
   'margins',
   'num_coefficients',
+  'num_row_coefficients',
   'output_box',
 ]

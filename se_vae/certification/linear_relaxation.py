@@ -66,16 +66,26 @@ def num_coefficients(layers: Layers, in_shape: tuple[int, ...]) -> int:
     >>> num_coefficients((first, ReLU(), second, ReLU()), (7,))  # two bounds of two units each
     28
   """
-  shapes = [in_shape]
-  for layer in layers:
-    shapes.append(layer.out_shape(shapes[-1]))
-  sizes = [math.prod(shape) for shape in shapes]
+  sizes = _sizes(layers, in_shape)
   bounded = [
-    2 * sizes[i] * max(sizes[: i + 1])
+    2 * sizes[i] * num_row_coefficients(layers[:i], in_shape)
     for i, layer in enumerate(layers)
     if isinstance(layer, ReLU) and _num_affine(layers[:i]) > 1
   ]
   return max(bounded, default=1)
+
+
+def num_row_coefficients(layers: Layers, in_shape: tuple[int, ...]) -> int:
+  """Returns how many coefficients a linear bound of one output has at the widest layer."""
+  return max(_sizes(layers, in_shape))
+
+
+def _sizes(layers: Layers, in_shape: tuple[int, ...]) -> list[int]:
+  """Returns the sizes of the inputs of all layers, and of the outputs."""
+  shapes = [in_shape]
+  for layer in layers:
+    shapes.append(layer.out_shape(shapes[-1]))
+  return [math.prod(shape) for shape in shapes]
 
 
 def _num_affine(layers: Layers) -> int:

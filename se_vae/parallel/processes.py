@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from se_vae.parallel import connections
+
 Tree = TypeVar('Tree')
 Value = TypeVar('Value')
 
@@ -58,6 +60,7 @@ def join(
     initialization_timeout=timeout,
     heartbeat_timeout_seconds=heartbeat_timeout,
   )
+  connections.listen_on_the_way_to_the_coordinator()
   counts = collections.Counter(device.process_index for device in jax.devices())
   if len(set(counts.values())) > 1:
     raise ValueError(f'the processes must have equally many devices, got {dict(counts)}')

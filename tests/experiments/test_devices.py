@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import pytest
 
-from experiments import pretrain
+from experiments import pretrain, probe, probe_settings
 from experiments.cli import devices, signals
-from se_vae.config import ArgumentError
+from se_vae.config import ArgumentError, ModelConfig, TrainConfig
+from se_vae.models import vae
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -59,3 +62,37 @@ def test_devices_that_do_not_fit_are_named_before_anything_is_written(
     pretrain.run(config, signals.StopSignal())
   assert str(error.value) == message
   assert list(tmp_path.iterdir()) == []
+
+
+def test_linear_bounds_that_do_not_fit_are_refused_before_training(monkeypatch):
+  """2 x 3 rows for each of 8 images, at 16 pixels, the widest layer, before and after a layer."""
+  needed = 2 * 4 * (2 * 3 * 8) * 16
+  config = pretrain.PretrainConfig(
+    model=ModelConfig(latent_dim=3, hidden_units=8),
+    train=TrainConfig(selection='linear'),
+    batch_size=16,
+  )
+  mesh = devices.mesh_for(16, 2)  # on a CPU its devices share the memory
+
+  def check(here, **changes):
+    monkeypatch.setattr(devices, '_host_memory', lambda: here)
+    pretrain._check_bounds_memory(dataclasses.replace(config, **changes), (4, 4, 1), mesh)
+
+  check(2 * needed)
+  with pytest.raises(ArgumentError, match='selection, batch_size, hidden_units: linear needs at'):
+    check(2 * needed - 1)
+  check(0, train=TrainConfig(selection='interval'))
+
+
+def test_crown_that_does_not_fit_is_refused_before_the_attack(monkeypatch):
+  """Two bounds of each of 2 x 2 x 4 units of the second layer, at the 4 x 4 x 4 of the first."""
+  model = vae.make_vae((8, 8, 1), arch='convnet', latent_dim=3, conv_channels=4, num_layers=2)
+  config = probe_settings.ProbeConfig(certify=True, certify_method='crown', batch_size=32)
+  needed = 2 * 4 * (2 * 16 * 64) * devices.mesh_for(config.batch_size).size
+  monkeypatch.setattr(devices, '_host_memory', lambda: needed)
+  assert probe._method(config, model).name == 'crown'
+  monkeypatch.setattr(devices, '_host_memory', lambda: needed - 1)
+  with pytest.raises(ArgumentError, match='certify_method: crown needs at least'):
+    probe._method(config, model)
+  smaller = dataclasses.replace(config, certify_method='crown_ibp')
+  assert probe._method(smaller, model).name == 'crown_ibp'
