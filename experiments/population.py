@@ -75,9 +75,13 @@ def train_population(
   """
   check_fit_together(configs)
   dataset, *_ = [pretrain.prepare(config) for config in configs]
+  common, images = configs[0], dataset.train.images
+  mesh = devices.population_mesh(len(configs), common.num_devices)
+  copies = -(-len(configs) // mesh.size)
+  devices.check_memory(common.model, images.shape[1:], mesh, copies=copies)
   stop.patience = pretrain.PATIENCE
   with contextlib.ExitStack() as held:
-    held.enter_context(jax.default_matmul_precision(configs[0].matmul_precision))
+    held.enter_context(jax.default_matmul_precision(common.matmul_precision))
     unfinished = []
     for config in configs:
       recorder = held.enter_context(recording.Recorder(config.workdir))
@@ -134,14 +138,12 @@ def _train(
 ) -> None:
   """Trains members from a step to their ends, and writes their results."""
   common, images = members[0].config, dataset.train.images
-  mesh = devices.population_mesh(len(members), common.num_devices)
-  copies = -(-len(members) // mesh.size)
-  devices.check_memory(common.model, images.shape[1:], mesh, copies=copies)
   model = vae.make_vae(**pretrain.model_arguments(common, dataset))
   step_function = training.TrainStep(model)
   starts = [_start(member, step, step_function, dataset) for member in members]
   states, arguments, windows = zip(*starts, strict=True)
-  last = list(states)
+  current = list(map(training.Progress, states, windows, [None] * len(members)))
+  done = [step] * len(members)
   totals = [member.config.train.num_steps for member in members]
   with messages.progress_bar(sum(totals), description, initial=step * len(members)) as bar:
     for progress in training.run_population(
@@ -153,22 +155,22 @@ def _train(
       num_steps=totals,
       steps_per_row=common.log_every,
       steps_per_checkpoint=common.checkpoint_every,
-      mesh=mesh,
+      mesh=devices.population_mesh(len(members), common.num_devices),
       windows=windows,
       names=[str(member.config.workdir) for member in members],
     ):
       signum = stop.requested() or 0
-      for i, (member, own) in enumerate(zip(members, progress.members(), strict=True)):
-        done = int(own.state.step) - int(last[i].step)
-        if done and member.error is None:  # neither ended before nor failed
+      current = progress.members()
+      for i, (member, own) in enumerate(zip(members, current, strict=True)):
+        before, done[i] = done[i], int(own.state.step)
+        if done[i] > before and member.error is None:  # neither ended before nor failed
           _record(member, own, progress.errors[i], stopping=signum > 0)
-          bar.update(done)
-          last[i] = own.state
+          bar.update(done[i] - before)
       if signum:
         raise signals.Interrupted(signum)
-  for member, state in zip(members, last, strict=True):
+  for member, own in zip(members, current, strict=True):
     if member.error is None:
-      member.recorder.finish(state.params)
+      member.recorder.finish(own.state.params)
 
 
 def _start(

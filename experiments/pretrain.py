@@ -283,7 +283,8 @@ def _train(
   model = vae.make_vae(**model_arguments(config, dataset))
   step_function = training.TrainStep(model)
   state, arguments, window, eval_key = first_state(config, step_function, images)
-  restored = processes.on_first(_restore_newest, config, dataset, state, window)
+  first = (config, dataset, state, window)
+  restored = processes.on_first(lambda: restore(*first, recording.load_newest(recorder.workdir)))
   state, window, source = (state, window, None) if restored is None else restored
   state, window = processes.from_first((state, window))
   metadata = metadata_of(config, dataset, source)
@@ -354,13 +355,6 @@ def add_hint(error: training.NotFiniteError, config: PretrainConfig) -> None:
   if config.train.selection != 'pgd':  # the bounds of a whole ball overflow easily
     hint = 'use --init_from and --ramp, or a smaller --certified_radius'
     error.args = (f'{error}; with --selection={config.train.selection}, {hint}',)
-
-
-def _restore_newest(
-  config: PretrainConfig, dataset: data.Dataset, state: training.TrainState, window: training.Window
-) -> tuple[training.TrainState, training.Window, dict[str, Any] | None]:
-  found = recording.load_newest(Path(str(config.workdir)))
-  return restore(config, dataset, state, window, found)
 
 
 def restore(

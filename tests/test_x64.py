@@ -21,6 +21,7 @@ def train_probe_and_attack(workdir):
   model = se_vae.make_vae(**ARGUMENTS)
   config = TrainConfig(num_steps=3, pgd_steps=2)
   trained, rows = se_vae.fit(model, config, images, batch_size=4, steps_per_row=3)
+  members = se_vae.fit_population(model, [config] * 2, images, seeds=[0, 1], batch_size=4)
   if not (workdir / 'checkpoints').exists():
     se_vae.save_model(workdir, trained, **ARGUMENTS)
   model, params = se_vae.load_model(workdir)
@@ -44,7 +45,7 @@ def train_probe_and_attack(workdir):
     args=(params, model.encode(params, x)),
   )
   log = result.attack_log
-  return trained, rows, params, probe, log.images, log.outputs, log.radius, square
+  return trained, members, rows, params, probe, log.images, log.outputs, log.radius, square
 
 
 def test_x64_changes_nothing(tmp_path):

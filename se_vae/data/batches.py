@@ -35,7 +35,7 @@ def batch_indices(
   Raises:
     ValueError: if an argument is out of range.
   """
-  return _rows(_recent_permutation, seed, step, num_steps, batch_size, num_examples)
+  return _rows(_permutation, seed, step, num_steps, batch_size, num_examples)
 
 
 def batch_stream(seed: int, batch_size: int, num_examples: int) -> Callable[[int, int], np.ndarray]:
@@ -48,7 +48,7 @@ def batch_stream(seed: int, batch_size: int, num_examples: int) -> Callable[[int
     batch_size: examples a step, at least 1 and at most `num_examples`.
     num_examples: N, the size of the training split.
   """
-  own = functools.lru_cache(maxsize=2)(_permutation)
+  own = functools.lru_cache(maxsize=2)(_fresh_permutation)
 
   def stream(step: int, num_steps: int) -> np.ndarray:
     return _rows(own, seed, step, num_steps, batch_size, num_examples)
@@ -79,7 +79,7 @@ def _rows(
   return indices.reshape(num_steps, batch_size)
 
 
-def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+def _fresh_permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   # JAX's generator rather than NumPy's, since NumPy does not promise the same stream in all
   # versions. It is named, so that JAX's configured default cannot change the batches.
   key = jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), _BATCH_DOMAIN)
@@ -87,4 +87,4 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   return np.asarray(permutation, np.int32)
 
 
-_recent_permutation = functools.lru_cache(maxsize=4)(_permutation)
+_permutation = functools.lru_cache(maxsize=4)(_fresh_permutation)

@@ -48,7 +48,8 @@ class PopulationProgress(NamedTuple):
   def members(self) -> list[loop.Progress]:
     """Returns the progress of each member, as its single run yields it, in host memory.
 
-    A member that has ended keeps its last state. The state of one with an error is of no use.
+    It is valid until the next dispatch. A member that has ended keeps its last state. The state of
+    one with an error is of no use.
     """
     states = jax.device_get(self.states)
     return [

@@ -49,6 +49,26 @@ def test_steps_a_call_do_not_matter():
   assert data.batch_indices(1, 5, 0, 7, 30).shape == (0, 7)
 
 
+def test_streams_are_the_batches_of_their_seeds():
+  streams = [data.batch_stream(seed, 7, 30) for seed in (1, 2)]
+  for step in (0, 3, 40):
+    for seed, stream in zip((1, 2), streams, strict=True):
+      np.testing.assert_array_equal(stream(step, 5), data.batch_indices(seed, step, 5, 7, 30))
+
+
+def test_streams_read_in_turns_draw_each_permutation_once(monkeypatch):
+  """However many there are, also where each reads the end of an epoch and the next one."""
+  drawn, draw = [], batches._fresh_permutation
+  monkeypatch.setattr(
+    batches, '_fresh_permutation', lambda *args: drawn.append(args) or draw(*args)
+  )
+  streams = [data.batch_stream(seed, 7, 30) for seed in range(6)]
+  for step in range(0, 8, 2):
+    for stream in streams:
+      stream(step, 2)
+  assert sorted(drawn) == [(seed, epoch, 30) for seed in range(6) for epoch in (0, 1)]
+
+
 def test_seeds_differ():
   rows = [data.batch_indices(seed, 0, 1, 1000, 1000)[0] for seed in (0, 1, 2, 2**31 - 1)]
   for a, b in itertools.combinations(rows, 2):

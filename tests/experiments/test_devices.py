@@ -24,6 +24,18 @@ def test_as_many_devices_as_divide_the_batch_or_as_many_as_asked_for(
   assert devices.mesh_for(batch_size, num_devices).size == expected
 
 
+@pytest.mark.parametrize(
+  ('num_members', 'num_devices', 'expected'), [(3, None, 3), (9, None, 4), (9, 2, 2), (1, 4, 1)]
+)
+def test_a_population_takes_a_device_for_each_member(num_members, num_devices, expected):
+  assert devices.population_mesh(num_members, num_devices).devices.shape == (expected, 1)
+
+
+def test_a_population_needs_the_devices_asked_for():
+  with pytest.raises(ArgumentError, match='num_devices: must be <= 4, the devices here; got 5'):
+    devices.population_mesh(8, 5)
+
+
 def test_accelerators_share_every_batch_and_idle_ones_are_told_of(monkeypatch, capsys):
   """The smallest share is a CPU's alone."""
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')

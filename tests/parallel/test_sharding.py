@@ -32,6 +32,50 @@ def test_wrong_number_of_devices_raises(num_devices):
     sharding.data_mesh(num_devices)
 
 
+@pytest.mark.parametrize(
+  ('arguments', 'shape'), [((), (4, 1)), ((3,), (3, 1)), ((2, 2), (2, 2)), ((None, 2), (2, 2))]
+)
+def test_a_population_s_mesh_has_groups_of_devices(arguments, shape):
+  mesh = sharding.population_mesh(*arguments)
+  assert mesh.axis_names == (sharding.POPULATION_AXIS, sharding.DATA_AXIS)
+  assert mesh.devices.shape == shape
+  assert list(mesh.devices.flat) == jax.devices()[: mesh.size]
+
+
+@pytest.mark.parametrize(('arguments', 'needed'), [((0,), 0), ((5,), 5), ((3, 2), 6)])
+def test_a_population_s_mesh_needs_its_devices(arguments, needed):
+  message = rf'num_groups \* devices_each must be 1 to 4 here, got {needed}'
+  with pytest.raises(ValueError, match=message):
+    sharding.population_mesh(*arguments)
+
+
+def test_members_are_split_over_groups_and_batches_within_them():
+  mesh = sharding.population_mesh(2, 2)
+  members, batches = np.arange(12.0).reshape(4, 3), np.arange(48).reshape(4, 2, 6)
+  for i, piece in pieces(sharding.replicate(mesh, members)).items():
+    np.testing.assert_array_equal(piece, members[i // 2 * 2 :][:2])
+  for i, piece in pieces(sharding.split(mesh, batches, axis=1)).items():
+    np.testing.assert_array_equal(piece, batches[i // 2 * 2 :][:2, :, i % 2 * 3 :][:, :, :3])
+  with pytest.raises(ValueError, match='a batch of 5 cannot be split evenly over 2 devices'):
+    sharding.split(mesh, batches[:, :, :5], axis=1)
+
+
+@pytest.mark.parametrize('vectorize', ['auto', 'loop', 'vmap'])
+def test_members_average_over_their_own_devices(vectorize):
+  """The batch `[P, B]` of each of four members has its own mean."""
+  mesh = sharding.population_mesh(2, 2)
+  batches = np.arange(24, dtype=np.float32).reshape(4, 6)
+
+  def function(scale, batch):
+    index = sharding.positions(len(batch))
+    return sharding.mean_over_devices((scale * batch.mean(), index.astype(np.float32).mean()))
+
+  parallel = sharding.per_device(mesh, function, (None, 0), vectorize)
+  means, places = jax.jit(parallel)(np.arange(4, dtype=np.float32), batches)
+  np.testing.assert_array_equal(means, np.arange(4) * batches.mean(axis=1))
+  np.testing.assert_array_equal(places, [2.5] * 4)
+
+
 @pytest.mark.parametrize('num_devices', [1, 2, 4])
 def test_replicated_leaves_are_whole_on_every_device(num_devices):
   mesh = sharding.data_mesh(num_devices)
