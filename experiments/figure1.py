@@ -183,7 +183,7 @@ def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
   Raises:
     ArgumentError: for wrong settings, before anything is compiled or written.
     Interrupted: when `stop` has a signal, after a checkpoint of every run.
-    ChildProcessError: if pieces failed, after all others. There is no figure then.
+    RunsFailedError: if pieces failed, after all others. There is no figure then.
   """
   validate(config)
   workdir = workdirs.check_workdir(config.workdir, workdirs.FIGURE1)

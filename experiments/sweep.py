@@ -100,7 +100,7 @@ def run(
   Raises:
     ArgumentError: for wrong settings, before anything is compiled or written.
     Interrupted: when `stop` has a signal, after a checkpoint of every run.
-    ChildProcessError: if variants failed, after all others.
+    RunsFailedError: if variants failed, after all others.
   """
   validate(config)
   workdir = workdirs.check_directory('workdir', base.workdir)
@@ -117,7 +117,7 @@ def run(
     if config.vectorize:
       _train_together(mine, config, workdir, stop)
     placement.run_all(mine, config.placement, workdir, stop, tables.add)
-  except ChildProcessError:
+  except app.RunsFailedError:
     tables.finish()
     raise
   return tables.finish()
@@ -133,7 +133,7 @@ def _train_together(
   members = tuple(job.pretraining for job in mine if pretrain.finished(job.pretraining) is None)
   if len(members) > 1:
     name = f'population of {len(members)}'
-    with contextlib.suppress(ChildProcessError):
+    with contextlib.suppress(app.RunsFailedError):
       placement.run_all(
         [jobs.PopulationJob(name, members, workdir)],
         config.placement,
@@ -141,6 +141,20 @@ def _train_together(
         stop,
         lambda job, outcome: None,
       )
+
+
+def _result(variant: Variant, outcome: jobs.Outcome) -> dict[str, Any]:
+  """What sweep.json says of a variant that is finished."""
+  assert outcome.encoder is not None
+  (attacked,) = outcome.attacked
+  return {
+    'varied': variant.varied,
+    'objective': variant.job.pretraining.train.objective,
+    'held_out': outcome.encoder['test'],
+    'seconds': outcome.seconds,
+    **attacked,
+    'checks_summary': plots.checks_summary(attacked),
+  }
 
 
 class _Tables:
@@ -168,25 +182,16 @@ class _Tables:
     """Puts a variant that is finished into sweep.json, beside those of other processes."""
     if outcome.encoder is None:
       return
-    (attacked,) = outcome.attacked
-    each = self._variants[job.name]
-    self._results[job.name] = {
-      'varied': each.varied,
-      'objective': each.job.pretraining.train.objective,
-      'held_out': outcome.encoder['test'],
-      'seconds': outcome.seconds,
-      **attacked,
-      'checks_summary': plots.checks_summary(attacked),
-    }
+    self._results[job.name] = _result(self._variants[job.name], outcome)
     with self._lock():
       self._write(keep_others=True)
 
   def finish(self) -> dict[str, Any]:
     """Writes all tables, with every variant that is finished, whoever did it."""
-    for name, each in self._variants.items():
-      if name not in self._results and (outcome := each.job.finished()) is not None:
-        self.add(each.job, outcome)
-    with self._lock():
+    with self._lock():  # what others finish meanwhile, they add afterwards
+      for name, each in self._variants.items():
+        if name not in self._results and (outcome := each.job.finished()) is not None:
+          self._results[name] = _result(each, outcome)
       content = self._write(keep_others=False)
       if self._results:
         self._write_tables(content['results'])

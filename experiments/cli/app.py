@@ -43,6 +43,10 @@ class RuntimeConfig:
   )
 
 
+class RunsFailedError(Exception):
+  """Some of many runs failed. What became of each was printed before."""
+
+
 def run(main: Callable[[], None]) -> None:
   """Runs a binary and exits: 2 for a usage error, 1 for a failure, 130 or 143 when interrupted."""
   flags.define_flags(RuntimeConfig)
@@ -83,6 +87,7 @@ def failures() -> tuple[type[Exception], ...]:
   return (
     OSError,
     ArithmeticError,
+    RunsFailedError,
     checkpoints.CheckpointError,
     json_files.JsonError,
     processes.OtherProcessError,

@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -31,6 +32,8 @@ class StopSignal:
 
   Args:
     saves: whether the binary saves what it has finished when it stops.
+    second_ends: whether a second signal ends the process at once. A process that others stop may
+      get several signals that mean the same.
 
   Attributes:
     signum: the number of the signal; None if there was none.
@@ -38,10 +41,10 @@ class StopSignal:
       before, because a device at work cannot be interrupted.
   """
 
-  def __init__(self, saves: bool = True) -> None:
+  def __init__(self, saves: bool = True, second_ends: bool = True) -> None:
     self.signum: int | None = None
     self.patience = 10.0
-    self._saves = saves
+    self._saves, self._second_ends = saves, second_ends
     self._honoured = threading.Event()
 
   def requested(self) -> int | None:
@@ -58,7 +61,7 @@ class StopSignal:
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[StopSignal]:
-    """Listens for signals while the context is open. A second signal ends the process at once."""
+    """Listens for signals while the context is open."""
 
     def handler(signum: int, _: FrameType | None) -> None:
       self.signum = signum
@@ -88,19 +91,27 @@ class StopSignal:
     """Ends the process at a second signal, or if a first one is not honoured in time."""
     for signum in os.read(reader, 1):
       self.signum = signum
-      again: list[int] = []
-      waited = 0.0
+      began, listening = time.monotonic(), True
       # The binary may need more patience than it did when the signal came.
-      while not again and not self._honoured.is_set() and waited < self.patience:
-        remaining, waited = self.patience - waited, self.patience
-        again, _, _ = select.select([reader], [], [], remaining)
-      if not again and not self._honoured.is_set():
-        print(
-          f'\n{signal.Signals(signum).name}: a step takes longer than {waited:g} s and was '
-          'not waited for; what was saved before stays. Run the same command again to go on.',
-          file=sys.stderr,
-          flush=True,
-        )
+      while listening and not self._honoured.is_set():
+        remaining = began + self.patience - time.monotonic()
+        if remaining <= 0.0:
+          print(
+            f'\n{signal.Signals(signum).name}: a step takes longer than {self.patience:g} s and '
+            'was not waited for; what was saved before stays. Run the same command again to go on.',
+            file=sys.stderr,
+            flush=True,
+          )
+          os._exit(128 + signum)
+        ready, _, _ = select.select([reader], [], [], remaining)
+        listening = not ready or self._hear_again(reader)
+      while listening:
+        listening = self._hear_again(reader)
+
+  def _hear_again(self, reader: int) -> bool:
+    """Waits for another signal; returns False if there will be none."""
+    for signum in os.read(reader, 1):
+      if self._second_ends:
         os._exit(128 + signum)
-      for second in os.read(reader, 1):
-        os._exit(128 + second)
+      return True
+    return False

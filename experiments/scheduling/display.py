@@ -36,7 +36,7 @@ class Display:
     bar.update(done - bar.n)
 
   def clear(self, place: int) -> None:
-    """Takes the bar of a place away."""
+    """Removes the bar at a place."""
     if place in self._bars:
       self._bars.pop(place).close()
 
@@ -52,7 +52,7 @@ class Display:
       self._whole.update(1)
 
   def close(self) -> None:
-    """Takes all bars away."""
+    """Removes all bars."""
     for place in list(self._bars):
       self.clear(place)
     if self._whole is not None:

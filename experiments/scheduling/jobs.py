@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
-import platform
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ from experiments.cli import app, flags, signals, workdirs
 from se_vae.config import ArgumentError
 
 with epy.lazy_imports():
-  from se_vae.storage import locks
+  from se_vae.storage import checkpoints, locks
 
 # What a run prints, in its work directory, where it is not printed for the user at once.
 LOG = 'run.log'
@@ -37,7 +38,7 @@ class Job:
   """An encoder and the attacks on it.
 
   Attributes:
-    name: what the user knows it by; no two jobs have the same.
+    name: shown to the user; no two jobs have the same.
     pretraining: the settings of its training.
     attacks: the settings of its probes and of the attacks on them.
   """
@@ -127,7 +128,7 @@ class PopulationJob:
   """Encoders that one program trains together, for jobs of their own that attack them later.
 
   Attributes:
-    name: what the user knows it by.
+    name: shown to the user.
     members: the settings of each training.
     workdir: the directory of all of them.
   """
@@ -188,7 +189,8 @@ def from_json(values: dict[str, Any]) -> AnyJob:
 
 
 def _with_absolute_path(config: Any) -> Any:
-  return dataclasses.replace(config, workdir=str(Path(config.workdir).absolute()))
+  values = flags.absolute(flags.to_dict(config))
+  return flags.replace(config, **(values | {'workdir': os.path.abspath(values['workdir'])}))
 
 
 def _user(directories: Iterable[Path]) -> str | None:
@@ -226,8 +228,11 @@ Report = Callable[[Any, Outcome], None]
 
 
 def compiled_programs(workdir: Path) -> Path:
-  """Where the jobs of a directory keep this host's compiled programs until all are finished."""
-  return workdir.absolute() / 'compiled' / platform.node()
+  """Where the jobs of a sweep or a figure keep compiled programs, until all are finished.
+
+  Each host has a folder there: XLA compiles for the very processor that it runs on.
+  """
+  return workdir.absolute() / 'compiled'
 
 
 def attempt(job: AnyJob, stop: signals.StopSignal) -> Outcome:
@@ -245,10 +250,19 @@ def attempt(job: AnyJob, stop: signals.StopSignal) -> Outcome:
   except ArgumentError as error:
     return Outcome(error=flags.name_flags(error))
   except Exception as error:  # whatever it is, the other jobs go on
-    machine = isinstance(error, OSError | MemoryError | RuntimeError)
-    if not isinstance(error, (*app.failures(), MemoryError)):
+    memory = app.out_of_memory(error)
+    if memory is not None:
+      return Outcome(error=' '.join(memory.split()))
+    if not isinstance(error, app.failures()):
       traceback.print_exc()  # into the log of the run
-    return Outcome(error=' '.join(str(error).split()) or type(error).__name__, again=machine)
+    return Outcome(error=' '.join(str(error).split()) or type(error).__name__, again=_passes(error))
+
+
+def _passes(error: Exception) -> bool:
+  """Whether what the machine did may not happen again: numbers, files and settings stay."""
+  if isinstance(error, OSError):
+    return error.errno not in (None, errno.ENOSPC, errno.EDQUOT)
+  return isinstance(error, RuntimeError) and not isinstance(error, checkpoints.CheckpointError)
 
 
 def ending(outcome: Outcome) -> str:
@@ -268,12 +282,12 @@ def last_lines(path: Path) -> list[str]:
   return text.splitlines()[-_SHOWN_LINES:]
 
 
-def failure_text(failures: Iterable[tuple[AnyJob, str]]) -> str:
-  """What a user reads of failed jobs: the error of each, and the end of its log."""
+def failure_text(failures: Iterable[tuple[AnyJob, str]], *, logs: bool) -> str:
+  """What a user reads of failed jobs: the error of each, and the end of its log if it has one."""
   parts = []
   for job, error in failures:
     log = job.workdir / LOG
-    lines = [f'    {line}' for line in last_lines(log)]
+    lines = [f'    {line}' for line in last_lines(log)] if logs else []
     parts.append(
       '\n'.join([f'failed: {job.name}: {error}', *([f'  {log}:', *lines] if lines else [])])
     )

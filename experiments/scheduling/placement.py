@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import platform
 import shutil
 import sys
 import time
@@ -12,12 +14,14 @@ from pathlib import Path
 
 from etils import epy
 
-from experiments.cli import messages, signals
+from experiments.cli import app, messages, signals
 from experiments.scheduling import jobs, processes, ray_cluster, slots
-from se_vae.config import setting, validate
+from se_vae.config import ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
+
+  from se_vae.storage import locks
 
 # Seconds between two looks at a directory in which another process works.
 _LOOK_EVERY = 2.0
@@ -43,14 +47,21 @@ class PlacementConfig:
     "Ray cluster to run on: 'auto' for that of this machine, or HOST:PORT. Needs the extra "
     'cluster, and a work directory that all nodes share.',
   )
-  resources_per_run: str = setting(
-    'cpu=1', "What a run takes of a Ray node: amounts, such as 'cpu=2,gpu=0.5'."
+  resources_per_run: str | None = setting(
+    None, "What a run takes of a Ray node, such as 'cpu=2,gpu=0.5'; one core if not given."
   )
 
   def __post_init__(self) -> None:
     validate(self)
     slots.parse(self.parallel)
-    ray_cluster.parse_resources(self.resources_per_run)
+    if self.resources_per_run is not None:
+      ray_cluster.parse_resources(self.resources_per_run)
+    if self.ray_address is not None and self.parallel != 'auto':
+      raise ArgumentError(
+        'parallel', 'is for this machine; with --ray_address, Ray shares runs out'
+      )
+    if self.ray_address is None and self.resources_per_run is not None:
+      raise ArgumentError('resources_per_run', 'is for --ray_address, which is not given')
 
 
 def run_all(
@@ -72,7 +83,7 @@ def run_all(
   Raises:
     ArgumentError: for a cluster that cannot be used, before anything is trained.
     Interrupted: when `stop` says so; all runs have saved their work.
-    ChildProcessError: after all others have ended, if jobs failed. They are printed before.
+    RunsFailedError: after all others have ended, if jobs failed. They are printed before.
   """
   failed: list[tuple[jobs.AnyJob, str]] = []
 
@@ -89,22 +100,19 @@ def run_all(
     else:
       report(job, outcome)
   if left and config.ray_address is not None:
-    resources = ray_cluster.parse_resources(config.resources_per_run)
+    resources = ray_cluster.parse_resources(config.resources_per_run or '')
     ray_cluster.run(left, config.ray_address, resources, config.retries, workdir, stop, note)
   elif left:
     _run_here(left, config, workdir, stop, note)
-  compiled = jobs.compiled_programs(workdir)
-  shutil.rmtree(compiled, ignore_errors=True)
-  with contextlib.suppress(OSError):  # other hosts have theirs there
-    compiled.parent.rmdir()
   if failed:
-    print(jobs.failure_text(failed), file=sys.stderr)
-    raise ChildProcessError(f'{len(failed)} of {len(every)} runs failed; the others are finished')
+    in_logs = config.ray_address is not None or slots.parse(config.parallel) != 1
+    print(jobs.failure_text(failed, logs=in_logs), file=sys.stderr)
+    raise app.RunsFailedError(f'{len(failed)} of {len(every)} runs failed; the others are finished')
 
 
 def use_cpu_alone_beside_slots(config: PlacementConfig) -> None:
   """Leaves the GPUs to the processes of the runs, if there are any. Before JAX is first used."""
-  if config.ray_address is not None or (config.parallel != '1' and slots.gpus()):
+  if config.ray_address is not None or (slots.parse(config.parallel) != 1 and slots.gpus()):
     jax.config.update('jax_platforms', 'cpu')
 
 
@@ -116,33 +124,52 @@ def _run_here(
   report: jobs.Report,
 ) -> None:
   """Does jobs on this machine: in slots, or if one has all of it, in this process."""
-  own = slots.slots(config.parallel, len(left), left[0].pretraining.num_devices or 1)
-  if len(own) == 1 and own[0].gpu is None:
-    for number, job in enumerate(left, start=1):
-      report(job, _attempt_here(job, f'[{number}/{len(left)}]', config.retries, stop))
-    return
+  devices_per_run = max(job.pretraining.num_devices or 1 for job in left)
+  own = slots.slots(config.parallel, len(left), devices_per_run)
   chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-  cache_dir = jobs.compiled_programs(workdir) if chosen is None else Path(chosen)
-  processes.run(left, own, config.retries, cache_dir, stop, report)
+  if len(own) == 1 and own[0].gpu is None:
+    _run_in_this_process(left, config.retries, stop, report)
+  elif chosen is not None:
+    processes.run(left, own, config.retries, Path(chosen), stop, report)
+  else:
+    compiled = jobs.compiled_programs(workdir) / platform.node()
+    compiled.mkdir(parents=True, exist_ok=True)
+    lock = compiled / '.lock'
+    with locks.share(lock):
+      processes.run(left, own, config.retries, compiled, stop, report)
+    with contextlib.suppress(locks.InUseError, OSError), locks.hold(lock):
+      shutil.rmtree(compiled)  # nobody here uses them any more
+      compiled.parent.rmdir()  # nor on other hosts
 
 
-def _attempt_here(
-  job: jobs.AnyJob, counted: str, retries: int, stop: signals.StopSignal
-) -> jobs.Outcome:
-  """Does a job in this process; waits for a directory that another one uses."""
-  left, told = retries, False
-  while True:
-    outcome = jobs.attempt(dataclasses.replace(job, name=f'{counted} {job.name}'), stop)
+def _run_in_this_process(
+  left: Sequence[jobs.AnyJob], retries: int, stop: signals.StopSignal, report: jobs.Report
+) -> None:
+  """Does jobs one after the other; puts those off that another process works on."""
+  waiting = collections.deque((job, 1) for job in left)
+  put_off = ended = 0
+  told: set[str] = set()
+  while waiting:
+    job, number = waiting.popleft()
+    shown = dataclasses.replace(job, name=f'[{ended + 1}/{len(left)}] {job.name}')
+    outcome = jobs.attempt(shown, stop)
     if outcome.user is not None:
-      if not told:
+      if job.name not in told:
         messages.write_line(
           f'{job.name}: {job.workdir} is in use by {outcome.user}; waiting for it'
         )
-      told = True
-      time.sleep(_LOOK_EVERY)
+      told.add(job.name)
+      waiting.append((job, number))
+      put_off += 1
+      if put_off >= len(waiting):
+        time.sleep(_LOOK_EVERY)
+        put_off = 0
       stop.check()
-    elif outcome.again and left > 0:
+      continue
+    put_off = 0
+    if outcome.again and number <= retries:
       messages.write_line(f'{job.name}: {outcome.error}; started again')
-      left -= 1
+      waiting.appendleft((job, number + 1))
     else:
-      return outcome
+      ended += 1
+      report(job, outcome)

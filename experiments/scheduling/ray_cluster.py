@@ -11,6 +11,7 @@ import dataclasses
 import logging as std_logging
 import os
 import platform
+import shutil
 import signal
 import socket
 import sys
@@ -24,7 +25,8 @@ from typing import Any, NoReturn, TextIO
 from absl import logging
 from etils import epy
 
-from experiments.cli import app, devices, signals
+from experiments.cli import app, devices, flags, signals
+from experiments.scheduling import slots
 from experiments.scheduling.display import Display
 from experiments.scheduling.jobs import (
   LOG,
@@ -39,6 +41,7 @@ from experiments.scheduling.jobs import (
 from se_vae.config import ArgumentError
 
 with epy.lazy_imports():  # Ray is an extra, and is imported for --ray_address alone
+  import jax
   import ray
   from ray.util import scheduling_strategies
 
@@ -46,7 +49,7 @@ with epy.lazy_imports():  # Ray is an extra, and is imported for --ray_address a
 _ANSWER = 8.0
 _NODE_ANSWER = 60.0
 # Seconds in which tasks that are told to stop save their work.
-_SAVE = 60.0
+_SAVE = 90.0
 # Seconds between two attempts at a directory that another process, which may be dying, still uses.
 _LOOK_EVERY = 2.0
 
@@ -55,18 +58,23 @@ def parse_resources(text: str) -> dict[str, float]:
   """The amounts that 'cpu=2,gpu=0.5' names; a run takes one core if it does not say.
 
   Raises:
-    ArgumentError: for another text.
+    ArgumentError: for another text, or if a run would take nothing.
   """
   found: dict[str, float] = {}
   for item in filter(None, text.split(',')):
-    name, _, amount = item.partition('=')
+    name, _, amount = (part.strip() for part in item.partition('='))
+    name = name.lower() if name.lower() in ('cpu', 'gpu') else name
     try:
-      found[name.strip()] = float(amount)
+      value = float(amount)
     except ValueError:
-      found[name.strip()] = -1.0
-  if not found or not all(name and 0.0 <= amount < 1e6 for name, amount in found.items()):
-    raise ArgumentError('resources_per_run', f"must be like 'cpu=2,gpu=0.5', got {text!r}")
-  return {'cpu': 1.0, **found}
+      value = -1.0
+    if not name or name in found or not 0.0 <= value < 1e6:
+      raise ArgumentError('resources_per_run', f"must be like 'cpu=2,gpu=0.5', got {text!r}")
+    found[name] = value
+  found = {'cpu': 1.0, **found}
+  if not any(found.values()):
+    raise ArgumentError('resources_per_run', 'must not be nothing: all runs would start at once')
+  return found
 
 
 def run(
@@ -94,17 +102,20 @@ def run(
       that do not share the storage or have other versions. Nothing is trained then.
     Interrupted: when `stop` says so.
   """
-  with _connected(address):
-    _check_nodes(workdir, resources, jobs)
+  _check_devices(jobs, resources)
+  with _connected(address), _marked(workdir, jobs) as expected, contextlib.ExitStack() as held:
+    _check_nodes(resources, expected)
     display = Display(len(jobs), 0)
-    with contextlib.closing(display):
-      _run_tasks(jobs, resources, retries, stop, report, display)
+    held.callback(display.close)
+    _run_tasks(jobs, resources, retries, expected, stop, report, display)
+  shutil.rmtree(compiled_programs(workdir), ignore_errors=True)
 
 
 def _run_tasks(
   jobs: Sequence[AnyJob],
   resources: dict[str, float],
   retries: int,
+  expected: dict[str, Any],
   stop: signals.StopSignal,
   report: Report,
   display: Display,
@@ -113,7 +124,8 @@ def _run_tasks(
   task = ray.remote(max_calls=1, max_retries=retries, **_options(resources))(_work)
 
   def start(job: AnyJob) -> Any:
-    return task.options(name=job.name).remote(job.with_absolute_paths().to_json(), resources['cpu'])
+    values = job.with_absolute_paths().to_json()
+    return task.options(name=job.name).remote(values, resources, expected)
 
   running = {start(job): (job, 1) for job in jobs}
   try:
@@ -125,7 +137,7 @@ def _run_tasks(
         try:
           outcome = Outcome(**ray.get(reference))
         except ray.exceptions.RayError as error:
-          outcome = Outcome(error=_first_line(error))  # Ray has started it again in vain
+          outcome = Outcome(error=_reason(error))  # Ray has started it again in vain
         if outcome.again and number <= retries:
           display.line(f'{job.name}: {outcome.error}; started again')
           running[start(job)] = job, number + 1
@@ -137,28 +149,45 @@ def _run_tasks(
       display.line(f'saving {len(running)} runs')
       for reference in running:
         ray.cancel(reference)
-      ray.wait(list(running), num_returns=len(running), timeout=_SAVE)
+      _, silent = ray.wait(list(running), num_returns=len(running), timeout=_SAVE)
+      for reference in silent:
+        display.line(f'{running[reference][0].name}: no answer; its last checkpoint stays')
 
 
-def _work(order: dict[str, Any], num_cores: float) -> dict[str, Any]:
+def _work(
+  order: dict[str, Any], resources: dict[str, float], expected: dict[str, Any]
+) -> dict[str, Any]:
   """A task: does what is left of a job, in a process of its own; returns the outcome's values."""
-  os.environ[devices.CORES_VARIABLE] = str(max(1, int(num_cores)))
+  different = difference(expected)
+  if different is not None:  # a node that has joined since
+    return dataclasses.asdict(Outcome(error=f'node {platform.node()} {different[1]}', again=True))
+  share = resources.get('gpu', 0.0)
+  os.environ[devices.CORES_VARIABLE] = str(max(1, int(resources['cpu'])))
+  os.environ |= slots.share_of_memory(share) if share else {}
+  if not share and 'TPU' not in resources:  # Ray hides the GPUs of others only if a task has some
+    jax.config.update('jax_platforms', 'cpu')
   logging.set_verbosity(logging.WARNING)
   job = from_json(order)
   job.workdir.mkdir(parents=True, exist_ok=True)
-  app.use_compilation_cache(str(compiled_programs(job.workdir.parent)))
+  app.use_compilation_cache(
+    expected['compiled'] or f'{expected["compiled_here"]}/{platform.node()}'
+  )
   devices.use_all_cores(job.batch_size, job.pretraining.num_devices)
   with (job.workdir / LOG).open('a', buffering=1) as log, _copied_to(log):
     print(f'{job.name} on {platform.node()}, process {os.getpid()}', file=sys.stderr)
+    told = False
     try:
-      with signals.StopSignal().listening() as stop:
+      with signals.StopSignal(second_ends=False).listening() as stop:
         outcome = attempt(job, stop)
         while outcome.user is not None:  # such as the process of a node that is dying
+          if not told:
+            print(f'{job.workdir} is in use by {outcome.user}; waiting for it', file=sys.stderr)
+          told = True
           stop.check()
           time.sleep(_LOOK_EVERY)
           outcome = attempt(job, stop)
     except signals.Interrupted:
-      outcome = Outcome(error='stopped')
+      outcome = Outcome(error='stopped', again=True)  # by the user, or with the node
     if outcome.error is not None:
       print(f'error: {outcome.error}', file=sys.stderr)
   return dataclasses.asdict(outcome)
@@ -182,6 +211,14 @@ def _copied_to(log: TextIO) -> Iterator[None]:
 
   with contextlib.redirect_stderr(Both()):  # type: ignore[type-var]
     yield
+
+
+def _check_devices(jobs: Sequence[AnyJob], resources: dict[str, float]) -> None:
+  """Raises ArgumentError for runs that ask for more devices than they take of a node."""
+  most = int(resources.get('gpu', 0.0) or resources['cpu'])
+  for job in jobs:
+    if (job.pretraining.num_devices or 1) > max(1, most):
+      raise ArgumentError(('num_devices', 'resources_per_run'), f'a run has only {most} devices')
 
 
 def _options(resources: dict[str, float]) -> dict[str, Any]:
@@ -220,14 +257,12 @@ def _connected(address: str) -> Iterator[None]:
   handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
   try:
     ray.init(address, logging_level=std_logging.WARNING)
-  except (ConnectionError, RuntimeError, ValueError) as error:
-    if address == 'auto':
-      message = (
-        'no Ray cluster runs on this machine; start one with `ray start --head`, or name one'
-      )
-    else:
-      message = f'{address}: {_first_line(error)}'
+  except ConnectionError as error:
+    here = 'no Ray cluster runs on this machine; start one with `ray start --head`, or name one'
+    message = here if address == 'auto' and 'RAY_ADDRESS' not in os.environ else _reason(error)
     raise ArgumentError('ray_address', message) from None
+  except (RuntimeError, ValueError) as error:
+    raise ArgumentError('ray_address', f'{address}: {_reason(error)}') from None
   finally:
     patience.cancel()
     for number, handler in handlers.items():  # Ray has put its own in their place
@@ -244,19 +279,45 @@ def _give_up(address: str) -> NoReturn:
   os._exit(2)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+  """What an error of Ray says, in a line; that of the task, if it is one."""
+  if isinstance(error, ray.exceptions.RayTaskError):
+    return f'{type(error.cause).__name__}: {error.cause}' if error.cause else str(error)[-300:]
   return str(error).strip().partition('\n')[0] or type(error).__name__
 
 
-def _check_nodes(workdir: Path, resources: dict[str, float], jobs: Sequence[AnyJob]) -> None:
+@contextlib.contextmanager
+def _marked(workdir: Path, jobs: Sequence[AnyJob]) -> Iterator[dict[str, Any]]:
+  """What every node must have, as `difference` takes it: among it a file in the work directory."""
+  settings = [flags.absolute(flags.to_dict(job.pretraining)) for job in jobs]
+  names = {str(each[name]) for each in settings for name in ('data_dir', 'init_from') if each[name]}
+  folders = {each['dataset'].partition(':')[2] for each in settings}
+  token = uuid.uuid4().hex
+  mark = workdir.absolute() / f'.shared_{token}'
+  mark.parent.mkdir(parents=True, exist_ok=True)
+  mark.write_text(token)
+  chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+  try:
+    yield {
+      'mark': str(mark),
+      'token': token,
+      'folders': sorted(name for name in names | folders if os.path.isabs(name)),
+      'versions': devices.versions(),
+      'compiled': chosen,
+      'compiled_here': str(compiled_programs(workdir)),
+    }
+  finally:
+    mark.unlink(missing_ok=True)
+
+
+def _check_nodes(resources: dict[str, float], expected: dict[str, Any]) -> None:
   """Checks every node on which a task may run, before anything is trained.
 
   Raises:
     ArgumentError: if there is none, or one has other versions or another storage.
   """
-  wanted = {
-    {'cpu': 'CPU', 'gpu': 'GPU'}.get(name, name): amount for name, amount in resources.items()
-  }
+  of_ray = {'cpu': 'CPU', 'gpu': 'GPU'}
+  wanted = {of_ray.get(name, name): amount for name, amount in resources.items()}
   able = [
     node
     for node in ray.nodes()
@@ -265,58 +326,47 @@ def _check_nodes(workdir: Path, resources: dict[str, float], jobs: Sequence[AnyJ
   ]
   if not able:
     raise ArgumentError('resources_per_run', 'no node of the cluster has as much')
-  folders = sorted({str(job.pretraining.data.data_dir) for job in jobs} - {'None'})
-  token = uuid.uuid4().hex
-  mark = workdir.absolute() / f'.shared_{token}'
-  workdir.mkdir(parents=True, exist_ok=True)
-  mark.write_text(token)
-  try:
-    looks = [
-      ray.remote(look)
-      .options(
-        num_cpus=0,
-        scheduling_strategy=scheduling_strategies.NodeAffinitySchedulingStrategy(
-          node['NodeID'], soft=False
-        ),
-      )
-      .remote(str(mark), folders)
-      for node in able
-    ]
-    for node, reference in zip(able, looks, strict=True):
-      name = f'{node["NodeManagerHostname"]} ({node["NodeManagerAddress"]})'
-      try:
-        seen = ray.get(reference, timeout=_NODE_ANSWER)
-      except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ArgumentError('ray_address', f'node {name} cannot run a task: {reason}') from None
-      check_node(name, seen, token, workdir)
-  finally:
-    mark.unlink()
-
-
-def check_node(host: str, seen: dict[str, Any], token: str, workdir: Path) -> None:
-  """Raises ArgumentError if a node does not see what this process sees."""
-  if seen['token'] != token:
-    raise ArgumentError(
-      'workdir', f'node {host} does not share {workdir.absolute()}; use storage that all nodes see'
+  looks = [
+    ray.remote(difference)
+    .options(
+      num_cpus=0,
+      scheduling_strategy=scheduling_strategies.NodeAffinitySchedulingStrategy(
+        node['NodeID'], soft=False
+      ),
     )
-  if seen['missing']:
-    raise ArgumentError('data_dir', f'node {host} has no {seen["missing"][0]}')
-  here = devices.versions()
-  different = [name for name in here if seen['versions'].get(name) != here[name]]
+    .remote(expected)
+    for node in able
+  ]
+  for node, reference in zip(able, looks, strict=True):
+    name = f'{node["NodeManagerHostname"]} ({node["NodeManagerAddress"]})'
+    try:
+      different = ray.get(reference, timeout=_NODE_ANSWER)
+    except ray.exceptions.RayError as error:
+      message = f'node {name} cannot run a task: {_reason(error)}'
+      raise ArgumentError('ray_address', message) from None
+    if different is not None:
+      argument, message = different
+      raise ArgumentError(argument, f'node {name} {message}')
+
+
+def difference(expected: dict[str, Any]) -> tuple[str, str] | None:
+  """What this node lacks: the argument that names it, and a message; None if it lacks nothing.
+
+  Args:
+    expected: `mark` and `token`, a file in the work directory and its content; `folders` that must
+      be there; `versions` of the packages.
+  """
+  mark = Path(expected['mark'])
+  if not mark.exists() or mark.read_text() != expected['token']:
+    return 'workdir', f'does not share {mark.parent}; use storage that all nodes see'
+  missing = [folder for folder in expected['folders'] if not Path(folder).is_dir()]
+  if missing:
+    return 'data_dir', f'has no directory {missing[0]}'
+  here, there = devices.versions(), expected['versions']
+  different = [name for name in there if here.get(name) != there[name]]
   if different:
     values = ', '.join(
-      f'{name} {seen["versions"].get(name, "missing")} there and {here[name]} here'
-      for name in different
+      f'{name} {here.get(name, "missing")} there and {there[name]} here' for name in different
     )
-    raise ArgumentError('ray_address', f'node {host} has other versions: {values}')
-
-
-def look(mark: str, folders: list[str]) -> dict[str, Any]:
-  """What a node sees of the storage and of the packages."""
-  path = Path(mark)
-  return {
-    'token': path.read_text() if path.exists() else None,
-    'missing': [folder for folder in folders if not Path(folder).is_dir()],
-    'versions': devices.versions(),
-  }
+    return 'ray_address', f'has other versions: {values}'
+  return None

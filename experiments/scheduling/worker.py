@@ -1,8 +1,8 @@
 """The process of one run in a slot. `experiments.scheduling.processes` starts it.
 
 It reads the job from standard input, and ends, as for SIGTERM, when its parent closes that: so no
-run outlives the binary that it belongs to. Standard output has a line of JSON for each news: the
-progress, and the outcome at the end. Whatever else is printed goes to standard error, the log.
+run outlives the binary that it belongs to. Standard output carries messages, each a line of JSON:
+the progress, and the outcome at the end. Whatever else is printed goes to standard error, the log.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
   app.use_compilation_cache(order['compilation_cache_dir'])
   devices.use_all_cores(job.batch_size, job.pretraining.num_devices)
   try:
-    with signals.StopSignal().listening() as stop:
+    with signals.StopSignal(second_ends=False).listening() as stop:
       outcome = jobs.attempt(job, stop)
   except signals.Interrupted as interrupted:
     print(f'{interrupted}: saved', file=sys.stderr)

@@ -6,9 +6,13 @@ import contextlib
 import fcntl
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
+
+# Seconds between attempts at a lock: `check_free` of another process holds it for a moment.
+_PAUSES = (0.01, 0.05, 0.1, 0.0)
 
 
 class InUseError(Exception):
@@ -38,6 +42,14 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[TextIO]:
     yield file
 
 
+@contextlib.contextmanager
+def share(path: Path) -> Iterator[None]:
+  """Keeps the lock of a file from being held, as several processes may at the same time."""
+  with path.open('a+') as file:
+    fcntl.flock(file, fcntl.LOCK_SH)
+    yield
+
+
 def check_free(path: Path) -> None:
   """Raises InUseError if another process holds the lock of a file, which may be missing."""
   if path.exists():
@@ -46,8 +58,11 @@ def check_free(path: Path) -> None:
 
 
 def _lock(file: TextIO, mode: int) -> None:
-  try:
-    fcntl.flock(file, mode)
-  except BlockingIOError:
-    file.seek(0)
-    raise InUseError(file.read().strip() or 'another process') from None
+  for pause in _PAUSES:
+    try:
+      fcntl.flock(file, mode)
+      return
+    except BlockingIOError:
+      time.sleep(pause)
+  file.seek(0)
+  raise InUseError(file.read().strip() or 'another process')

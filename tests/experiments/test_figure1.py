@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from experiments import figure1, probe, report
-from experiments.cli import signals
+from experiments.cli import app, signals
 from experiments.cli.flags import to_dict
 from experiments.visual import plots
 from se_vae import training
@@ -101,7 +101,7 @@ def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
   ((_, checkpoint),) = checkpoints.steps(directory / 'checkpoints')
   checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
   capsys.readouterr()
-  with pytest.raises(ChildProcessError, match='1 of 6 runs failed'):
+  with pytest.raises(app.RunsFailedError, match='1 of 6 runs failed'):
     figure1.run(figure1.Figure1Config(placement=ALONE, workdir='moved'), signals.StopSignal())
   told = capsys.readouterr().err
   assert 'failed: mnist_mlp se, latent size 4, seed 0: ' in told and 'Traceback' not in told

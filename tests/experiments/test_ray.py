@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import re
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import devices
+from experiments import pretrain, probe_settings
+from experiments.cli import devices, flags
 from experiments.scheduling import jobs, ray_cluster
 from se_vae.config import ArgumentError
 from tests.experiments import scheduled
@@ -94,7 +96,9 @@ def test_a_signal_saves_the_tasks_and_the_same_command_goes_on(cluster, local, t
   process.send_signal(signal.SIGTERM)
   code, _, err = scheduled.end(process)
   assert code == 128 + signal.SIGTERM
-  assert 'SIGTERM: saved. Run the same command again to go on.' in err
+  assert 'SIGTERM: saved. Run the same command again to go on.' in err and 'no answer' not in err
+  logs = [path.read_text() for path in tmp_path.glob('seed*/run.log')]
+  assert logs and all(log.endswith('error: stopped\n') for log in logs)
   # The local machine may go on with what the cluster has begun.
   code, _, err = scheduled.run(tmp_path, *FLAGS, '--parallel=1', NPROC='1')
   assert code == 0, err
@@ -158,6 +162,15 @@ def test_addresses_that_do_not_answer_are_told_in_a_line(tmp_path):
   [
     ('--ray_address=head', "--ray_address: must be 'auto' or HOST:PORT, got 'head'"),
     ('--resources_per_run=gpu', "--resources_per_run: must be like 'cpu=2,gpu=0.5', got 'gpu'"),
+    ('--resources_per_run=gpu=1', '--resources_per_run: is for --ray_address, which is not given'),
+    (
+      '--ray_address=auto --parallel=2',
+      '--parallel: is for this machine; with --ray_address, Ray shares runs out',
+    ),
+    (
+      '--ray_address=auto --num_devices=2',
+      '--num_devices, --resources_per_run: a run has only 1 devices',
+    ),
   ],
 )
 def test_wrong_flags_are_told_in_a_line(tmp_path, flags, message):
@@ -195,41 +208,70 @@ def test_what_no_node_has_is_told_in_a_line(cluster, tmp_path):
   assert line == 'error: --resources_per_run: no node of the cluster has as much'
 
 
-@pytest.mark.parametrize(
-  ('changes', 'message'),
-  [
-    ({'token': None}, 'workdir: node far does not share /shared/runs; use storage'),
-    ({'token': 'of another sweep'}, 'workdir: node far does not share /shared/runs'),
-    ({'missing': ['/data/mnist']}, 'data_dir: node far has no /data/mnist'),
-    (
-      {'versions': devices.versions() | {'jax': '0.0'}},
-      'ray_address: node far has other versions: jax 0.0 there and ',
-    ),
-    ({'versions': {}}, 'ray_address: node far has other versions: python missing there'),
-  ],
-)
-def test_a_node_that_differs_is_named(changes, message):
-  seen = {'token': 'a', 'missing': [], 'versions': devices.versions()}
-  ray_cluster.check_node('far', seen, 'a', Path('/shared/runs'))
-  with pytest.raises(ArgumentError, match=message):
-    ray_cluster.check_node('far', seen | changes, 'a', Path('/shared/runs'))
-
-
-def test_a_node_looks_at_the_storage(tmp_path):
+@pytest.fixture
+def expected(tmp_path):
+  """What a node must have, and this one has."""
   mark = tmp_path / 'mark'
   mark.write_text('a')
-  seen = ray_cluster.look(str(mark), [str(tmp_path), str(tmp_path / 'no')])
-  assert seen['token'] == 'a' and seen['missing'] == [str(tmp_path / 'no')]
-  assert seen['versions'] == devices.versions()
-  mark.unlink()
-  assert ray_cluster.look(str(mark), [])['token'] is None
+  return {
+    'mark': str(mark),
+    'token': 'a',
+    'folders': [str(tmp_path)],
+    'versions': devices.versions(),
+  }
 
 
-@pytest.mark.parametrize('text', ['', 'cpu', 'cpu=x', 'cpu=-1', '=1', 'cpu=nan', 'cpu=inf'])
+@pytest.mark.parametrize(
+  ('changes', 'argument', 'message'),
+  [
+    ({'mark': '/shared/runs/mark'}, 'workdir', 'does not share /shared/runs; use storage'),
+    ({'token': 'of another sweep'}, 'workdir', 'does not share /'),
+    ({'folders': ['/', '/no/mnist']}, 'data_dir', 'has no directory /no/mnist'),
+    (
+      {'versions': devices.versions() | {'jax': '0.0'}},
+      'ray_address',
+      f'has other versions: jax {devices.versions()["jax"]} there and 0.0 here',
+    ),
+    ({'versions': {'tpu': '1'}}, 'ray_address', 'has other versions: tpu missing there and 1 here'),
+  ],
+)
+def test_what_a_node_lacks_is_named(expected, changes, argument, message):
+  assert ray_cluster.difference(expected) is None
+  found = ray_cluster.difference(expected | changes)
+  assert found is not None and found[0] == argument and found[1].startswith(message)
+
+
+def test_a_node_that_joins_later_is_checked_too(expected):
+  order = {'name': 'seed 0'}  # no part of it is looked at
+  outcome = ray_cluster._work(order, {'cpu': 1.0}, expected | {'token': 'b'})
+  assert outcome['again'] and 'does not share' in outcome['error']
+
+
+def test_paths_are_absolute_for_nodes(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  settings = {'workdir': 'runs/seed0', 'data_dir': 'mnist', 'dataset': 'folder:pictures'}
+  pretraining = flags.from_dict(pretrain.PretrainConfig, settings)
+  attack = probe_settings.ProbeConfig(workdir='runs/seed0', data_dir='mnist')
+  job = jobs.Job('seed 0', pretraining, (attack,)).with_absolute_paths()
+  (attack,) = job.attacks
+  assert attack.workdir == job.pretraining.workdir == f'{tmp_path}/runs/seed0'
+  assert attack.data_dir == job.pretraining.data.data_dir == f'{tmp_path}/mnist'
+  assert job.pretraining.data.dataset == f'folder:{tmp_path}/pictures'
+  assert jobs.from_json(json.loads(json.dumps(job.to_json()))) == job
+  members = jobs.PopulationJob('all', (pretraining,) * 2, Path('runs')).with_absolute_paths()
+  assert members.members == (job.pretraining,) * 2 and members.workdir == tmp_path / 'runs'
+  assert jobs.from_json(json.loads(json.dumps(members.to_json()))) == members
+
+
+@pytest.mark.parametrize(
+  'text',
+  ['cpu', 'cpu=x', 'cpu=-1', '=1', 'cpu=nan', 'cpu=inf', 'cpu=1,CPU=2', 'cpu=0', 'cpu=0,gpu=0'],
+)
 def test_what_are_no_resources(text):
-  with pytest.raises(ArgumentError, match='resources_per_run: must be like'):
+  with pytest.raises(ArgumentError, match='resources_per_run: must '):
     ray_cluster.parse_resources(text)
 
 
 def test_a_run_takes_a_core_if_it_does_not_say():
-  assert ray_cluster.parse_resources('gpu=0.5, tpu=1') == {'cpu': 1.0, 'gpu': 0.5, 'tpu': 1.0}
+  assert ray_cluster.parse_resources('GPU=0.5, tpu=1') == {'cpu': 1.0, 'gpu': 0.5, 'tpu': 1.0}
+  assert ray_cluster.parse_resources('') == {'cpu': 1.0}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 
 import pytest
 
 from experiments.cli import devices, messages
-from experiments.scheduling import display, jobs, slots
+from experiments.scheduling import display, jobs, placement, slots
 from se_vae.config import ArgumentError
 from tests.experiments import scheduled
 
@@ -50,7 +51,8 @@ def test_the_cores_are_shared_evenly(four_cores, parallel, num_jobs, cores_per_r
 def test_more_slots_than_cores_share_them_with_a_warning(four_cores, capsys):
   found = slots.slots('6', 9)
   assert [slot.cores for slot in found] == [(2,), (3,), (5,), (7,), (2,), (3,)]
-  assert 'warning: --parallel: 6 runs share 4 cores' in capsys.readouterr().err
+  assert capsys.readouterr().err == 'warning: --parallel: 6 runs share 4 cores\n'
+  assert len(slots.slots('6', 3)) == 3 and capsys.readouterr().err == ''
 
 
 def test_gpus_are_slots_and_several_slots_share_the_memory_of_one(four_cores, monkeypatch):
@@ -61,8 +63,14 @@ def test_gpus_are_slots_and_several_slots_share_the_memory_of_one(four_cores, mo
   assert second.environment() == {'NPROC': '2', 'CUDA_VISIBLE_DEVICES': 'GPU-5c'}
   shared = [slot.environment() for slot in slots.slots('3', 9)]
   assert [each['CUDA_VISIBLE_DEVICES'] for each in shared] == ['0', 'GPU-5c', '0']
-  fractions = [each.get('XLA_PYTHON_CLIENT_MEM_FRACTION') for each in shared]
+  fractions = [each.get('XLA_CLIENT_MEM_FRACTION') for each in shared]
   assert fractions == ['0.450', None, '0.450']
+  (both,) = slots.slots('auto', 9, 2)  # each run asks for two
+  assert both.environment()['CUDA_VISIBLE_DEVICES'] == '0,GPU-5c'
+  with pytest.raises(ArgumentError, match='num_devices: must be <= 2, the GPUs here'):
+    slots.slots('auto', 9, 3)
+  (alone,) = slots.slots('1', 9)  # the runs take turns in this process, which has all GPUs
+  assert alone.gpu is None
   (only,) = slots.slots('auto', 1)
   assert only.environment()['CUDA_VISIBLE_DEVICES'] == '0,GPU-5c'
 
@@ -77,8 +85,35 @@ def test_gpus_are_those_that_jax_would_use(monkeypatch):
     slots.gpus({'CUDA_VISIBLE_DEVICES': ''}) == slots.gpus({'CUDA_VISIBLE_DEVICES': '-1'}) == []
   )
   assert slots.gpus({'CUDA_VISIBLE_DEVICES': '2,0', 'JAX_PLATFORMS': 'cpu'}) == []
+  assert slots.gpus({'CUDA_VISIBLE_DEVICES': '2', 'JAX_PLATFORMS': ''}) == ['2']
+  assert not slots.has_other_accelerator({})
   monkeypatch.setattr(slots.importlib.metadata, 'entry_points', lambda group: [])
+  assert not slots.has_other_accelerator({})
   assert slots.gpus({'CUDA_VISIBLE_DEVICES': '2,0'}) == []
+
+
+def test_an_accelerator_that_is_not_shared_takes_one_run_at_a_time(four_cores, monkeypatch, capsys):
+  monkeypatch.setattr(slots, '_plugins', lambda: ['tpu'])
+  assert slots.has_other_accelerator({}) and not slots.has_other_accelerator(
+    {'JAX_PLATFORMS': 'cpu'}
+  )
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  (slot,) = slots.slots('auto', 9)
+  assert slot.num_cores == 4 and capsys.readouterr().err == ''
+  (slot,) = slots.slots('2', 9)
+  assert slot.num_cores == 4 and '2 runs cannot share this accelerator' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('parallel', 'gpus', 'platforms'),
+  [('auto', ['0'], 'cpu'), ('1', ['0'], None), ('01', ['0'], None), ('auto', [], None)],
+)
+def test_a_process_with_slots_leaves_the_gpus_to_them(monkeypatch, parallel, gpus, platforms):
+  changed = {}
+  monkeypatch.setattr(placement.jax.config, 'update', changed.__setitem__)
+  monkeypatch.setattr(slots, 'gpus', lambda: gpus)
+  placement.use_cpu_alone_beside_slots(placement.PlacementConfig(parallel=parallel))
+  assert changed.get('jax_platforms') == platforms
 
 
 @pytest.mark.parametrize('parallel', ['', '0', '-1', 'two', '1.5', '1025'])
@@ -211,8 +246,12 @@ def test_no_run_outlives_its_sweep_and_the_next_one_waits_for_it(undisturbed, tm
 
 def test_processes_that_run_the_same_sweep_share_its_runs(one_after_another, tmp_path):
   both = [scheduled.start(tmp_path, *SHORT, '--parallel=1', NPROC='1') for _ in range(2)]
-  for code, _, err in map(scheduled.end, both):
+  ends = [scheduled.end(process) for process in both]
+  for code, _, err in ends:
     assert code == 0, err
+  # Each trained one of the runs.
+  trained = [set(re.findall(r'^\[\d/2\] (seed \d): 60/60', err, re.MULTILINE)) for *_, err in ends]
+  assert sorted(map(sorted, trained)) == [['seed 0'], ['seed 1']]
   scheduled.assert_same_runs(tmp_path, one_after_another, RUNS)
   assert (tmp_path / 'sweep.csv').read_bytes() == (one_after_another / 'sweep.csv').read_bytes()
 
