@@ -3,8 +3,9 @@ r"""Measures how fast a CPU trains populations, beside single runs and separate 
   python -m tests.tools.population_speed se
 
 All ways take turns, so that what else the machine does meets all of them. Each is a process of its
-own, which compiles before the first turn. Prints training steps of all members together a second:
-the median over the turns, and the median of the ratio to single runs in the same turn.
+own, which compiles before the first turn. Prints medians over the turns: the CPU time of a training
+step of one member, and the steps of all members together a second. On a busy machine only the CPU
+times can be compared.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from se_vae.models import vae
 from se_vae.parallel import sharding
 from se_vae.training import loop
 
-SECONDS, TURNS, BATCH, WARM_UP, FOREVER = 2.0, 10, 64, 30, 10**7
+SECONDS, TURNS, BATCH, FOREVER = 1.0, 12, 64, 10**7
+# Steps of a dispatch, the same for all ways: about half a second for four members.
+DISPATCH = {'se': 12, 'vae': 100}
 
 
 class Way(NamedTuple):
@@ -54,7 +57,7 @@ WAYS = [
 
 
 def work(objective: str, kind: str, size: int, num_devices: int) -> None:
-  """Trains for a while at each line of input, and prints the steps a second."""
+  """Trains for a while at each line of input; prints steps a second and CPU seconds a step."""
   jax.config.update('jax_num_cpu_devices', num_devices)
   images = data.load('mnist_5k').train.images
   step_function = training.TrainStep(vae.make_vae((28, 28, 1)))
@@ -64,7 +67,7 @@ def work(objective: str, kind: str, size: int, num_devices: int) -> None:
     for seed in range(size)
   ]
   streams = [data.batch_stream(seed, BATCH, len(images)) for seed in range(size)]
-  options = {'steps_per_row': 100, 'seconds_per_dispatch': 0.5}
+  options = {'steps_per_row': DISPATCH[objective], 'seconds_per_dispatch': 1e3}
   if kind == 'single':
     ((state, key),), (stream,) = firsts, streams
     mesh = sharding.data_mesh(num_devices)
@@ -85,13 +88,15 @@ def work(objective: str, kind: str, size: int, num_devices: int) -> None:
       **options,
     )
     steps = (progress.step for progress in population)
-  done = next(step for step in steps if step >= WARM_UP)
+  done = next(step for step in steps if step > DISPATCH[objective])
   print('ready', flush=True)
   for _ in sys.stdin:
-    before, began = done, time.monotonic()
+    before, began, cpu = done, time.monotonic(), time.process_time()
     while time.monotonic() - began < SECONDS:
       done = next(steps)
-    print(size * (done - before) / (time.monotonic() - began), flush=True)
+    count = size * (done - before)
+    wall, cpu = time.monotonic() - began, time.process_time() - cpu
+    print(count / wall, cpu / count, flush=True)
 
 
 def start(way: Way, objective: str) -> list[subprocess.Popen[str]]:
@@ -109,16 +114,18 @@ def main(objective: str) -> None:
   """Prints a table of all ways."""
   running = {way.name: start(way, objective) for way in WAYS}
   rates: dict[str, list[float]] = {name: [] for name in running}
+  costs: dict[str, list[float]] = {name: [] for name in running}
   for _ in range(TURNS):
     for name, processes in running.items():
       for process in processes:
         print(file=process.stdin, flush=True)
-      rates[name].append(sum(float(process.stdout.readline()) for process in processes))
-  for name, own in rates.items():
-    pairs = zip(own, rates[WAYS[0].name], strict=True)
-    ratio = statistics.median(rate / single for rate, single in pairs)
-    spread = f'{min(own):.1f} to {max(own):.1f}'
-    print(f'{name:28} {statistics.median(own):7.1f} steps/s ({spread}), {ratio:.2f} x single')
+      pairs = [map(float, process.stdout.readline().split()) for process in processes]
+      own_rates, own_costs = zip(*pairs, strict=True)
+      rates[name].append(sum(own_rates))
+      costs[name].append(statistics.mean(own_costs))
+  for name in running:
+    milliseconds, rate = 1e3 * statistics.median(costs[name]), statistics.median(rates[name])
+    print(f'{name:28} {milliseconds:6.2f} ms of CPU a step, {rate:7.1f} steps/s')
   for processes in running.values():
     for process in processes:
       process.stdin.close()
