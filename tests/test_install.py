@@ -105,7 +105,7 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize('group', ['', 'test'])
 def test_what_is_imported_is_required(group):
-  """Without what the environment happens to have. Foolbox and AutoAttack are optional, by name."""
+  """Without what the environment happens to have. What only benchmarks, tools or an extra need is optional, by name."""
   required = {re.match(r'[\w-]+', line).group() for line in licences.requirements('')}
   folders = [ROOT / 'se_vae', ROOT / 'experiments']
   if group:
@@ -113,7 +113,7 @@ def test_what_is_imported_is_required(group):
     folders = [ROOT / 'tests']
   found = set().union(*(imported(path) for folder in folders for path in folder.rglob('*.py')))
   provided = importlib.metadata.packages_distributions()
-  optional = {'torch', 'torchattacks', 'foolbox', 'cosmic_ray', 'auto_LiRPA'}
+  optional = {'torch', 'torchattacks', 'foolbox', 'cosmic_ray', 'auto_LiRPA', 'ray'}
   missing = {
     name
     for name in found - sys.stdlib_module_names - optional

@@ -85,7 +85,7 @@ def test_damaged_programs_in_the_cache_are_one_warning(tmp_path, monkeypatch, ca
   shown = []
   monkeypatch.setattr(warnings, 'showwarning', lambda message, *_: shown.append(message))
   monkeypatch.setattr(app, 'jax', mock.MagicMock())
-  app._use_compilation_cache(str(tmp_path))
+  app.use_compilation_cache(str(tmp_path))
   for message in ('Error reading persistent compilation cache entry', 'another'):
     for number in (1, 2):
       warnings.showwarning(f'{message} {number}', UserWarning, 'compiler.py', 782)
