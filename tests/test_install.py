@@ -105,7 +105,7 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize('group', ['', 'test'])
 def test_what_is_imported_is_required(group):
-  """Without what the environment happens to have. What only benchmarks, tools or an extra need is optional, by name."""
+  """Without what the environment happens to have. What only tools and extras need is optional."""
   required = {re.match(r'[\w-]+', line).group() for line in licences.requirements('')}
   folders = [ROOT / 'se_vae', ROOT / 'experiments']
   if group:
