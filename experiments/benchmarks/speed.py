@@ -1,8 +1,8 @@
 r"""How fast training, the attacks and the binaries' start are, beside what this machine can do.
 
   python -m experiments.benchmarks.speed --workdir=runs/benchmark
-  python -m experiments.benchmarks.speed --workdir=runs/benchmark --sections=steps,torch \
-    --objectives=se
+  python -m experiments.benchmarks.speed --workdir=runs/benchmark --sections=steps,peers \
+    --objectives=vae,se --archs=mlp
 
 Prints Markdown tables, and writes them into the work directory as `benchmark.md`, with every
 measurement in `benchmark.json`. The sections:
@@ -10,8 +10,9 @@ measurement in `benchmark.json`. The sections:
   steps       a training step as a run takes it: many to a dispatch, on the devices of a run
   growth      the same for other L, batch and latent sizes
   profile     what an SE step consists of, each piece timed alone
-  torch       the same steps in eager PyTorch, if that is installed, with as many threads as cores,
-              in a process of its own
+  peers       the same steps in plain JAX and in PyTorch, if that is installed: eager, with the
+              attack's gradient written out, and compiled; in other processes, with as many threads
+              as cores; each is checked to give our loss and gradient
   evaluation  the paper's PGD on a probe
   startup     --help of each binary, and the time to the first training step
 
@@ -24,13 +25,12 @@ give medians with the lowest and the highest.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,28 @@ from se_vae.config import ARCHS, OBJECTIVES, SELECTIONS, ArgumentError, setting,
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
 
-  from experiments.benchmarks import torch_twin, workloads
+  from experiments.benchmarks import peers, torch_twin, workloads
   from se_vae import data
   from se_vae.storage import atomic_files
 
-SECTIONS = ('steps', 'growth', 'profile', 'torch', 'evaluation', 'startup')
+SECTIONS = ('steps', 'growth', 'profile', 'peers', 'evaluation', 'startup')
 _BINARIES = ('pretrain', 'probe', 'figure1', 'benchmarks.speed')
 _EVALUATION_STEPS = 40
+_PEERS = ('jax', 'torch', 'torch_written', 'torch_compiled')
+
+_STEP_HEADER = (
+  'training step',
+  'ms',
+  'GFLOP',
+  'GFLOP/s',
+  'of the roofline',
+  'temporary MiB',
+  'compiled in, s',
+)
+_COMPARED_HEADERS = {
+  'piece': ('piece of the step', 'ms', 'of the step', 'of the roofline'),
+  'peer': ('peer of the step', 'ms', 'times ours', 'of the roofline', 'first step, s'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +78,9 @@ class BenchmarkConfig:
   objectives: tuple[str, ...] = setting(OBJECTIVES, 'Training objectives.', choices=OBJECTIVES)
   selections: tuple[str, ...] = setting(
     ('pgd',), 'Selections of se, in the section steps.', choices=SELECTIONS
+  )
+  peers: tuple[str, ...] = setting(
+    _PEERS, 'Other implementations of the step, in the section peers.', choices=_PEERS
   )
   batch_sizes: tuple[int, ...] = setting((64, 256), 'Batch sizes of the MLP.', at_least=1)
   conv_batch_sizes: tuple[int, ...] = setting((64,), 'Batch sizes of the ConvNet.', at_least=1)
@@ -97,7 +115,9 @@ def run(config: BenchmarkConfig, stop: signals.StopSignal) -> dict[str, Any]:
   """Measures, prints and writes; returns the result's JSON.
 
   Raises:
-    ArgumentError: for settings that are wrong, or where PyTorch is asked for and missing.
+    ArgumentError: for settings that are wrong, or where what is asked for needs a package or a
+      compiler that is missing.
+    AssertionError: if a peer does not take our step.
     Interrupted: when `stop` says so; nothing is kept.
   """
   validate(config)
@@ -107,18 +127,19 @@ def run(config: BenchmarkConfig, stop: signals.StopSignal) -> dict[str, Any]:
   for name in ('batch_sizes', 'conv_batch_sizes', 'growth_batch_sizes'):
     if max(getattr(config, name)) > images:
       raise ArgumentError(name, f'must be at most the {images} training images')
-  torch = torch_twin.load(num_threads=devices.num_cores()) if 'torch' in config.sections else None
+  compared = 'peers' in config.sections
+  if compared:
+    peers.check(config.peers)
   with workdirs.lock(workdir):
     startup = _startup(workdir, config.repeats, stop) if 'startup' in config.sections else {}
-    # A fresh process: a fork of this one would have JAX's locks, and none of its threads.
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as processes:
-      rates, rows = _measure(config, dataset, processes, stop)
+    with peers.processes() as executors:
+      rates, rows = _measure(config, dataset, executors, stop)
     result = {
       'roofline': rates,
       'rows': rows,
       'startup': startup,
       'config': flags.to_dict(config),
-      'versions': devices.versions() | ({'torch': torch.__version__} if torch else {}),
+      'versions': devices.versions() | (torch_twin.versions() if compared else {}),
       'devices': devices.device_kinds(),
       'cores': devices.num_cores(),
     }
@@ -140,7 +161,7 @@ def _cases(config: BenchmarkConfig) -> dict[workloads.Case, set[str]]:
   for arch in config.archs:
     for batch_size in config.batch_sizes if arch == 'mlp' else config.conv_batch_sizes:
       for objective in config.objectives:
-        for section in ('steps', 'torch', 'profile')[: 3 if objective == 'se' else 2]:
+        for section in ('steps', 'peers', 'profile')[: 3 if objective == 'se' else 2]:
           add(section, arch=arch, objective=objective, batch_size=batch_size)
       for selection in config.selections if 'se' in config.objectives else ():
         add('steps', arch=arch, objective='se', batch_size=batch_size, selection=selection)
@@ -161,7 +182,7 @@ def _case(config: BenchmarkConfig, **changes: Any) -> workloads.Case:
 
 
 def _workloads(
-  config: BenchmarkConfig, dataset: data.Dataset, processes: Executor
+  config: BenchmarkConfig, dataset: data.Dataset, executors: dict[str, Executor]
 ) -> Iterator[tuple[str, str, workloads.Workload]]:
   """Yields the kind of each workload, the name of its case, and the workload."""
   for case, sections in _cases(config).items():
@@ -169,9 +190,9 @@ def _workloads(
     yield 'step', case.name, benched.train_steps()
     for piece in benched.pieces() if 'profile' in sections else ():
       yield 'piece', case.name, piece
-    for memory_format in torch_twin.FORMATS if 'torch' in sections else ():
-      if case.arch == 'convnet' or memory_format == torch_twin.FORMATS[0]:
-        yield 'torch', case.name, workloads.twin_steps(processes, case, memory_format)
+    for name in config.peers if 'peers' in sections else ():
+      for workload in peers.steps(executors, name, case):
+        yield 'peer', case.name, workload
   if 'evaluation' in config.sections:
     for arch in config.archs:
       case = _case(config, arch=arch, objective='se', batch_size=1)
@@ -180,15 +201,21 @@ def _workloads(
 
 
 def _measure(
-  config: BenchmarkConfig, dataset: data.Dataset, processes: Executor, stop: signals.StopSignal
+  config: BenchmarkConfig,
+  dataset: data.Dataset,
+  executors: dict[str, Executor],
+  stop: signals.StopSignal,
 ) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
   """Returns the rates of products, and a row for each workload, both repeat by repeat."""
   timed: list[tuple[workloads.Workload, int]] = []
   rows: list[dict[str, Any]] = []
-  for kind, case, workload in _workloads(config, dataset, processes):
+  for kind, case, workload in _workloads(config, dataset, executors):
     workload.run(1)
     timed.append((workload, workloads.steps_that_take(workload, config.seconds)))
-    described = {name: getattr(workload, name) for name in ('name', 'operations', 'temp_bytes')}
+    described = {
+      name: getattr(workload, name)
+      for name in ('name', 'operations', 'temp_bytes', 'first_seconds')
+    }
     rows.append({'kind': kind, 'case': case, **described, 'seconds': []})
     stop.check()
   roofline = workloads.Roofline(config.roofline_sizes)
@@ -262,16 +289,10 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
   )
   steps = {row['case']: row for row in rows if row['kind'] == 'step'}
   if steps:
-    header = ('training step', 'ms', 'GFLOP', 'GFLOP/s', 'of the roofline', 'temporary MiB')
-    yield messages.markdown_table(header, map(_step, steps.values()))
-  for kind, name, ratio in (
-    ('piece', 'piece of the step', 'of the step'),
-    ('torch', 'eager PyTorch', 'times ours'),
-  ):
-    some = [row for row in rows if row['kind'] == kind]
-    if some:
-      cells = (_compared(row, steps[row['case']]) for row in some)
-      yield messages.markdown_table((name, 'ms', ratio, 'of the roofline'), cells)
+    yield messages.markdown_table(_STEP_HEADER, map(_step, steps.values()))
+  for kind, header in _COMPARED_HEADERS.items():
+    if cells := [_compared(row, steps[row['case']]) for row in rows if row['kind'] == kind]:
+      yield messages.markdown_table(header, cells)
   evaluated = [row for row in rows if row['kind'] == 'evaluation']
   if evaluated:
     thousands = result['config']['num_examples'] * _EVALUATION_STEPS / 1e3
@@ -292,16 +313,18 @@ def _step(row: dict[str, Any]) -> list[str]:
     _range(operations / seconds / 1e9),
     _percent(row['share']),
     '' if row['temp_bytes'] is None else f'{row["temp_bytes"] / 2**20:.1f}',
+    f'{row["first_seconds"]:.1f}',
   ]
 
 
 def _compared(row: dict[str, Any], step: dict[str, Any]) -> list[str]:
-  """Returns the cells of a piece or a twin beside the step that it belongs to."""
+  """Returns the cells of a piece or a peer beside the step that it belongs to."""
   seconds = np.array(row['seconds'])
   ratio = seconds / np.array(step['seconds'])
   share = _percent(row['share']) if 'share' in row else ''
-  shown = _percent(ratio) if row['kind'] == 'piece' else _range(ratio)
-  return [row['name'], _range(1e3 * seconds), shown, share]
+  if row['kind'] == 'piece':
+    return [row['name'], _range(1e3 * seconds), _percent(ratio), share]
+  return [row['name'], _range(1e3 * seconds), _range(ratio), share, f'{row["first_seconds"]:.1f}']
 
 
 def _range(values: Any) -> str:
