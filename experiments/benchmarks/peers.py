@@ -1,21 +1,22 @@
 """Other implementations of the training step, each in a process of its own, to time ours beside.
 
 A peer has a method `run(steps)`, which trains, and a method `loss_and_norms(x, start, noise)`, by
-which `agree` checks that it takes our step. In one process PyTorch's threads and JAX's would get in
-each other's way, and JAX would have the several devices of ours.
+which `disagreement` finds whether it takes our step. In one process PyTorch's threads and JAX's
+would get in each other's way, and JAX would have the several devices of ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,8 @@ from se_vae.models.vae import VAE, Params
 from se_vae.training import TrainConfig
 
 # The loss and the norms of its gradient may differ by these shares. Where a unit's input or a
-# pixel's gradient is of the size of rounding, a ReLU or a sign step may go either way; one unit of a
-# small network changes a norm by 1e-3.
+# pixel's gradient is of the size of rounding, a ReLU or a sign step may go either way; one unit of
+# a small network changes a norm by 1e-3.
 _LOSS_TOLERANCE, _NORM_TOLERANCE = 1e-4, 1e-2
 
 
@@ -68,6 +69,15 @@ class Kind(NamedTuple):
   title: str
   form: str | None
   archs: tuple[str, ...]
+
+
+class Chosen(NamedTuple):
+  """A peer with its case, its layout of memory and its number of threads."""
+
+  name: str
+  case: Case
+  memory_format: str
+  num_threads: int
 
 
 KINDS = {
@@ -115,15 +125,14 @@ def steps(executors: dict[str, Executor], name: str, case: Case) -> Iterator[Wor
     return
   has_formats = case.arch == 'convnet' and kind.form is not None
   for memory_format in torch_twin.FORMATS if has_formats else torch_twin.FORMATS[:1]:
-    arguments = (name, case, memory_format, devices.num_cores())
-    begin, train = (functools.partial(function, *arguments) for function in (_begin, _run))
-    first_seconds, (loss_error, norm_error) = executors[name].submit(begin).result()
+    chosen = Chosen(name, case, memory_format, devices.num_cores())
+    first_seconds, (loss_error, norm_error) = executors[name].submit(_begin, chosen).result()
     if not (loss_error < _LOSS_TOLERANCE and norm_error < _NORM_TOLERANCE):
       errors = f'{loss_error:.1e} and {norm_error:.1e}'
       raise AssertionError(f'loss and gradient of {kind.title} differ from ours by {errors}')
 
-    def run(steps: int, train: Any = train) -> None:
-      executors[name].submit(train, steps).result()
+    def run(steps: int, chosen: Chosen = chosen) -> None:
+      executors[name].submit(_run, chosen, steps).result()
 
     layout = f', {memory_format}' if has_formats else ''
     yield Workload(
@@ -134,31 +143,27 @@ def steps(executors: dict[str, Executor], name: str, case: Case) -> Iterator[Wor
     )
 
 
-def _begin(
-  name: str, case: Case, memory_format: str, num_threads: int
-) -> tuple[float, tuple[float, float]]:
+def _begin(chosen: Chosen) -> tuple[float, tuple[float, float]]:
   """Returns the seconds of a peer's first step, compilation included, and its errors."""
-  peer, benched = _peer(name, case, memory_format, num_threads)
+  peer, benched = _peer(chosen)
   began = time.perf_counter()
   peer.run(1)
   seconds = time.perf_counter() - began
-  peer = make(name, benched, memory_format)  # with the weights of before that step
+  peer = make(chosen.name, benched, chosen.memory_format)  # with the weights of before that step
   rows = benched.host_images[benched.host_indices[0]]
   return seconds, disagreement(peer, benched.model, benched.params, benched.config, rows)
 
 
-def _run(name: str, case: Case, memory_format: str, num_threads: int, steps: int) -> None:
-  _peer(name, case, memory_format, num_threads)[0].run(steps)
+def _run(chosen: Chosen, steps: int) -> None:
+  _peer(chosen)[0].run(steps)
 
 
 @functools.lru_cache
-def _peer(
-  name: str, case: Case, memory_format: str, num_threads: int
-) -> tuple[Peer, workloads.Benched]:
-  if KINDS[name].form:
-    torch_twin.load(num_threads)
-  benched = workloads.Benched(case, data.load('mnist_5k').train.images)
-  return make(name, benched, memory_format), benched
+def _peer(chosen: Chosen) -> tuple[Peer, workloads.Benched]:
+  if KINDS[chosen.name].form:
+    torch_twin.load(chosen.num_threads)
+  benched = workloads.Benched(chosen.case, data.load('mnist_5k').train.images)
+  return make(chosen.name, benched, chosen.memory_format), benched
 
 
 def make(name: str, benched: workloads.Benched, memory_format: str = torch_twin.FORMATS[0]) -> Peer:
@@ -173,7 +178,7 @@ def make(name: str, benched: workloads.Benched, memory_format: str = torch_twin.
   form = KINDS[name].form
   if form is None:
     return plain_jax.PlainJax(*arguments)
-  torch = torch_twin.load(devices.num_cores())
+  torch = importlib.import_module('torch')
   return torch_twin.Twin(torch, *arguments, form=form, memory_format=memory_format)
 
 
