@@ -14,6 +14,8 @@ measurement in `benchmark.json`. The sections:
               attack's gradient written out, and compiled; in other processes, with as many threads
               as cores; each is checked to give our loss and gradient
   evaluation  the paper's PGD on a probe
+  worst_case  the suite `worst_case` beside AutoAttack with the same steps and queries, on a
+              pretrained encoder; needs `pip install torch` and `pip install --no-deps torchattacks`
   startup     --help of each binary, and the time to the first training step
 
 Operations are those of `flops`, and the roofline is the best rate of a float32 matrix product, over
@@ -42,13 +44,14 @@ from se_vae.config import ARCHS, OBJECTIVES, SELECTIONS, ArgumentError, setting,
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
 
-  from experiments.benchmarks import peers, torch_twin, workloads
+  from experiments.benchmarks import peers, torch_twin, workloads, worst_case
   from se_vae import data
   from se_vae.storage import atomic_files
 
-SECTIONS = ('steps', 'growth', 'profile', 'peers', 'evaluation', 'startup')
+SECTIONS = ('steps', 'growth', 'profile', 'peers', 'evaluation', 'worst_case', 'startup')
 _BINARIES = ('pretrain', 'probe', 'figure1', 'benchmarks.speed')
 _EVALUATION_STEPS = 40
+_OPTIONAL = ('torch', 'torchattacks')
 _PEERS = ('jax', 'torch', 'torch_written', 'torch_compiled')
 
 _STEP_HEADER = (
@@ -59,6 +62,14 @@ _STEP_HEADER = (
   'of the roofline',
   'temporary MiB',
   'compiled in, s',
+)
+_WORST_CASE_HEADER = (
+  'worst case',
+  'images a second',
+  'times as long as ours',
+  'accuracy',
+  'passes an image',
+  'first batch, s',
 )
 _COMPARED_HEADERS = {
   'piece': ('piece of the step', 'ms', 'of the step', 'of the roofline'),
@@ -98,7 +109,12 @@ class BenchmarkConfig:
   roofline_sizes: tuple[int, ...] = setting(
     (512, 1024, 2048), 'Sizes of square matrix products.', at_least=1, at_most=16_384
   )  # matrices of 1 GiB
-  num_examples: int = setting(1000, 'Test images of the evaluation.', at_least=1, at_most=1000)
+  num_examples: int = setting(
+    1000, 'Test images of the evaluation and of the worst case.', at_least=1, at_most=1000
+  )
+  attack_radius: float = setting(0.1, 'linf radius of the worst case.', at_least=0, at_most=1)
+  attack_steps: int = setting(40, 'Gradient steps of each attack of the worst case.', at_least=1)
+  attack_queries: int = setting(1000, 'Queries of Square in the worst case.', at_least=1)
   repeats: int = setting(5, 'Turns of every measurement.', at_least=1)
   seconds: float = setting(0.5, 'How long a measurement takes, or one step of it.', above=0)
 
@@ -130,16 +146,20 @@ def run(config: BenchmarkConfig, stop: signals.StopSignal) -> dict[str, Any]:
   compared = 'peers' in config.sections
   if compared:
     peers.check(config.peers)
+  if 'worst_case' in config.sections:
+    worst_case.check()
   with workdirs.lock(workdir):
     startup = _startup(workdir, config.repeats, stop) if 'startup' in config.sections else {}
     with peers.processes() as executors:
       rates, rows = _measure(config, dataset, executors, stop)
+      attacked = _worst_case(config, executors['torch'], stop)
     result = {
       'roofline': rates,
       'rows': rows,
+      'worst_case': attacked,
       'startup': startup,
       'config': flags.to_dict(config),
-      'versions': devices.versions() | (torch_twin.versions() if compared else {}),
+      'versions': devices.versions() | torch_twin.versions(*_OPTIONAL),
       'devices': devices.device_kinds(),
       'cores': devices.num_cores(),
     }
@@ -237,6 +257,25 @@ def _measure(
   return rates, rows
 
 
+def _worst_case(
+  config: BenchmarkConfig, torch_process: Executor, stop: signals.StopSignal
+) -> dict[str, dict[str, Any]]:
+  """Returns what `worst_case.compare` does; nothing if that is not asked for."""
+  if 'worst_case' not in config.sections:
+    return {}
+  budget = worst_case.Budget(
+    config.num_examples, config.attack_radius, config.attack_steps, config.attack_queries
+  )
+  total = 2 * (config.repeats + 1)
+  with messages.progress_bar(total, 'worst case', unit='attack') as progress:
+
+    def after_each() -> None:
+      progress.update()
+      stop.check()
+
+    return worst_case.compare(budget, config.repeats, torch_process, after_each)
+
+
 def _startup(workdir: Path, repeats: int, stop: signals.StopSignal) -> dict[str, list[float]]:
   """Returns the seconds until a binary answers --help, and until a run has taken its first step."""
   seconds: dict[str, list[float]] = {}
@@ -298,6 +337,11 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
     thousands = result['config']['num_examples'] * _EVALUATION_STEPS / 1e3
     rates_of = ([row['name'], _range(thousands / np.array(row['seconds']))] for row in evaluated)
     yield messages.markdown_table(('attack', 'thousand images x steps a second'), rates_of)
+  if result['worst_case']:
+    ours, *_ = (np.array(side['seconds']) for side in result['worst_case'].values())
+    count, sides = result['config']['num_examples'], result['worst_case'].items()
+    attacked = (_side(name, side, count, ours) for name, side in sides)
+    yield messages.markdown_table(_WORST_CASE_HEADER, attacked)
   if result['startup']:
     yield messages.markdown_table(
       ('start', 's'), ([name, _range(taken)] for name, taken in result['startup'].items())
@@ -325,6 +369,19 @@ def _compared(row: dict[str, Any], step: dict[str, Any]) -> list[str]:
   if row['kind'] == 'piece':
     return [row['name'], _range(1e3 * seconds), _percent(ratio), share]
   return [row['name'], _range(1e3 * seconds), _range(ratio), share, f'{row["first_seconds"]:.1f}']
+
+
+def _side(name: str, side: dict[str, Any], num_examples: int, ours: Any) -> list[str]:
+  """Returns the cells of one side of the worst case."""
+  seconds = np.array(side['seconds'])
+  return [
+    name,
+    _range(num_examples / seconds),
+    _range(seconds / ours),
+    f'{side["accuracy"]:.3f}',
+    f'{side["passes"]:.0f}',
+    f'{side["first_batch"]:.1f}',
+  ]
 
 
 def _range(values: Any) -> str:

@@ -30,10 +30,10 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 Config = TypeVar('Config')
 
-_VAE = '--objective=vae --num_steps=5000'
+_VAE = '--objective=vae --obs_var=0.03 --num_steps=4000'
 _SMOOTH = (
-  '--objective=se --coupling=balanced --gamma=100 --pgd_steps=2 --ramp=0.5 --learning_rate=0.002 '
-  '--freeze_decoder --num_steps=10000'
+  '--objective=se --coupling=balanced --gamma=300 --obs_var=0.03 --ramp=0.5 --pgd_steps=2 '
+  '--learning_rate=0.002 --freeze_decoder --num_steps=6000'
 )
 _PROBE = '--attack=worst_case --num_examples=1000 --radii=0,0.05,0.1,0.2'
 

@@ -7,6 +7,7 @@ comparison of attacks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -52,12 +53,13 @@ def load(num_threads: int, argument: str = 'peers') -> Any:
   return torch
 
 
-def versions() -> dict[str, str]:
-  """Returns the version of PyTorch; nothing where it is not installed."""
-  try:
-    return {'torch': importlib.metadata.version('torch')}
-  except importlib.metadata.PackageNotFoundError:
-    return {}
+def versions(*packages: str) -> dict[str, str]:
+  """Returns the versions of those packages that are installed."""
+  found = {}
+  for package in packages:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[package] = importlib.metadata.version(package)
+  return found
 
 
 def can_compile() -> bool:
