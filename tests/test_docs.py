@@ -21,7 +21,7 @@ from experiments import (
   supervised,
   sweep,
 )
-from experiments.benchmarks import attack_comparison, speed
+from experiments.benchmarks import attack_comparison, speed, time_to_robustness
 from experiments.cli import app, distributed, flags
 from se_vae import attacks, certification, data, evaluation, training
 
@@ -34,6 +34,7 @@ TAUGHT = [page for page in PAGES if '```python\n' in page.read_text() and page.s
 BINARIES = {
   'benchmarks.attack_comparison': [attack_comparison.ComparisonConfig],
   'benchmarks.speed': [speed.BenchmarkConfig],
+  'benchmarks.time_to_robustness': [time_to_robustness.RobustnessConfig],
   'compare': [compare.CompareConfig],
   'figure1': [figure1.Figure1Config],
   'pretrain': [pretrain.PretrainConfig, distributed.Cluster],

@@ -139,7 +139,8 @@ def run(config: RobustnessConfig, stop: signals.StopSignal) -> dict[str, Any]:
       reconstruct_fn=linear_probe.Reconstruction(prepared.model),
       progress=progress,
     )
-    watch.end('checks')
+    if attack.check_examples:
+      watch.end('checks')
     result = {
       **probe_results.claim(attack.task, outcome),
       'seconds': watch.seconds,

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import flops, peers, speed, torch_twin, workloads
+from experiments.benchmarks import flops, peers, speed, torch_classifier, torch_twin, workloads
 from experiments.benchmarks.workloads import Case
 from experiments.cli import signals
 from se_vae import training
 from se_vae.config import ArgumentError
+from se_vae.evaluation import linear_probe
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -191,6 +192,57 @@ def test_peers_are_timed_in_processes_of_their_own(tmp_path):
   assert [row['kind'] for row in result['rows']] == ['step', 'peer', 'peer', 'peer']
   assert all(min(row['seconds'][0], row['first_seconds']) > 0.0 for row in result['rows'])
   assert 'PyTorch, eager, channels last' in (tmp_path / 'benchmark.md').read_text()
+
+
+def test_a_classifier_in_pytorch_is_ours():
+  torch = pytest.importorskip('torch')
+  model = TINY.model((6, 6, 2))
+  params = jax.jit(model.init)(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  weights = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+  fitted = linear_probe.LinearProbe(weights, jnp.arange(4.0))
+  x = rng.uniform(size=(5, 6, 6, 2)).astype(np.float32)
+  network = torch_classifier.build(torch, model, params, fitted)
+  torch_classifier.check_same(torch, network, model, params, fitted, x)
+  other = linear_probe.LinearProbe(weights, jnp.arange(4.0) + 1.0)
+  with pytest.raises(AssertionError):
+    torch_classifier.check_same(torch, network, model, params, other, x)
+
+
+def test_only_legal_images_count_against_a_classifier():
+  torch = pytest.importorskip('torch')
+  x = torch.full((4, 1, 1, 1), 0.95)
+  images = torch.tensor([0.85, 0.95, 0.8, 1.01]).reshape(4, 1, 1, 1)
+  target = torch.zeros(4, dtype=torch.int64)
+
+  def network(x):  # class 1 but at 0.95
+    value = x.flatten(1)
+    return torch.cat([torch.zeros_like(value), (value - 0.95).abs() - 0.01], dim=1)
+
+  found = torch_classifier.misclassified(torch, network, 0.1, x, target, images)
+  assert found.tolist() == [True, False, False, False]
+
+
+@pytest.mark.slow
+def test_the_worst_case_is_compared_with_autoattack(tmp_path):
+  pytest.importorskip('torchattacks')
+  config = speed.BenchmarkConfig(
+    workdir=str(tmp_path),
+    sections=('worst_case',),
+    roofline_sizes=(16,),
+    num_examples=40,
+    attack_steps=2,
+    attack_queries=10,
+    repeats=1,
+    seconds=0.01,
+  )
+  sides = speed.run(config, signals.StopSignal())['worst_case']
+  assert list(sides) == ['our worst_case', 'AutoAttack']
+  for side in sides.values():
+    assert 0.0 < side['accuracy'] < 1.0 and len(side['seconds']) == 1
+    # An image that stays robust is attacked towards 9 other classes, with 2 steps each.
+    assert side['passes'] > 18.0
+  assert '| AutoAttack |' in (tmp_path / 'benchmark.md').read_text()
 
 
 def test_pytorch_is_asked_for_in_one_line(tmp_path, monkeypatch):
