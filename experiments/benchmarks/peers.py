@@ -64,11 +64,13 @@ class Kind(NamedTuple):
     title: its name in the tables.
     form: of a `torch_twin.Twin`; None for JAX.
     archs: the networks that it has.
+    objectives: what it trains.
   """
 
   title: str
   form: str | None
-  archs: tuple[str, ...]
+  archs: tuple[str, ...] = ('mlp', 'convnet')
+  objectives: tuple[str, ...] = ('vae', 'se')
 
 
 class Chosen(NamedTuple):
@@ -81,10 +83,10 @@ class Chosen(NamedTuple):
 
 
 KINDS = {
-  'jax': Kind('plain JAX', None, ('mlp', 'convnet')),
-  'torch': Kind('PyTorch, eager', 'eager', ('mlp', 'convnet')),
-  'torch_written': Kind("PyTorch, the attack's gradient by hand", 'written', ('mlp',)),
-  'torch_compiled': Kind('PyTorch, torch.compile', 'compiled', ('mlp', 'convnet')),
+  'jax': Kind('plain JAX', None),
+  'torch': Kind('PyTorch, eager', 'eager'),
+  'torch_written': Kind("PyTorch, the attack's gradient by hand", 'written', ('mlp',), ('se',)),
+  'torch_compiled': Kind('PyTorch, torch.compile', 'compiled'),
 }
 
 
@@ -117,11 +119,13 @@ def _compile_into(directory: str) -> None:
 def steps(executors: dict[str, Executor], name: str, case: Case) -> Iterator[Workload]:
   """Yields the steps of one kind of peer: of a ConvNet in PyTorch, in either layout of memory.
 
+  Yields nothing for networks and objectives that the kind does not have.
+
   Raises:
     AssertionError: if they are not our steps.
   """
   kind = KINDS[name]
-  if case.arch not in kind.archs:
+  if case.arch not in kind.archs or case.objective not in kind.objectives:
     return
   has_formats = case.arch == 'convnet' and kind.form is not None
   for memory_format in torch_twin.FORMATS if has_formats else torch_twin.FORMATS[:1]:
@@ -140,6 +144,7 @@ def steps(executors: dict[str, Executor], name: str, case: Case) -> Iterator[Wor
       run,
       workloads.operations_of(case),
       first_seconds=first_seconds,
+      cpu_clock=lambda: executors[name].submit(time.process_time).result(),
     )
 
 

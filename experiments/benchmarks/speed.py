@@ -21,7 +21,8 @@ measurement in `benchmark.json`. The sections:
 Operations are those of `flops`, and the roofline is the best rate of a float32 matrix product, over
 some sizes, on one device and on all side by side. On a shared machine everything varies: in every
 repeat everything is measured once, in turn, shares and ratios are taken within it, and the tables
-give medians with the lowest and the highest.
+give medians with the lowest and the highest. CPU milliseconds, of all threads together, vary least
+on one core (`taskset -c 0`), where no thread waits for another.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ _PEERS = ('jax', 'torch', 'torch_written', 'torch_compiled')
 _STEP_HEADER = (
   'training step',
   'ms',
+  'CPU, ms',
   'GFLOP',
   'GFLOP/s',
   'of the roofline',
@@ -66,14 +68,19 @@ _STEP_HEADER = (
 _WORST_CASE_HEADER = (
   'worst case',
   'images a second',
-  'times as long as ours',
+  'times ours',
+  'CPU, ms an image',
+  'times ours',
   'accuracy',
   'passes an image',
   'first batch, s',
 )
-_COMPARED_HEADERS = {
+_COMPARED_HEADERS: dict[str, tuple[str, ...]] = {
   'piece': ('piece of the step', 'ms', 'of the step', 'of the roofline'),
-  'peer': ('peer of the step', 'ms', 'times ours', 'of the roofline', 'first step, s'),
+  'peer': (
+    *('peer of the step', 'ms', 'times ours', 'of the roofline'),
+    *('CPU, ms', 'times ours', 'first step, s'),
+  ),
 }
 
 
@@ -236,7 +243,7 @@ def _measure(
       name: getattr(workload, name)
       for name in ('name', 'operations', 'temp_bytes', 'first_seconds')
     }
-    rows.append({'kind': kind, 'case': case, **described, 'seconds': []})
+    rows.append({'kind': kind, 'case': case, **described, 'seconds': [], 'cpu_seconds': []})
     stop.check()
   roofline = workloads.Roofline(config.roofline_sizes)
   rates: dict[str, list[float]] = {product.name: [] for product in roofline.products}
@@ -247,7 +254,9 @@ def _measure(
         rates[name].append(rate)
       progress.update()
       for (workload, steps), row in zip(timed, rows, strict=True):
-        row['seconds'].append(workloads.time_steps(workload, steps))
+        timing = workloads.time_steps(workload, steps)
+        row['seconds'].append(timing.seconds)
+        row['cpu_seconds'].append(timing.cpu_seconds)
         progress.update()
         stop.check()
   best = np.max(list(rates.values()), axis=0)
@@ -338,9 +347,9 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
     rates_of = ([row['name'], _range(thousands / np.array(row['seconds']))] for row in evaluated)
     yield messages.markdown_table(('attack', 'thousand images x steps a second'), rates_of)
   if result['worst_case']:
-    ours, *_ = (np.array(side['seconds']) for side in result['worst_case'].values())
-    count, sides = result['config']['num_examples'], result['worst_case'].items()
-    attacked = (_side(name, side, count, ours) for name, side in sides)
+    count, sides = result['config']['num_examples'], result['worst_case']
+    ours, *_ = sides.values()
+    attacked = (_side(name, side, count, ours) for name, side in sides.items())
     yield messages.markdown_table(_WORST_CASE_HEADER, attacked)
   if result['startup']:
     yield messages.markdown_table(
@@ -353,6 +362,7 @@ def _step(row: dict[str, Any]) -> list[str]:
   return [
     row['name'],
     _range(1e3 * seconds),
+    _range(1e3 * np.array(row['cpu_seconds'])),
     f'{operations / 1e9:.3g}',
     _range(operations / seconds / 1e9),
     _percent(row['share']),
@@ -368,16 +378,27 @@ def _compared(row: dict[str, Any], step: dict[str, Any]) -> list[str]:
   share = _percent(row['share']) if 'share' in row else ''
   if row['kind'] == 'piece':
     return [row['name'], _range(1e3 * seconds), _percent(ratio), share]
-  return [row['name'], _range(1e3 * seconds), _range(ratio), share, f'{row["first_seconds"]:.1f}']
+  cpu_seconds = np.array(row['cpu_seconds'])
+  return [
+    row['name'],
+    _range(1e3 * seconds),
+    _range(ratio),
+    share,
+    _range(1e3 * cpu_seconds),
+    _range(cpu_seconds / np.array(step['cpu_seconds'])),
+    f'{row["first_seconds"]:.1f}',
+  ]
 
 
-def _side(name: str, side: dict[str, Any], num_examples: int, ours: Any) -> list[str]:
+def _side(name: str, side: dict[str, Any], num_examples: int, ours: dict[str, Any]) -> list[str]:
   """Returns the cells of one side of the worst case."""
-  seconds = np.array(side['seconds'])
+  seconds, cpu_seconds = np.array(side['seconds']), np.array(side['cpu_seconds'])
   return [
     name,
     _range(num_examples / seconds),
-    _range(seconds / ours),
+    _range(seconds / np.array(ours['seconds'])),
+    _range(1e3 * cpu_seconds / num_examples),
+    _range(cpu_seconds / np.array(ours['cpu_seconds'])),
     f'{side["accuracy"]:.3f}',
     f'{side["passes"]:.0f}',
     f'{side["first_batch"]:.1f}',

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,7 @@ class Workload:
     operations: useful floating-point operations of a step; None where they are not counted.
     temp_bytes: memory that the compiled program takes for intermediate values; None if unknown.
     first_seconds: of the first step, compilation included; None if it was not measured.
+    cpu_clock: CPU seconds so far of the process that does the steps.
   """
 
   name: str
@@ -84,19 +85,43 @@ class Workload:
   operations: int | None = None
   temp_bytes: int | None = None
   first_seconds: float | None = None
+  cpu_clock: Callable[[], float] = time.process_time
 
 
-def time_steps(workload: Workload, steps: int) -> float:
-  """Returns the seconds that a step takes, as the mean over `steps` of them."""
-  began = time.perf_counter()
+class Timing(NamedTuple):
+  """What a step takes: seconds, and CPU seconds, of all threads together.
+
+  CPU seconds do not depend on what else a core does. Threads that wait for each other may count.
+  """
+
+  seconds: float
+  cpu_seconds: float
+
+
+class Stopwatch:
+  """Measures the time since it was made, with the CPU seconds of a clock."""
+
+  def __init__(self, cpu_clock: Callable[[], float] = time.process_time) -> None:
+    self._cpu_clock = cpu_clock
+    self._cpu_began, self._began = cpu_clock(), time.perf_counter()
+
+  def read(self, steps: int = 1) -> Timing:
+    """Returns the time as the mean over so many steps."""
+    seconds, cpu_seconds = time.perf_counter() - self._began, self._cpu_clock() - self._cpu_began
+    return Timing(seconds / steps, cpu_seconds / steps)
+
+
+def time_steps(workload: Workload, steps: int) -> Timing:
+  """Returns what a step takes, as the mean over `steps` of them."""
+  stopwatch = Stopwatch(workload.cpu_clock)
   workload.run(steps)
-  return (time.perf_counter() - began) / steps
+  return stopwatch.read(steps)
 
 
 def steps_that_take(workload: Workload, seconds: float) -> int:
   """Returns how many steps take about `seconds`, for a workload that has run before."""
   steps = 1
-  while (took := time_steps(workload, steps) * steps) < seconds / 4.0 and steps < _ROWS:
+  while (took := time_steps(workload, steps).seconds * steps) < seconds / 4.0 and steps < _ROWS:
     steps *= 2
   return int(np.clip(steps * seconds / took, 1, _ROWS))
 
@@ -269,6 +294,6 @@ class Roofline:
   def measure(self) -> dict[str, float]:
     """Returns the operations a second of each product, by name."""
     return {
-      product.name: (product.operations or 0) / time_steps(product, steps)
+      product.name: (product.operations or 0) / time_steps(product, steps).seconds
       for product, steps in zip(self.products, self.steps, strict=True)
     }

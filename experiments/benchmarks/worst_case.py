@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import numpy as np
 
 import se_vae
 from experiments.benchmarks import torch_classifier, torch_twin
+from experiments.benchmarks.workloads import Stopwatch, Timing
 from experiments.cli import devices
 from se_vae import data
 from se_vae.config import ArgumentError
@@ -56,12 +56,12 @@ class Found(NamedTuple):
     accuracy: share of the images that are classified correctly after all attacks.
     passes: forward passes through the network, with or without a gradient, as a mean over the
       images.
-    seconds: that it took.
+    timing: what it took.
   """
 
   accuracy: float
   passes: float
-  seconds: float
+  timing: Timing
 
 
 Attack = Callable[[Budget], Found]
@@ -101,12 +101,13 @@ def compare(
   sides = attacks(torch_process)
   results: dict[str, dict[str, Any]] = {}
   for name, attack in sides.items():  # compiles what there is to compile
-    results[name] = {'first_batch': attack(some).seconds, 'seconds': []}
+    results[name] = {'first_batch': attack(some).timing.seconds, 'seconds': [], 'cpu_seconds': []}
     after_each()
   for _ in range(repeats):
     for name, attack in sides.items():
       found = attack(budget)
-      results[name]['seconds'].append(found.seconds)
+      results[name]['seconds'].append(found.timing.seconds)
+      results[name]['cpu_seconds'].append(found.timing.cpu_seconds)
       results[name] |= {'accuracy': found.accuracy, 'passes': found.passes}
       after_each()
   return results
@@ -135,7 +136,7 @@ def target() -> Target:
 
 def _ours(budget: Budget) -> Found:
   model, params, probe, x, labels = target()
-  began = time.perf_counter()
+  stopwatch = Stopwatch()
   found = robustness.evaluate(
     linear_probe.ProbedEncoder(model),
     x[: budget.num_examples],
@@ -151,9 +152,9 @@ def _ours(budget: Budget) -> Found:
     check_examples=0,
     mesh=devices.mesh_for(_BATCH_SIZE),
   )
-  seconds = time.perf_counter() - began
+  timing = stopwatch.read()
   passes = found.attack_log.forwards + found.attack_log.gradients
-  return Found(float(found.curve.accuracy[0]), float(passes.mean()), seconds)
+  return Found(float(found.curve.accuracy[0]), float(passes.mean()), timing)
 
 
 def _autoattack(budget: Budget, num_threads: int) -> Found:
@@ -179,7 +180,7 @@ def _autoattack(budget: Budget, num_threads: int) -> Found:
     passes += len(inputs[0])
 
   hook = network.register_forward_pre_hook(count)
-  began = time.perf_counter()
+  stopwatch = Stopwatch()
   for start in range(0, budget.num_examples, _BATCH_SIZE):
     some = slice(start, min(start + _BATCH_SIZE, budget.num_examples))
     images = torch.from_numpy(np.moveaxis(x[some], -1, 1).copy())
@@ -187,9 +188,9 @@ def _autoattack(budget: Budget, num_threads: int) -> Found:
     found = attack(images, classes)
     wrong = torch_classifier.misclassified(torch, network, budget.radius, images, classes, found)
     correct[some] = ~wrong
-  seconds = time.perf_counter() - began
+  timing = stopwatch.read()
   hook.remove()
-  return Found(float(correct.mean()), passes / budget.num_examples, seconds)
+  return Found(float(correct.mean()), passes / budget.num_examples, timing)
 
 
 @functools.lru_cache
