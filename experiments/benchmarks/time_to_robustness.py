@@ -62,17 +62,21 @@ class Stopwatch:
 
   Attributes:
     seconds: those of each stage that has ended, by name.
+    cpu_seconds: the CPU seconds of all threads together, which depend less on what else the machine
+      does.
   """
 
   def __init__(self) -> None:
     self.seconds: dict[str, float] = {}
-    self._began = time.perf_counter()
+    self.cpu_seconds: dict[str, float] = {}
+    self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
   def end(self, stage: str) -> None:
     """Ends a stage, which began where the one before ended; does nothing if it has ended."""
     if stage not in self.seconds:
-      now = time.perf_counter()
+      now, cpu_now = time.perf_counter(), time.process_time()
       self.seconds[stage], self._began = now - self._began, now
+      self.cpu_seconds[stage], self._cpu_began = cpu_now - self._cpu_began, cpu_now
 
 
 def main() -> None:
@@ -80,7 +84,8 @@ def main() -> None:
   config = flags.from_flags(RobustnessConfig)
   with signals.StopSignal(saves=False).listening() as stop:
     result = run(config, stop)
-  print(messages.markdown_table(('stage', 'seconds'), _rows(result['seconds'])))
+  rows = _rows(result['seconds'], result['cpu_seconds'])
+  print(messages.markdown_table(('stage', 'seconds', 'CPU seconds'), rows))
   print(probe_results.as_text(result))
 
 
@@ -144,6 +149,7 @@ def run(config: RobustnessConfig, stop: signals.StopSignal) -> dict[str, Any]:
     result = {
       **probe_results.claim(attack.task, outcome),
       'seconds': watch.seconds,
+      'cpu_seconds': watch.cpu_seconds,
       'config': flags.to_dict(config),
       'evaluation': outcome.config,
       'pretraining': prepared.metadata['config'],
@@ -172,15 +178,13 @@ def _parse(config_type: type[Config], flag: str, text: str, given: dict[str, Any
   return flags.parse(config_type, shlex.join([*shlex.split(text), *words]), f'--{flag}')
 
 
-def _rows(seconds: dict[str, float]) -> Iterator[tuple[str, str]]:
-  """Yields each stage and its seconds, then those up to the end of the training, and all."""
-  trained = ('imports and data', 'VAE', 'smoothing')
-  totals = {
-    'until the encoder is trained': sum(seconds[stage] for stage in trained),
-    'all': sum(seconds.values()),
-  }
-  for stage, value in (seconds | totals).items():
-    yield stage, f'{value:.1f}'
+def _rows(*columns: dict[str, float]) -> Iterator[list[str]]:
+  """Yields each stage with its entries, then the sums up to the end of the training and of all."""
+  stages, trained = list(columns[0]), ('imports and data', 'VAE', 'smoothing')
+  groups = {stage: [stage] for stage in stages}
+  groups |= {'until the encoder is trained': list(trained), 'all': stages}
+  for name, group in groups.items():
+    yield [name, *(f'{sum(column[stage] for stage in group):.1f}' for column in columns)]
 
 
 if __name__ == '__main__':
