@@ -21,7 +21,7 @@ from experiments import (
   supervised,
   sweep,
 )
-from experiments.benchmarks import attack_comparison, scaling, speed
+from experiments.benchmarks import attack_comparison, scaling, speed, time_to_robustness
 from experiments.cli import app, distributed, flags
 from se_vae import attacks, certification, data, evaluation, training
 
@@ -35,6 +35,7 @@ BINARIES = {
   'benchmarks.attack_comparison': [attack_comparison.ComparisonConfig],
   'benchmarks.scaling': [scaling.ScalingConfig],
   'benchmarks.speed': [speed.BenchmarkConfig],
+  'benchmarks.time_to_robustness': [time_to_robustness.RobustnessConfig],
   'compare': [compare.CompareConfig],
   'figure1': [figure1.Figure1Config],
   'pretrain': [pretrain.PretrainConfig, distributed.Cluster],

@@ -24,16 +24,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import probe, probe_settings
-from experiments.benchmarks import torch_twin
+from experiments.benchmarks import torch_classifier
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
-from se_vae.config import SUITES, ArgumentError, setting, validate
+from se_vae.config import SUITES, setting, validate
 from se_vae.evaluation import linear_probe, robustness
-from se_vae.models import vae
 
 # Images and labels in, `[R, N]` out: who is classified correctly under attack at each radius.
 Contender = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -95,8 +93,10 @@ def run(config: ComparisonConfig, stop: signals.StopSignal) -> dict[str, Any]:
   prepared = probe.prepare(probing_config)
   means = probe.train_means(prepared, prepared.model, prepared.params)
   fitted = probe.fit(probing_config, prepared, means)
-  network = _torch_network(torch, prepared.model, prepared.params, fitted)
-  _check_same(torch, network, prepared, fitted)
+  network = torch_classifier.build(torch, prepared.model, prepared.params, fitted)
+  torch_classifier.check_same(
+    torch, network, prepared.model, prepared.params, fitted, prepared.images[:100]
+  )
 
   theirs = _theirs(config, torch, foolbox, torchattacks, network, stop)
   ours = _ours(config, prepared, fitted, stop)
@@ -230,7 +230,7 @@ def _theirs(
         target = torch.from_numpy(labels[some].astype(np.int64))
         for attack in attacks:
           for i, images in enumerate(attack(batch, target)):
-            correct[i, some] &= ~_misclassified(
+            correct[i, some] &= ~torch_classifier.misclassified(
               torch, network, config.radii[i], batch, target, images
             )
           stop.check()
@@ -243,58 +243,6 @@ def _theirs(
     'foolbox ensemble': contender([functools.partial(by_foolbox, attack) for attack in ensemble]),
     'AutoAttack': contender([by_autoattack]),
   }
-
-
-def _misclassified(
-  torch: Any, network: Any, radius: float, x: Any, target: Any, images: Any
-) -> np.ndarray:
-  """Returns, bool `[B]`, which images are legal and misclassified by the network."""
-  with torch.no_grad():
-    near = (images - x).abs().flatten(1).amax(dim=1) <= radius + 1e-6
-    inside = ((images >= 0.0) & (images <= 1.0)).flatten(1).all(dim=1)
-    wrong = network(images).argmax(dim=1) != target
-  misclassified: np.ndarray = (near & inside & wrong).numpy()
-  return misclassified
-
-
-def _torch_network(
-  torch: Any, model: vae.VAE, params: vae.Params, fitted: linear_probe.LinearProbe
-) -> Any:
-  """Returns the encoder's mean and the probe in PyTorch, from NHWC weights."""
-  dense = params['encoder']['params']
-  names = [name for name in dense if name.startswith('Dense')]
-  if len(names) + 1 != len(dense):
-    raise ArgumentError('workdir', 'this comparison rebuilds MLP encoders only')
-  head = next(dense[name] for name in dense if name not in names)['Dense_0']
-  weights = [
-    (dense[f'Dense_{i}']['kernel'], dense[f'Dense_{i}']['bias']) for i in range(len(names))
-  ]
-  mean = slice(0, model.latent_dim)
-  weights += [(head['kernel'][:, mean], head['bias'][mean]), (fitted.weights, fitted.bias)]
-  layers: list[Any] = [torch_twin.layer(torch, _channels_last), torch.nn.Flatten()]
-  for number, (kernel, bias) in enumerate(weights):
-    layer = torch.nn.Linear(*kernel.shape)
-    layer.weight.data = torch.from_numpy(np.array(kernel).T.copy())
-    layer.bias.data = torch.from_numpy(np.array(bias))
-    layers += [layer, torch.nn.ReLU()] if number < len(names) else [layer]
-  return torch.nn.Sequential(*layers).eval()
-
-
-def _channels_last(x: Any) -> Any:
-  return x.permute(0, 2, 3, 1)
-
-
-def _check_same(
-  torch: Any, network: Any, prepared: probe.Prepared, fitted: linear_probe.LinearProbe
-) -> None:
-  """Raises AssertionError unless both sides attack one function."""
-  x = prepared.images[:100]
-  with torch.no_grad():
-    theirs = network(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).numpy()
-  ours = np.asarray(
-    linear_probe.ProbedEncoder(prepared.model)(jnp.asarray(x), prepared.params, fitted)
-  )
-  np.testing.assert_allclose(theirs, ours, atol=1e-3)
 
 
 if __name__ == '__main__':

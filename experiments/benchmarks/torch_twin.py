@@ -1,4 +1,4 @@
-"""The training step in eager PyTorch, as one would write it there, to compare our times with.
+"""The training step in PyTorch, as one would write it there, to compare our times with.
 
 The same networks (from our weights), selection, bound, optimiser and schedule; the random numbers
 come from PyTorch's own generator. Needs PyTorch, which nothing else does but this benchmark and the
@@ -7,9 +7,14 @@ comparison of attacks.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+import importlib.metadata
 import itertools
 import math
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +28,19 @@ from se_vae.training import TrainConfig
 # Of a ConvNet's images and features.
 FORMATS = ('channels first', 'channels last')
 
+# How the gradients of the step are found: by autograd, that of the selection by a backward pass
+# that is written out for an MLP, or all by autograd within programs that `torch.compile` makes.
+FORMS = ('eager', 'written', 'compiled')
+
 _LOG_2PI = math.log(2.0 * math.pi)
 
 
-def load(num_threads: int) -> Any:
+def load(num_threads: int, argument: str = 'peers') -> Any:
   """Returns PyTorch, set to a number of threads.
+
+  Args:
+    num_threads: of each operation.
+    argument: the setting that asks for PyTorch, for the error.
 
   Raises:
     ArgumentError: if it is not installed.
@@ -35,9 +48,23 @@ def load(num_threads: int) -> Any:
   try:
     torch = importlib.import_module('torch')
   except ImportError as error:
-    raise ArgumentError('sections', f'torch needs `pip install torch`: {error}') from None
+    raise ArgumentError(argument, f'PyTorch needs `pip install torch`: {error}') from None
   torch.set_num_threads(num_threads)
   return torch
+
+
+def versions(*packages: str) -> dict[str, str]:
+  """Returns the versions of those packages that are installed."""
+  found = {}
+  for package in packages:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[package] = importlib.metadata.version(package)
+  return found
+
+
+def can_compile() -> bool:
+  """Returns whether there is a C++ compiler, which `torch.compile` needs on a CPU."""
+  return any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++'))
 
 
 class Twin:
@@ -51,6 +78,7 @@ class Twin:
     config: TrainConfig,
     images: np.ndarray,
     indices: np.ndarray,
+    form: str = FORMS[0],
     memory_format: str = FORMATS[0],
   ) -> None:
     """Takes over our weights.
@@ -62,9 +90,11 @@ class Twin:
       config: the settings of the step; the optimiser is Adam.
       images: training set, uint8 `[N, H, W, C]`.
       indices: `[K, B]`, the batches that `run` goes round.
+      form: one of `FORMS`; 'written' is for MLPs.
       memory_format: one of `FORMATS`.
     """
     self.torch, self.config, self.latent_dim = torch, config, model.latent_dim
+    self.form = form
     last = memory_format == FORMATS[1]
     self.layout = torch.channels_last if last else torch.contiguous_format
     self.is_conv = isinstance(model.encoder, networks.ConvEncoder)
@@ -77,6 +107,10 @@ class Twin:
     parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
     self.optimizer = torch.optim.Adam(parameters, config.learning_rate, fused=True)
     self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.num_steps)
+    self.draw, self.loss = self._draw, self._loss
+    if form == 'compiled':  # every loop is unrolled into one program
+      whole = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+      self.draw, self.loss = whole(self._draw), whole(self._loss)
 
   def place(self, images: np.ndarray) -> Any:
     """Returns images `[N, H, W, C]` as the networks take them: rows, or `[N, C, H, W]`."""
@@ -87,22 +121,25 @@ class Twin:
 
   def run(self, steps: int) -> None:
     """Trains for so many steps."""
-    torch = self.torch
     for step in range(steps):
-      x = self.images[self.indices[step % len(self.indices)]].float() / 255.0
-      noise = torch.randn(len(x), self.latent_dim)
-      x_adv = None
-      if self.config.objective == 'se':
-        x_adv = self.select(x, (2.0 * torch.rand_like(x) - 1.0) * self.config.radius)
+      batch = self.draw(self.images[self.indices[step % len(self.indices)]])
       self.optimizer.zero_grad()
-      self.loss(x, x_adv, noise).backward()
+      self.loss(*batch).backward()
       self.optimizer.step()
       self.schedule.step()
 
-  def loss_and_norms(self, x: Any, x_adv: Any, noise: np.ndarray) -> tuple[float, dict[str, float]]:
-    """Returns the loss, and the norm of its gradient in the weights of either network."""
+  def loss_and_norms(
+    self, x: np.ndarray, start: np.ndarray, noise: np.ndarray
+  ) -> tuple[float, dict[str, float]]:
+    """Returns the loss of a step, and the norm of its gradient in the weights of either network.
+
+    Args:
+      x: images `[B, H, W, C]` in [0, 1].
+      start: where the selection starts, `[B, H, W, C]`; 'vae' ignores it.
+      noise: `[B, D]`, standard normal, of z_a.
+    """
     self.optimizer.zero_grad()
-    loss = self.loss(x, x_adv, self.torch.tensor(noise))
+    loss = self.loss(self.place(x), self.place(start), self.torch.tensor(noise))
     loss.backward()
     nets = {'encoder': self.encoder, 'decoder': self.decoder}
     norms = {
@@ -115,25 +152,63 @@ class Twin:
     """Returns mean and log-variance, each `[B, D]`."""
     return self.encoder(x).chunk(2, dim=1)
 
-  def select(self, x: Any, offsets: Any) -> Any:
-    """`training.select`, from the random start x + offsets."""
-    torch, radius = self.torch, self.config.radius
-    step_size = 2.5 * radius / self.config.pgd_steps
-    low, high = (x - radius).clamp(0.0, 1.0), (x + radius).clamp(0.0, 1.0)
-    with torch.no_grad():
-      mean_a, log_var_a = self.encode(x)
-      sd_a = (0.5 * log_var_a).exp()
-    x_adv = torch.clamp(x + offsets, low, high)
+  def select(self, x: Any, start: Any, mean_a: Any, sd_a: Any) -> Any:
+    """`training.select` for encodings of these means and deviations `[B, D]`."""
+    torch = self.torch
+    step_size = 2.5 * self.config.radius / self.config.pgd_steps
+    gradient = {'eager': self._traced, 'written': self._written, 'compiled': self._functional}
+    low, high = self._box(x)
+    x_adv = torch.clamp(start, low, high)
     for _ in range(self.config.pgd_steps):
-      x_adv.requires_grad_(True)
-      mean, log_var = self.encode(x_adv)
-      shift = ((mean - mean_a) ** 2).sum() + (((0.5 * log_var).exp() - sd_a) ** 2).sum()
-      (gradient,) = torch.autograd.grad(shift, x_adv)
-      x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
+      x_adv = x_adv + step_size * gradient[self.form](x_adv, mean_a, sd_a).sign()
+      x_adv = torch.clamp(x_adv, low, high)
     return x_adv
 
-  def loss(self, x: Any, x_adv: Any, noise: Any) -> Any:
-    """`training.loss`, of x', which 'vae' ignores, and the noise `[B, D]` of z_a."""
+  def _draw(self, rows: Any) -> tuple[Any, Any, Any]:
+    """Returns float images of uint8 ones, random images of their balls, and the noise of z_a."""
+    torch = self.torch
+    x = rows.float() / 255.0
+    noise = torch.randn(len(x), self.latent_dim)
+    if self.config.objective == 'vae':
+      return x, x, noise
+    offsets = (2.0 * torch.rand_like(x) - 1.0) * self.config.radius
+    return x, torch.clamp(x + offsets, 0.0, 1.0), noise
+
+  def _box(self, x: Any) -> tuple[Any, Any]:
+    radius = self.config.radius
+    return (x - radius).clamp(0.0, 1.0), (x + radius).clamp(0.0, 1.0)
+
+  def _shift(self, x_adv: Any, mean_a: Any, sd_a: Any) -> Any:
+    mean, log_var = self.encode(x_adv)
+    return ((mean - mean_a) ** 2).sum() + (((0.5 * log_var).exp() - sd_a) ** 2).sum()
+
+  def _traced(self, x_adv: Any, mean_a: Any, sd_a: Any) -> Any:
+    """The gradient of the shift in x', by autograd."""
+    with self.torch.enable_grad():
+      x_adv = x_adv.detach().requires_grad_(True)
+      (gradient,) = self.torch.autograd.grad(self._shift(x_adv, mean_a, sd_a), x_adv)
+    return gradient
+
+  def _functional(self, x_adv: Any, mean_a: Any, sd_a: Any) -> Any:
+    """The same, in a form that `torch.compile` follows."""
+    return self.torch.func.grad(self._shift)(x_adv, mean_a, sd_a)
+
+  def _written(self, x_adv: Any, mean_a: Any, sd_a: Any) -> Any:
+    """The same, written out: no graph is recorded, and none of it is for the weights."""
+    torch = self.torch
+    *hidden, head = [layer for layer in self.encoder if isinstance(layer, torch.nn.Linear)]
+    features = [x_adv]
+    for layer in hidden:
+      features.append(layer(features[-1]).relu_())
+    mean, log_var = head(features[-1]).chunk(2, dim=1)
+    sd = (0.5 * log_var).exp()
+    gradient = torch.cat([2.0 * (mean - mean_a), (sd - sd_a) * sd], dim=1) @ head.weight
+    for layer, outputs in zip(hidden[::-1], features[:0:-1], strict=True):
+      gradient = gradient.mul_(outputs > 0.0) @ layer.weight
+    return gradient
+
+  def _loss(self, x: Any, start: Any, noise: Any) -> Any:
+    """The selection and `training.loss`; 'vae' selects nothing."""
     obs_var, gamma = self.config.obs_var, self.config.gamma
     mean, log_var = self.encode(x)
     var = log_var.exp()
@@ -142,6 +217,8 @@ class Twin:
     likelihood = -0.5 * (squared_error / obs_var + x[0].numel() * (_LOG_2PI + math.log(obs_var)))
     if self.config.objective == 'vae':
       return (0.5 * (var + mean**2 - 1.0 - log_var).sum(dim=1) - likelihood).mean()
+    with self.torch.no_grad():
+      x_adv = self.select(x, start, mean, var.sqrt())
     mean_b, log_var_b = self.encode(x_adv)
     var_b = log_var_b.exp()
     priors = -0.5 * (mean**2 + var + mean_b**2 + var_b + 2.0 * _LOG_2PI).sum(dim=1)

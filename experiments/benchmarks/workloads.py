@@ -6,18 +6,16 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.benchmarks import flops, torch_twin
-from experiments.benchmarks.torch_twin import Twin
+from experiments.benchmarks import flops
 from experiments.cli import devices
-from se_vae import attacks, data, gaussians, training
+from se_vae import data, training
 from se_vae.data.transforms import pixels
 from se_vae.evaluation import linear_probe, robustness
 from se_vae.gaussians import DiagonalGaussian
@@ -78,25 +76,52 @@ class Workload:
     run: does so many steps, and waits for the last one.
     operations: useful floating-point operations of a step; None where they are not counted.
     temp_bytes: memory that the compiled program takes for intermediate values; None if unknown.
+    first_seconds: of the first step, compilation included; None if it was not measured.
+    cpu_clock: CPU seconds so far of the process that does the steps.
   """
 
   name: str
   run: Callable[[int], Any]
   operations: int | None = None
   temp_bytes: int | None = None
+  first_seconds: float | None = None
+  cpu_clock: Callable[[], float] = time.process_time
 
 
-def time_steps(workload: Workload, steps: int) -> float:
-  """Returns the seconds that a step takes, as the mean over `steps` of them."""
-  began = time.perf_counter()
+class Timing(NamedTuple):
+  """What a step takes: seconds, and CPU seconds, of all threads together.
+
+  CPU seconds do not depend on what else a core does. Threads that wait for each other may count.
+  """
+
+  seconds: float
+  cpu_seconds: float
+
+
+class Stopwatch:
+  """Measures the time since it was made, with the CPU seconds of a clock."""
+
+  def __init__(self, cpu_clock: Callable[[], float] = time.process_time) -> None:
+    self._cpu_clock = cpu_clock
+    self._cpu_began, self._began = cpu_clock(), time.perf_counter()
+
+  def read(self, steps: int = 1) -> Timing:
+    """Returns the time as the mean over so many steps."""
+    seconds, cpu_seconds = time.perf_counter() - self._began, self._cpu_clock() - self._cpu_began
+    return Timing(seconds / steps, cpu_seconds / steps)
+
+
+def time_steps(workload: Workload, steps: int) -> Timing:
+  """Returns what a step takes, as the mean over `steps` of them."""
+  stopwatch = Stopwatch(workload.cpu_clock)
   workload.run(steps)
-  return (time.perf_counter() - began) / steps
+  return stopwatch.read(steps)
 
 
 def steps_that_take(workload: Workload, seconds: float) -> int:
   """Returns how many steps take about `seconds`, for a workload that has run before."""
   steps = 1
-  while (took := time_steps(workload, steps) * steps) < seconds / 4.0 and steps < _ROWS:
+  while (took := time_steps(workload, steps).seconds * steps) < seconds / 4.0 and steps < _ROWS:
     steps *= 2
   return int(np.clip(steps * seconds / took, 1, _ROWS))
 
@@ -112,6 +137,7 @@ class Benched:
     self.mesh = devices.mesh_for(case.batch_size)
     init_key, key = jax.random.split(jax.random.key(0))
     self.state = jax.jit(training.init_state, static_argnums=0)(self.model, self.config, init_key)
+    self.params = jax.device_get(self.state.params)
     self.host_indices = data.batch_indices(0, 0, _ROWS, case.batch_size, len(images))
     self.host_images = images
     self.key, self.images = sharding.replicate(self.mesh, (key, images))
@@ -125,8 +151,10 @@ class Benched:
     chunk_steps = input_pipeline.steps_per_chunk(images, self.case.batch_size, at_most=_ROWS)
     chunk = input_pipeline.read_chunk(self.mesh, images, self.host_indices[:chunk_steps])
     arrays = (args, chunk.images, chunk.examples)
+    began = time.perf_counter()
     lowered = training.train_steps.lower(step, self.mesh, *carry, *arrays, np.int32(1))
     compiled = lowered.compile()
+    first_seconds = time.perf_counter() - began
 
     def run(steps: int) -> None:
       nonlocal carry
@@ -137,7 +165,7 @@ class Benched:
     operations = flops.train_step(self.model, self.config, self.case.batch_size)
     memory = compiled.memory_analysis()
     temp_bytes = None if memory is None else memory.temp_size_in_bytes
-    return Workload(self.case.name, run, operations, temp_bytes)
+    return Workload(self.case.name, run, operations, temp_bytes, first_seconds)
 
   def pieces(self) -> list[Workload]:
     """Returns the attack, the gradient with x' given, the update and the all-reduce, each alone."""
@@ -175,20 +203,6 @@ class Benched:
       Workload(f'{name}: all-reduce', self._loop(all_reduce, params)),
     ]
 
-  def twin(self, torch: Any, memory_format: str) -> Twin:
-    """Returns the same steps in eager PyTorch.
-
-    Raises:
-      AssertionError: if those are not the same steps.
-    """
-    params = jax.device_get(self.state.params)
-    images = np.asarray(self.images)
-    twin = Twin(torch, self.model, params, self.config, images, self.host_indices, memory_format)
-    error = twin_error(twin, self.model, params, self.config, images[:16])
-    if not error < 1e-3:
-      raise AssertionError(f'loss or gradient in PyTorch differ from ours by {error:.1e}')
-    return twin
-
   def _loop(self, step: Callable[[Any, Any], Any], carry: Any) -> Callable[[int], Any]:
     """Returns a function that runs many steps on all devices in one dispatch."""
     shape = self.images.shape[1:]
@@ -222,50 +236,10 @@ class _Batch:
   index: jax.Array
 
 
-def twin_steps(processes: Executor, case: Case, memory_format: str) -> Workload:
-  """Returns the steps of `Benched.twin` in another process.
-
-  In one process PyTorch's threads and JAX's get in each other's way.
-  """
+def operations_of(case: Case) -> int:
+  """Returns the useful floating-point operations of a step on the embedded digits."""
   model = case.model(data.load('mnist_5k').train.images.shape[1:])
-  layout = f' {memory_format}' if case.arch == 'convnet' else ''
-  operations = flops.train_step(model, case.train_config(), case.batch_size)
-
-  def run(steps: int) -> None:
-    processes.submit(_run_twin, case, memory_format, devices.num_cores(), steps).result()
-
-  return Workload(case.name + layout, run, operations)
-
-
-def _run_twin(case: Case, memory_format: str, num_threads: int, steps: int) -> None:
-  _twin(case, memory_format, num_threads).run(steps)
-
-
-@functools.lru_cache
-def _twin(case: Case, memory_format: str, num_threads: int) -> Twin:
-  torch = torch_twin.load(num_threads)
-  return Benched(case, data.load('mnist_5k').train.images).twin(torch, memory_format)
-
-
-def twin_error(
-  twin: Twin, model: VAE, params: Params, config: TrainConfig, images: np.ndarray
-) -> float:
-  """Returns the largest relative error of the twin's loss and norms of its gradient."""
-  key, index = jax.random.key(4), jnp.arange(len(images))
-  x, other = pixels(images), pixels(images[::-1])
-  zeros = jnp.zeros((len(images), model.latent_dim))
-  sample_keys = attacks.example_keys(key, index)
-  noise = gaussians.sample_each(DiagonalGaussian(zeros, zeros), sample_keys)
-  gradient_of = jax.jit(
-    jax.value_and_grad(training.loss, argnums=2, has_aux=True), static_argnums=0
-  )
-  x_adv = other if config.objective == 'se' else None
-  (loss, _), gradients = gradient_of(model, config, params, key, x, x_adv)
-  arrays = twin.place(np.asarray(x)), twin.place(np.asarray(other))
-  their_loss, norms = twin.loss_and_norms(*arrays, np.asarray(noise))
-  ours = np.array([float(loss), *(float(optax.tree.norm(gradients[part])) for part in gradients)])
-  theirs = np.array([their_loss, *(norms[part] for part in gradients)])
-  return float(np.max(np.abs(theirs - ours) / np.abs(ours)))
+  return flops.train_step(model, case.train_config(), case.batch_size)
 
 
 def evaluation(case: Case, dataset: data.Dataset, num_examples: int, num_steps: int) -> Workload:
@@ -320,6 +294,6 @@ class Roofline:
   def measure(self) -> dict[str, float]:
     """Returns the operations a second of each product, by name."""
     return {
-      product.name: (product.operations or 0) / time_steps(product, steps)
+      product.name: (product.operations or 0) / time_steps(product, steps).seconds
       for product, steps in zip(self.products, self.steps, strict=True)
     }

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import flops, speed, torch_twin, workloads
+from experiments.benchmarks import flops, peers, speed, torch_classifier, torch_twin, workloads
 from experiments.benchmarks.workloads import Case
 from experiments.cli import signals
-from se_vae import attacks, training
-from se_vae.attacks import projections
+from se_vae import training
 from se_vae.config import ArgumentError
-from se_vae.data.transforms import pixels
+from se_vae.evaluation import linear_probe
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -75,35 +74,66 @@ def test_operations_agree_with_the_compiler(wide, compiled):
   assert 1.0 < ratio < 1.03
 
 
-@pytest.mark.parametrize('memory_format', torch_twin.FORMATS)
-@pytest.mark.parametrize('arch', ['mlp', 'convnet'])
+def benched(images, **changes) -> workloads.Benched:
+  return workloads.Benched(case(hidden_units=30, **changes), images)
+
+
+@pytest.fixture
+def small_images():
+  return np.random.default_rng(0).integers(0, 256, (16, 14, 14, 2), np.uint8)
+
+
+@pytest.fixture
+def as_users_write():
+  """Plain JAX adds a bias `[K]` to rows `[B, K]`."""
+  with jax.numpy_rank_promotion('allow'):
+    yield
+
+
+@pytest.mark.usefixtures('as_users_write')
 @pytest.mark.parametrize('objective', ['vae', 'se'])
-def test_the_twin_takes_the_same_step(arch, objective, memory_format):
-  """Loss, gradient and selection of the same parameters, images and random numbers."""
-  torch = pytest.importorskip('torch')
-  small = dataclasses.replace(TINY, arch=arch, objective=objective, hidden_units=30)
-  model, config = small.model((14, 14, 2)), small.train_config()
-  params = jax.jit(model.init)(jax.random.key(0))
-  images = np.random.default_rng(0).integers(0, 256, (16, *model.image_shape), np.uint8)
-  twin = torch_twin.Twin(
-    torch, model, params, config, images, np.arange(16)[None], memory_format=memory_format
-  )
-  assert workloads.twin_error(twin, model, params, config, images) < 1e-5
-  if objective == 'vae':
-    return
-  x, key, index = pixels(images), jax.random.key(3), jnp.arange(16)
-  q_a = model.encode(params, x)
-  keys = attacks.example_keys(key, index)
-  # Wide bounds leave the start unclipped: the twin takes offsets, and clips them itself.
-  box = projections.Ball(x, jnp.float32(config.radius), 'linf', (-1.0, 2.0))
-  ours = np.asarray(training.select(model, config, params, key, x, q_a, index=index))
+@pytest.mark.parametrize(
+  ('name', 'arch', 'memory_format'),
+  [
+    ('jax', 'mlp', torch_twin.FORMATS[0]),
+    ('jax', 'convnet', torch_twin.FORMATS[0]),
+    ('torch', 'mlp', torch_twin.FORMATS[0]),
+    ('torch', 'convnet', torch_twin.FORMATS[0]),
+    ('torch', 'convnet', torch_twin.FORMATS[1]),
+    ('torch_written', 'mlp', torch_twin.FORMATS[0]),
+  ],
+)
+def test_a_peer_takes_our_step(name, arch, objective, memory_format, small_images):
+  """Selection, loss and gradient from the same parameters, images and random numbers."""
+  if peers.KINDS[name].form is not None:
+    pytest.importorskip('torch')
+  ours = benched(small_images, arch=arch, objective=objective)
+  peer = peers.make(name, ours, memory_format)
+  arguments = (ours.model, ours.params, ours.config, small_images)
+  assert max(peers.disagreement(peer, *arguments)) < 1e-5
+  peer.run(2)  # must not change the weights that it was given
+  again = peers.make(name, ours, memory_format)
+  assert max(peers.disagreement(again, *arguments)) < 1e-5
 
-  def place(images):
-    return twin.place(np.asarray(images).reshape(x.shape))
 
-  theirs = twin.select(place(x), place(box.random_points(keys) - x))
-  same = np.isclose(place(ours).numpy(), theirs.detach().numpy(), atol=1e-5)
-  assert same.mean() > 0.99  # a gradient of rounding's size may have either sign
+@pytest.mark.slow
+def test_a_compiled_peer_takes_our_step():
+  """Its process raises AssertionError if it does not."""
+  pytest.importorskip('torch')
+  if not torch_twin.can_compile():
+    pytest.skip('needs a C++ compiler')
+  with peers.processes() as executors:
+    (workload,) = peers.steps(executors, 'torch_compiled', TINY)
+    workload.run(2)
+  assert workload.first_seconds > 0.0
+
+
+@pytest.mark.usefixtures('as_users_write')
+def test_another_step_is_told_from_ours(small_images):
+  ours = benched(small_images)
+  config = dataclasses.replace(ours.config, gamma=1.1)
+  peer = peers.make('jax', ours)
+  assert min(peers.disagreement(peer, ours.model, ours.params, config, small_images)) > 1e-4
 
 
 @pytest.mark.slow
@@ -143,11 +173,12 @@ def test_the_binary_measures_what_it_is_asked_for(tmp_path, capsys):
   assert '| MLP 8 SE, batch 16, latent 3, L 1 |' in tables and 'all-reduce' in tables
 
 
-def test_pytorch_is_timed_in_a_process_of_its_own(tmp_path):
+def test_peers_are_timed_in_processes_of_their_own(tmp_path):
   pytest.importorskip('torch')
   config = speed.BenchmarkConfig(
     workdir=str(tmp_path),
-    sections=('torch',),
+    sections=('peers',),
+    peers=('jax', 'torch'),
     archs=('convnet',),
     objectives=('vae',),
     conv_batch_sizes=(16,),
@@ -158,16 +189,75 @@ def test_pytorch_is_timed_in_a_process_of_its_own(tmp_path):
     seconds=0.01,
   )
   result = speed.run(config, signals.StopSignal())
-  assert [row['kind'] for row in result['rows']] == ['step', 'torch', 'torch']
-  assert all(row['seconds'][0] > 0.0 for row in result['rows'])
+  assert [row['kind'] for row in result['rows']] == ['step', 'peer', 'peer', 'peer']
+  assert all(min(row['seconds'][0], row['first_seconds']) > 0.0 for row in result['rows'])
+  assert 'PyTorch, eager, channels last' in (tmp_path / 'benchmark.md').read_text()
+
+
+def test_a_classifier_in_pytorch_is_ours():
+  torch = pytest.importorskip('torch')
+  model = TINY.model((6, 6, 2))
+  params = jax.jit(model.init)(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  weights = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+  fitted = linear_probe.LinearProbe(weights, jnp.arange(4.0))
+  x = rng.uniform(size=(5, 6, 6, 2)).astype(np.float32)
+  network = torch_classifier.build(torch, model, params, fitted)
+  torch_classifier.check_same(torch, network, model, params, fitted, x)
+  other = linear_probe.LinearProbe(weights, jnp.arange(4.0) + 1.0)
+  with pytest.raises(AssertionError):
+    torch_classifier.check_same(torch, network, model, params, other, x)
+
+
+def test_only_legal_images_count_against_a_classifier():
+  torch = pytest.importorskip('torch')
+  x = torch.full((4, 1, 1, 1), 0.95)
+  images = torch.tensor([0.85, 0.95, 0.8, 1.01]).reshape(4, 1, 1, 1)
+  target = torch.zeros(4, dtype=torch.int64)
+
+  def network(x):  # class 1 but at 0.95
+    value = x.flatten(1)
+    return torch.cat([torch.zeros_like(value), (value - 0.95).abs() - 0.01], dim=1)
+
+  found = torch_classifier.misclassified(torch, network, 0.1, x, target, images)
+  assert found.tolist() == [True, False, False, False]
+
+
+@pytest.mark.slow
+def test_the_worst_case_is_compared_with_autoattack(tmp_path):
+  pytest.importorskip('torchattacks')
+  config = speed.BenchmarkConfig(
+    workdir=str(tmp_path),
+    sections=('worst_case',),
+    roofline_sizes=(16,),
+    num_examples=40,
+    attack_steps=2,
+    attack_queries=10,
+    repeats=1,
+    seconds=0.01,
+  )
+  sides = speed.run(config, signals.StopSignal())['worst_case']
+  assert list(sides) == ['our worst_case', 'AutoAttack']
+  for side in sides.values():
+    assert 0.0 < side['accuracy'] < 1.0 and len(side['seconds']) == 1
+    # An image that stays robust is attacked towards 9 other classes, with 2 steps each.
+    assert side['passes'] > 18.0
+  assert '| AutoAttack |' in (tmp_path / 'benchmark.md').read_text()
 
 
 def test_pytorch_is_asked_for_in_one_line(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'torch', None)
-  config = speed.BenchmarkConfig(workdir=str(tmp_path / 'w'), sections=('torch',))
-  with pytest.raises(ArgumentError, match='sections: torch needs `pip install torch`'):
+  config = speed.BenchmarkConfig(workdir=str(tmp_path / 'w'), sections=('peers',))
+  with pytest.raises(ArgumentError, match='peers: PyTorch needs `pip install torch`'):
     speed.run(config, signals.StopSignal())
   assert not (tmp_path / 'w').exists()
+
+
+def test_a_compiler_is_asked_for_in_one_line(tmp_path, monkeypatch):
+  pytest.importorskip('torch')
+  monkeypatch.setenv('PATH', str(tmp_path))
+  with pytest.raises(ArgumentError, match=r'torch_compiled needs a C\+\+ compiler'):
+    peers.check(('torch_compiled',))
 
 
 def test_batches_larger_than_the_data_are_refused(tmp_path):
