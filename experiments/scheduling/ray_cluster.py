@@ -268,7 +268,8 @@ def _connected(address: str) -> Iterator[None]:
     for number, handler in handlers.items():  # Ray has put its own in their place
       signal.signal(number, handler)
   try:
-    yield
+    with contextlib.redirect_stdout(sys.stderr):  # what Ray prints is no result
+      yield
   finally:
     ray.shutdown()
 
