@@ -198,9 +198,8 @@ def run(config: Figure1Config, stop: signals.StopSignal) -> dict[str, Any]:
       check_place()  # raises if the directory has vanished, which the next piece would make anew
       outcomes[job.name] = outcome
 
-    # Those that take longest start first, so that the slots end at about the same time.
-    order = sorted(pieces, key=lambda piece: (piece.identity['seed'], piece.identity['objective']))
-    placement.run_all([piece.job for piece in order], config.placement, workdir, stop, report)
+    every = [piece.job for piece in sorted(pieces, key=_start_order)]
+    placement.run_all(every, config.placement, workdir, stop, report)
     results = list(_results(pieces, outcomes))
     panels = [(panel, curves_of(panel, results)) for panel in PANELS]
     optimizer = _optimizer_text([piece.job.pretraining for piece in pieces])
@@ -236,6 +235,13 @@ def _results(pieces: list[Piece], outcomes: dict[str, jobs.Outcome]) -> Iterator
         **result,
         'checks_summary': plots.checks_summary(result),
       }
+
+
+def _start_order(piece: Piece) -> tuple[Any, ...]:
+  """Sorts those first that take longest, so that all slots end at about the same time."""
+  settings = flags.to_dict(piece.job.pretraining)
+  channels = 3 if settings['dataset'].startswith('color_') else 1
+  return piece.identity['seed'], settings['objective'], -channels * settings['num_steps']
 
 
 def _with_overrides(config: Figure1Config) -> Preset:
