@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -161,6 +162,7 @@ def test_a_signal_waits_as_long_as_the_binary_says_afterwards(monkeypatch, capsy
     stop.patience = 60.0
     return [], [], []
 
+  monkeypatch.setattr(signals.time, 'monotonic', lambda: sum(waited))
   monkeypatch.setattr(signals.select, 'select', select)
   monkeypatch.setattr(signals.os, '_exit', sys.exit)
   reader, writer = os.pipe()
@@ -171,6 +173,23 @@ def test_a_signal_waits_as_long_as_the_binary_says_afterwards(monkeypatch, capsy
   os.close(writer)
   assert waited == [10.0, 50.0]
   assert 'SIGTERM: a step takes longer than 60 s' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('honoured', [False, True])
+@pytest.mark.parametrize('second_ends', [False, True])
+def test_whether_a_second_signal_ends_the_process(monkeypatch, honoured, second_ends):
+  """Not that of a run beside others, which may get the same request from several sides."""
+  stop = signals.StopSignal(second_ends=second_ends)
+  monkeypatch.setattr(signals.os, '_exit', sys.exit)
+  reader, writer = os.pipe()
+  os.write(writer, bytes([signal.SIGTERM, signal.SIGINT]))
+  os.close(writer)  # as at the end of `listening`
+  if honoured:
+    stop._honoured.set()
+  with pytest.raises(SystemExit, match='130') if second_ends else contextlib.nullcontext():
+    stop._watch(reader)
+  os.close(reader)
+  assert stop.signum == signal.SIGTERM
 
 
 @pytest.mark.parametrize(
