@@ -201,6 +201,6 @@ def _record(
   if error is not None:
     member.error = error
     member.recorder.record_not_finite(error)
-    pretrain.add_hint(error, member.config)
+    recording.add_hint(error, member.config.train.selection)
   else:
     member.recorder.record(progress, stopping)

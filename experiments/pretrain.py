@@ -31,8 +31,8 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
   import numpy as np
 
-  from se_vae import certification, data, training
-  from se_vae.models import layer_lists, vae
+  from se_vae import data, training
+  from se_vae.models import vae
   from se_vae.parallel import processes
   from se_vae.storage import checkpoints, model_store, pretrained
 
@@ -212,24 +212,10 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   if processes.is_first() and not checkpoints.steps(workdir / recording.CHECKPOINTS):
     _load_source(config, dataset)
   mesh = devices.mesh_for(config.batch_size, config.num_devices)
-  devices.check_memory(config.model, dataset.train.images.shape[1:], mesh)
-  _check_bounds_memory(config, dataset.train.images.shape[1:], mesh)
+  shape = dataset.train.images.shape[1:]
+  devices.check_memory(config.model, shape, mesh)
+  devices.check_bounds_of_selection(config.train, config.model, shape, config.batch_size, mesh)
   return dataset
-
-
-def _check_bounds_memory(
-  config: PretrainConfig, image_shape: tuple[int, int, int], mesh: Any
-) -> None:
-  """Raises ArgumentError if the linear bounds of a batch need more memory than there is."""
-  if config.train.objective != 'se' or config.train.selection != 'linear':
-    return
-  model = vae.make_vae(image_shape, **flags.to_dict(config.model))
-  params = jax.eval_shape(model.init, jax.random.key(0))
-  layers = jax.eval_shape(functools.partial(layer_lists.encoder_of, model), params).means()
-  rows = 2 * config.model.latent_dim * (config.batch_size // mesh.size)
-  count = rows * certification.num_row_coefficients(layers, model.image_shape)
-  width = 'hidden_units' if config.model.arch == 'mlp' else 'conv_channels'
-  devices.check_bounds_memory(('selection', 'batch_size', width), 'linear', count, mesh)
 
 
 def run(
@@ -314,7 +300,7 @@ def _train(
       state = progress.state
   except training.NotFiniteError as error:
     processes.on_first(recorder.record_not_finite, error)
-    add_hint(error, config)
+    recording.add_hint(error, config.train.selection)
     raise
   return processes.on_first(recorder.finish, state.params) or {}
 
@@ -348,13 +334,6 @@ def metadata_of(
     'versions': devices.versions(),
     'source': source,
   }
-
-
-def add_hint(error: training.NotFiniteError, config: PretrainConfig) -> None:
-  """Says in the error what may help, where something is known to."""
-  if config.train.selection != 'pgd':  # the bounds of a whole ball overflow easily
-    hint = 'use --init_from and --ramp, or a smaller --certified_radius'
-    error.args = (f'{error}; with --selection={config.train.selection}, {hint}',)
 
 
 def restore(

@@ -227,6 +227,13 @@ class Recorder:
     return result
 
 
+def add_hint(error: training.NotFiniteError, selection: str) -> None:
+  """Says in the error what may help, where something is known to."""
+  if selection != 'pgd':  # the bounds of a whole ball overflow easily
+    hint = 'use --init_from and --ramp, or a smaller --certified_radius'
+    error.args = (f'{error}; with --selection={selection}, {hint}',)
+
+
 def read_result(workdir: Path, num_steps: int, kind: type[Any]) -> dict[str, Any] | None:
   """Returns the result in a work directory; None if it is missing or has to be made again.
 

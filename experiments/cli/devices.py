@@ -14,12 +14,13 @@ from typing import Any
 from etils import epy
 
 from experiments.cli.messages import warn
-from se_vae.config import ArgumentError, ModelConfig
+from se_vae.config import ArgumentError, ModelConfig, TrainConfig
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
 
-  from se_vae.models import vae
+  from se_vae import certification
+  from se_vae.models import layer_lists, vae
   from se_vae.parallel import sharding
 
 # The number of cores that a process counts on, if it may not use all. XLA reads it too.
@@ -147,6 +148,36 @@ def check_bounds_memory(
     ArgumentError: if the coefficients alone need more memory than there is.
   """
   _check_fits(names, what, 2 * 4 * num_coefficients, mesh)
+
+
+def check_bounds_of_selection(
+  train: TrainConfig,
+  config: ModelConfig,
+  image_shape: tuple[int, int, int],
+  batch_size: int,
+  mesh: Any,
+) -> None:
+  """Checks that the linear bounds of a batch can be computed, if the selection takes them.
+
+  Args:
+    train: the settings of the training.
+    config: the settings of the model.
+    image_shape: (H, W, C).
+    batch_size: examples a step.
+    mesh: the devices, which share them.
+
+  Raises:
+    ArgumentError: if they need more memory than there is.
+  """
+  if train.objective != 'se' or train.selection != 'linear':
+    return
+  model = vae.make_vae(image_shape, **dataclasses.asdict(config))
+  params = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)))
+  layers = jax.eval_shape(functools.partial(layer_lists.encoder_of, model), params).means()
+  rows = 2 * config.latent_dim * (batch_size // mesh.size)
+  count = rows * certification.num_row_coefficients(layers, model.image_shape)
+  width = 'hidden_units' if config.arch == 'mlp' else 'conv_channels'
+  check_bounds_memory(('selection', 'batch_size', width), 'linear', count, mesh)
 
 
 def _check_fits(names: str | Sequence[str], what: str, needed: int, mesh: Any) -> None:

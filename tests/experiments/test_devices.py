@@ -88,7 +88,8 @@ def test_linear_bounds_that_do_not_fit_are_refused_before_training(monkeypatch):
 
   def check(here, **changes):
     monkeypatch.setattr(devices, '_host_memory', lambda: here)
-    pretrain._check_bounds_memory(dataclasses.replace(config, **changes), (4, 4, 1), mesh)
+    own = dataclasses.replace(config, **changes)
+    devices.check_bounds_of_selection(own.train, own.model, (4, 4, 1), own.batch_size, mesh)
 
   check(2 * needed)
   with pytest.raises(ArgumentError, match='selection, batch_size, hidden_units: linear needs at'):
