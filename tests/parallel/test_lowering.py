@@ -40,17 +40,30 @@ def zeros(shapes):
   return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
+_NAMED = r'replica_groups=mesh\[([^\]]+)\] \{([^}]+)\}'
+
+
 def groups_of_all_reduces(lowered: jax.stages.Lowered) -> list[list[list[int]]]:
   """Which devices each all-reduce of the compiled program adds up.
 
-  The text says {{0,1},{2,3}} or [2,2]<=[4].
+  The text says {{0,1},{2,3}}, [2,2]<=[4], or since JAX 0.12 mesh['population'=2,'data'=2] {'data'}.
   """
   text = lowered.compile().as_text()
   listed = re.findall(r'replica_groups=\{((?:\{[\d,]+\},?)+)\}', text)
   counted = re.findall(r'replica_groups=\[(\d+),(\d+)\]<=\[\d+\]', text)
   groups = [[[*map(int, group.split(','))] for group in re.findall(r'[\d,]*\d', g)] for g in listed]
   ranges = [np.arange(int(g) * int(n)).reshape(int(g), int(n)).tolist() for g, n in counted]
-  return groups + ranges
+  return groups + ranges + [_along(*named) for named in re.findall(_NAMED, text)]
+
+
+def _along(mesh: str, axes: str) -> list[list[int]]:
+  """The groups along some axes of a mesh, such as "'population'=2,'data'=2" and "'data'"."""
+  sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+  summed = [name for name in sizes if f"'{name}'" in axes]
+  order = [list(sizes).index(name) for name in sizes if name not in summed]
+  order += [list(sizes).index(name) for name in summed]
+  devices = np.arange(np.prod([*sizes.values()])).reshape(*sizes.values()).transpose(order)
+  return devices.reshape(-1, int(np.prod([sizes[name] for name in summed]))).tolist()
 
 
 def train_arguments(model: vae.VAE, mesh: jax.sharding.Mesh) -> tuple:
