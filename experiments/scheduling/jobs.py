@@ -29,6 +29,9 @@ with epy.lazy_imports():
 # What a run prints, in its work directory, where it is not printed for the user at once.
 LOG = 'run.log'
 
+# Seconds between two looks at a directory in which another process works.
+LOOK_EVERY = 2.0
+
 _LOCKS = (workdirs.LOCK, probe.LOCK)
 _SHOWN_LINES = 8
 
@@ -263,6 +266,16 @@ def _passes(error: Exception) -> bool:
   if isinstance(error, OSError):
     return error.errno not in (None, errno.ENOSPC, errno.EDQUOT)
   return isinstance(error, RuntimeError) and not isinstance(error, checkpoints.CheckpointError)
+
+
+def is_tried_again(outcome: Outcome, attempts: int, retries: int) -> bool:
+  """Whether a job is started again after so many attempts, of which this was the last."""
+  return outcome.again and attempts <= retries
+
+
+def waiting(job: AnyJob, user: str) -> str:
+  """What a user reads of a job that is put off, since another process works in its directory."""
+  return f'{job.name}: {job.workdir} is in use by {user}; waiting for it'
 
 
 def ending(outcome: Outcome) -> str:

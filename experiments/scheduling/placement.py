@@ -23,9 +23,6 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
   from se_vae.storage import locks
 
-# Seconds between two looks at a directory in which another process works.
-_LOOK_EVERY = 2.0
-
 
 @dataclasses.dataclass(frozen=True)
 class PlacementConfig:
@@ -155,19 +152,17 @@ def _run_in_this_process(
     outcome = jobs.attempt(shown, stop)
     if outcome.user is not None:
       if job.name not in told:
-        messages.write_line(
-          f'{job.name}: {job.workdir} is in use by {outcome.user}; waiting for it'
-        )
+        messages.write_line(jobs.waiting(job, outcome.user))
       told.add(job.name)
       waiting.append((job, number))
       put_off += 1
       if put_off >= len(waiting):
-        time.sleep(_LOOK_EVERY)
+        time.sleep(jobs.LOOK_EVERY)
         put_off = 0
       stop.check()
       continue
     put_off = 0
-    if outcome.again and number <= retries:
+    if jobs.is_tried_again(outcome, number, retries):
       messages.write_line(f'{job.name}: {outcome.error}; started again')
       waiting.appendleft((job, number + 1))
     else:

@@ -19,11 +19,17 @@ from typing import Any
 
 from experiments.cli import signals
 from experiments.scheduling.display import Display
-from experiments.scheduling.jobs import LOG, AnyJob, Outcome, Report, ending
+from experiments.scheduling.jobs import (
+  LOG,
+  LOOK_EVERY,
+  AnyJob,
+  Outcome,
+  Report,
+  ending,
+  is_tried_again,
+  waiting,
+)
 from experiments.scheduling.slots import Slot
-
-# Seconds between two looks at a directory in which another process works.
-_LOOK_EVERY = 2.0
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,7 +93,7 @@ class _Scheduler:
     self._news: queue.Queue[tuple[_Child, dict[str, Any] | None]] = queue.Queue()
     self._retries, self._cache_dir, self._report = retries, cache_dir, report
     self._told: set[str] = set()
-    self._looked = -_LOOK_EVERY
+    self._looked = -LOOK_EVERY
     self.display = Display(len(jobs), len(slots))
 
   def run(self, stop: signals.StopSignal) -> None:
@@ -108,7 +114,7 @@ class _Scheduler:
 
   def _start_what_fits(self) -> None:
     """Fills the free slots with jobs whose directories are free."""
-    if not self._free or time.monotonic() < self._looked + _LOOK_EVERY:
+    if not self._free or time.monotonic() < self._looked + LOOK_EVERY:
       return
     for _ in range(len(self._waiting)):
       if not self._free:
@@ -127,7 +133,7 @@ class _Scheduler:
   def _put_off(self, job: AnyJob, attempt: int, user: str) -> None:
     if job.name not in self._told:
       self._told.add(job.name)
-      self.display.line(f'{job.name}: {job.workdir} is in use by {user}; waiting for it')
+      self.display.line(waiting(job, user))
     self._waiting.append((job, attempt))
 
   def _start(self, job: AnyJob, attempt: int) -> None:
@@ -176,7 +182,7 @@ class _Scheduler:
   def _ended(self, child: _Child) -> None:
     self._running.remove(child)
     self._free.append(child.number)
-    self._looked = -_LOOK_EVERY
+    self._looked = -LOOK_EVERY
     self.display.clear(child.number)
     for pipe in (child.process.stdin, child.process.stdout):
       with contextlib.suppress(BrokenPipeError):
@@ -185,7 +191,7 @@ class _Scheduler:
     job, outcome = child.job, child.outcome or Outcome(error=_death(child.process), again=True)
     if outcome.user is not None:
       self._put_off(job, child.attempt, outcome.user)
-    elif outcome.error is not None and outcome.again and child.attempt <= self._retries:
+    elif is_tried_again(outcome, child.attempt, self._retries):
       self.display.line(
         f'{job.name}: {outcome.error}; started again ({child.attempt} of {self._retries} retries)'
       )

@@ -30,6 +30,7 @@ from experiments.scheduling import slots
 from experiments.scheduling.display import Display
 from experiments.scheduling.jobs import (
   LOG,
+  LOOK_EVERY,
   AnyJob,
   Outcome,
   Report,
@@ -37,6 +38,7 @@ from experiments.scheduling.jobs import (
   compiled_programs,
   ending,
   from_json,
+  is_tried_again,
 )
 from se_vae.config import ArgumentError
 
@@ -50,8 +52,6 @@ _ANSWER = 8.0
 _NODE_ANSWER = 60.0
 # Seconds in which tasks that are told to stop save their work.
 _SAVE = 90.0
-# Seconds between two attempts at a directory that another process, which may be dying, still uses.
-_LOOK_EVERY = 2.0
 
 
 def parse_resources(text: str) -> dict[str, float]:
@@ -138,7 +138,7 @@ def _run_tasks(
           outcome = Outcome(**ray.get(reference))
         except ray.exceptions.RayError as error:
           outcome = Outcome(error=_reason(error))  # Ray has started it again in vain
-        if outcome.again and number <= retries:
+        if is_tried_again(outcome, number, retries):
           display.line(f'{job.name}: {outcome.error}; started again')
           running[start(job)] = job, number + 1
           continue
@@ -184,7 +184,7 @@ def _work(
             print(f'{job.workdir} is in use by {outcome.user}; waiting for it', file=sys.stderr)
           told = True
           stop.check()
-          time.sleep(_LOOK_EVERY)
+          time.sleep(LOOK_EVERY)
           outcome = attempt(job, stop)
     except signals.Interrupted:
       outcome = Outcome(error='stopped', again=True)  # by the user, or with the node
