@@ -17,8 +17,9 @@ UV := .venv-uv/bin/uv
 LOCK := $(UV) pip compile setup.cfg --extra=test --extra=docs --universal --python-version=3.11 \
   --generate-hashes --no-emit-index-url --quiet --custom-compile-command='make lock' --output-file=requirements.txt
 WORKDIR ?= runs/figure1
+RESULTS_FLAGS = $(if $(ROWS),--rows=$(ROWS)) $(if $(DATA),--data_dir=$(DATA)) $(if $(SEEDS),--seeds=$(SEEDS))
 
-.PHONY: figure1 test notebook docs check lint types soak lowest lock upgrade format python clean
+.PHONY: figure1 test results results-check notebook docs check lint types soak lowest lock upgrade format python clean
 
 figure1: $(READY)  ## The paper's Figure 1 on the embedded digits, into $(WORKDIR).
 	$(BIN)/python -m experiments.figure1 --workdir=$(WORKDIR)
@@ -29,6 +30,12 @@ test: $(READY)  ## All tests but the slow ones.
 soak: $(READY)  ## The slow tests: kills, full disks, 10,000 fuzzed inputs of each kind.
 	$(BIN)/python -m pytest -m slow tests
 	SE_VAE_FUZZ=10000 $(BIN)/python -m pytest tests/experiments/test_fuzz.py tests/test_fuzz_arrays.py
+
+results: $(READY)  ## Builds what is missing of ROWS=a,b (all if not given), with the MNIST files in DATA.
+	$(BIN)/python -m experiments.results build $(RESULTS_FLAGS)
+
+results-check: $(READY)  ## Builds ROWS anew in another directory, and compares with what is expected.
+	$(BIN)/python -m experiments.results check $(RESULTS_FLAGS)
 
 notebook: $(READY)  ## Runs the notebook from top to bottom.
 	$(BIN)/python -m pytest tests/test_notebook.py

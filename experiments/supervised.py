@@ -144,21 +144,10 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     Interrupted: when `stop` says so, after a checkpoint.
     NotFiniteError: if the loss is not finite; the last good checkpoint stays.
   """
-  workdir = workdirs.check_workdir(config.workdir, workdirs.SUPERVISED)
-  attack = probe_settings.parse(config.probe, unused=_UNUSED)
-  dataset = pretrain.load_dataset(config.data, workdir)
-  pretrain.check_batch_size(config.batch_size, dataset)
-  with flags.errors_begin_with('--probe'):
-    probe.check_fits(attack, dataset, config.model)
+  workdir, attack, dataset = prepare(config)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
-  devices.check_memory(config.model, dataset.train.images.shape[1:], mesh, part='encoder')
   with workdirs.lock(workdir, recording.RESULT):
-    before = recording.read_result(workdir, config.num_steps, records.Supervised)
-    if (
-      before is not None
-      and before['data']['digest'] == dataset.digest
-      and _settings(before['config']) == _settings(flags.to_dict(config))
-    ):
+    if (before := _finished(config, workdir, dataset)) is not None:
       return before
     classifier, params = _train(config, workdir, attack.task, dataset, mesh, stop)
     outcome = probe.evaluate(
@@ -183,6 +172,50 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     }
     workdirs.write_json(workdir / recording.RESULT, result)
   return result
+
+
+def prepare(
+  config: SupervisedConfig,
+) -> tuple[Path, probe_settings.ProbeConfig, data.Dataset]:
+  """Checks all settings; returns the work directory, the attack's settings and the data.
+
+  Compiles and writes nothing.
+
+  Raises:
+    ArgumentError: if a setting cannot be used.
+  """
+  workdir = workdirs.check_workdir(config.workdir, workdirs.SUPERVISED)
+  attack = probe_settings.parse(config.probe, unused=_UNUSED)
+  dataset = pretrain.load_dataset(config.data, workdir)
+  pretrain.check_batch_size(config.batch_size, dataset)
+  with flags.errors_begin_with('--probe'):
+    probe.check_fits(attack, dataset, config.model)
+  mesh = devices.mesh_for(config.batch_size)
+  devices.check_memory(config.model, dataset.train.images.shape[1:], mesh, part='encoder')
+  return workdir, attack, dataset
+
+
+def finished(config: SupervisedConfig) -> dict[str, Any] | None:
+  """Returns the result's JSON if this classifier was trained and attacked before; None otherwise.
+
+  Raises:
+    ArgumentError: for settings that are wrong.
+  """
+  workdir, _, dataset = prepare(config)
+  return _finished(config, workdir, dataset)
+
+
+def _finished(
+  config: SupervisedConfig, workdir: Path, dataset: data.Dataset
+) -> dict[str, Any] | None:
+  found = recording.read_result(workdir, config.num_steps, records.Supervised)
+  if (
+    found is None
+    or found['data']['digest'] != dataset.digest
+    or _settings(found['config']) != _settings(flags.to_dict(config))
+  ):
+    return None
+  return found
 
 
 def _settings(stored: dict[str, Any], free: tuple[str, ...] = _PLACES) -> dict[str, Any]:

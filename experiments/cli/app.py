@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, logging
@@ -49,18 +49,40 @@ class RunsFailedError(Exception):
 
 def run(main: Callable[[], None]) -> None:
   """Runs a binary and exits: 2 for a usage error, 1 for a failure, 130 or 143 when interrupted."""
+
+  def without_arguments(arguments: Sequence[str]) -> None:
+    if arguments:
+      raise UsageError(f'unexpected argument {arguments[0]!r}; settings are given as --flag=value')
+    main()
+
+  _run(without_arguments)
+
+
+def run_action(main: Callable[[str], None], actions: Sequence[str]) -> None:
+  """As `run`, for a binary whose argument says what to do; the first action if there is none."""
+
+  def with_action(arguments: Sequence[str]) -> None:
+    action = arguments[0] if arguments else actions[0]
+    if action not in actions or len(arguments) > 1:
+      raise UsageError(
+        f'unexpected argument {arguments[-1]!r}; one of {", ".join(actions)} may be given'
+      )
+    main(action)
+
+  _run(with_action)
+
+
+def _run(main: Callable[[Sequence[str]], None]) -> None:
   flags.define_flags(RuntimeConfig)
   app.run(functools.partial(_guarded, main), flags_parser=_parse_flags)
 
 
-def _guarded(main: Callable[[], None], argv: list[str]) -> None:
+def _guarded(main: Callable[[Sequence[str]], None], argv: list[str]) -> None:
   if not absl_flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # JAX tells at length which platforms it did not find
   try:
-    if len(argv) > 1:
-      raise UsageError(f'unexpected argument {argv[1]!r}; settings are given as --flag=value')
     use_compilation_cache(flags.from_flags(RuntimeConfig).compilation_cache_dir)
-    main()
+    main(argv[1:])
     sys.stdout.flush()  # a full disk is told in a line as well
   except ArgumentError as error:
     # An argument of the library that is no flag: the command line may be right, and its result bad.

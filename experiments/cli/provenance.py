@@ -10,7 +10,9 @@ import se_vae
 
 
 def commit(package: Path = Path(se_vae.__file__).parent) -> str | None:
-  """Returns the commit that holds a package, with '-dirty' if tracked files differ from it.
+  """Returns the commit that holds a package, with '-dirty' if tracked code differs from it.
+
+  Code is the package and what stands beside it in `experiments`.
 
   Args:
     package: the directory of the package. None is returned unless git tracks it: an installed
@@ -28,7 +30,7 @@ def commit(package: Path = Path(se_vae.__file__).parent) -> str | None:
 
   try:
     output('ls-files', '--error-unmatch', '__init__.py')
-    changed = output('status', '--porcelain', '--untracked-files=no')
+    changed = output('status', '--porcelain', '--untracked-files=no', '--', '.', '../experiments')
     return output('rev-parse', 'HEAD') + ('-dirty' if changed else '')
   except (OSError, subprocess.SubprocessError):
     return None

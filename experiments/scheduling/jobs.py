@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import population, pretrain, probe, probe_settings, recording
+from experiments import population, pretrain, probe, probe_settings, recording, supervised
 from experiments.cli import app, flags, signals, workdirs
 from se_vae.config import ArgumentError
 
@@ -59,6 +59,15 @@ class Job:
   def batch_size(self) -> int:
     """Examples a step."""
     return self.pretraining.batch_size
+
+  @property
+  def num_devices(self) -> int | None:
+    """The devices that the settings ask for, if they do."""
+    return self.pretraining.num_devices
+
+  def settings(self) -> dict[str, Any]:
+    """All settings of the training, by name."""
+    return flags.to_dict(self.pretraining)
 
   def to_json(self) -> dict[str, Any]:
     """The job as JSON values, for `from_json`."""
@@ -141,14 +150,18 @@ class PopulationJob:
   workdir: Path
 
   @property
-  def pretraining(self) -> pretrain.PretrainConfig:
-    """The settings of the first member."""
-    return self.members[0]
-
-  @property
   def batch_size(self) -> int:
     """Examples a step, of all members."""
-    return self.pretraining.batch_size * len(self.members)
+    return self.members[0].batch_size * len(self.members)
+
+  @property
+  def num_devices(self) -> int | None:
+    """The devices that the settings ask for, if they do."""
+    return self.members[0].num_devices
+
+  def settings(self) -> dict[str, Any]:
+    """All settings of the first member, by name."""
+    return flags.to_dict(self.members[0])
 
   def to_json(self) -> dict[str, Any]:
     """The job as JSON values, for `from_json`."""
@@ -176,11 +189,82 @@ class PopulationJob:
     return Outcome(encoder={}, seconds=time.monotonic() - started)
 
 
-AnyJob = Job | PopulationJob
+@dataclasses.dataclass(frozen=True)
+class SupervisedJob:
+  """A classifier that is trained with labels, and attacked.
+
+  Attributes:
+    name: shown to the user; no two jobs have the same.
+    config: the settings of its training and of the attack.
+  """
+
+  name: str
+  config: supervised.SupervisedConfig
+
+  @property
+  def workdir(self) -> Path:
+    """The directory of all files of this job."""
+    return Path(str(self.config.workdir))
+
+  @property
+  def batch_size(self) -> int:
+    """Examples a step."""
+    return self.config.batch_size
+
+  @property
+  def num_devices(self) -> int | None:
+    """None: a classifier takes the devices that there are."""
+    return None
+
+  def settings(self) -> dict[str, Any]:
+    """All settings, by name."""
+    return flags.to_dict(self.config)
+
+  def to_json(self) -> dict[str, Any]:
+    """The job as JSON values, for `from_json`."""
+    return {'name': self.name, 'supervised': self.settings()}
+
+  def with_absolute_paths(self) -> SupervisedJob:
+    """The job for a process that starts in another directory."""
+    return SupervisedJob(self.name, _with_absolute_path(self.config))
+
+  def check(self) -> None:
+    """Checks all settings. Compiles and writes nothing.
+
+    Raises:
+      ArgumentError: if a setting cannot be used.
+    """
+    with contextlib.suppress(workdirs.InUseError):
+      supervised.prepare(self.config)
+
+  def user(self) -> str | None:
+    """Who works in the directory; None if nobody does."""
+    return _user([self.workdir])
+
+  def finished(self) -> Outcome | None:
+    """The result, if the classifier is trained and attacked; None otherwise."""
+    try:
+      result = supervised.finished(self.config)
+    except workdirs.InUseError:
+      return None
+    return None if result is None else Outcome(encoder={}, attacked=[result])
+
+  def do(self, stop: signals.StopSignal) -> Outcome:
+    """Does what is left, as `Job.do`."""
+    started = time.monotonic()
+    result = supervised.run(self.config, stop)
+    return Outcome({}, [result], time.monotonic() - started)
+
+
+AnyJob = Job | PopulationJob | SupervisedJob
+AttackedJob = Job | SupervisedJob
 
 
 def from_json(values: dict[str, Any]) -> AnyJob:
   """Inverts `to_json`."""
+  if 'supervised' in values:
+    config = flags.from_dict(supervised.SupervisedConfig, values['supervised'])
+    return SupervisedJob(values['name'], config)
   if 'members' in values:
     members = [flags.from_dict(pretrain.PretrainConfig, member) for member in values['members']]
     return PopulationJob(values['name'], tuple(members), Path(values['workdir']))

@@ -121,7 +121,7 @@ def _run_here(
   report: jobs.Report,
 ) -> None:
   """Does jobs on this machine: in slots, or if one has all of it, in this process."""
-  devices_per_run = max(job.pretraining.num_devices or 1 for job in left)
+  devices_per_run = max(job.num_devices or 1 for job in left)
   own = slots.slots(config.parallel, len(left), devices_per_run)
   chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
   if len(own) == 1 and own[0].gpu is None:

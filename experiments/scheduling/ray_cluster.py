@@ -172,7 +172,7 @@ def _work(
   app.use_compilation_cache(
     expected['compiled'] or f'{expected["compiled_here"]}/{platform.node()}'
   )
-  devices.use_all_cores(job.batch_size, job.pretraining.num_devices)
+  devices.use_all_cores(job.batch_size, job.num_devices)
   with (job.workdir / LOG).open('a', buffering=1) as log, _copied_to(log):
     print(f'{job.name} on {platform.node()}, process {os.getpid()}', file=sys.stderr)
     told = False
@@ -217,7 +217,7 @@ def _check_devices(jobs: Sequence[AnyJob], resources: dict[str, float]) -> None:
   """Raises ArgumentError for runs that ask for more devices than they take of a node."""
   most = int(resources.get('gpu', 0.0) or resources['cpu'])
   for job in jobs:
-    if (job.pretraining.num_devices or 1) > max(1, most):
+    if (job.num_devices or 1) > max(1, most):
       raise ArgumentError(('num_devices', 'resources_per_run'), f'a run has only {most} devices')
 
 
@@ -290,8 +290,9 @@ def _reason(error: Exception) -> str:
 @contextlib.contextmanager
 def _marked(workdir: Path, jobs: Sequence[AnyJob]) -> Iterator[dict[str, Any]]:
   """What every node must have, as `difference` takes it: among it a file in the work directory."""
-  settings = [flags.absolute(flags.to_dict(job.pretraining)) for job in jobs]
-  names = {str(each[name]) for each in settings for name in ('data_dir', 'init_from') if each[name]}
+  settings = [flags.absolute(job.settings()) for job in jobs]
+  places = ('data_dir', 'init_from')
+  names = {str(each[name]) for each in settings for name in places if each.get(name)}
   folders = {each['dataset'].partition(':')[2] for each in settings}
   token = uuid.uuid4().hex
   mark = workdir.absolute() / f'.shared_{token}'

@@ -41,7 +41,7 @@ def main() -> None:
     os.sched_setaffinity(0, order['cores'])
   job = jobs.from_json(order['job'])
   app.use_compilation_cache(order['compilation_cache_dir'])
-  devices.use_all_cores(job.batch_size, job.pretraining.num_devices)
+  devices.use_all_cores(job.batch_size, job.num_devices)
   try:
     with signals.StopSignal(second_ends=False).listening() as stop:
       outcome = jobs.attempt(job, stop)

@@ -70,7 +70,7 @@ def save(file: BinaryIO, points: Sequence[Point], title: str, caption: str) -> N
   figure.supxlabel(caption, fontsize=7.5, parse_math=False)
   figure.draw_without_rendering()  # the layout is final now, and labels can be placed in it
   for axis, shown in zip(axes, panels.values(), strict=True):
-    _label(axis, shown)
+    label(axis, [(point.name, value, point.robust) for point, value in shown])
   figure.savefig(file, dpi=150, format='png')
 
 
@@ -92,13 +92,18 @@ _PLACES = tuple(
 )
 
 
-def _label(axis: Any, shown: Sequence[tuple[Point, float]]) -> None:
-  """Writes the names of points where they fit: inside the axes, and clear of earlier labels."""
+def label(axis: Any, shown: Sequence[tuple[str, float, float]]) -> None:
+  """Writes the names of points where they fit: inside the axes, and clear of earlier labels.
+
+  Args:
+    axis: the axes, whose layout is final.
+    shown: name and place of each point.
+  """
   taken: list[Any] = []
-  for point, value in shown:
+  for name, x, y in shown:
     text = axis.annotate(
-      point.name,
-      (value, point.robust),
+      name,
+      (x, y),
       (0, 0),
       textcoords='offset points',
       fontsize=7.5,

@@ -1,0 +1,88 @@
+"""The verdict on a claim: in how many seeds comparisons between rows hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from experiments.reproduction import rows
+from se_vae.config import ArgumentError
+
+_COMPARISON = re.compile(r'(\w+) ([<>]) (\w+|[\d.]+) at ([\d.]+)(?: by ([\d.]+))?')
+
+
+class Comparison(NamedTuple):
+  """'left > right at radius by margin': the accuracies differ by more than the margin.
+
+  Attributes:
+    left: the row that is to be higher.
+    right: the row that is to be lower; or a number.
+    radius: of the attack.
+    margin: 0 if none is given.
+  """
+
+  left: str
+  right: str | float
+  radius: float
+  margin: float
+
+
+def parse(text: str) -> Comparison:
+  """Returns the comparison that a text describes, such as 'se > vae at 0.1 by 0.05'.
+
+  Example:
+    >>> parse('vae < se at 0.1')
+    Comparison(left='se', right='vae', radius=0.1, margin=0.0)
+
+  Raises:
+    ArgumentError: if it describes none.
+  """
+  found = _COMPARISON.fullmatch(text)
+  if found is None:
+    raise ArgumentError('results', f"a comparison is 'ROW > ROW at RADIUS', got {text!r}")
+  left, sign, right, radius, margin = found.groups()
+  number = re.fullmatch(r'\d*\.?\d+', right)
+  if sign == '<':
+    if number:
+      raise ArgumentError('results', f'a number stands on the right of >, got {text!r}')
+    left, right = right, left
+  return Comparison(left, float(right) if number else right, float(radius), float(margin or 0.0))
+
+
+def verdict(
+  comparisons: Sequence[Comparison], measured: Callable[[str], rows.Measured | None]
+) -> tuple[str, list[str]]:
+  """Returns 'yes', 'no', 'partly' or 'not measured', and a line of numbers for each comparison.
+
+  A comparison holds if it holds in every seed that both rows have. The verdict is 'yes' if all
+  hold, 'no' if none holds in any seed, and 'partly' otherwise.
+
+  Args:
+    comparisons: the comparisons.
+    measured: gives the row of a name, or None if there is none.
+  """
+  counts, lines = [], []
+  for left, right, radius, margin in comparisons:
+    of_left, of_right = measured(left), None if isinstance(right, float) else measured(right)
+    if of_left is None or (of_right is None and not isinstance(right, float)):
+      return 'not measured', []
+    higher = _by_seed(of_left, radius)
+    lower = dict.fromkeys(higher, float(right)) if of_right is None else _by_seed(of_right, radius)
+    seeds = sorted(higher.keys() & lower.keys())
+    holds = [higher[seed] > lower[seed] + margin for seed in seeds]
+    counts.append((sum(holds), len(holds)))
+    name = of_left['title'] if of_right is None else f'{of_left["title"]} / {of_right["title"]}'
+    values = ', '.join(
+      f'{higher[seed]:.3f}' + ('' if of_right is None else f' / {lower[seed]:.3f}')
+      for seed in seeds
+    )
+    lines.append(f'{name} at {radius:g}: {values}')
+  if all(held == count > 0 for held, count in counts):
+    return 'yes', lines
+  return ('no' if not any(held for held, _ in counts) else 'partly'), lines
+
+
+def _by_seed(row: rows.Measured, radius: float) -> Mapping[int, float]:
+  accuracies = rows.at_radius(row, radius)
+  return {seed['seed']: float(value) for seed, value in zip(row['seeds'], accuracies, strict=True)}
