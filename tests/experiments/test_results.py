@@ -1,0 +1,429 @@
+"""The results: the manifest's faults, the page of synthetic rows, and rows built and compared."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from experiments import results
+from experiments.cli import signals
+from experiments.cli.flags import UsageError
+from experiments.reproduction import claims, document, manifest, plan, rows
+from se_vae.config import ArgumentError
+from tests.experiments.scheduled import ALONE
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+ROOT = Path(__file__).parents[2]
+TINY = '--dataset=mnist_5k --hidden_units=16 --latent_dim=4 --num_steps=20 --log_every=10'
+ATTACK = '--radii=0,0.1 --num_examples=20 --pgd_steps=2 --check_examples=0'
+CONTENT = {
+  'revision': 2,
+  'introduction': 'What this is.\n\n- a list that is\n- not filled\n',
+  'encoders': {
+    'vae': {'flags': f'{TINY} --objective=vae', 'minutes': 1},
+    'se': {'flags': f'{TINY} --pgd_steps=2 --freeze_decoder', 'init_from': 'vae', 'minutes': 2},
+  },
+  'rows': {
+    'plain': {
+      'title': 'A VAE',
+      'encoder': 'vae',
+      'probe': ATTACK,
+      'seeds': [0, 1],
+      'minutes': 3,
+      'expected': {0.0: 0.5, 0.1: 0.25},
+      'tolerance': 0.01,
+    },
+    'smooth': {
+      'title': 'Smoothed',
+      'encoder': 'se',
+      'probe': ATTACK,
+      'seeds': [0, 1],
+      'minutes': 4,
+      'tolerance': 0.01,
+    },
+  },
+  'sections': [
+    {
+      'title': 'First',
+      'text': 'Both.',
+      'rows': ['plain', 'smooth'],
+      'figure': {
+        'file': 'curves.png',
+        'panels': [{'title': 'both', 'rows': ['plain', 'smooth'], 'labels': ['a', 'b']}],
+      },
+      'claims': [{'claim': 'Smoothing helps.', 'holds_if': ['smooth > plain at 0.1']}],
+    },
+    {
+      'title': 'Second',
+      'text': 'Against a number.',
+      'figure': {
+        'file': 'against.png',
+        'radii': [0.0, 0.1],
+        'panels': [
+          {'title': 't', 'rows': ['plain', 'smooth'], 'at': [1, 10], 'axis': 'x', 'scale': 'log'}
+        ],
+      },
+    },
+  ],
+}
+
+
+def write(directory: Path, content: dict) -> Path:
+  """A directory of results with this manifest."""
+  folder = directory / 'results'
+  folder.mkdir(exist_ok=True)
+  (folder / 'manifest.yaml').write_text(yaml.safe_dump(content, sort_keys=False))
+  return folder
+
+
+def changed(*path, value=None) -> dict:
+  """The content with one value replaced."""
+  content = copy.deepcopy(CONTENT)
+  place = content
+  for key in path[:-1]:
+    place = place[key]
+  place[path[-1]] = value
+  return content
+
+
+def measured(name: str, *accuracies: list[float], revision: int = 2, checks=()) -> rows.Measured:
+  """A row that nobody measured."""
+  seeds = [
+    {
+      'seed': seed,
+      'radii': [0.0, 0.1],
+      'accuracy': accuracy,
+      'interval': [[value - 0.01, value + 0.01] for value in accuracy],
+      'num_examples': 100,
+      'checks': list(checks),
+      'held_out': {'elbo': 80.0 + seed, 'active_latents': 7},
+      'versions': {'jax': '0.10.2'},
+    }
+    for seed, accuracy in enumerate(accuracies)
+  ]
+  return {
+    'name': name,
+    'title': f'Row {name}',
+    'revision': revision,
+    'objective': 'se' if name == 'smooth' else 'vae',
+    'task': 'digit',
+    'dataset': 'mnist_5k',
+    'data': 'abc',
+    'attack': 'worst_case',
+    'radii': [0.0, 0.1],
+    'commands': [],
+    'machine': 'a machine',
+    'seeds': seeds,
+  }
+
+
+FAILED = {'number': 7, 'name': 'Square is weaker', 'verdict': 'fail', 'figure': '5 of 200'}
+PASSED = {'number': 1, 'name': 'images are legal', 'verdict': 'pass', 'figure': 'all'}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+  """Results with two synthetic rows."""
+  folder = write(tmp_path, CONTENT)
+  rows.write(folder, measured('plain', [0.9, 0.1], [0.8, 0.2], revision=1))
+  rows.write(folder, measured('smooth', [0.9, 0.7], [0.8, 0.5], checks=[PASSED, FAILED]))
+  return folder
+
+
+def page(folder: Path) -> document.Document:
+  return document.Document(manifest.load(folder / 'manifest.yaml'), folder)
+
+
+def test_a_table_has_means_and_half_the_range_of_the_seeds(folder):
+  plain = next(line for line in page(folder).text().splitlines() if '`plain`' in line)
+  assert plain == (
+    '| A VAE† | 2 | .850 ± .050 | .150 ± .050 | 80 | 7 | not run | `plain` |'.replace(
+      'A VAE', 'Row plain'
+    )
+  )
+
+
+def test_every_failed_check_is_listed_with_its_reason(folder):
+  text = page(folder).text()
+  assert '2 passed, failed: 7' in text
+  for seed in (0, 1):
+    line = f'`smooth`, seed {seed}: check 7 (Square is weaker) fails: 5 of 200'
+    assert line in ' '.join(text.split())
+
+
+def test_rows_of_older_code_are_marked(folder):
+  assert 'Row plain†' in page(folder).text()
+  assert 'Row smooth†' not in page(folder).text()
+  assert '† Measured by older code' in page(folder).text()
+
+
+def test_rows_that_are_missing_are_listed_with_their_command(folder):
+  assert 'Not measured' not in page(folder).text()
+  (folder / 'rows' / 'smooth.json').unlink()
+  text = page(folder).text()
+  # Two seeds of: the VAE (1 minute), the smoothed encoder (2) and the attack (4).
+  assert '| Smoothed | 14 | `make results ROWS=smooth` |' in text
+  assert 'not measured' in text and 'curves.png' not in text
+
+
+def test_figures_are_drawn_and_shown(folder):
+  drawn = page(folder).draw()
+  assert [path.name for path in drawn] == ['curves.png', 'against.png']
+  for path in drawn:
+    assert path.read_bytes().startswith(b'\x89PNG')
+    assert f'results/figures/{path.name}' in page(folder).text()
+
+
+def test_certified_accuracies_stand_below_the_table(folder):
+  row = measured('smooth', [0.9, 0.7])
+  certified = {'method': 'crown', 'radii': [0.0, 0.1], 'accuracy': [0.9, 0.6]}
+  row['seeds'][0]['certified'] = {**certified, 'interval': [(0.8, 1.0), (0.5, 0.7)]}
+  rows.write(folder, row)
+  assert '`smooth` certified (crown): .900 at 0, .600 at 0.1' in page(folder).text()
+  assert rows.certified_at(row, 0.1) == [0.6] and rows.certified_at(row, 0.2) is None
+
+
+@pytest.mark.parametrize(
+  ('comparisons', 'expected'),
+  [
+    (['smooth > plain at 0.1'], 'yes'),
+    (['plain > smooth at 0.1'], 'no'),
+    (['plain < smooth at 0.1'], 'yes'),
+    (['smooth > plain at 0.1 by 0.4'], 'partly'),  # 0.6 for seed 0, 0.3 for seed 1
+    (['smooth > plain at 0.1', 'plain > smooth at 0.1'], 'partly'),
+    (['smooth > 0.6 at 0.1'], 'partly'),
+    (['smooth > plain at 0'], 'no'),  # they are equal
+    (['smooth > 0.79 at 0'], 'yes'),
+    (['other > plain at 0'], 'not measured'),
+  ],
+)
+def test_a_claim_is_judged_seed_by_seed(comparisons, expected):
+  known = {
+    'plain': measured('plain', [0.9, 0.1], [0.8, 0.2]),
+    'smooth': measured('smooth', [0.9, 0.7], [0.8, 0.5]),
+  }
+  found, lines = claims.verdict([claims.parse(text) for text in comparisons], known.get)
+  assert found == expected
+  if comparisons == ['smooth > plain at 0.1']:
+    assert lines == ['Row smooth / Row plain at 0.1: 0.700 / 0.100, 0.500 / 0.200']
+
+
+def test_seeds_that_one_row_lacks_are_not_compared():
+  known = {
+    'plain': measured('plain', [0.9, 0.1]),
+    'smooth': measured('smooth', [0.9, 0.7], [0.8, 0.0]),
+  }
+  found, lines = claims.verdict([claims.parse('smooth > plain at 0.1')], known.get)
+  assert found == 'yes' and lines[0].endswith(': 0.700 / 0.100')
+
+
+@pytest.mark.parametrize('text', ['a > b', 'a >= b at 0', '0.5 < b at 0', 'a > b at 0 and more'])
+def test_what_is_no_comparison_is_refused(text):
+  with pytest.raises(ArgumentError, match=r'comparison|number'):
+    claims.parse(text if text[0] != '0' else 'a < 0.5 at 0')
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (changed('encoders', 'vae', 'init_from', value='se'), 'starts with itself'),
+    (changed('encoders', 'se', 'init_from', value='other'), 'other, which is no encoder'),
+    (changed('rows', 'plain', 'encoder', value='other'), 'other is no encoder'),
+    (changed('rows', 'plain', 'supervised', value='--num_steps=2'), 'and not both'),
+    (changed('rows', 'plain', 'seeds', value=[0, 0]), 'seeds, each once'),
+    (changed('rows', 'plain', 'seeds', value=[]), 'seeds, each once'),
+    (changed('rows', 'plain', 'tolerance', value='much'), 'tolerance'),
+    (changed('sections', 0, 'rows', value=['other']), 'other is no row'),
+    (changed('sections', 1, 'figure', 'panels', 0, 'at', value=[1]), 'one value for each row'),
+    (changed('revision'), 'revision'),
+  ],
+)
+def test_a_wrong_manifest_is_refused(tmp_path, content, message):
+  with pytest.raises(ArgumentError, match=message):
+    manifest.load(write(tmp_path, content) / 'manifest.yaml')
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path):
+  path = write(tmp_path, CONTENT) / 'manifest.yaml'
+  path.write_text(path.read_text() + 'revision: 3\n')
+  with pytest.raises(ArgumentError, match='revision is there twice'):
+    manifest.load(path)
+
+
+def test_no_manifest_and_no_yaml_are_errors(tmp_path):
+  with pytest.raises(ArgumentError, match=r'manifest\.yaml'):
+    manifest.load(tmp_path / 'manifest.yaml')
+  (tmp_path / 'manifest.yaml').write_text('{')
+  with pytest.raises(ArgumentError, match=r'manifest\.yaml'):
+    manifest.load(tmp_path / 'manifest.yaml')
+
+
+def config_of(folder: Path, **changes) -> results.ResultsConfig:
+  workdir = str(folder.parent / 'runs')
+  return results.ResultsConfig(
+    results=str(folder), placement=ALONE, **{'workdir': workdir, **changes}
+  )
+
+
+@pytest.mark.parametrize(
+  ('content', 'flags', 'message'),
+  [
+    (CONTENT, {'rows': ('other',)}, 'other: no such row'),
+    (changed('encoders', 'vae', 'flags', value='--no_flag=1'), {}, 'encoder vae'),
+    (changed('encoders', 'se', 'flags', value='--gamma=-1'), {}, 'encoder se.*--gamma'),
+    (changed('rows', 'plain', 'probe', value='--radii=2'), {}, 'row plain.*--radii'),
+    (
+      changed('sections', 0, 'claims', value=[{'claim': 'c', 'holds_if': ['plain > x at 0']}]),
+      {},
+      'x is no row',
+    ),
+  ],
+)
+def test_errors_come_before_anything_is_trained(tmp_path, content, flags, message):
+  folder = write(tmp_path, content)
+  with pytest.raises(UsageError, match=message):
+    results.run('build', config_of(folder, **flags), signals.StopSignal())
+  assert not (tmp_path / 'runs').exists()
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory) -> Path:
+  """Results that were built with tiny networks."""
+  folder = write(tmp_path_factory.mktemp('built'), CONTENT)
+  assert results.run('build', config_of(folder), signals.StopSignal())
+  return folder
+
+
+def test_a_build_writes_rows_and_the_page(built):
+  row = rows.read(built, 'smooth')
+  assert row is not None and [seed['seed'] for seed in row['seeds']] == [0, 1]
+  for seed in row['seeds']:
+    directory = built.parent / 'runs' / 'rows' / 'smooth' / f'seed{seed["seed"]}'
+    probed = json.loads((directory / 'probe_digit.json').read_text())
+    np.testing.assert_allclose(seed['accuracy'], probed['accuracy'], atol=1e-5)
+    assert probed['pretraining']['seed'] == seed['seed']
+    assert probed['pretraining']['init_from'].endswith(f'vae/seed{seed["seed"]}')
+  assert row['revision'] == 2 and row['objective'] == 'se' and row['dataset'] == 'mnist_5k'
+  text = (built.parent / 'RESULTS.md').read_text()
+  assert text == page(built).text()
+  assert (built / 'figures' / 'curves.png').exists()
+
+
+def test_the_commands_of_a_row_are_those_that_were_run(built):
+  row = rows.read(built, 'smooth')
+  assert row is not None
+  binaries = [command.split()[2] for command in row['commands']]
+  assert binaries == ['experiments.pretrain', 'experiments.pretrain', 'experiments.probe']
+  assert '--init_from=runs/results/vae/seed0' in row['commands'][1]
+  assert '--workdir=runs/results/se/seed0' in row['commands'][2]
+
+
+def test_what_is_finished_is_not_done_again(built):
+  def times() -> dict[Path, int]:
+    found = (built.parent / 'runs').rglob('*.json')
+    return {path: path.stat().st_mtime_ns for path in found}
+
+  before = times()
+  assert results.run('build', config_of(built, rows=('plain',)), signals.StopSignal())
+  assert times() == before and len(before) > 8
+
+
+def test_a_check_compares_the_means_with_what_is_expected(built, tmp_path, capsys):
+  row = rows.read(built, 'plain')
+  assert row is not None
+  means = rows.accuracy(row).mean(axis=0)
+  for shift, agrees in ((0.005, True), (0.02, False)):
+    expected = {0.0: float(means[0]), 0.1: float(means[1]) + shift}
+    folder = write(tmp_path, changed('rows', 'plain', 'expected', value=expected))
+    config = config_of(folder, rows=('plain',), workdir=str(built.parent / 'runs'))
+    assert results.run('check', config, signals.StopSignal()) == agrees
+    assert ('DIFFERS' in capsys.readouterr().out) != agrees
+  assert not (tmp_path / 'RESULTS.md').exists()
+
+
+def test_a_check_of_nothing_does_not_agree(built, tmp_path):
+  content = changed('rows', 'plain', 'expected', value={})
+  config = config_of(write(tmp_path, content), rows=('plain',), workdir=str(built.parent / 'runs'))
+  assert not results.run('check', config, signals.StopSignal())
+
+
+def test_fewer_seeds_can_be_built(built, tmp_path):
+  folder = write(tmp_path, CONTENT)
+  config = config_of(folder, rows=('plain',), seeds=1, workdir=str(built.parent / 'runs'))
+  results.run('build', config, signals.StopSignal())
+  row = rows.read(folder, 'plain')
+  assert row is not None and [seed['seed'] for seed in row['seeds']] == [0]
+
+
+def test_a_classifier_is_a_row(tmp_path):
+  content = changed(
+    'rows',
+    'plain',
+    value={
+      'title': 'With labels',
+      'supervised': '--dataset=mnist_5k --hidden_units=16 --latent_dim=4 --num_steps=20',
+      'probe': ATTACK,
+      'seeds': [3],
+      'minutes': 1,
+      'tolerance': 0.1,
+    },
+  )
+  folder = write(tmp_path, content)
+  assert results.run('build', config_of(folder, rows=('plain',)), signals.StopSignal())
+  row = rows.read(folder, 'plain')
+  assert row is not None and row['objective'] == rows.LABELS
+  assert row['seeds'][0]['seed'] == 3 and row['seeds'][0]['held_out'] == {}
+  line = next(line for line in page(folder).text().splitlines() if '`plain`' in line)
+  assert line.split(' | ')[-4:-2] == ['', '']  # neither an ELBO nor latents
+
+
+def test_two_attacks_on_one_encoder_are_one_job(tmp_path):
+  content = changed('rows', 'smooth', 'encoder', value='vae')
+  found = manifest.load(write(tmp_path, content) / 'manifest.yaml')
+  *_, attacks = plan.Plan(found, tmp_path).waves(['plain', 'smooth'])
+  assert [len(job.attacks) for job in attacks] == [2, 2]
+
+
+def test_the_list_has_costs_and_commands(folder, capsys):
+  results.run('list', config_of(folder), signals.StopSignal())
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0] == 'plain: A VAE; seeds 0, 1; 8 core-minutes'
+  assert lines[-1] == '2 rows, 20 core-minutes'  # the VAEs are trained once
+
+
+# The results of this repository.
+
+
+def committed() -> document.Document:
+  return page(ROOT / 'results')
+
+
+def test_the_page_is_that_of_the_rows():
+  assert committed().text() == (ROOT / 'RESULTS.md').read_text()
+
+
+def test_every_row_of_the_manifest_has_settings_that_can_be_used(tmp_path):
+  found = committed().manifest
+  results.check_claims(found)
+  planned = plan.Plan(found, tmp_path)
+  for name, row in found.rows.items():
+    for seed in row['seeds']:
+      assert planned.job(name, seed).workdir.name == f'seed{seed}'
+
+
+def test_measured_rows_are_what_the_manifest_expects():
+  page = committed()
+  assert page.measured.keys() == {path.stem for path in (ROOT / 'results' / 'rows').iterdir()}
+  for name, row in page.measured.items():
+    entry = page.manifest.rows[name]
+    assert [seed['seed'] for seed in row['seeds']] == entry['seeds'], name
+    assert row['revision'] == page.manifest.content['revision'], name
+    found = list(rows.differences(row, entry['expected'], 5.1e-4))  # expected has three digits
+    assert found and all(agrees for *_, agrees in found), name
+    assert all(seed['commit'] and 'dirty' not in str(seed['commit']) for seed in row['seeds']), name
