@@ -138,4 +138,4 @@ def _commands(outcomes: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> Ite
 
 if __name__ == '__main__':
   flags.define_flags(LeaderboardConfig)
-  app.run_action(main, ACTIONS)
+  app.run(main, ACTIONS)

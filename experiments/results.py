@@ -231,4 +231,4 @@ def _compare(found: manifest.Manifest, measured: dict[str, rows.Measured]) -> bo
 
 if __name__ == '__main__':
   flags.define_flags(ResultsConfig)
-  app.run_action(main, ACTIONS)
+  app.run(main, ACTIONS)

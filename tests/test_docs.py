@@ -15,9 +15,11 @@ from experiments import (
   compare,
   figure1,
   flag_reference,
+  leaderboard,
   pretrain,
   probe_settings,
   report,
+  results,
   supervised,
   sweep,
 )
@@ -38,9 +40,11 @@ BINARIES = {
   'benchmarks.time_to_robustness': [time_to_robustness.RobustnessConfig],
   'compare': [compare.CompareConfig],
   'figure1': [figure1.Figure1Config],
+  'leaderboard': [leaderboard.LeaderboardConfig],
   'pretrain': [pretrain.PretrainConfig, distributed.Cluster],
   'probe': [probe_settings.ProbeConfig],
   'report': [report.ReportConfig],
+  'results': [results.ResultsConfig],
   'supervised': [supervised.SupervisedConfig],
   'sweep': [sweep.SweepConfig, pretrain.PretrainConfig],
 }

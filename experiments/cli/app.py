@@ -47,42 +47,25 @@ class RunsFailedError(Exception):
   """Some of many runs failed. What became of each was printed before."""
 
 
-def run(main: Callable[[], None]) -> None:
-  """Runs a binary and exits: 2 for a usage error, 1 for a failure, 130 or 143 when interrupted."""
+def run(main: Callable[..., None], actions: Sequence[str] = ()) -> None:
+  """Runs a binary and exits: 2 for a usage error, 1 for a failure, 130 or 143 when interrupted.
 
-  def without_arguments(arguments: Sequence[str]) -> None:
-    if arguments:
-      raise UsageError(f'unexpected argument {arguments[0]!r}; settings are given as --flag=value')
-    main()
-
-  _run(without_arguments)
-
-
-def run_action(main: Callable[[str], None], actions: Sequence[str]) -> None:
-  """As `run`, for a binary whose argument says what to do; the first action if there is none."""
-
-  def with_action(arguments: Sequence[str]) -> None:
-    action = arguments[0] if arguments else actions[0]
-    if action not in actions or len(arguments) > 1:
-      raise UsageError(
-        f'unexpected argument {arguments[-1]!r}; one of {", ".join(actions)} may be given'
-      )
-    main(action)
-
-  _run(with_action)
-
-
-def _run(main: Callable[[Sequence[str]], None]) -> None:
+  Args:
+    main: the binary.
+    actions: what `main` takes one of, if the first argument of the command line says what to do.
+      The first of them is the default.
+  """
   flags.define_flags(RuntimeConfig)
-  app.run(functools.partial(_guarded, main), flags_parser=_parse_flags)
+  app.run(functools.partial(_guarded, main, actions=actions), flags_parser=_parse_flags)
 
 
-def _guarded(main: Callable[[Sequence[str]], None], argv: list[str]) -> None:
+def _guarded(main: Callable[..., None], argv: list[str], actions: Sequence[str] = ()) -> None:
   if not absl_flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # JAX tells at length which platforms it did not find
   try:
+    action = _action(argv[1:], actions)
     use_compilation_cache(flags.from_flags(RuntimeConfig).compilation_cache_dir)
-    main(argv[1:])
+    main(*action)
     sys.stdout.flush()  # a full disk is told in a line as well
   except ArgumentError as error:
     # An argument of the library that is no flag: the command line may be right, and its result bad.
@@ -102,6 +85,21 @@ def _guarded(main: Callable[[Sequence[str]], None], argv: list[str]) -> None:
     if message is None:
       raise
     _fail(1, message)
+
+
+def _action(arguments: list[str], actions: Sequence[str]) -> Sequence[str]:
+  """The action that the arguments name, as arguments of `main`; none for a binary without any.
+
+  Raises:
+    UsageError: for any other argument.
+  """
+  if not actions and arguments:
+    raise UsageError(f'unexpected argument {arguments[0]!r}; settings are given as --flag=value')
+  if len(arguments) > 1 or not set(arguments) <= set(actions):
+    raise UsageError(
+      f'unexpected argument {arguments[-1]!r}; one of {", ".join(actions)} may be given'
+    )
+  return arguments or actions[:1]
 
 
 def failures() -> tuple[type[Exception], ...]:

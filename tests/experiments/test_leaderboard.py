@@ -1,0 +1,173 @@
+"""The leaderboard: which results it refuses; its page and figure are those of the entries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiments import leaderboard as binary
+from experiments import pretrain
+from experiments.cli.flags import UsageError, to_dict
+from experiments.reproduction import document, leaderboard, manifest, rows
+from tests.experiments.test_report import write_probe, write_run
+from tests.experiments.test_results import CONTENT, ROOT, changed, measured, write
+
+RADII = [0.0, 0.1, 0.2]
+ACCURACY = [0.9, 0.7, 0.4]
+CHECKS = [
+  {'number': number, 'name': f'check {number}', 'verdict': 'pass', 'figure': 'all', 'values': {}}
+  for number in range(1, 13)
+]
+
+
+def attacked(directory: Path, seed: int = 0, **changes) -> dict:
+  """An admissible result of a probe, with some values changed, in the directory of its run."""
+  write_run(directory, seed=seed)
+  result = write_probe(directory)
+  result |= {
+    'radii': RADII,
+    'accuracy': ACCURACY,
+    'interval': [[value - 0.01, value + 0.01] for value in ACCURACY],
+    'checks': CHECKS,
+    'data': {'source': 'files', 'digest': leaderboard.DATA},
+    'evaluation': {'attack': 'worst_case'},
+    'versions': {'jax': '0.10.2'},
+    'pretraining': to_dict(pretrain.PretrainConfig()) | {'seed': seed},
+  }
+  for path, value in changes.items():
+    *parents, last = path.split('__')
+    place = result
+    for key in parents:
+      place = place[key]
+    place[last] = value
+  (directory / 'probe_digit_worst_case.json').write_text(json.dumps(result))
+  return result
+
+
+def config_of(folder: Path, *directories: Path, **changes) -> binary.LeaderboardConfig:
+  page = folder.parent / 'page.md'
+  if not page.exists():
+    page.write_text('# Title\n\n<!-- leaderboard -->\nold\n<!-- end of leaderboard -->\n\nRules.\n')
+  named = {'name': 'mine', 'title': 'Mine'} if directories else {}
+  values = {
+    'workdir': tuple(map(str, directories)) or None,
+    'results': str(folder),
+    'page': str(page),
+    'figure': str(folder.parent / 'figure.png'),
+    **({'name': 'mine', 'title': 'Mine'} if directories else {}),
+  }
+  return binary.LeaderboardConfig(**values | changes)
+
+
+def test_an_entry_stands_on_the_page_and_in_the_figure(tmp_path):
+  folder = write(tmp_path, changed('rows', 'smooth', 'leaderboard', value=True))
+  weak = measured('smooth', [0.8, 0.5])
+  weak['radii'] = weak['seeds'][0]['radii'] = RADII
+  weak['seeds'][0]['accuracy'] = [0.8, 0.5, 0.1]
+  rows.write(folder, weak)
+  attacked(tmp_path / 'a', 0)
+  attacked(tmp_path / 'b', 1, accuracy=[0.8, 0.6, 0.4])
+  config = config_of(folder, tmp_path / 'a', tmp_path / 'b', link='https://example.org/mine')
+  entries = binary.run('add', config)
+  assert [entry['name'] for entry in entries] == ['mine', 'smooth']
+  text = (tmp_path / 'page.md').read_text()
+  assert text.startswith('# Title\n') and text.endswith('Rules.\n') and 'old' not in text
+  mine = next(line for line in text.splitlines() if 'Mine' in line)
+  assert mine.startswith(
+    '| 1 | [Mine](https://example.org/mine) | no | .850 ± .050 | .650 ± .050 | .400 ± .000 |'
+  )
+  assert mine.endswith('| 2 | 1,000 | 24 passed |')
+  assert (tmp_path / 'figure.png').read_bytes().startswith(b'\x89PNG')
+  stored = json.loads((folder / 'leaderboard' / 'mine.json').read_text())
+  assert [seed['seed'] for seed in stored['seeds']] == [0, 1]
+  assert '--gamma=1.0' in stored['commands'][0] and 'workdir' not in stored['commands'][0]
+  before = text
+  binary.run('render', config_of(folder))
+  assert (tmp_path / 'page.md').read_text() == before
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'data__digest': 'abc'}, 'test images of MNIST'),
+    ({'pretraining__validation': True}, 'held out'),
+    ({'task': 'color'}, 'task must be digit'),
+    ({'evaluation__attack': 'standard'}, 'must be worst_case'),
+    ({'num_examples': 999}, 'at least 1000'),
+    ({'radii': [0.0, 0.1, 0.3]}, 'must have 0.2'),
+    ({'config__pgd_steps': 39}, '--pgd_steps must be at least 40'),
+    ({'config__num_queries': 999}, '--num_queries must be at least 1000'),
+    ({'checks': []}, 'check 1 must pass; it is missing'),
+    ({'checks': [*CHECKS[:2], {**CHECKS[2], 'verdict': 'fail'}, *CHECKS[3:]]}, 'check 3 must pass'),
+  ],
+)
+def test_the_rules_are_checked_before_anything_is_written(tmp_path, changes, message):
+  folder = write(tmp_path, CONTENT)
+  attacked(tmp_path / 'a', **changes)
+  config = config_of(folder, tmp_path / 'a')
+  before = Path(config.page).read_text()
+  with pytest.raises(UsageError, match=message):
+    binary.run('add', config)
+  assert not (folder / 'leaderboard').exists() and Path(config.page).read_text() == before
+
+
+def test_a_check_of_an_attack_may_fail_and_is_shown(tmp_path):
+  folder = write(tmp_path, CONTENT)
+  attacked(tmp_path / 'a', checks=[*CHECKS[:6], {**CHECKS[6], 'verdict': 'fail'}, *CHECKS[7:]])
+  binary.run('add', config_of(folder, tmp_path / 'a'))
+  assert '11 passed, failed: 7' in (tmp_path / 'page.md').read_text()
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ({'name': None}, '--workdir, --name, --title'),
+    ({'name': '../up'}, '--name'),
+    ({'title': 'a | b'}, '--title'),
+    ({'workdir': ('nowhere',)}, 'has no probe_digit_worst_case.json'),
+    ({'page': 'nowhere.md'}, '--page'),
+  ],
+)
+def test_wrong_flags_are_named(tmp_path, flags, message):
+  folder = write(tmp_path, CONTENT)
+  attacked(tmp_path / 'a')
+  with pytest.raises(UsageError, match=message):
+    binary.run('add', config_of(folder, tmp_path / 'a', **flags))
+
+
+def test_a_seed_that_is_there_twice_is_refused(tmp_path):
+  folder = write(tmp_path, CONTENT)
+  attacked(tmp_path / 'a')
+  shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+  with pytest.raises(UsageError, match='seed 0 is there twice'):
+    binary.run('add', config_of(folder, tmp_path / 'a', tmp_path / 'b'))
+
+
+def test_damaged_results_are_told_in_a_line(tmp_path):
+  folder = write(tmp_path, CONTENT)
+  attacked(tmp_path / 'a')
+  (tmp_path / 'a' / 'probe_digit_worst_case.json').write_text('{')
+  with pytest.raises(UsageError, match=r'--workdir: .*no JSON'):
+    binary.run('add', config_of(folder, tmp_path / 'a'))
+
+
+def test_a_page_without_marks_is_refused(tmp_path):
+  folder = write(tmp_path, CONTENT)
+  config = config_of(folder)
+  Path(config.page).write_text('# Title\n')
+  with pytest.raises(UsageError, match='end of leaderboard'):
+    binary.run('render', config)
+
+
+def test_the_committed_page_is_that_of_the_entries():
+  found = manifest.load(ROOT / 'results' / 'manifest.yaml')
+  listed = leaderboard.entries(found, ROOT / 'results')
+  text = (ROOT / 'docs' / 'leaderboard.md').read_text()
+  assert leaderboard.page(text, listed) == text
+  for row in listed:
+    assert row['data'] == leaderboard.DATA and row['attack'] == 'worst_case', row['name']
+    assert min(seed['num_examples'] for seed in row['seeds']) >= leaderboard.LEAST_IMAGES
+    assert document.checks_of(row) != 'not run'
