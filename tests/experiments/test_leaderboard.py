@@ -51,7 +51,6 @@ def config_of(folder: Path, *directories: Path, **changes) -> binary.Leaderboard
   page = folder.parent / 'page.md'
   if not page.exists():
     page.write_text('# Title\n\n<!-- leaderboard -->\nold\n<!-- end of leaderboard -->\n\nRules.\n')
-  named = {'name': 'mine', 'title': 'Mine'} if directories else {}
   values = {
     'workdir': tuple(map(str, directories)) or None,
     'results': str(folder),
