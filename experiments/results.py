@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from experiments import pretrain
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
 from experiments.reproduction import claims, manifest, plan
-from experiments.scheduling import placement
-from se_vae.config import setting, validate
+from experiments.scheduling import jobs, placement
+from se_vae.config import ArgumentError, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.reproduction import document, rows
@@ -92,15 +92,19 @@ def run(action: str, config: ResultsConfig, stop: signals.StopSignal) -> bool:
     print(_listed(planned, chosen))
     return True
   workdirs.check_directory('workdir', str(workdir))
-  measured = {}
-  for name, row in _measured(config.placement, planned, chosen, stop):
+  measured: dict[str, rows.Measured] = {}
+
+  def done(name: str, row: rows.Measured) -> None:
     measured[name] = row
     if action == 'build':
       print(f'{rows.write(results, row)}: finished')
-  if action == 'check':
-    return _compare(found, measured)
-  render(found, results)
-  return True
+
+  try:
+    _measure(config.placement, planned, chosen, stop, done)
+  finally:
+    if action == 'build' and measured:
+      render(found, results)
+  return action == 'build' or _compare(found, measured)
 
 
 def check_claims(found: manifest.Manifest) -> None:
@@ -155,31 +159,61 @@ def _listed(planned: plan.Plan, chosen: list[str]) -> str:
   return '\n'.join([*lines, f'{len(chosen)} rows, {total:.0f} core-minutes'])
 
 
-def _measured(
+def _measure(
   where: placement.PlacementConfig,
   planned: plan.Plan,
   chosen: list[str],
   stop: signals.StopSignal,
-) -> Iterator[tuple[str, rows.Measured]]:
-  """Does what is missing of rows, section by section; yields each row when it is finished."""
+  done: Callable[[str, rows.Measured], None],
+) -> None:
+  """Does what is missing of rows, section by section; `done` takes each row when it is finished.
+
+  Raises:
+    ArgumentError: for wrong settings, before the first run.
+    Interrupted: when `stop` has a signal.
+    RunsFailedError: if runs failed, after all that do not need them.
+  """
   for name in chosen:
     for seed in planned.manifest.rows[name]['seeds']:
-      planned.job(name, seed)  # all settings of all rows are checked before the first run
+      planned.job(name, seed)  # its settings are checked
   failed: app.RunsFailedError | None = None
   for group in _groups(planned.manifest, chosen):
-    try:
-      for wave in planned.waves(group):
-        for job in wave:
-          job.check()
-        placement.run_all(wave, where, planned.workdir, stop, lambda job, outcome: None)
-    except app.RunsFailedError as error:
-      failed = error
-    for name in group:
-      row = _row(planned, name)
-      if row is not None:
-        yield name, row
+    left = list(group)
+
+    def report(job: jobs.AnyJob, outcome: jobs.Outcome, left: list[str] = left) -> None:
+      for name in [name for name in left if _is_of(planned, name, job)]:
+        if (row := _row(planned, name)) is not None:
+          left.remove(name)
+          done(name, row)
+
+    for wave in planned.waves(group):
+      try:
+        ready = list(_ready(wave, failed is not None))
+        placement.run_all(ready, where, planned.workdir, stop, report)
+      except app.RunsFailedError as error:
+        failed = error
   if failed is not None:
     raise failed
+
+
+def _ready(wave: list[jobs.AttackedJob], some_failed: bool) -> Iterator[jobs.AttackedJob]:
+  """The jobs that can be done: where runs failed before, not those that need them."""
+  for job in wave:
+    try:
+      job.check()
+    except ArgumentError:
+      if not some_failed:
+        raise
+    else:
+      yield job
+
+
+def _is_of(planned: plan.Plan, name: str, job: jobs.AnyJob) -> bool:
+  """Whether a job attacks what a row needs, and does not only train it."""
+  if isinstance(job, jobs.Job) and not job.attacks:
+    return False
+  seeds = planned.manifest.rows[name]['seeds']
+  return any(planned.job(name, seed).workdir == job.workdir for seed in seeds)
 
 
 def _groups(found: manifest.Manifest, chosen: list[str]) -> Iterator[list[str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import yaml
 
 from experiments import results
-from experiments.cli import signals
+from experiments.cli import app, signals
 from experiments.cli.flags import UsageError
 from experiments.reproduction import claims, document, manifest, plan, rows
 from se_vae.config import ArgumentError
@@ -381,6 +383,32 @@ def test_a_classifier_is_a_row(tmp_path):
   assert row['seeds'][0]['seed'] == 3 and row['seeds'][0]['held_out'] == {}
   line = next(line for line in page(folder).text().splitlines() if '`plain`' in line)
   assert line.split(' | ')[-4:-2] == ['', '']  # neither an ELBO nor latents
+
+
+def test_a_run_that_fails_stops_only_what_needs_it(tmp_path, capsys):
+  content = changed('encoders', 'se', 'flags', value=f'{TINY} --learning_rate=1e30')
+  folder = write(tmp_path, content)
+  with pytest.raises(app.RunsFailedError):
+    results.run('build', config_of(folder, seeds=1), signals.StopSignal())
+  assert rows.read(folder, 'plain') is not None and rows.read(folder, 'smooth') is None
+  assert 'se, seed 0' in capsys.readouterr().err
+  assert '`make results ROWS=smooth`' in (tmp_path / 'RESULTS.md').read_text()
+
+
+def test_a_build_that_is_interrupted_keeps_what_is_finished(built, tmp_path):
+  content = changed('encoders', 'se', 'flags', value=f'{TINY} --gamma=2')  # not built before
+  content['sections'] = [
+    {'title': 'one', 'text': '', 'rows': [name]} for name in ('plain', 'smooth')
+  ]
+  folder = write(tmp_path, content)
+  stop = signals.StopSignal()
+  stop.signum = signal.SIGTERM  # heard when the next encoder trains
+  config = config_of(folder, workdir=str(shutil.copytree(built.parent / 'runs', tmp_path / 'runs')))
+  shutil.rmtree(tmp_path / 'runs' / 'se')
+  with pytest.raises(signals.Interrupted):
+    results.run('build', config, stop)
+  assert rows.read(folder, 'plain') is not None and rows.read(folder, 'smooth') is None
+  assert '`plain`' in (tmp_path / 'RESULTS.md').read_text()
 
 
 def test_two_attacks_on_one_encoder_are_one_job(tmp_path):
