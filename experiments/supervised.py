@@ -4,14 +4,14 @@ r"""Trains a classifier adversarially, with labels: how robust the same network 
 
 The network is the encoder's, up to its means, with a linear layer on top: what `experiments.probe`
 attacks, trained as one on PGD's images (Madry et al., 2018). A smooth encoder, which sees no label,
-is not expected to reach it. Writes result.json. The same command continues a run that was
-interrupted.
+is not expected to reach it. With --labels_per_class=10 it trains on 10 images of each class alone,
+those that `probe` fits its own probe to with the same flag and --seed. Writes result.json. The same
+command continues a run that was interrupted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae.storage import checkpoints
 
 # Flags of probe that are about a frozen encoder, or about printing.
-_UNUSED = ('surrogate', 'joint', 'moves', 'strict', 'standardize', 'l2')
+_UNUSED = ('surrogate', 'joint', 'moves', 'strict', 'standardize', 'l2', 'labels_per_class')
 
 # Results do not depend on these settings, which may differ when a run is resumed.
 _PLACES = ('workdir', 'data_dir', 'cache_dir')
@@ -48,6 +48,11 @@ class SupervisedConfig:
   workdir: str | None = setting(None, 'Directory of this run; everything but downloads goes there.')
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  labels_per_class: int | None = setting(
+    None,
+    'Training examples of each class, a random draw; all if not given.',
+    at_least=1,
+  )
   radius: float = setting(0.2, 'linf radius of the attack in training.', at_least=0, at_most=1)
   growth: float = setting(
     0.3, 'Share of the steps in which the radius grows to its size.', at_least=0, at_most=1
@@ -59,7 +64,10 @@ class SupervisedConfig:
     1e-3, 'Peak learning rate of Adam, with a cosine schedule.', above=0
   )
   seed: int = setting(
-    0, 'Seed of initialisation, batch order and attacks.', at_least=0, at_most=2**31 - 1
+    0,
+    'Seed of initialisation, batch order, attacks and the draw of labels.',
+    at_least=0,
+    at_most=2**31 - 1,
   )
   checkpoint_every: int = setting(2000, 'Steps between checkpoints.', at_least=1)
   probe: str = setting('', "Flags of probe, for the attack: '--attack=worst_case --restarts=3'.")
@@ -150,6 +158,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   pretrain.check_batch_size(config.batch_size, dataset)
   with flags.errors_begin_with('--probe'):
     probe.check_fits(attack, dataset, config.model)
+  rows = _labelled(config, dataset, attack.task)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
   devices.check_memory(config.model, dataset.train.images.shape[1:], mesh, part='encoder')
   with workdirs.lock(workdir, recording.RESULT):
@@ -160,7 +169,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
       and _settings(before['config']) == _settings(flags.to_dict(config))
     ):
       return before
-    classifier, params = _train(config, workdir, attack.task, dataset, mesh, stop)
+    classifier, params = _train(config, workdir, attack.task, dataset, rows, mesh, stop)
     outcome = probe.evaluate(
       attack,
       attack_mesh,
@@ -190,15 +199,30 @@ def _settings(stored: dict[str, Any], free: tuple[str, ...] = _PLACES) -> dict[s
   return flags.to_dict(SupervisedConfig()) | stored | dict.fromkeys(free)
 
 
+def _labelled(config: SupervisedConfig, dataset: data.Dataset, task: str) -> np.ndarray:
+  """The training examples whose labels may be used.
+
+  Raises:
+    ArgumentError: if a class has fewer than are asked for, or a batch needs more than there are.
+  """
+  labels, num_classes = dataset.train.labels[task], dataset.num_classes[task]
+  rows = data.few_labels(labels, num_classes, config.labels_per_class, seed=config.seed)
+  if config.batch_size > len(rows):
+    message = f'must be at most the {len(rows)} labelled examples; got {config.batch_size}'
+    raise ArgumentError('batch_size', message)
+  return rows
+
+
 def _train(
   config: SupervisedConfig,
   workdir: Path,
   task: str,
   dataset: data.Dataset,
+  rows: np.ndarray,
   mesh: jax.sharding.Mesh,
   stop: signals.StopSignal,
 ) -> tuple[linear_probe.ProbedEncoder, Any]:
-  """Returns the trained classifier and its parameters.
+  """Returns the classifier, trained on some `rows` of the data set, and its parameters.
 
   Training starts from the newest checkpoint if there is one.
   """
@@ -237,9 +261,11 @@ def _train(
       raise ArgumentError('workdir', f'the run in {workdir} was started with other settings')
     dataset.check_is_that_of(saved['digest'])
     state = State(**found.restore(template))
-  indices_for = functools.partial(
-    data.batch_indices, config.seed, batch_size=config.batch_size, num_examples=len(images)
-  )
+
+  def indices_for(step: int, num_steps: int) -> np.ndarray:
+    places = data.batch_indices(config.seed, step, num_steps, config.batch_size, len(rows))
+    return rows[places].astype(np.int32)
+
   with messages.progress_bar(config.num_steps, 'supervised', initial=int(state.step)) as bar:
     for progress in training.run(
       SupervisedStep(classifier),

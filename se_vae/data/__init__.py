@@ -6,6 +6,7 @@ Importing this package opens no file, imports no source of data and uses no JAX 
 from se_vae.data.batches import batch_indices, batch_stream
 from se_vae.data.datasets import Dataset, Split, check, load
 from se_vae.data.examples import DataError
+from se_vae.data.few_labels import few_labels
 from se_vae.data.mnist import read_idx
 from se_vae.data.transforms import COLORS, central_square, colorize, pixels
 
@@ -19,6 +20,7 @@ __all__ = [
   'central_square',
   'check',
   'colorize',
+  'few_labels',
   'load',
   'pixels',
   'read_idx',
