@@ -94,7 +94,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   else:
     output = workdirs.check_workdir(config.workdir, lock_name=LOCK)
   model, params, metadata, checkpoint = _load(argument, run)
-  dataset = _load_dataset(config, metadata, output)
+  dataset = data.with_task(_load_dataset(config, metadata, output), config.task)
   check_fits(config, dataset)
   _method(config, model)
   if config.dataset is None:
@@ -372,7 +372,7 @@ def _joint(
   progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
   """The curve of examples on which no single image misleads the probes of all tasks."""
-  tasks, count = tuple(prepared.dataset.num_classes), len(prepared.images)
+  tasks, count = probe_settings.joint_tasks(prepared.dataset), len(prepared.images)
   probes = [probe if t == config.task else fit(config, prepared, means, t) for t in tasks]
   labels = [prepared.dataset.test.labels[task][:count] for task in tasks]
   curve = latent_shift.joint_accuracy(
@@ -415,7 +415,7 @@ def check_fits(
     raise ArgumentError('certify_method', 'needs certify')
   if config.certify_slope_steps and (not config.certify or config.certify_method == 'ibp'):
     raise ArgumentError('certify_slope_steps', 'needs certify, by crown or crown_ibp')
-  probe_settings.check_data(config, dataset)
+  probe_settings.check_data(config, data.with_task(dataset, config.task))
 
 
 if __name__ == '__main__':

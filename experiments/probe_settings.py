@@ -15,7 +15,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
   from se_vae import data
 
-TASKS = ('digit', 'color', 'label')
+TASKS = ('digit', 'color', 'label', 'parity', 'thickness', 'slant')
 RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 
 CERTIFICATES = ('ibp', 'crown_ibp', 'crown')  # of se_vae.certification, which would import JAX
@@ -140,12 +140,23 @@ def fitted_rows(config: ProbeConfig, dataset: data.Dataset, task: str) -> np.nda
   return data.few_labels(labels, num_classes, config.labels_per_class, seed=config.seed)
 
 
+def joint_tasks(dataset: data.Dataset) -> tuple[str, ...]:
+  """The tasks that --joint attacks together: those of the data set itself."""
+  return tuple(task for task in dataset.num_classes if task not in data.DERIVED_TASKS)
+
+
 def check_data(config: ProbeConfig, dataset: data.Dataset) -> None:
-  """Raises ArgumentError unless a data set has the tasks and the examples that are asked for."""
+  """Raises ArgumentError unless a data set has the tasks and the examples that are asked for.
+
+  Args:
+    config: the settings.
+    dataset: `with_task` of them.
+  """
   if config.task not in dataset.num_classes:
-    tasks = ', '.join(dataset.num_classes)
+    tasks = ', '.join(data.tasks_of(dataset))
     raise ArgumentError('task', f'{dataset.name} has no task {config.task}; its tasks are {tasks}')
-  for task in dataset.num_classes if config.joint else (config.task,):
+  joint = joint_tasks(dataset)
+  for task in dict.fromkeys((config.task, *(joint if config.joint else ()))):
     missing = set(range(dataset.num_classes[task])) - set(dataset.train.labels[task].tolist())
     if missing:
       raise ArgumentError(
@@ -154,8 +165,8 @@ def check_data(config: ProbeConfig, dataset: data.Dataset) -> None:
         f'{", ".join(map(str, sorted(missing)))}, and names {dataset.num_classes[task]}',
       )
     fitted_rows(config, dataset, task)
-  if config.joint and len(dataset.num_classes) < 2:
-    raise ArgumentError('joint', f'needs several tasks; {dataset.name} has {config.task} alone')
+  if config.joint and len(joint) < 2:
+    raise ArgumentError('joint', f'needs several tasks; {dataset.name} has {joint[0]} alone')
   available = len(dataset.test.images)
   if config.num_examples is not None and config.num_examples > available:
     raise ArgumentError(

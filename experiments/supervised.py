@@ -154,7 +154,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   """
   workdir = workdirs.check_workdir(config.workdir, workdirs.SUPERVISED)
   attack = probe_settings.parse(config.probe, unused=_UNUSED)
-  dataset = pretrain.load_dataset(config.data, workdir)
+  dataset = data.with_task(pretrain.load_dataset(config.data, workdir), attack.task)
   pretrain.check_batch_size(config.batch_size, dataset)
   with flags.errors_begin_with('--probe'):
     probe.check_fits(attack, dataset, config.model)

@@ -8,10 +8,12 @@ from se_vae.data.datasets import Dataset, Split, check, load
 from se_vae.data.examples import DataError
 from se_vae.data.few_labels import few_labels
 from se_vae.data.mnist import read_idx
+from se_vae.data.tasks import DERIVED_TASKS, slant, tasks_of, thickness, with_task
 from se_vae.data.transforms import COLORS, central_square, colorize, pixels
 
 __all__ = [
   'COLORS',
+  'DERIVED_TASKS',
   'DataError',
   'Dataset',
   'Split',
@@ -24,4 +26,8 @@ __all__ = [
   'load',
   'pixels',
   'read_idx',
+  'slant',
+  'tasks_of',
+  'thickness',
+  'with_task',
 ]
