@@ -5,15 +5,17 @@ r"""Trains a classifier adversarially, with labels: how robust the same network 
 The network is the encoder's, up to its means, with a linear layer on top: what `experiments.probe`
 attacks, trained as one on PGD's images (Madry et al., 2018). A smooth encoder, which sees no label,
 is not expected to reach it. With --labels_per_class=10 it trains on 10 images of each class alone,
-those that `probe` fits its own probe to with the same flag and --seed. Writes result.json. The same
-command continues a run that was interrupted.
+those that `probe` fits its own probe to with the same flag and --seed. --certified_weight adds the
+worst logits within interval bounds of the ball (Gowal et al., 2018): a ceiling for certified
+accuracy, with --probe='--certify'. Writes result.json. The same command continues a run that was
+interrupted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from etils import epy
 
@@ -25,12 +27,13 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
   import jax.numpy as jnp
   import numpy as np
+  import optax
 
   from experiments.visual import probe_results
-  from se_vae import attacks, data, training
+  from se_vae import attacks, certification, data, training
   from se_vae.attacks import losses
   from se_vae.evaluation import linear_probe
-  from se_vae.models import vae
+  from se_vae.models import layer_lists, vae
   from se_vae.parallel import sharding
   from se_vae.storage import checkpoints
 
@@ -58,6 +61,13 @@ class SupervisedConfig:
     0.3, 'Share of the steps in which the radius grows to its size.', at_least=0, at_most=1
   )  # not 0 by default: a large radius from the start teaches nothing at all
   pgd_steps: int = setting(20, 'Gradient steps of the attack in training.', at_least=1)
+  certified_weight: float = setting(
+    0.0,
+    'Share in the loss of the worst logits within interval bounds of the ball. The attack has the '
+    'rest, and with 1 nothing is attacked.',
+    at_least=0,
+    at_most=1,
+  )
   num_steps: int = setting(10_000, 'Training steps.', at_least=1)
   batch_size: int = setting(64, 'Examples a step.', at_least=1)
   learning_rate: float = setting(
@@ -76,11 +86,14 @@ class SupervisedConfig:
     validate(self)
 
 
+Params: TypeAlias = 'tuple[vae.Params, linear_probe.LinearProbe]'
+
+
 class State(NamedTuple):
   """Everything that a training step changes."""
 
   step: jax.Array
-  params: tuple[vae.Params, linear_probe.LinearProbe]
+  params: Params
   opt_state: Any
 
 
@@ -90,9 +103,11 @@ class SupervisedStep:
 
   Attributes:
     classifier: the encoder's means with a linear layer.
+    certified_weight: the share of the loss that is a bound over the whole ball, in [0, 1].
   """
 
   classifier: linear_probe.ProbedEncoder
+  certified_weight: float = 0.0
 
   def __call__(
     self,
@@ -114,18 +129,27 @@ class SupervisedStep:
     objective, aim = losses.CrossEntropy(self.classifier), losses.Aim(labels[examples])
     done = (state.step + 1).astype(jnp.float32)
     size = jnp.minimum(1.0, done / jnp.maximum(1.0, growth * config.num_steps))
-    x_adv = attacks.pgd(
-      objective,
-      jax.random.fold_in(key, state.step),
-      x,
-      radius=config.radius * size,
-      num_steps=config.pgd_steps,
-      args=(aim, *state.params),
-      index=sharding.positions(len(x)),
-    )
+    radius, weight = config.radius * size, self.certified_weight * size
 
-    def loss(params: Any) -> jax.Array:
-      return jnp.mean(objective(x_adv, aim, *params))
+    def attacked() -> jax.Array:
+      return attacks.pgd(
+        objective,
+        jax.random.fold_in(key, state.step),
+        x,
+        radius=radius,
+        num_steps=config.pgd_steps,
+        args=(aim, *state.params),
+        index=sharding.positions(len(x)),
+      )
+
+    x_adv = jax.lax.cond(weight < 1.0, attacked, lambda: x) if self.certified_weight else attacked()
+
+    def loss(params: Params) -> jax.Array:
+      value = jnp.mean(objective(x_adv, aim, *params))
+      if not self.certified_weight:
+        return value
+      bound = jnp.mean(certified_loss(self.classifier.model, params, x, aim.labels, radius))
+      return (1.0 - weight) * value + weight * bound
 
     value, gradients = sharding.mean_over_devices(jax.value_and_grad(loss)(state.params))
     optimizer = training.make_optimizer(config)
@@ -133,6 +157,37 @@ class SupervisedStep:
       optimizer, gradients, state.opt_state, state.params
     )
     return State(state.step + 1, params, opt_state), {'loss': value}
+
+
+def layers_of(model: vae.VAE, params: Params) -> tuple[certification.Layer, ...]:
+  """Returns the classifier as layers from images to logits, the last two linear ones as one.
+
+  Interval bounds are tighter that way.
+
+  Raises:
+    TypeError: for an encoder that cannot be certified, by name.
+  """
+  encoder, (_, last) = layer_lists.encoder_of(model, params[0]), params
+  weights = jnp.matmul(encoder.mean.weights, last.weights, precision='highest')
+  bias = jnp.matmul(encoder.mean.bias, last.weights, precision='highest') + last.bias
+  return (*encoder.trunk, certification.Dense(weights, bias))
+
+
+def certified_loss(
+  model: vae.VAE, params: Params, x: jax.Array, labels: jax.Array, radius: jax.typing.ArrayLike
+) -> jax.Array:
+  """Returns upper bounds `[B]` of the cross-entropy, in nats, over the linf balls of images.
+
+  Args:
+    model: the model whose encoder is part of the classifier.
+    params: of the encoder, and the linear layer.
+    x: images `[B, H, W, C]` in [0, 1].
+    labels: `[B]`.
+    radius: of the balls.
+  """
+  region, method = certification.ball(x, radius), certification.Method('ibp')
+  worst = certification.worst_logits(layers_of(model, params), region, labels, method)
+  return optax.losses.softmax_cross_entropy_with_integer_labels(worst, labels)
 
 
 def main() -> None:
@@ -159,6 +214,8 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   with flags.errors_begin_with('--probe'):
     probe.check_fits(attack, dataset, config.model)
   rows = _labelled(config, dataset, attack.task)
+  if config.certified_weight:
+    _check_can_be_certified(config.model, dataset)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
   devices.check_memory(config.model, dataset.train.images.shape[1:], mesh, part='encoder')
   with workdirs.lock(workdir, recording.RESULT):
@@ -211,6 +268,14 @@ def _labelled(config: SupervisedConfig, dataset: data.Dataset, task: str) -> np.
     message = f'must be at most the {len(rows)} labelled examples; got {config.batch_size}'
     raise ArgumentError('batch_size', message)
   return rows
+
+
+def _check_can_be_certified(config: ModelConfig, dataset: data.Dataset) -> None:
+  model = vae.make_vae(tuple(dataset.train.images.shape[1:]), **flags.to_dict(config))
+  try:
+    jax.eval_shape(lambda key: layer_lists.encoder_of(model, model.init(key)), jax.random.key(0))
+  except TypeError as error:
+    raise ArgumentError('certified_weight', str(error)) from None
 
 
 def _train(
@@ -268,7 +333,7 @@ def _train(
 
   with messages.progress_bar(config.num_steps, 'supervised', initial=int(state.step)) as bar:
     for progress in training.run(
-      SupervisedStep(classifier),
+      SupervisedStep(classifier, config.certified_weight),
       state,
       (train_config, config.growth, key, labels),
       images,
