@@ -63,8 +63,8 @@ class SupervisedConfig:
   pgd_steps: int = setting(20, 'Gradient steps of the attack in training.', at_least=1)
   certified_weight: float = setting(
     0.0,
-    'Share in the loss of the worst logits within interval bounds of the ball. The attack has the '
-    'rest, and with 1 nothing is attacked.',
+    'Share in the loss of the worst logits within interval bounds of the ball, beside the images of '
+    'the attack. It grows with the radius.',
     at_least=0,
     at_most=1,
   )
@@ -103,7 +103,8 @@ class SupervisedStep:
 
   Attributes:
     classifier: the encoder's means with a linear layer.
-    certified_weight: the share of the loss that is a bound over the whole ball, in [0, 1].
+    certified_weight: the share of the loss that is a bound over the whole ball, in [0, 1], once the
+      radius has grown; it grows in proportion, since the first bounds are huge.
   """
 
   classifier: linear_probe.ProbedEncoder
