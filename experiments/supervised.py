@@ -63,8 +63,8 @@ class SupervisedConfig:
   pgd_steps: int = setting(20, 'Gradient steps of the attack in training.', at_least=1)
   certified_weight: float = setting(
     0.0,
-    'Share in the loss of the worst logits within interval bounds of the ball, beside the images of '
-    'the attack. It grows with the radius.',
+    'Share in the loss of the worst logits within interval bounds of the ball, beside the attack. '
+    'It grows with the radius.',
     at_least=0,
     at_most=1,
   )
