@@ -66,8 +66,11 @@ def _encoders_of_old_results(attack: dict[str, Any]) -> tuple[Any, ...]:
 def _settings(attack: dict[str, Any]) -> dict[str, Any]:
   """Returns those of a probe's settings that its result depends on, by their names of now.
 
-  Those of certificates are none if there are no certificates, as in results of earlier versions.
+  Those of certificates are none if there are no certificates, and `labels_per_class` is none if the
+  probe is fitted to all labels, as in results of earlier versions.
   """
   named = {_RENAMED.get(name, name): value for name, value in attack['config'].items()}
   free = _FREE_SETTINGS if named.get('certify') else (*_FREE_SETTINGS, *_OF_CERTIFICATES)
+  if named.get('labels_per_class') is None:
+    free = (*free, 'labels_per_class')
   return {name: value for name, value in named.items() if name not in free}

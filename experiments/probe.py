@@ -9,9 +9,10 @@ attack log and the adversarial image of every example) to the same directory, or
 then only reads the run. With --attack=worst_case the files are named `probe_TASK_worst_case`;
 `robustness.json` holds all results. --certify adds the certified curve, which no attack can bring
 the accuracy below. --joint adds the curve of one attack on all tasks together, and --moves the
-largest latent shift, with `_moves.csv`. With --strict the exit code is 1 if a check fails. An
-interrupted attack continues when the same command is given again. A finished one is not repeated
-until its JSON file is removed. Certificates begin again.
+largest latent shift, with `_moves.csv`. With --labels_per_class=10 the probe is fitted to 10 labels
+a class, and the files are named `probe_TASK_10_labels`. With --strict the exit code is 1 if a check
+fails. An interrupted attack continues when the same command is given again. A finished one is not
+repeated until its JSON file is removed. Certificates begin again.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def prepare(config: ProbeConfig) -> Prepared:
   else:
     output = workdirs.check_workdir(config.workdir, lock_name=LOCK)
   model, params, metadata, checkpoint = _load(argument, run)
-  dataset = _load_dataset(config, metadata, output)
+  dataset = data.with_task(_load_dataset(config, metadata, output), config.task)
   check_fits(config, dataset)
   _method(config, model)
   if config.dataset is None:
@@ -187,8 +188,9 @@ def fit(
   """The probe for a task (--task if None), fitted to `train_means`."""
   task = config.task if task is None else task
   labels, num_classes = prepared.dataset.train.labels[task], prepared.dataset.num_classes[task]
+  rows = probe_settings.fitted_rows(config, prepared.dataset, task)
   return linear_probe.fit_probe(
-    means, labels, num_classes, l2=config.l2, standardize=config.standardize
+    means[rows], labels[rows], num_classes, l2=config.l2, standardize=config.standardize
   )
 
 
@@ -211,12 +213,13 @@ def run(
     means = train_means(prepared, prepared.model, prepared.params)
     stop.check()
     probe = fit(config, prepared, means)
+    fitted = probe_settings.fitted_rows(config, prepared.dataset, config.task)
     stop.check()
     surrogate = None
     if prepared.surrogate is not None:
       other, other_params, *_ = prepared.surrogate
-      fitted = fit(config, prepared, train_means(prepared, other, other_params))
-      surrogate = linear_probe.ProbedEncoder(other), (other_params, fitted)
+      other_probe = fit(config, prepared, train_means(prepared, other, other_params))
+      surrogate = linear_probe.ProbedEncoder(other), (other_params, other_probe)
     extra: dict[str, Any] = {}
     if config.joint:
       with _progress(f'{description}, joint', stop) as progress:
@@ -249,7 +252,7 @@ def run(
     result = {
       **probe_results.claim(config.task, outcome),
       'train_accuracy': linear_probe.accuracy(
-        probe, means, prepared.dataset.train.labels[config.task]
+        probe, means[fitted], prepared.dataset.train.labels[config.task][fitted]
       ),
       'evaluation': outcome.config,
       **extra,
@@ -369,7 +372,7 @@ def _joint(
   progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
   """The curve of examples on which no single image misleads the probes of all tasks."""
-  tasks, count = tuple(prepared.dataset.num_classes), len(prepared.images)
+  tasks, count = probe_settings.joint_tasks(prepared.dataset), len(prepared.images)
   probes = [probe if t == config.task else fit(config, prepared, means, t) for t in tasks]
   labels = [prepared.dataset.test.labels[task][:count] for task in tasks]
   curve = latent_shift.joint_accuracy(
@@ -412,28 +415,7 @@ def check_fits(
     raise ArgumentError('certify_method', 'needs certify')
   if config.certify_slope_steps and (not config.certify or config.certify_method == 'ibp'):
     raise ArgumentError('certify_slope_steps', 'needs certify, by crown or crown_ibp')
-  if config.task not in dataset.num_classes:
-    tasks = ', '.join(dataset.num_classes)
-    raise ArgumentError('task', f'{dataset.name} has no task {config.task}; its tasks are {tasks}')
-  for task in dataset.num_classes if config.joint else (config.task,):
-    missing = set(range(dataset.num_classes[task])) - set(dataset.train.labels[task].tolist())
-    if missing:
-      raise ArgumentError(
-        'task',
-        f'{dataset.name} has no training example of {task} '
-        f'{", ".join(map(str, sorted(missing)))}, and names {dataset.num_classes[task]}',
-      )
-  if config.joint and len(dataset.num_classes) < 2:
-    raise ArgumentError('joint', f'needs several tasks; {dataset.name} has {config.task} alone')
-  available = len(dataset.test.images)
-  if config.num_examples is not None and config.num_examples > available:
-    raise ArgumentError(
-      'num_examples',
-      f'must be at most the {available} test examples; got {config.num_examples}',
-    )
-  labels = dataset.test.labels[config.task][: config.num_examples]
-  if (labels == labels[0]).all():
-    raise ArgumentError('num_examples', f'is too small: all are of {config.task} {labels[0]}')
+  probe_settings.check_data(config, data.with_task(dataset, config.task))
 
 
 if __name__ == '__main__':

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+from etils import epy
+
 from experiments.cli import flags
 from experiments.cli.flags import UsageError
-from se_vae.config import SUITES, setting
+from se_vae.config import SUITES, ArgumentError, setting
 
-TASKS = ('digit', 'color', 'label')
+with epy.lazy_imports():  # --help and wrong flags are answered without them
+  import numpy as np
+
+  from se_vae import data
+
+TASKS = ('digit', 'color', 'label', 'parity', 'thickness', 'slant')
 RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 
 CERTIFICATES = ('ibp', 'crown_ibp', 'crown')  # of se_vae.certification, which would import JAX
@@ -40,6 +47,11 @@ class ProbeConfig:
     "Directory for decoded images; the run's own, or 'data' in --output, if not given.",
   )
   task: str = setting('digit', 'What the probe predicts.', choices=TASKS)
+  labels_per_class: int | None = setting(
+    None,
+    'Training examples of each class that the probe is fitted to, a random draw; all if not given.',
+    at_least=1,
+  )
   attack: str = setting(
     'standard', "The paper's PGD, or a suite of strong and varied attacks.", choices=SUITES
   )
@@ -89,7 +101,9 @@ class ProbeConfig:
   batch_size: int = setting(256, 'Examples attacked at a time; changes no result.', at_least=1)
   standardize: bool = setting(False, 'Standardise each latent before the fit, as in fit_probe.')
   l2: float = setting(1.0, 'Penalty of the probe, as in fit_probe.', above=0)
-  seed: int = setting(0, 'Seed of the random starts.', at_least=0, at_most=2**31 - 1)
+  seed: int = setting(
+    0, 'Seed of the random starts and of the draw of labels.', at_least=0, at_most=2**31 - 1
+  )
 
 
 def parse(text: str, *, unused: tuple[str, ...] = ()) -> ProbeConfig:
@@ -109,6 +123,56 @@ def parse(text: str, *, unused: tuple[str, ...] = ()) -> ProbeConfig:
 
 
 def file_stem(config: ProbeConfig) -> str:
-  """The name of a result's files without suffix; each suite of attacks has a name of its own."""
+  """The name of a result's files without suffix, with what is not the default.
+
+  Example:
+    >>> file_stem(ProbeConfig(labels_per_class=10, attack='worst_case'))
+    'probe_digit_10_labels_worst_case'
+  """
+  labels = '' if config.labels_per_class is None else f'_{config.labels_per_class}_labels'
   attack = '' if config.attack == 'standard' else f'_{config.attack}'
-  return f'probe_{config.task}{attack}'
+  return f'probe_{config.task}{labels}{attack}'
+
+
+def fitted_rows(config: ProbeConfig, dataset: data.Dataset, task: str) -> np.ndarray:
+  """The training examples that the probe for a task is fitted to."""
+  labels, num_classes = dataset.train.labels[task], dataset.num_classes[task]
+  return data.few_labels(labels, num_classes, config.labels_per_class, seed=config.seed)
+
+
+def joint_tasks(dataset: data.Dataset) -> tuple[str, ...]:
+  """The tasks that --joint attacks together: those of the data set itself."""
+  return tuple(task for task in dataset.num_classes if task not in data.DERIVED_TASKS)
+
+
+def check_data(config: ProbeConfig, dataset: data.Dataset) -> None:
+  """Raises ArgumentError unless a data set has the tasks and the examples that are asked for.
+
+  Args:
+    config: the settings.
+    dataset: `with_task` of them.
+  """
+  if config.task not in dataset.num_classes:
+    tasks = ', '.join(data.tasks_of(dataset))
+    raise ArgumentError('task', f'{dataset.name} has no task {config.task}; its tasks are {tasks}')
+  joint = joint_tasks(dataset)
+  for task in dict.fromkeys((config.task, *(joint if config.joint else ()))):
+    missing = set(range(dataset.num_classes[task])) - set(dataset.train.labels[task].tolist())
+    if missing:
+      raise ArgumentError(
+        'task',
+        f'{dataset.name} has no training example of {task} '
+        f'{", ".join(map(str, sorted(missing)))}, and names {dataset.num_classes[task]}',
+      )
+    fitted_rows(config, dataset, task)
+  if config.joint and len(joint) < 2:
+    raise ArgumentError('joint', f'needs several tasks; {dataset.name} has {joint[0]} alone')
+  available = len(dataset.test.images)
+  if config.num_examples is not None and config.num_examples > available:
+    raise ArgumentError(
+      'num_examples',
+      f'must be at most the {available} test examples; got {config.num_examples}',
+    )
+  labels = dataset.test.labels[config.task][: config.num_examples]
+  if (labels == labels[0]).all():
+    raise ArgumentError('num_examples', f'is too small: all are of {config.task} {labels[0]}')

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from experiments import figure1, pretrain, recording, records, supervised
 from experiments.cli import app, flags, messages
 from experiments.cli.flags import UsageError
-from experiments.visual import report_page
+from experiments.visual import plots, report_page
 from experiments.visual.report_page import Picture, Probe, Run, Series, Style, Table
 from se_vae.config import setting, validate
 from se_vae.evaluation import verdicts
@@ -282,7 +282,8 @@ def _load_picture(path: Path, title: str, text: str) -> Picture:
 def _load_probe(path: Path) -> Probe:
   content = json_files.read(path, records.Probe)
   joint, shift = content.get('joint'), content.get('moves')
-  return _attacked(content, content['config']['attack'])._replace(
+  config = content['config']
+  return _attacked(content, config['attack'], config.get('labels_per_class'))._replace(
     joint=(' and '.join(joint['tasks']), _accuracy(joint)) if joint else None,
     latent_shift=_latent_shift(shift) if shift else None,
   )
@@ -290,14 +291,15 @@ def _load_probe(path: Path) -> Probe:
 
 def _load_classifier(path: Path) -> Probe:
   content = json_files.read(path, records.Supervised)
-  return _attacked(content, content['evaluation']['attack'])
+  labels_per_class = content['config'].get('labels_per_class')
+  return _attacked(content, content['evaluation']['attack'], labels_per_class)
 
 
-def _attacked(content: records.Attacked, attack: str) -> Probe:
+def _attacked(content: records.Attacked, attack: str, labels_per_class: int | None) -> Probe:
   checks = [SanityCheck.from_json(check) for check in content.get('checks', ())]
   certified = content.get('certified')
   return Probe(
-    task=content['task'],
+    task=plots.task_name(content['task'], labels_per_class),
     attack=attack,
     num_examples=content['num_examples'],
     step=content['step'],

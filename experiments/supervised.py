@@ -4,16 +4,18 @@ r"""Trains a classifier adversarially, with labels: how robust the same network 
 
 The network is the encoder's, up to its means, with a linear layer on top: what `experiments.probe`
 attacks, trained as one on PGD's images (Madry et al., 2018). A smooth encoder, which sees no label,
-is not expected to reach it. Writes result.json. The same command continues a run that was
+is not expected to reach it. With --labels_per_class=10 it trains on 10 images of each class alone,
+those that `probe` fits its own probe to with the same flag and --seed. --certified_weight adds the
+worst logits within interval bounds of the ball (Gowal et al., 2018): a ceiling for certified
+accuracy, with --probe='--certify'. Writes result.json. The same command continues a run that was
 interrupted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from etils import epy
 
@@ -25,17 +27,18 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import jax
   import jax.numpy as jnp
   import numpy as np
+  import optax
 
   from experiments.visual import probe_results
-  from se_vae import attacks, data, training
+  from se_vae import attacks, certification, data, training
   from se_vae.attacks import losses
   from se_vae.evaluation import linear_probe
-  from se_vae.models import vae
+  from se_vae.models import layer_lists, vae
   from se_vae.parallel import sharding
   from se_vae.storage import checkpoints
 
 # Flags of probe that are about a frozen encoder, or about printing.
-_UNUSED = ('surrogate', 'joint', 'moves', 'strict', 'standardize', 'l2')
+_UNUSED = ('surrogate', 'joint', 'moves', 'strict', 'standardize', 'l2', 'labels_per_class')
 
 # Results do not depend on these settings, which may differ when a run is resumed.
 _PLACES = ('workdir', 'data_dir', 'cache_dir')
@@ -48,18 +51,33 @@ class SupervisedConfig:
   workdir: str | None = setting(None, 'Directory of this run; everything but downloads goes there.')
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  labels_per_class: int | None = setting(
+    None,
+    'Training examples of each class, a random draw; all if not given.',
+    at_least=1,
+  )
   radius: float = setting(0.2, 'linf radius of the attack in training.', at_least=0, at_most=1)
   growth: float = setting(
     0.3, 'Share of the steps in which the radius grows to its size.', at_least=0, at_most=1
   )  # not 0 by default: a large radius from the start teaches nothing at all
   pgd_steps: int = setting(20, 'Gradient steps of the attack in training.', at_least=1)
+  certified_weight: float = setting(
+    0.0,
+    'Share in the loss of the worst logits within interval bounds of the ball, beside the attack. '
+    'It grows with the radius.',
+    at_least=0,
+    at_most=1,
+  )
   num_steps: int = setting(10_000, 'Training steps.', at_least=1)
   batch_size: int = setting(64, 'Examples a step.', at_least=1)
   learning_rate: float = setting(
     1e-3, 'Peak learning rate of Adam, with a cosine schedule.', above=0
   )
   seed: int = setting(
-    0, 'Seed of initialisation, batch order and attacks.', at_least=0, at_most=2**31 - 1
+    0,
+    'Seed of initialisation, batch order, attacks and the draw of labels.',
+    at_least=0,
+    at_most=2**31 - 1,
   )
   checkpoint_every: int = setting(2000, 'Steps between checkpoints.', at_least=1)
   probe: str = setting('', "Flags of probe, for the attack: '--attack=worst_case --restarts=3'.")
@@ -68,11 +86,23 @@ class SupervisedConfig:
     validate(self)
 
 
+Params: TypeAlias = 'tuple[vae.Params, linear_probe.LinearProbe]'
+
+
+class Prepared(NamedTuple):
+  """The work directory, the settings of the attack, the data, and the examples to train on."""
+
+  workdir: Path
+  attack: probe_settings.ProbeConfig
+  dataset: data.Dataset
+  rows: np.ndarray
+
+
 class State(NamedTuple):
   """Everything that a training step changes."""
 
   step: jax.Array
-  params: tuple[vae.Params, linear_probe.LinearProbe]
+  params: Params
   opt_state: Any
 
 
@@ -82,9 +112,12 @@ class SupervisedStep:
 
   Attributes:
     classifier: the encoder's means with a linear layer.
+    certified_weight: the share of the loss that is a bound over the whole ball, in [0, 1], once the
+      radius has grown; it grows in proportion, since the first bounds are huge.
   """
 
   classifier: linear_probe.ProbedEncoder
+  certified_weight: float = 0.0
 
   def __call__(
     self,
@@ -106,18 +139,27 @@ class SupervisedStep:
     objective, aim = losses.CrossEntropy(self.classifier), losses.Aim(labels[examples])
     done = (state.step + 1).astype(jnp.float32)
     size = jnp.minimum(1.0, done / jnp.maximum(1.0, growth * config.num_steps))
-    x_adv = attacks.pgd(
-      objective,
-      jax.random.fold_in(key, state.step),
-      x,
-      radius=config.radius * size,
-      num_steps=config.pgd_steps,
-      args=(aim, *state.params),
-      index=sharding.positions(len(x)),
-    )
+    radius, weight = config.radius * size, self.certified_weight * size
 
-    def loss(params: Any) -> jax.Array:
-      return jnp.mean(objective(x_adv, aim, *params))
+    def attacked() -> jax.Array:
+      return attacks.pgd(
+        objective,
+        jax.random.fold_in(key, state.step),
+        x,
+        radius=radius,
+        num_steps=config.pgd_steps,
+        args=(aim, *state.params),
+        index=sharding.positions(len(x)),
+      )
+
+    x_adv = jax.lax.cond(weight < 1.0, attacked, lambda: x) if self.certified_weight else attacked()
+
+    def loss(params: Params) -> jax.Array:
+      value = jnp.mean(objective(x_adv, aim, *params))
+      if not self.certified_weight:
+        return value
+      bound = jnp.mean(certified_loss(self.classifier.model, params, x, aim.labels, radius))
+      return (1.0 - weight) * value + weight * bound
 
     value, gradients = sharding.mean_over_devices(jax.value_and_grad(loss)(state.params))
     optimizer = training.make_optimizer(config)
@@ -125,6 +167,37 @@ class SupervisedStep:
       optimizer, gradients, state.opt_state, state.params
     )
     return State(state.step + 1, params, opt_state), {'loss': value}
+
+
+def layers_of(model: vae.VAE, params: Params) -> tuple[certification.Layer, ...]:
+  """Returns the classifier as layers from images to logits, the last two linear ones as one.
+
+  Interval bounds are tighter that way.
+
+  Raises:
+    TypeError: for an encoder that cannot be certified, by name.
+  """
+  encoder, (_, last) = layer_lists.encoder_of(model, params[0]), params
+  weights = jnp.matmul(encoder.mean.weights, last.weights, precision='highest')
+  bias = jnp.matmul(encoder.mean.bias, last.weights, precision='highest') + last.bias
+  return (*encoder.trunk, certification.Dense(weights, bias))
+
+
+def certified_loss(
+  model: vae.VAE, params: Params, x: jax.Array, labels: jax.Array, radius: jax.typing.ArrayLike
+) -> jax.Array:
+  """Returns upper bounds `[B]` of the cross-entropy, in nats, over the linf balls of images.
+
+  Args:
+    model: the model whose encoder is part of the classifier.
+    params: of the encoder, and the linear layer.
+    x: images `[B, H, W, C]` in [0, 1].
+    labels: `[B]`.
+    radius: of the balls.
+  """
+  region, method = certification.ball(x, radius), certification.Method('ibp')
+  worst = certification.worst_logits(layers_of(model, params), region, labels, method)
+  return optax.losses.softmax_cross_entropy_with_integer_labels(worst, labels)
 
 
 def main() -> None:
@@ -144,12 +217,12 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     Interrupted: when `stop` says so, after a checkpoint.
     NotFiniteError: if the loss is not finite; the last good checkpoint stays.
   """
-  workdir, attack, dataset = prepare(config)
+  workdir, attack, dataset, rows = prepare(config)
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
   with workdirs.lock(workdir, recording.RESULT):
     if (before := _finished(config, workdir, dataset)) is not None:
       return before
-    classifier, params = _train(config, workdir, attack.task, dataset, mesh, stop)
+    classifier, params = _train(config, workdir, attack.task, dataset, rows, mesh, stop)
     outcome = probe.evaluate(
       attack,
       attack_mesh,
@@ -174,25 +247,24 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   return result
 
 
-def prepare(
-  config: SupervisedConfig,
-) -> tuple[Path, probe_settings.ProbeConfig, data.Dataset]:
-  """Checks all settings; returns the work directory, the attack's settings and the data.
-
-  Compiles and writes nothing.
+def prepare(config: SupervisedConfig) -> Prepared:
+  """Checks all settings, and loads the data. Compiles and writes nothing.
 
   Raises:
     ArgumentError: if a setting cannot be used.
   """
   workdir = workdirs.check_workdir(config.workdir, workdirs.SUPERVISED)
   attack = probe_settings.parse(config.probe, unused=_UNUSED)
-  dataset = pretrain.load_dataset(config.data, workdir)
+  dataset = data.with_task(pretrain.load_dataset(config.data, workdir), attack.task)
   pretrain.check_batch_size(config.batch_size, dataset)
   with flags.errors_begin_with('--probe'):
     probe.check_fits(attack, dataset, config.model)
+  rows = _labelled(config, dataset, attack.task)
+  if config.certified_weight:
+    _check_can_be_certified(config.model, dataset)
   mesh = devices.mesh_for(config.batch_size)
   devices.check_memory(config.model, dataset.train.images.shape[1:], mesh, part='encoder')
-  return workdir, attack, dataset
+  return Prepared(workdir, attack, dataset, rows)
 
 
 def finished(config: SupervisedConfig) -> dict[str, Any] | None:
@@ -201,8 +273,8 @@ def finished(config: SupervisedConfig) -> dict[str, Any] | None:
   Raises:
     ArgumentError: for settings that are wrong.
   """
-  workdir, _, dataset = prepare(config)
-  return _finished(config, workdir, dataset)
+  prepared = prepare(config)
+  return _finished(config, prepared.workdir, prepared.dataset)
 
 
 def _finished(
@@ -223,15 +295,38 @@ def _settings(stored: dict[str, Any], free: tuple[str, ...] = _PLACES) -> dict[s
   return flags.to_dict(SupervisedConfig()) | stored | dict.fromkeys(free)
 
 
+def _labelled(config: SupervisedConfig, dataset: data.Dataset, task: str) -> np.ndarray:
+  """The training examples whose labels may be used.
+
+  Raises:
+    ArgumentError: if a class has fewer than are asked for, or a batch needs more than there are.
+  """
+  labels, num_classes = dataset.train.labels[task], dataset.num_classes[task]
+  rows = data.few_labels(labels, num_classes, config.labels_per_class, seed=config.seed)
+  if config.batch_size > len(rows):
+    message = f'must be at most the {len(rows)} labelled examples; got {config.batch_size}'
+    raise ArgumentError('batch_size', message)
+  return rows
+
+
+def _check_can_be_certified(config: ModelConfig, dataset: data.Dataset) -> None:
+  model = vae.make_vae(tuple(dataset.train.images.shape[1:]), **flags.to_dict(config))
+  try:
+    jax.eval_shape(lambda key: layer_lists.encoder_of(model, model.init(key)), jax.random.key(0))
+  except TypeError as error:
+    raise ArgumentError('certified_weight', str(error)) from None
+
+
 def _train(
   config: SupervisedConfig,
   workdir: Path,
   task: str,
   dataset: data.Dataset,
+  rows: np.ndarray,
   mesh: jax.sharding.Mesh,
   stop: signals.StopSignal,
 ) -> tuple[linear_probe.ProbedEncoder, Any]:
-  """Returns the trained classifier and its parameters.
+  """Returns the classifier, trained on some `rows` of the data set, and its parameters.
 
   Training starts from the newest checkpoint if there is one.
   """
@@ -270,12 +365,14 @@ def _train(
       raise ArgumentError('workdir', f'the run in {workdir} was started with other settings')
     dataset.check_is_that_of(saved['digest'])
     state = State(**found.restore(template))
-  indices_for = functools.partial(
-    data.batch_indices, config.seed, batch_size=config.batch_size, num_examples=len(images)
-  )
+
+  def indices_for(step: int, num_steps: int) -> np.ndarray:
+    places = data.batch_indices(config.seed, step, num_steps, config.batch_size, len(rows))
+    return rows[places].astype(np.int32)
+
   with messages.progress_bar(config.num_steps, 'supervised', initial=int(state.step)) as bar:
     for progress in training.run(
-      SupervisedStep(classifier),
+      SupervisedStep(classifier, config.certified_weight),
       state,
       (train_config, config.growth, key, labels),
       images,

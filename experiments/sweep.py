@@ -224,8 +224,10 @@ class _Tables:
 
   def _write_tables(self, results: list[dict[str, Any]]) -> None:
     groups = list(_over_seeds(results))
+    (attack,) = next(iter(self._variants.values())).job.attacks  # the same for all of them
+    task = plots.task_name(attack.task, attack.labels_per_class)
     with atomic_files.replacing(self._workdir / 'sweep.png') as file:
-      plots.save(file, [(f'{results[0]["task"]} probe', [curve for _, curve in groups])])
+      plots.save(file, [(f'{task} probe', [curve for _, curve in groups])])
     workdirs.write_csv(self._workdir / 'sweep.csv', _table(groups, with_intervals=True))
     header, *rows = (map(_cell, row) for row in _table(groups, with_intervals=False))
     text = f'{_CAPTION}\n\n{messages.markdown_table(header, rows)}'

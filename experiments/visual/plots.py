@@ -86,6 +86,16 @@ class Curve:
     return checks_summary(*self.results)
 
 
+def task_name(task: str, labels_per_class: int | None) -> str:
+  """A task, with the number of labels of each class where a classifier has not had all of them.
+
+  Example:
+    >>> task_name('digit', 10)
+    'digit (10 labels a class)'
+  """
+  return task if labels_per_class is None else f'{task} ({labels_per_class} labels a class)'
+
+
 def checks_summary(*results: dict[str, Any]) -> str:
   """The summary line of the sanity checks of these results, such as 'checks: not run'."""
   return verdicts.summary([check for result in results for check in result.get('checks', ())])

@@ -72,8 +72,9 @@ def as_text(result: dict[str, Any], attacked: str = 'probe') -> str:
     attacked: what was attacked, for the header.
   """
   config, attack = result['config'], result['evaluation']['attack']
+  task = plots.task_name(result['task'], config.get('labels_per_class'))
   lines = [
-    f'{config.get("pretrained") or config["workdir"]}: {result["task"]} {attacked} on '
+    f'{config.get("pretrained") or config["workdir"]}: {task} {attacked} on '
     f'{result["num_examples"]} test images',
     f'radius  adversarial accuracy [95 % interval], {attack}',
   ]
@@ -144,7 +145,8 @@ def write(
   objective = result['pretraining']['objective']
   curves = [plots.Curve(objective, [found], name.strip('_')) for name, found in drawn.items()]
   with atomic_files.replacing(stem.with_suffix('.png')) as file:
-    plots.save(file, [(f'{result["task"]} probe', curves)], moves)
+    task = plots.task_name(result['task'], result['config'].get('labels_per_class'))
+    plots.save(file, [(f'{task} probe', curves)], moves)
   chosen = _examples(outcome.attack_log)
   if len(chosen):
     rows = [images[chosen], outcome.attack_log.images[chosen]]

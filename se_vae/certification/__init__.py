@@ -17,6 +17,7 @@ from se_vae.certification.certificates import (
   latent_shift,
   margins,
   output_box,
+  worst_logits,
 )
 from se_vae.certification.layers import Conv, Dense, Flatten, Layer, ReLU, apply
 from se_vae.certification.linear_relaxation import num_coefficients, num_row_coefficients
@@ -44,4 +45,5 @@ __all__ = [
   'num_coefficients',
   'num_row_coefficients',
   'output_box',
+  'worst_logits',
 ]

@@ -167,11 +167,36 @@ def margins(layers: Layers, region: Region, labels: jax.Array, method: Method = 
     labels: `[B]` integers in [0, K).
     method: how bounds are found. For 'ibp', each logit is bounded for itself up to the last layer.
   """
+  worst = worst_logits(layers, region, labels, method)
+  return -jnp.max(jnp.where(_one_hot(labels, worst.shape[1]), -jnp.inf, worst), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames='method')
+def worst_logits(
+  layers: Layers, region: Region, labels: jax.Array, method: Method = CROWN
+) -> jax.Array:
+  """Returns upper bounds `[B, K]` of each logit minus the label's; 0 for the label itself.
+
+  The cross-entropy of these worst logits is at least that of any input in the region. Training
+  minimises it (Gowal et al., 2018, with the last layer folded into the differences).
+
+  Example:
+    >>> from se_vae.certification import Dense, ball
+    >>> layers = (Dense(jnp.eye(2), jnp.zeros(2)),)
+    >>> print(worst_logits(layers, ball(jnp.array([[0.7, 0.2]]), 0.1), jnp.array([0])).round(3))
+    [[ 0.  -0.3]]
+
+  Args:
+    layers: from inputs to logits `[B, K]`.
+    region: of inputs.
+    labels: `[B]` integers in [0, K).
+    method: as in `margins`.
+  """
   layers = tuple(layers)
   (num_classes,) = check(layers, region.box.lower.shape[1:])
   known = _known(layers, region, method)
   unit = jnp.eye(num_classes, dtype=region.box.lower.dtype)
-  is_label = labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)[None]
+  is_label = _one_hot(labels, num_classes)
   rows = is_label[:, None].astype(unit.dtype) - unit[None]
   last = len(layers) - 1
   lower = linear_relaxation.lower_bounds(layers[last:], known[last:], Region(known[last]), rows)
@@ -180,7 +205,12 @@ def margins(layers: Layers, region: Region, labels: jax.Array, method: Method = 
       layers, known, region, rows, slope_steps=method.slope_steps
     )
     lower = jnp.maximum(lower, linear)
-  return jnp.min(jnp.where(is_label, jnp.inf, lower), axis=1)
+  return jnp.where(is_label, 0.0, -lower)
+
+
+def _one_hot(labels: jax.Array, num_classes: int) -> jax.Array:
+  """Returns whether each class is the label, bool `[B, K]`."""
+  return labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)[None]
 
 
 def box_margins(box: Box, probe: Dense, labels: jax.Array) -> jax.Array:

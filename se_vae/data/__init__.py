@@ -6,11 +6,14 @@ Importing this package opens no file, imports no source of data and uses no JAX 
 from se_vae.data.batches import batch_indices, batch_stream
 from se_vae.data.datasets import Dataset, Split, check, load
 from se_vae.data.examples import DataError
+from se_vae.data.few_labels import few_labels
 from se_vae.data.mnist import read_idx
+from se_vae.data.tasks import DERIVED_TASKS, slant, tasks_of, thickness, with_task
 from se_vae.data.transforms import COLORS, central_square, colorize, pixels
 
 __all__ = [
   'COLORS',
+  'DERIVED_TASKS',
   'DataError',
   'Dataset',
   'Split',
@@ -19,7 +22,12 @@ __all__ = [
   'central_square',
   'check',
   'colorize',
+  'few_labels',
   'load',
   'pixels',
   'read_idx',
+  'slant',
+  'tasks_of',
+  'thickness',
+  'with_task',
 ]

@@ -274,3 +274,21 @@ def test_arguments_are_checked():
     cert.Method('crown', -1)
   with pytest.raises(ValueError, match='no useful error bound'):
     rounding.gamma(10**6, jnp.float32)
+
+
+@pytest.mark.parametrize('method', METHODS, ids=str)
+def test_worst_logits_of_a_linear_layer_are_exact(method):
+  """They are the differences at the corner of the box that is worst for each class."""
+  layer, rng = dense(np.random.default_rng(7), 6, 4), np.random.default_rng(8)
+  x = rng.uniform(0.3, 0.7, size=(5, 6)).astype(np.float32)
+  labels = np.array([0, 1, 2, 3, 0])
+  worst = cert.worst_logits((layer,), cert.ball(jnp.asarray(x), 0.1), jnp.asarray(labels), method)
+  for n, label in enumerate(labels):
+    rows = np.float64(layer.weights - layer.weights[:, [label]])
+    offsets = layer.bias - layer.bias[label]
+    expected = np.float64(x[n]) @ rows + 0.1 * np.abs(rows).sum(axis=0) + offsets
+    np.testing.assert_allclose(worst[n], expected, atol=1e-4)
+    assert worst[n, label] == 0.0
+  margins = cert.margins((layer,), cert.ball(jnp.asarray(x), 0.1), jnp.asarray(labels), method)
+  others = np.where(np.eye(4, dtype=bool)[labels], -np.inf, worst)
+  np.testing.assert_array_equal(margins, -others.max(axis=1))

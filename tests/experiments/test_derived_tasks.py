@@ -1,0 +1,63 @@
+"""`--task=parity`, `thickness` and `slant`: like any other task, but for `--joint`."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments import pretrain, probe, probe_settings, supervised
+from experiments.cli import flags, signals
+from se_vae import data
+from se_vae.config import ArgumentError
+
+DTYPE_PROMOTION = 'standard'  # optax takes part
+
+TINY = {'hidden_units': 16, 'latent_dim': 4, 'num_steps': 20}
+ATTACK = {'radii': (0.0, 0.05), 'pgd_steps': 2, 'num_examples': 40, 'check_examples': 0}
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  path = tmp_path_factory.mktemp('run')
+  values = {'workdir': str(path), 'objective': 'vae', 'dataset': 'color_mnist_5k', **TINY}
+  values |= {'log_every': 10, 'tensorboard': False}
+  pretrain.run(flags.from_dict(pretrain.PretrainConfig, values), signals.StopSignal())
+  return path
+
+
+@pytest.mark.parametrize(('task', 'joint'), [('thickness', True), ('slant', False)])
+def test_a_derived_task_is_probed_and_attacked(workdir, task, joint):
+  config = probe_settings.ProbeConfig(workdir=str(workdir), task=task, joint=joint, **ATTACK)
+  result = probe.run(config, signals.StopSignal())
+  assert result['task'] == task and result['train_accuracy'] > 0.4  # chance is a third
+  assert result['data']['digest'] == data.load('color_mnist_5k').digest
+  assert (workdir / f'probe_{task}.json').exists()
+  if joint:
+    assert result['joint']['tasks'] == ('digit', 'color')
+
+
+def test_a_classifier_is_trained_for_a_derived_task(tmp_path):
+  attack = '--task=parity --radii=0 --num_examples=50 --pgd_steps=1 --check_examples=0'
+  values = {'workdir': str(tmp_path), 'probe': attack, 'pgd_steps': 1, 'radius': 0.0, **TINY}
+  config = flags.from_dict(supervised.SupervisedConfig, values)
+  result = supervised.run(config, signals.StopSignal())
+  assert result['task'] == 'parity' and result['accuracy'][0] > 0.5
+
+
+def test_a_set_without_digits_has_none(digits_as_labels):
+  config = probe_settings.ProbeConfig(task='slant')
+  with pytest.raises(ArgumentError, match=r'task: clothes has no task slant; its tasks are label$'):
+    probe.check_fits(config, digits_as_labels)
+  with pytest.raises(ArgumentError, match=r'tasks are digit, parity, thickness, slant$'):
+    probe.check_fits(probe_settings.ProbeConfig(task='color'), data.load('mnist_5k'))
+  with pytest.raises(ArgumentError, match='joint: needs several tasks; mnist_5k has digit alone'):
+    probe.check_fits(probe_settings.ProbeConfig(task='parity', joint=True), data.load('mnist_5k'))
+
+
+@pytest.fixture
+def digits_as_labels() -> data.Dataset:
+  digits = data.load('mnist_5k')
+  train, test = (
+    data.Split(split.images, {'label': split.labels['digit']})
+    for split in (digits.train, digits.test)
+  )
+  return data.Dataset('clothes', train, test, {'label': 10}, 'here', 'digest', 'digest')
