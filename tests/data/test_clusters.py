@@ -49,7 +49,6 @@ def test_clusters_of_digits_are_mostly_of_one_digit():
   most = [np.bincount(digits[found == k], minlength=10).max() for k in range(30)]
   assert set(found) == set(range(30))
   assert np.sum(most) > 0.85 * len(digits)
-  np.testing.assert_array_equal(found, spectral_clusters(split.images, 30))
 
 
 def test_large_sets_have_their_centres_from_a_sample(monkeypatch):
@@ -57,6 +56,7 @@ def test_large_sets_have_their_centres_from_a_sample(monkeypatch):
   images, ring = rings()
   found = spectral_clusters(images, 2, num_neighbors=4)
   assert np.array_equal(found, ring) or np.array_equal(found, 1 - ring)
+  np.testing.assert_array_equal(found, spectral_clusters(images, 2, num_neighbors=4))
 
 
 @pytest.mark.parametrize(
