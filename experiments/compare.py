@@ -29,7 +29,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 _HELD_OUT = ('elbo', 'squared_error', 'active_latents')
 _OF_THE_DECODER = ('elbo', 'squared_error')
-_WITHOUT_DECODER = ('contrastive',)  # objectives that leave the decoder as it was drawn
+_WITHOUT_DECODER = ('contrastive', 'clusters')  # objectives that leave the decoder as it was drawn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -313,6 +313,7 @@ def first_state(
   # As one program, and not as dozens of small ones to compile.
   init_state = jax.jit(training.init_state, static_argnames=('model', 'num_examples'))
   state = init_state(step_function.model, config.train, init_key, num_examples=len(images))
+  state = training.add_targets(state, step_function.model, config.train, images, config.seed)
   arguments = (config.train, train_key)
   return state, arguments, training.empty_window(step_function, state, arguments, images), eval_key
 

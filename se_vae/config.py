@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 DATASETS = ('mnist', 'color_mnist', 'fashion_mnist', 'mnist_5k', 'color_mnist_5k')
 ARCHS = ('mlp', 'convnet')
 COVARIANCES = ('diagonal', 'full')
-OBJECTIVES = ('vae', 'se', 'avae', 'se_avae', 'tc_vae', 'lipschitz', 'contrastive')
+OBJECTIVES = ('vae', 'se', 'avae', 'se_avae', 'tc_vae', 'lipschitz', 'contrastive', 'clusters')
 COUPLINGS = ('paper', 'balanced')
 SELECTION_DISTANCES = ('squared_w2', 'symmetric_kl', 'mean_distance')
 SELECTIONS = ('pgd', 'interval', 'linear')
@@ -39,12 +39,12 @@ Objective: TypeAlias = str | Callable[..., Any]
 _SMOOTH = ('se', 'se_avae')
 _FOR = {
   'coupling': _SMOOTH,
-  'ramp': ('avae', 'contrastive', *_SMOOTH),
+  'ramp': ('avae', 'contrastive', 'clusters', *_SMOOTH),
   'selection': ('se',),
   'kl_weight': ('vae', 'tc_vae'),
   'encoder_noise': ('vae',),
   'jacobian_weight': ('lipschitz',),
-  'temperature': ('contrastive',),
+  'temperature': ('contrastive', 'clusters'),
 }
 
 
@@ -329,7 +329,7 @@ class TrainConfig:
     traced=True,
   )
   temperature: float = setting(
-    0.5, 'Temperature of the softmax of contrastive.', above=0, traced=True
+    0.5, 'Temperature of the softmax of contrastive and clusters.', above=0, traced=True
   )
 
   def __post_init__(self) -> None:

@@ -136,7 +136,8 @@ class Benched:
     self.config = case.train_config()
     self.mesh = devices.mesh_for(case.batch_size)
     init_key, key = jax.random.split(jax.random.key(0))
-    self.state = jax.jit(training.init_state, static_argnums=0)(self.model, self.config, init_key)
+    state = jax.jit(training.init_state, static_argnums=0)(self.model, self.config, init_key)
+    self.state = training.add_targets(state, self.model, self.config, images, seed=0)
     self.params = jax.device_get(self.state.params)
     self.host_indices = data.batch_indices(0, 0, _ROWS, case.batch_size, len(images))
     self.host_images = images

@@ -26,6 +26,7 @@ _LABELS = {
   'tc_vae': 'TC-VAE',
   'lipschitz': 'Lipschitz',
   'contrastive': 'contrastive',
+  'clusters': 'clusters',
 }
 _COLORS = {
   'vae': '#d95f02',
@@ -35,6 +36,7 @@ _COLORS = {
   'tc_vae': '#8c564b',
   'lipschitz': '#c2185b',
   'contrastive': '#71767d',
+  'clusters': '#b8860b',
 }
 _STYLES = ('-', '--', ':', '-.')
 

@@ -4,6 +4,7 @@ Importing this package opens no file, imports no source of data and uses no JAX 
 """
 
 from se_vae.data.batches import batch_indices, batch_stream
+from se_vae.data.clusters import spectral_clusters
 from se_vae.data.datasets import Dataset, Split, check, load
 from se_vae.data.examples import DataError
 from se_vae.data.few_labels import few_labels
@@ -27,6 +28,7 @@ __all__ = [
   'pixels',
   'read_idx',
   'slant',
+  'spectral_clusters',
   'tasks_of',
   'thickness',
   'with_task',

@@ -4,7 +4,7 @@
 z_b or a balanced one, `certified` its smallest value over a box of encodings, and `consistency` the
 objective of the Autoencoding VAE. The other modules have objectives to compare with:
 `total_correlation` the beta-TC-VAE, `lipschitz` a penalty on the encoder's Jacobian, and
-`contrastive` a loss without a decoder.
+`contrastive` a loss without a decoder, of views of images or of their clusters.
 
 Bounds are maximised, and called `elbo`; penalties and losses are minimised.
 """

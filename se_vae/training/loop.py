@@ -318,6 +318,7 @@ def fit(
   state, key = first_state(
     model, config, seed, num_examples=len(images), params=params, optimizer=optimizer
   )
+  state = add_targets(state, model, config, images, seed)
   params, rows = state.params, []
   for progress in run(
     TrainStep(model, optimizer),
@@ -341,6 +342,26 @@ def check_fit(config: TrainConfig, params: Params | None, steps_per_row: int) ->
     raise ArgumentError('params', 'is needed for freeze_decoder: its decoder is kept')
   if steps_per_row < 1:
     raise ArgumentError('steps_per_row', f'must be >= 1, got {steps_per_row}')
+
+
+def add_targets(
+  state: TrainState, model: VAE, config: TrainConfig, images: np.ndarray, seed: int
+) -> TrainState:
+  """Returns the state with the clusters of the images, as many as latents, which 'clusters' needs.
+
+  With any other objective it is the state that was given. The clusters are part of the state, so
+  that a resumed run goes on with the same ones.
+
+  Raises:
+    ArgumentError: if there are too few images, or is one latent alone.
+  """
+  if config.objective != 'clusters':
+    return state
+  try:
+    clusters = data.spectral_clusters(images, model.latent_dim, seed=seed)
+  except ArgumentError as error:
+    raise ArgumentError('latent_dim', f"for objective 'clusters': {error}") from None
+  return state._replace(targets=jnp.asarray(clusters))
 
 
 def first_state(

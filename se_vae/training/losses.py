@@ -31,11 +31,11 @@ class Entry:
   """One objective.
 
   Attributes:
-    terms: `(model, params, keys, x, x_adv) -> terms`.
+    terms: `(model, params, keys, x, x_adv) -> terms`; that of 'clusters' takes `targets` too.
     select: returns x_adv, one of the functions of `training.selection`.
   """
 
-  terms: Callable[[VAE, Params, jax.Array, jax.Array, jax.Array], Terms]
+  terms: Callable[..., Terms]
   select: Callable[[selection.Batch], jax.Array]
 
 
@@ -152,6 +152,26 @@ def contrastive(
   return {'loss': clean + attacked, 'clean_loss': clean, 'attacked_loss': attacked}
 
 
+def clusters(
+  model: VAE,
+  params: Params,
+  keys: jax.Array,
+  x: jax.Array,
+  x_adv: jax.Array,
+  config: TrainConfig,
+  targets: jax.Array,
+) -> Terms:
+  """The cluster of x, read off the encoding of x_adv, whose latent k stands for cluster k.
+
+  targets `[B]` has the clusters. The decoder is not used.
+  """
+  means = model.encode(params, x_adv).mean
+  axes = jnp.eye(model.latent_dim, dtype=means.dtype)
+  loss = objectives.info_nce(means, axes, positives=targets, temperature=config.temperature)
+  found = jnp.argmax(means, axis=-1) == targets
+  return {'loss': loss, 'cluster_accuracy': found.astype(means.dtype)}
+
+
 def _error(x: jax.Array, x_mean: jax.Array) -> Terms:
   return {'squared_error': objectives.squared_error(x, x_mean)}
 
@@ -165,6 +185,7 @@ OBJECTIVES: dict[str, tuple[Callable[..., Terms], Callable[[selection.Batch], ja
   'tc_vae': (tc_vae, selection.unchanged),
   'lipschitz': (lipschitz, selection.unchanged),
   'contrastive': (contrastive, selection.confused_view),
+  'clusters': (clusters, selection.misassigned),
 }
 
 

@@ -248,6 +248,7 @@ def fit_population(
     state, key = loop.first_state(
       model, config, seed, num_examples=len(images), params=params, optimizer=optimizer
     )
+    state = loop.add_targets(state, model, config, images, seed)
     states.append(jax.device_get(state))
     args.append((config, key))
   if mesh is None:

@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     x: images `[B, H, W, C]` in [0, 1].
     places: `[B]`, the place of each image in the whole batch.
     start: images `[B, H, W, C]` for an attack to start from, or None for random ones.
+    targets: `[B]`, the cluster of each image, for objective 'clusters'.
   """
 
   model: VAE
@@ -43,6 +44,7 @@ class Batch(NamedTuple):
   x: jax.Array
   places: jax.Array
   start: jax.Array | None = None
+  targets: jax.Array | None = None
 
 
 def mean_distance(q_a: Gaussian, q_b: Gaussian) -> jax.Array:
@@ -138,7 +140,7 @@ def select(
 
 def furthest_encoding(batch: Batch) -> jax.Array:
   """Returns what `select` returns, for the encodings of x."""
-  model, config, params, key, x, index, start = batch
+  model, config, params, key, x, index, start, _ = batch
   return select(model, config, params, key, x, model.encode(params, x), index=index, start=start)
 
 
@@ -170,7 +172,7 @@ def unchanged(batch: Batch) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-  """Contrastive loss of x' against the encodings of a batch: how easily x' is taken for another.
+  """Contrastive loss of x' against candidates, as a batch's encodings: how easily it is confused.
 
   Attributes:
     model: the model whose encoder is used.
@@ -182,7 +184,7 @@ class Confusion:
     self,
     x_adv: jax.Array,
     params: Params,
-    means: jax.Array,
+    candidates: jax.Array,
     positives: jax.Array,
     temperature: jax.Array,
   ) -> jax.Array:
@@ -191,12 +193,12 @@ class Confusion:
     Args:
       x_adv: images x' `[B, H, W, C]`.
       params: the model's parameters.
-      means: encoder means of the whole batch, `[M, D]`.
-      positives: `[B]`, the row of means that belongs to each image.
+      candidates: vectors `[M, D]`, as the encoder means of the whole batch.
+      positives: `[B]`, the candidate that belongs to each image.
       temperature: of the softmax.
     """
     queries = self.model.encode(params, x_adv).mean
-    return objectives.info_nce(queries, means, positives=positives, temperature=temperature)
+    return objectives.info_nce(queries, candidates, positives=positives, temperature=temperature)
 
 
 def confused_view(batch: Batch) -> jax.Array:
@@ -206,13 +208,24 @@ def confused_view(batch: Batch) -> jax.Array:
   direction. x' lies in the ball around the copy, and maximises the contrastive loss against the
   encodings of the batch.
   """
-  model, config, params, key, x, index, start = batch
+  model, config, params, key, x, index, start, _ = batch
   view_key, attack_key = jax.random.split(key)
   view = shifted(attacks.example_keys(view_key, index), x)
   params = jax.lax.stop_gradient(params)
   means = sharding.whole_batch(model.encode(params, x).mean)
   args = (params, means, sharding.positions(len(x)), config.temperature)
   return _maximise(Confusion(model), config, attack_key, view, args, index=index, start=start)
+
+
+def misassigned(batch: Batch) -> jax.Array:
+  """Returns images x' of the ball around x that are taken for members of other clusters.
+
+  They maximise what `training.losses.clusters` minimises.
+  """
+  model, config, params, key, x, index, start, targets = batch
+  params = jax.lax.stop_gradient(params)
+  args = (params, jnp.eye(model.latent_dim, dtype=x.dtype), targets, config.temperature)
+  return _maximise(Confusion(model), config, key, x, args, index=index, start=start)
 
 
 def shifted(keys: jax.Array, x: jax.Array) -> jax.Array:

@@ -101,12 +101,15 @@ class TrainState(NamedTuple):
     opt_state: the optimiser's state.
     offsets: int8 `[N, P]`, with a warm start: the last x' - x of every training example, in 127ths
       of the radius. None without.
+    targets: int32 `[N]`, for objective 'clusters': the cluster of every training example. None
+      else.
   """
 
   step: jax.Array
   params: Params
   opt_state: Any
   offsets: jax.Array | None = None
+  targets: jax.Array | None = None
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -167,6 +170,7 @@ def loss(
   x_adv: jax.Array | None = None,
   *,
   index: jax.Array | None = None,
+  targets: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """Returns the batch mean of the loss, in nats, and the batch mean of each of its terms.
 
@@ -181,6 +185,7 @@ def loss(
     x_adv: the selected x' of each image; for objective 'vae' what the encoder sees; x if None.
     index: `[B]`, the place of each image in the whole batch, of which x may be a part; `arange(B)`
       if None. Each image draws its noise with a key of its own, however the batch is split.
+    targets: `[B]`, the cluster of each image, for objective 'clusters' alone.
 
   Returns:
     The loss, a scalar, and the metrics, scalars by name.
@@ -192,7 +197,9 @@ def loss(
   if config.freeze_decoder:
     params = {**params, 'decoder': jax.lax.stop_gradient(params['decoder'])}
   keys = attacks.example_keys(key, index)
-  terms = losses.entry(config).terms(model, params, keys, x, x if x_adv is None else x_adv)
+  extra = {} if targets is None else {'targets': targets}
+  x_adv = x if x_adv is None else x_adv
+  terms = losses.entry(config).terms(model, params, keys, x, x_adv, **extra)
   metrics = losses.mean_terms(terms, len(x))
   return metrics['loss'], metrics
 
@@ -225,7 +232,8 @@ def train_step(
     state: the state before the step.
     key: the run's PRNG key; the step's own is folded in from `state.step`.
     x: images `[B, H, W, C]` in [0, 1]; within `sharding.per_device` this device's share of them.
-    examples: `[B]`, the places of x in the training set, which a warm start needs.
+    examples: `[B]`, the places of x in the training set, which a warm start and objective
+      'clusters' need.
     optimizer: in place of the one that `config` names; it then sets the learning rate too.
 
   Returns:
@@ -240,13 +248,18 @@ def train_step(
     if examples is None:
       raise ArgumentError('examples', 'is needed for a warm start')
     start = _warm_start(config, offsets[examples], x)
-  batch = selection.Batch(model, config, state.params, select_key, x, index, start)
+  targets = None
+  if config.objective == 'clusters':
+    if state.targets is None or examples is None:
+      raise ArgumentError(('targets', 'examples'), "are needed for objective 'clusters'")
+    targets = state.targets[examples]
+  batch = selection.Batch(model, config, state.params, select_key, x, index, start, targets)
   x_adv = losses.entry(config).select(batch)
   if offsets is not None:
     rows = sharding.whole_batch((examples, _offset_rows(config, x, x_adv)))
     offsets = offsets.at[rows[0]].set(rows[1])
   gradients, metrics = jax.grad(loss, argnums=2, has_aux=True)(
-    model, config, state.params, sample_key, x, x_adv, index=index
+    model, config, state.params, sample_key, x, x_adv, index=index, targets=targets
   )
   gradients, metrics = sharding.mean_over_devices((gradients, metrics))
   optimizer = make_optimizer(config) if optimizer is None else optimizer
@@ -254,7 +267,7 @@ def train_step(
   if config.freeze_decoder:  # an optimiser may update even where the gradient is zero
     params = {**params, 'decoder': state.params['decoder']}
   metrics['gradient_norm'] = optax.tree.norm(gradients)
-  return TrainState(state.step + 1, params, opt_state, offsets), metrics
+  return TrainState(state.step + 1, params, opt_state, offsets, state.targets), metrics
 
 
 def apply_gradients(

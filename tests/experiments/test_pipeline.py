@@ -164,6 +164,21 @@ def test_an_interrupted_run_ends_bitwise_equal(tmp_path):
     np.testing.assert_array_equal(array, other[name], err_msg=name)
 
 
+def test_a_resumed_run_keeps_its_clusters(tmp_path, monkeypatch):
+  """They come from the checkpoint, whatever clustering finds the second time."""
+  straight, broken = tmp_path / 'straight', tmp_path / 'broken'
+  found = np.arange(4000, dtype=np.int32) % 4
+  monkeypatch.setattr(data, 'spectral_clusters', lambda images, count, seed: found[: len(images)])
+  pretrain.run(config(straight, objective='clusters'), signals.StopSignal())
+  stop = signals.StopSignal()
+  stop.signum = signal.SIGTERM
+  with pytest.raises(signals.Interrupted):
+    pretrain.run(config(broken, objective='clusters'), stop)
+  found = np.zeros_like(found)
+  pretrain.run(config(broken, objective='clusters'), signals.StopSignal())
+  assert rows(broken) == rows(straight)
+
+
 def test_metrics_of_a_killed_run_have_no_gap_and_no_repeat(tmp_path):
   """Rows after the last checkpoint, and half a row, are written again."""
   stop = signals.StopSignal()

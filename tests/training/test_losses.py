@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from se_vae import gaussians, objectives, training, wasserstein
-from se_vae.config import OBJECTIVES, SELECTION_DISTANCES
+from se_vae.config import OBJECTIVES, SELECTION_DISTANCES, ArgumentError
 from se_vae.parallel import sharding
 from se_vae.training import losses, selection
 from tests.training.small_runs import (
@@ -146,11 +146,70 @@ def test_the_contrastive_view_is_in_the_ball_around_a_shifted_image():
   assert (after > before).all()
 
 
+def test_the_loss_of_clusters_is_a_softmax_of_cosines_with_the_axes():
+  model, params = tiny(), drawn(tiny())
+  config = config_for('clusters', temperature=0.2)
+  targets = jnp.arange(BATCH) % model.latent_dim
+  value = jax.value_and_grad(training.loss, argnums=2, has_aux=True)
+  (loss, metrics), gradient = value(model, config, params, KEY, X, X_ADV, targets=targets)
+  means = np.asarray(model.encode(params, X_ADV).mean)
+  logits = means / np.linalg.norm(means, axis=1, keepdims=True) / 0.2
+  right = logits[np.arange(BATCH), targets]
+  np.testing.assert_allclose(loss, np.mean(np.log(np.exp(logits).sum(1)) - right), rtol=1e-5)
+  assert metrics['cluster_accuracy'] == np.mean(means.argmax(axis=1) == targets)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient['decoder']))
+
+
+def test_misassigned_images_are_in_the_ball_and_have_a_larger_loss():
+  model, params = tiny(), drawn(tiny())
+  config = config_for('clusters', radius=0.1, pgd_steps=8)
+  targets = jnp.arange(BATCH) % model.latent_dim
+  numbers = (jnp.arange(BATCH), None, targets)
+  x_adv = selection.misassigned(selection.Batch(model, config, params, KEY, X, *numbers))
+  assert np.abs(x_adv - X).max() <= 0.1 + 1e-6 and 0.0 <= x_adv.min() <= x_adv.max() <= 1.0
+  clean, attacked = (
+    training.loss(model, config, params, KEY, X, x, targets=targets)[0] for x in (X, x_adv)
+  )
+  assert attacked > clean
+
+
+def test_a_step_takes_the_clusters_of_its_examples():
+  model, config = tiny(), config_for('clusters', pgd_steps=1)
+  state = training.init_state(model, config, KEY)
+  with pytest.raises(ArgumentError, match='targets, examples'):
+    training.train_step(model, config, state, KEY, X)
+  clustered = training.add_targets(state, model, config, IMAGES, 0)
+  assert clustered.targets.shape == (len(IMAGES),)
+  examples = jnp.arange(BATCH)[::-1]
+  step = jax.jit(training.train_step, static_argnums=0)
+  after, metrics = step(model, config, clustered, KEY, X, examples=examples)
+  assert_same(after.targets, clustered.targets)
+  moved = clustered._replace(targets=clustered.targets[examples])
+  _, expected = step(model, config, moved, KEY, X, examples=jnp.arange(BATCH))
+  np.testing.assert_allclose(metrics['loss'], expected['loss'], rtol=1e-6)
+  other = clustered._replace(targets=(clustered.targets + 1) % model.latent_dim)
+  assert step(model, config, other, KEY, X, examples=examples)[1]['loss'] != metrics['loss']
+
+
+def test_other_objectives_have_no_targets():
+  model, config = tiny(), config_for('vae')
+  state = training.init_state(model, config, KEY)
+  assert training.add_targets(state, model, config, IMAGES, 0) is state
+
+
+def test_clusters_need_more_images_than_latents():
+  model, config = tiny(), config_for('clusters')
+  state = training.init_state(model, config, KEY)
+  with pytest.raises(ArgumentError, match='latent_dim'):
+    training.add_targets(state, model, config, IMAGES[: model.latent_dim], 0)
+
+
 @pytest.mark.parametrize('name', OTHERS)
 def test_four_devices_train_as_one(name):
   """Also where the loss needs the whole batch."""
   model, config = tiny(num_layers=1), config_for(name, pgd_steps=1)
   state = training.init_state(model, config, KEY)
+  state = training.add_targets(state, model, config, IMAGES, 0)
   (one, alone), (four, spread) = (run(model, config, state, n, rows=1)[0] for n in (1, 4))
   # Sums in another order, through ten steps of Adam.
   assert_close(four.params, one.params, rtol=1e-4)

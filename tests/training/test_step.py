@@ -298,7 +298,7 @@ def test_encoder_noise_is_uniform_in_the_box_and_clipped(monkeypatch):
   model, config = tiny(), dataclasses.replace(CONFIG, objective='vae', encoder_noise=0.3)
   seen = []
 
-  def loss(model, config, params, key, x, x_adv, index):
+  def loss(model, config, params, key, x, x_adv, index, targets):
     seen.append(x_adv)
     return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)), {}
 

@@ -1,0 +1,77 @@
+"""Clusters of images, found without labels: spectral clustering of nearest neighbours."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from se_vae.config import ArgumentError
+
+# Neighbours are found in the space of this many principal components, which is much faster.
+_COMPONENTS = 60
+
+# K-means sees at most this many images, which are enough to find the centres, and takes the best of
+# this many starts, which differ by several points of purity.
+_SAMPLE, _STARTS = 10_000, 20
+
+
+def spectral_clusters(
+  images: np.ndarray, num_clusters: int, *, num_neighbors: int = 10, seed: int = 0
+) -> np.ndarray:
+  """Returns the cluster of each image, int32 `[N]` in [0, num_clusters).
+
+  Two images are joined where one is among the nearest neighbours of the other, in Euclidean
+  distance. The coordinates of an image are its entries in the leading eigenvectors of this graph's
+  normalised adjacency matrix, scaled to length 1, and k-means finds their clusters (Ng et al.,
+  2001).
+
+  Example:
+    >>> images = np.zeros((40, 2, 2, 1), np.uint8)
+    >>> images[:, 0, 0] = np.arange(40)[:, None]
+    >>> images[20:, 1, 1] = 255
+    >>> clusters = spectral_clusters(images, 2, num_neighbors=3)
+    >>> [len(set(clusters[half].tolist())) for half in (slice(20), slice(20, 40), slice(40))]
+    [1, 1, 2]
+
+  Args:
+    images: `[N, ...]`, of any numbers.
+    num_clusters: the number K of clusters, at least 2 and below N.
+    num_neighbors: neighbours of each image, at least 1 and below N.
+    seed: seed of k-means.
+
+  Raises:
+    ArgumentError: if a number is outside its range.
+  """
+  import scipy.sparse.linalg  # slow to import, as scikit-learn is
+  from scipy import sparse
+  from sklearn.cluster import KMeans
+  from sklearn.neighbors import NearestNeighbors
+
+  for name, value, least in (
+    ('num_clusters', num_clusters, 2),
+    ('num_neighbors', num_neighbors, 1),
+  ):
+    if not least <= value < len(images):
+      raise ArgumentError(
+        name, f'must be >= {least} and below the number of images, {len(images)}; got {value}'
+      )
+  points = _principal_components(images)
+  search = NearestNeighbors(n_neighbors=num_neighbors, algorithm='brute').fit(points)
+  graph = search.kneighbors_graph()
+  graph = graph + graph.T
+  scale = 1.0 / np.sqrt(np.asarray(graph.sum(axis=1)).ravel())
+  adjacency = sparse.diags(scale) @ graph @ sparse.diags(scale)
+  first = np.random.default_rng(seed).standard_normal(len(images))
+  _, vectors = scipy.sparse.linalg.eigsh(adjacency, k=num_clusters, tol=1e-3, v0=first)
+  lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+  coordinates = vectors / np.maximum(lengths, np.finfo(vectors.dtype).tiny)
+  sample = coordinates[:: -(-len(images) // _SAMPLE)]
+  k_means = KMeans(num_clusters, n_init=_STARTS, random_state=seed).fit(sample)
+  return np.asarray(k_means.predict(coordinates), np.int32)
+
+
+def _principal_components(images: np.ndarray) -> np.ndarray:
+  """Returns the leading principal components of the images, float32 `[N, D]`."""
+  points = images.reshape(len(images), -1).astype(np.float32)
+  points -= points.mean(axis=0)
+  _, vectors = np.linalg.eigh(points.T @ points)
+  return np.ascontiguousarray(points @ vectors[:, -_COMPONENTS:])
