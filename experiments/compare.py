@@ -19,7 +19,7 @@ from etils import epy
 from experiments import recording, records
 from experiments.cli import app, flags, messages, workdirs
 from experiments.cli.flags import UsageError
-from se_vae.config import setting, validate
+from se_vae.config import WITHOUT_DECODER, setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
@@ -29,7 +29,6 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 _HELD_OUT = ('elbo', 'squared_error', 'active_latents')
 _OF_THE_DECODER = ('elbo', 'squared_error')
-_WITHOUT_DECODER = ('contrastive', 'clusters')  # objectives that leave the decoder as it was drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +150,7 @@ def _encoders(config: CompareConfig) -> Iterator[Encoder]:
 def _held_out(result: records.Result) -> dict[str, float]:
   """The figures of held-out images, NaN where there are none or they mean nothing."""
   figures = {key: result['test'].get(key, np.nan) for key in _HELD_OUT}
-  if result['config'].get('objective') in _WITHOUT_DECODER:
+  if result['config'].get('objective') in WITHOUT_DECODER:
     figures |= dict.fromkeys(_OF_THE_DECODER, np.nan)
   return figures
 

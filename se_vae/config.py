@@ -16,6 +16,7 @@ DATASETS = ('mnist', 'color_mnist', 'fashion_mnist', 'mnist_5k', 'color_mnist_5k
 ARCHS = ('mlp', 'convnet')
 COVARIANCES = ('diagonal', 'full')
 OBJECTIVES = ('vae', 'se', 'avae', 'se_avae', 'tc_vae', 'lipschitz', 'contrastive', 'clusters')
+WITHOUT_DECODER = ('contrastive', 'clusters')  # these leave the decoder as it was drawn
 COUPLINGS = ('paper', 'balanced')
 SELECTION_DISTANCES = ('squared_w2', 'symmetric_kl', 'mean_distance')
 SELECTIONS = ('pgd', 'interval', 'linear')

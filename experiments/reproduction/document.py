@@ -15,12 +15,12 @@ from experiments.cli.messages import markdown_table
 from experiments.reproduction import claims, rows
 from experiments.reproduction.manifest import Claim, Figure, Manifest, Panel, Section
 from experiments.visual import ablations, plots
+from se_vae.config import WITHOUT_DECODER
 from se_vae.storage import atomic_files
 
 FIGURES = 'figures'
 
 _HELD_OUT = {'elbo': 'ELBO', 'active_latents': 'active latents'}
-_WITHOUT_DECODER = ('contrastive', rows.LABELS)  # the ELBO means nothing, or there is none
 _OLDER = '†'
 _WIDTH = 100
 
@@ -92,7 +92,7 @@ class Document:
     for key in _HELD_OUT:
       values = [seed['held_out'].get(key, np.nan) for seed in row['seeds']]
       has_none = bool(np.isnan(values).any())
-      if key == 'elbo' and row['objective'] in _WITHOUT_DECODER:
+      if key == 'elbo' and row['objective'] in WITHOUT_DECODER:
         has_none = True
       yield '' if has_none else f'{np.mean(values):.0f}'
     yield checks_of(row)

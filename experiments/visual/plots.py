@@ -27,6 +27,7 @@ _LABELS = {
   'lipschitz': 'Lipschitz',
   'contrastive': 'contrastive',
   'clusters': 'clusters',
+  'supervised': 'with labels',
 }
 _COLORS = {
   'vae': '#d95f02',
@@ -37,6 +38,7 @@ _COLORS = {
   'lipschitz': '#c2185b',
   'contrastive': '#71767d',
   'clusters': '#b8860b',
+  'supervised': '#333333',
 }
 _STYLES = ('-', '--', ':', '-.')
 
@@ -46,7 +48,7 @@ class Curve:
   """Adversarial accuracy of one objective, from one result a seed.
 
   Attributes:
-    objective: one of `se_vae.config.OBJECTIVES`.
+    objective: one of `se_vae.config.OBJECTIVES`, or 'supervised'.
     results: what `experiments.probe` returned for each seed, at the same radii.
     variant: tells curves of one objective apart, such as a latent size; may be empty.
   """
