@@ -106,9 +106,9 @@ def test_probe_writes_what_it_promises(trained):
     check_examples=0,
   )
   result = probe.run(settings, signals.StopSignal())
-  saved = np.load(trained / 'probe_color.npz')
-  assert saved['correct'].shape == (2, 50)
-  np.testing.assert_allclose(saved['correct'].mean(axis=1), result['accuracy'])
+  with np.load(trained / 'probe_color.npz') as saved:
+    assert saved['correct'].shape == (2, 50)
+    np.testing.assert_allclose(saved['correct'].mean(axis=1), result['accuracy'])
   assert result['accuracy'][0] > 0.5  # seven balanced colours: chance is 1 / 7
   for accuracy, (low, high) in zip(result['accuracy'], result['interval'], strict=True):
     assert low <= accuracy <= high
