@@ -167,9 +167,19 @@ def clusters(
   """
   means = model.encode(params, x_adv).mean
   axes = jnp.eye(model.latent_dim, dtype=means.dtype)
-  loss = objectives.info_nce(means, axes, positives=targets, temperature=config.temperature)
-  found = jnp.argmax(means, axis=-1) == targets
-  return {'loss': loss, 'cluster_accuracy': found.astype(means.dtype)}
+  cross_entropy = objectives.info_nce(
+    means, axes, positives=targets, temperature=config.temperature
+  )
+  # Cosines do not change with the length of a mean, which would grow without a limit.
+  squared_length = jnp.mean(means**2, axis=-1)  # 1 for a typical sample of the prior
+  loss = cross_entropy + (squared_length - 1.0) ** 2
+  found = (jnp.argmax(means, axis=-1) == targets).astype(means.dtype)
+  return {
+    'loss': loss,
+    'cross_entropy': cross_entropy,
+    'squared_length': squared_length,
+    'cluster_accuracy': found,
+  }
 
 
 def _error(x: jax.Array, x_mean: jax.Array) -> Terms:

@@ -155,7 +155,10 @@ def test_the_loss_of_clusters_is_a_softmax_of_cosines_with_the_axes():
   means = np.asarray(model.encode(params, X_ADV).mean)
   logits = means / np.linalg.norm(means, axis=1, keepdims=True) / 0.2
   right = logits[np.arange(BATCH), targets]
-  np.testing.assert_allclose(loss, np.mean(np.log(np.exp(logits).sum(1)) - right), rtol=1e-5)
+  cross_entropy = np.mean(np.log(np.exp(logits).sum(axis=1)) - right)
+  np.testing.assert_allclose(metrics['cross_entropy'], cross_entropy, rtol=1e-5)
+  squared_lengths = np.sum(means**2, axis=1) / model.latent_dim
+  np.testing.assert_allclose(loss, cross_entropy + np.mean((squared_lengths - 1.0) ** 2), rtol=1e-5)
   assert metrics['cluster_accuracy'] == np.mean(means.argmax(axis=1) == targets)
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient['decoder']))
 
@@ -168,7 +171,8 @@ def test_misassigned_images_are_in_the_ball_and_have_a_larger_loss():
   x_adv = selection.misassigned(selection.Batch(model, config, params, KEY, X, *numbers))
   assert np.abs(x_adv - X).max() <= 0.1 + 1e-6 and 0.0 <= x_adv.min() <= x_adv.max() <= 1.0
   clean, attacked = (
-    training.loss(model, config, params, KEY, X, x, targets=targets)[0] for x in (X, x_adv)
+    training.loss(model, config, params, KEY, X, x, targets=targets)[1]['cross_entropy']
+    for x in (X, x_adv)
   )
   assert attacked > clean
 
