@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from typing import Any
 from etils import epy
 
 from experiments import recording, records
-from experiments.cli import app, flags, workdirs
+from experiments.cli import app, flags
 from experiments.cli.flags import UsageError
 from experiments.reproduction import manifest
-from se_vae.config import setting, validate
+from se_vae.config import ArgumentError, setting, validate
+from se_vae.evaluation import verdicts
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.reproduction import leaderboard, rows
@@ -31,6 +33,26 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 ACTIONS = ('render', 'add')
 _PROBE = 'probe_digit_worst_case.json'
+_PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
+
+
+class _Probe(records.FinishedProbe):
+  """What an entry needs of the result of a probe."""
+
+  evaluation: records.Attack
+  versions: dict[str, str]
+
+
+class _Supervised(records.Curve):
+  """What an entry needs of the result of a classifier."""
+
+  task: str
+  num_examples: int
+  config: dict[str, Any]
+  evaluation: records.Attack
+  data: records.Data
+  checks: list[verdicts.CheckRecord]
+  versions: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,53 +82,56 @@ def run(action: str, config: LeaderboardConfig) -> list[rows.Measured]:
     UsageError: for wrong flags, or results that the rules do not admit, before anything is written.
   """
   validate(config)
-  results = Path(config.results)
+  results, page = Path(config.results), Path(config.page)
   found = manifest.load(results / manifest.MANIFEST)
-  if not Path(config.page).is_file():
-    raise UsageError(f'--page: {config.page} is not a file')
-  if action == 'add':
-    entry = _entry(config, found)
-    path = results / leaderboard.FOLDER / f'{entry["name"]}.json'
-    atomic_files.make_directory(path.parent)
-    workdirs.write_json(path, entry)
-    print(f'{path}: added')
+  if not page.is_file():
+    raise UsageError(f'--page: {page} is not a file')
+  entry = _entry(config, found, results) if action == 'add' else None
   try:
     listed = leaderboard.entries(found, results)
-    text = leaderboard.page(Path(config.page).read_text(), listed)
+    if entry is not None:
+      listed = leaderboard.ordered([*listed, entry])
+    text = leaderboard.page(page.read_text(), listed)
   except (json_files.JsonError, ValueError) as error:
     raise UsageError(f'--page, --results: {error}') from None
+  if entry is not None:
+    print(f'{rows.write(results, entry, leaderboard.FOLDER)}: added')
   leaderboard.draw(Path(config.figure), listed)
-  atomic_files.write(Path(config.page), text.encode())
-  print(f'{config.page}: {len(listed)} entries')
+  atomic_files.write(page, text.encode())
+  print(f'{page}: {len(listed)} entries')
   return listed
 
 
-def _entry(config: LeaderboardConfig, found: manifest.Manifest) -> rows.Measured:
+def _entry(config: LeaderboardConfig, found: manifest.Manifest, results: Path) -> rows.Measured:
   """The entry of the given directories.
 
   Raises:
-    UsageError: if flags are missing, or the rules do not admit a result.
+    UsageError: if flags are missing, or the rules do not admit the results.
   """
   if not config.workdir or not config.name or not config.title:
     raise UsageError('--workdir, --name, --title: are required to add an entry')
   if not re.fullmatch(r'\w{1,80}', config.name, re.ASCII):
     raise UsageError(f'--name: must be letters, digits and underscores, got {config.name!r}')
-  if re.search(r'[|\[\]\n]', config.title):
-    raise UsageError(f'--title: must have none of | [ ] in it, got {config.title!r}')
+  taken = results / leaderboard.FOLDER / f'{config.name}.json'
+  if taken.exists() or config.name in found.rows:
+    raise UsageError(f'--name: there is an entry {config.name}; take another name')
   outcomes: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
   for directory in config.workdir:
     encoder, attacked = _read(Path(directory))
-    wrong = list(leaderboard.faults(attacked))
-    if wrong:
-      raise UsageError(f'--workdir: {directory}: {"; ".join(wrong)}')
     seed = (attacked.get('pretraining') or attacked['config'])['seed']
     if seed in outcomes:
       raise UsageError(f'--workdir: {directory}: seed {seed} is there twice')
     outcomes[seed] = encoder, attacked
   revision = found.content['revision']
-  entry = rows.measured(config.name, config.title, revision, list(_commands(outcomes)), outcomes)
+  try:
+    entry = rows.measured(config.name, config.title, revision, list(_commands(outcomes)), outcomes)
+  except (ArgumentError, json_files.JsonError) as error:
+    raise UsageError(f'--workdir: {error}') from None
   if config.link:
     entry['link'] = config.link
+  wrong = list(leaderboard.faults(entry))
+  if wrong:
+    raise UsageError(f'--workdir, --title, --link: {"; ".join(wrong)}')
   return entry
 
 
@@ -114,26 +139,31 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
   """What pretrain and probe have written, or nothing and what supervised has."""
   try:
     if (directory / _PROBE).exists():
-      attacked = json_files.read(directory / _PROBE, records.FinishedProbe)
+      attacked = json_files.read(directory / _PROBE, _Probe)
       encoder: dict[str, Any] = {}
       if (directory / recording.RESULT).exists():
         encoder = dict(json_files.read(directory / recording.RESULT, records.Result))
       return encoder, dict(attacked)
-    if (directory / recording.RESULT).exists():
-      return {}, dict(json_files.read(directory / recording.RESULT, records.Supervised))
+    if (directory / recording.RESULT).exists() and not (directory / recording.CONFIG).exists():
+      return {}, dict(json_files.read(directory / recording.RESULT, _Supervised))
   except json_files.JsonError as error:
     raise UsageError(f'--workdir: {error}') from None
   raise UsageError(f'--workdir: {directory} has no {_PROBE}, and no result of supervised')
 
 
 def _commands(outcomes: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[str]:
-  """How the last encoder of the first seed was trained, as far as its settings tell."""
+  """How the last encoder of the first seed was trained and attacked, as its settings tell."""
   _, attacked = outcomes[min(outcomes)]
-  stored = attacked.get('pretraining') or attacked['config']
-  binary = 'pretrain' if attacked.get('pretraining') else 'supervised'
-  places = ('workdir', 'data_dir', 'cache_dir')
-  given = (f'--{name}={value}' for name, value in stored.items() if name not in places)
-  yield ' '.join(['python', '-m', f'experiments.{binary}', *(g for g in given if '=None' not in g)])
+  trained = attacked.get('pretraining')
+  last = 'supervised' if trained is None else 'probe'
+  for binary, settings in (('pretrain', trained), (last, attacked['config'])):
+    if settings is not None:
+      given = [
+        f'--{name}={",".join(map(str, value)) if isinstance(value, list) else value}'
+        for name, value in settings.items()
+        if name not in _PLACES and value is not None
+      ]
+      yield shlex.join(['python', '-m', f'experiments.{binary}', *given])
 
 
 if __name__ == '__main__':

@@ -3,11 +3,11 @@ r"""Builds the results of the project anew, compares them, and writes the page t
   python -m experiments.results build --rows=smoothed,vae --data_dir=DIR
 
 `results/manifest.yaml` lists all rows with their commands, seeds, costs and expected numbers. The
-action `build` trains and attacks what is missing, side by side on all cores, and writes a JSON file
-for each row and then RESULTS.md with its figures. `check` builds rows in another directory, and
-compares what comes out with what is expected. `render` writes the page alone, and `list` prints the
-rows with their costs and commands. An interrupted build continues when the same command is given
-again. Finished runs are not repeated.
+action `list`, the default, prints them. `build` trains and attacks what is missing, side by side on
+all cores, and writes a JSON file for each row and then RESULTS.md with its figures. `check` builds
+rows in another directory, and compares what comes out with what is expected. `render` writes the
+page alone. An interrupted build or check continues when the same command is given again; what is
+finished is not repeated.
 
 The manifest has a `revision`, a number that rises whenever the code computes other numbers with the
 same flags. Rows of an older revision are marked on the page.
@@ -17,24 +17,23 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from etils import epy
 
 from experiments import pretrain
-from experiments.cli import app, devices, flags, messages, signals, workdirs
+from experiments.cli import app, devices, flags, messages, provenance, signals
 from experiments.cli.flags import UsageError
-from experiments.reproduction import claims, manifest, plan
-from experiments.scheduling import jobs, placement
-from se_vae.config import ArgumentError, setting, validate
+from experiments.reproduction import building, claims, manifest, plan
+from experiments.scheduling import placement
+from se_vae.config import setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.reproduction import document, rows
   from se_vae.storage import atomic_files, json_files
 
-ACTIONS = ('build', 'check', 'render', 'list')
+ACTIONS = ('list', 'build', 'check', 'render')
 PAGE = 'RESULTS.md'  # beside the directory of the results
 
 
@@ -50,7 +49,7 @@ class ResultsConfig:
   data_dir: str | None = setting(
     None, 'Directory of the MNIST files, which are downloaded into it.'
   )
-  seeds: int | None = setting(None, 'Take so many of the seeds of each row.', at_least=1)
+  seeds: int | None = setting(None, 'Check or list so many of the seeds of each row.', at_least=1)
   placement: placement.PlacementConfig = dataclasses.field(
     default_factory=placement.PlacementConfig
   )
@@ -73,48 +72,89 @@ def run(action: str, config: ResultsConfig, stop: signals.StopSignal) -> bool:
   Raises:
     ArgumentError: for wrong settings or a wrong manifest, before anything is trained.
     Interrupted: when `stop` has a signal, after a checkpoint of every run.
-    RunsFailedError: if runs failed, after all others.
+    RunsFailedError: if runs failed, after all that do not need them.
   """
   validate(config)
   results = Path(config.results)
   found = manifest.load(results / manifest.MANIFEST)
-  check_claims(found)
   chosen = _chosen(config, found)
+  workdir = Path(config.workdir or ('runs/results_check' if action == 'check' else 'runs/results'))
+  shown = _first_seeds(found, chosen, config.seeds) if config.seeds is not None else found
+  planned = plan.Plan(shown, workdir, config.data_dir)
+  check_radii(plan.Plan(found, workdir))
   if action == 'render':
     render(found, results)
-    return True
-  default = 'runs/results_check' if action == 'check' else 'runs/results'
-  workdir = Path(config.workdir or default)
-  if config.seeds is not None:
-    found = _with_seeds(found, chosen, config.seeds)
-  planned = plan.Plan(found, workdir, config.data_dir)
-  if action == 'list':
+  elif action == 'list':
     print(_listed(planned, chosen))
-    return True
-  workdirs.check_directory('workdir', str(workdir))
-  measured: dict[str, rows.Measured] = {}
+  elif action == 'build':
+    if config.seeds is not None:
+      raise UsageError('--seeds: is for list and check; a row is built with all its seeds')
+    _build(config, planned, chosen, results, stop)
+  else:
+    return _check(config, planned, chosen, stop)
+  return True
+
+
+def _build(
+  config: ResultsConfig,
+  planned: plan.Plan,
+  chosen: list[str],
+  results: Path,
+  stop: signals.StopSignal,
+) -> None:
+  """Builds what is missing of rows, and writes the file of each row and the page."""
+  written = []
 
   def done(name: str, row: rows.Measured) -> None:
-    measured[name] = row
-    if action == 'build':
-      print(f'{rows.write(results, row)}: finished')
+    written.append(name)
+    print(f'{rows.write(results, row)}: finished')
 
+  building.check(planned, chosen)
+  building.claim(planned.workdir, {'revision': planned.manifest.content['revision']})
   try:
-    _measure(config.placement, planned, chosen, stop, done)
+    building.build(config.placement, planned, chosen, stop, done)
   finally:
-    if action == 'build' and measured:
-      render(found, results)
-  return action == 'build' or _compare(found, measured)
+    if written:
+      render(planned.manifest, results)
 
 
-def check_claims(found: manifest.Manifest) -> None:
-  """Raises ArgumentError for comparisons that are no comparisons, or of rows that do not exist."""
-  for section in found.content['sections']:
+def _check(
+  config: ResultsConfig, planned: plan.Plan, chosen: list[str], stop: signals.StopSignal
+) -> bool:
+  """Builds rows in a directory of their own, and compares; returns whether all agree."""
+  without = [name for name in chosen if not planned.manifest.rows[name].get('expected')]
+  if without:
+    raise UsageError(f'--rows: {", ".join(without)}: nothing is expected of rows not yet measured')
+  measured: dict[str, rows.Measured] = {}
+  building.check(planned, chosen)
+  ledger = {'revision': planned.manifest.content['revision'], 'commit': provenance.commit()}
+  building.claim(planned.workdir, ledger)
+  building.build(config.placement, planned, chosen, stop, measured.__setitem__)
+  building.claim(planned.workdir, {**ledger, 'checked': True})
+  return _compare(planned.manifest, measured)
+
+
+def check_radii(planned: plan.Plan) -> None:
+  """Raises UsageError for claims, expected numbers and figures at radii that are not attacked."""
+  attacked = {name: building.radii(planned, name) for name in planned.manifest.rows}
+  asked = [
+    (name, float(radius))
+    for name, row in planned.manifest.rows.items()
+    for radius in row.get('expected', {})
+  ]
+  for section in planned.manifest.content['sections']:
     for claim in section.get('claims', ()):
-      for comparison in map(claims.parse, claim['holds_if']):
-        for name in (comparison.left, comparison.right):
-          if isinstance(name, str) and name not in found.rows:
-            raise UsageError(f'--results: claim {claim["claim"]!r}: {name} is no row')
+      for left, right, radius, _ in map(claims.parse, claim['holds_if']):
+        asked += [(name, radius) for name in (left, right) if isinstance(name, str)]
+    if 'figure' in section:
+      panels = [panel for panel in section['figure']['panels'] if 'at' in panel]
+      figure_radii = section['figure'].get('radii', document.RADII)
+      asked += [(row, r) for panel in panels for row in panel['rows'] for r in figure_radii]
+  for name, radius in asked:
+    if name not in attacked:
+      raise UsageError(f'--results: {name} is no row')
+    if radius not in attacked[name]:
+      raise UsageError(f'--results: row {name} is not attacked at radius {radius:g}')
 
 
 def render(found: manifest.Manifest, results: Path) -> None:
@@ -141,7 +181,8 @@ def _chosen(config: ResultsConfig, found: manifest.Manifest) -> list[str]:
   return list(dict.fromkeys(config.rows or found.rows))
 
 
-def _with_seeds(found: manifest.Manifest, chosen: list[str], count: int) -> manifest.Manifest:
+def _first_seeds(found: manifest.Manifest, chosen: list[str], count: int) -> manifest.Manifest:
+  """The manifest with the first seeds of the chosen rows alone."""
   own = {name: {**found.rows[name], 'seeds': found.rows[name]['seeds'][:count]} for name in chosen}
   content: Any = {**found.content, 'rows': {**found.rows, **own}}
   return manifest.Manifest(content)
@@ -157,95 +198,6 @@ def _listed(planned: plan.Plan, chosen: list[str]) -> str:
     lines += [f'  {command}' for command in planned.commands(name, row['seeds'][0])]
   total = planned.manifest.minutes(chosen)
   return '\n'.join([*lines, f'{len(chosen)} rows, {total:.0f} core-minutes'])
-
-
-def _measure(
-  where: placement.PlacementConfig,
-  planned: plan.Plan,
-  chosen: list[str],
-  stop: signals.StopSignal,
-  done: Callable[[str, rows.Measured], None],
-) -> None:
-  """Does what is missing of rows, section by section; `done` takes each row when it is finished.
-
-  Raises:
-    ArgumentError: for wrong settings, before the first run.
-    Interrupted: when `stop` has a signal.
-    RunsFailedError: if runs failed, after all that do not need them.
-  """
-  for name in chosen:
-    for seed in planned.manifest.rows[name]['seeds']:
-      planned.job(name, seed)  # its settings are checked
-  failed: app.RunsFailedError | None = None
-  for group in _groups(planned.manifest, chosen):
-    left = list(group)
-
-    def report(job: jobs.AnyJob, outcome: jobs.Outcome, left: list[str] = left) -> None:
-      for name in [name for name in left if _is_of(planned, name, job)]:
-        if (row := _row(planned, name)) is not None:
-          left.remove(name)
-          done(name, row)
-
-    for wave in planned.waves(group):
-      try:
-        ready = list(_ready(wave, failed is not None))
-        placement.run_all(ready, where, planned.workdir, stop, report)
-      except app.RunsFailedError as error:
-        failed = error
-  if failed is not None:
-    raise failed
-
-
-def _ready(wave: list[jobs.AttackedJob], some_failed: bool) -> Iterator[jobs.AttackedJob]:
-  """The jobs that can be done: where runs failed before, not those that need them."""
-  for job in wave:
-    try:
-      job.check()
-    except ArgumentError:
-      if not some_failed:
-        raise
-    else:
-      yield job
-
-
-def _is_of(planned: plan.Plan, name: str, job: jobs.AnyJob) -> bool:
-  """Whether a job attacks what a row needs, and does not only train it."""
-  if isinstance(job, jobs.Job) and not job.attacks:
-    return False
-  seeds = planned.manifest.rows[name]['seeds']
-  return any(planned.job(name, seed).workdir == job.workdir for seed in seeds)
-
-
-def _groups(found: manifest.Manifest, chosen: list[str]) -> Iterator[list[str]]:
-  """The chosen rows, section by section, and those that no section shows at the end."""
-  left = dict.fromkeys(chosen)
-  for section in found.content['sections']:
-    own = [name for name in section.get('rows', ()) if name in left]
-    for name in own:
-      left.pop(name)
-    if own:
-      yield own
-  if left:
-    yield list(left)
-
-
-def _row(planned: plan.Plan, name: str) -> rows.Measured | None:
-  """A row from the files of its runs; None unless all are finished."""
-  row, outcomes = planned.manifest.rows[name], {}
-  for seed in row['seeds']:
-    outcome = planned.job(name, seed).finished()
-    if outcome is None or outcome.encoder is None:
-      return None
-    (attacked,) = outcome.attacked
-    outcomes[seed] = outcome.encoder, attacked
-  elsewhere = plan.Plan(planned.manifest, Path('runs/results'), None)
-  return rows.measured(
-    name,
-    row['title'],
-    planned.manifest.content['revision'],
-    elsewhere.commands(name, row['seeds'][0]),
-    outcomes,
-  )
 
 
 def _compare(found: manifest.Manifest, measured: dict[str, rows.Measured]) -> bool:

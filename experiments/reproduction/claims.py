@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from experiments.reproduction import rows
 from se_vae.config import ArgumentError
 
-_COMPARISON = re.compile(r'(\w+) ([<>]) (\w+|[\d.]+) at ([\d.]+)(?: by ([\d.]+))?')
+_COMPARISON = re.compile(r'(\w+) ([<>]) (\w+|[\d.]+) at (\d+(?:\.\d+)?)(?: by (\d+(?:\.\d+)?))?')
 
 
 class Comparison(NamedTuple):
@@ -56,7 +58,8 @@ def verdict(
   """Returns 'yes', 'no', 'partly' or 'not measured', and a line of numbers for each comparison.
 
   A comparison holds if it holds in every seed that both rows have. The verdict is 'yes' if all
-  hold, 'no' if none holds in any seed, and 'partly' otherwise.
+  hold, 'no' if none holds in any seed, and 'partly' otherwise. It is 'not measured' where a row is
+  missing, or two rows have no seed in common.
 
   Args:
     comparisons: the comparisons.
@@ -64,11 +67,12 @@ def verdict(
   """
   counts, lines = [], []
   for left, right, radius, margin in comparisons:
+    number = right if isinstance(right, float) else np.nan
     of_left, of_right = measured(left), None if isinstance(right, float) else measured(right)
     if of_left is None or (of_right is None and not isinstance(right, float)):
       return 'not measured', []
     higher = _by_seed(of_left, radius)
-    lower = dict.fromkeys(higher, float(right)) if of_right is None else _by_seed(of_right, radius)
+    lower = dict.fromkeys(higher, number) if of_right is None else _by_seed(of_right, radius)
     seeds = sorted(higher.keys() & lower.keys())
     holds = [higher[seed] > lower[seed] + margin for seed in seeds]
     counts.append((sum(holds), len(holds)))
@@ -78,7 +82,9 @@ def verdict(
       for seed in seeds
     )
     lines.append(f'{name} at {radius:g}: {values}')
-  if all(held == count > 0 for held, count in counts):
+  if not all(count for _, count in counts):
+    return 'not measured', []
+  if all(held == count for held, count in counts):
     return 'yes', lines
   return ('no' if not any(held for held, _ in counts) else 'partly'), lines
 

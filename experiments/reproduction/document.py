@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cli.messages import markdown_table
-from experiments.reproduction import claims, rows
+from experiments.reproduction import claims, plan, rows
 from experiments.reproduction.manifest import Claim, Figure, Manifest, Panel, Section
 from experiments.visual import ablations, plots
 from se_vae.config import WITHOUT_DECODER
@@ -22,6 +22,7 @@ FIGURES = 'figures'
 
 _HELD_OUT = {'elbo': 'ELBO', 'active_latents': 'active latents'}
 _OLDER = '†'
+RADII = (0.0, 0.1, 0.2)  # of a figure that names none
 _WIDTH = 100
 
 
@@ -45,7 +46,19 @@ class Document:
       JsonError: if a file is damaged.
     """
     found = {name: rows.read(self.results, name) for name in self.manifest.rows}
-    return {name: row for name, row in found.items() if row is not None}
+    return {name: self._titled(row) for name, row in found.items() if row is not None}
+
+  def _titled(self, row: rows.Measured) -> rows.Measured:
+    """The row with the title of now, and a mark if code or commands of now give other numbers."""
+    entry = self.manifest.rows[row['name']]
+    planned = plan.Plan(self.manifest, Path('.')).shown()
+    is_older = (
+      row['revision'] < self.manifest.content['revision']
+      or row['commands'] != planned.commands(row['name'], entry['seeds'][0])
+      or [seed['seed'] for seed in row['seeds']] != entry['seeds']
+    )
+    titled: Any = {**row, 'title': f'{entry["title"]}{_OLDER if is_older else ""}'}
+    return titled
 
   def text(self) -> str:
     """The whole page, in Markdown."""
@@ -81,8 +94,7 @@ class Document:
     return markdown_table(header, (self._cells(row, radii) for row in shown))
 
   def _cells(self, row: rows.Measured, radii: Sequence[float]) -> Iterator[str]:
-    older = row['revision'] < self.manifest.content['revision']
-    yield f'{row["title"]}{_OLDER if older else ""}'
+    yield row['title']
     yield str(len(row['seeds']))
     for radius in radii:
       try:
@@ -112,8 +124,8 @@ class Document:
     yield _filled(f'{". ".join(texts)}.')
     lines = [line for row in shown for line in certified_of(row)]
     lines += [line for row in shown for line in failures_of(row)]
-    if any(row['revision'] < self.manifest.content['revision'] for row in shown):
-      lines.append(f'{_OLDER} Measured by older code, which computes other numbers.')
+    if any(_mark(row) for row in shown):
+      lines.append(f'{_OLDER} Measured by older code, or with other settings than those of now.')
     yield '\n'.join(_filled(f'- {line}', '  ') for line in lines)
 
   def _claims(self, listed: Sequence[Claim]) -> str:
@@ -149,7 +161,7 @@ class Document:
     with atomic_files.replacing(path) as file:
       if 'at' in figure['panels'][0]:
         panels = [self._ablation(panel) for panel in figure['panels']]
-        ablations.save(file, panels, figure.get('radii', [0.0, 0.1, 0.2]))
+        ablations.save(file, panels, figure.get('radii', RADII))
       else:
         plots.save(file, [(panel['title'], self._curves(panel)) for panel in figure['panels']])
     return path
@@ -158,7 +170,7 @@ class Document:
     labels = panel.get('labels') or [''] * len(panel['rows'])
     shown = [self.measured[name] for name in panel['rows']]
     return [
-      plots.Curve(row['objective'], [dict(seed) for seed in row['seeds']], label)
+      plots.Curve(row['objective'], [dict(seed) for seed in row['seeds']], f'{label}{_mark(row)}')
       for row, label in zip(shown, labels, strict=True)
     ]
 
@@ -173,6 +185,10 @@ class Document:
       summary,
       panel.get('scale', 'linear'),
     )
+
+
+def _mark(row: rows.Measured) -> str:
+  return _OLDER if row['title'].endswith(_OLDER) else ''
 
 
 _ATTACKS = {

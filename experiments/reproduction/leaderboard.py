@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,40 +18,56 @@ FOLDER = 'leaderboard'
 RADII = (0.1, 0.2)
 _BEGIN, _END = '<!-- leaderboard -->', '<!-- end of leaderboard -->'
 
-# What an entry needs. The digest is that of MNIST's four files as `se_vae.data` reads them.
+# The digest of MNIST's four files, as `se_vae.data` reads them.
 DATA = 'e842274a05563eecde4bbdc6c93af22e52fc198fdc676ebe1f0a0ce0ed189c6f'
 LEAST_IMAGES = 1000
-_STRENGTH = {'pgd_steps': 40, 'num_queries': 1000, 'restarts': 1}
+_LEAST = {'pgd_steps': 40, 'num_queries': 1000, 'restarts': 1, 'check_examples': 200}
 # Where one of these checks fails, the accuracies are wrong. Others say that an attack is weak,
 # which the worst case of many attacks forgives; they are shown.
 _NEEDED = (1, 2, 3, 10, 11)
+_NO_TITLE = re.compile(r'[|\[\]<>\n]')
 
 
-def faults(attacked: dict[str, Any]) -> Iterator[str]:
-  """What keeps a result of probe or supervised off the leaderboard, a line each.
-
-  Args:
-    attacked: the content of probe_digit_worst_case.json, or of result.json of supervised.
-  """
-  config = attacked.get('config', {})
-  settings = {**config, **attacked.get('evaluation', {})}
-  if attacked['data']['digest'] != DATA:
-    yield 'the data must be the test images of MNIST'
-  if config.get('validation') or attacked.get('pretraining', {}).get('validation'):
+def faults(row: rows.Measured) -> Iterator[str]:
+  """What keeps a row off the leaderboard, a line each."""
+  if row['data'] != DATA:
+    yield 'the data must be MNIST'
+  if row['validation']:
     yield 'the images must be test images, not training images that were held out (--validation)'
-  if attacked['task'] != 'digit':
-    yield f'the task must be digit, not {attacked["task"]}'
-  if settings.get('attack') != 'worst_case':
-    yield f'the attack must be worst_case, not {settings.get("attack")}'
-  if attacked['num_examples'] < LEAST_IMAGES:
-    yield f'at least {LEAST_IMAGES} images must be attacked, not {attacked["num_examples"]}'
+  if row['task'] != 'digit':
+    yield f'the task must be digit, not {row["task"]}'
+  if row['attack'] != 'worst_case':
+    yield f'the attack must be worst_case, not {row["attack"]}'
+  for name, least in _LEAST.items():
+    if not (row['settings'].get(name) or 0) >= least:
+      yield f'--{name} must be at least {least}, not {row["settings"].get(name)}'
+  if row['settings'].get('relative_step_size') is not None:
+    yield '--relative_step_size must not be given'
+  if _NO_TITLE.search(row['title']):
+    yield 'the title must have none of | [ ] < > in it'
+  if not re.fullmatch(r'(https://[^\s()|]+)?', row.get('link', '')):
+    yield 'the link must be an address that begins with https://'
+  for seed in row['seeds']:
+    for fault in _faults_of_seed(seed):
+      yield f'seed {seed["seed"]}: {fault}'
+
+
+def _faults_of_seed(seed: rows.Seed) -> Iterator[str]:
+  if seed['num_examples'] < LEAST_IMAGES:
+    yield f'at least {LEAST_IMAGES} images must be attacked, not {seed["num_examples"]}'
   for radius in (0.0, *RADII):
-    if not np.isclose(attacked['radii'], radius).any():
+    if not np.isclose(seed['radii'], radius).any():
       yield f'the radii must have {radius:g}'
-  for name, least in _STRENGTH.items():
-    if settings.get(name, least) < least:
-      yield f'--{name} must be at least {least}, not {settings[name]}'
-  verdicts = {check['number']: check.get('verdict') for check in attacked.get('checks', ())}
+  accuracy = np.array(seed['accuracy'])[np.argsort(seed['radii'])]
+  if not ((accuracy >= 0.0) & (accuracy <= 1.0)).all() or (np.diff(accuracy) > 0.0).any():
+    yield 'accuracies must be in [0, 1], and must not rise with the radius'
+  if 'certified' in seed:
+    of_radius = dict(zip(seed['radii'], seed['accuracy'], strict=True))
+    certified = seed['certified']
+    for radius, value in zip(certified['radii'], certified['accuracy'], strict=True):
+      if not 0.0 <= value <= of_radius.get(radius, 0.0):
+        yield f'the certified accuracy at {radius:g} is above that under attack'
+  verdicts = {check['number']: check.get('verdict') for check in seed['checks']}
   for number in _NEEDED:
     if verdicts.get(number) != 'pass':
       yield f'sanity check {number} must pass; it is {verdicts.get(number) or "missing"}'
@@ -62,12 +77,19 @@ def entries(manifest: Manifest, results: Path) -> list[rows.Measured]:
   """All entries: rows of the manifest, and those that were added. The most robust one is first.
 
   Raises:
-    JsonError: if a file is damaged.
+    JsonError: if a file is damaged, or the rules do not admit a row.
   """
-  named = [name for name, row in manifest.rows.items() if row.get('leaderboard')]
-  found = [row for name in named if (row := rows.read(results, name)) is not None]
-  for path in sorted((results / FOLDER).glob('*.json')):
-    found.append(json_files.read(path, rows.Measured))
+  of_manifest = document.Document(manifest, results).measured
+  found = [row for name, row in of_manifest.items() if manifest.rows[name].get('leaderboard')]
+  found += [rows.read_file(path) for path in sorted((results / FOLDER).glob('*.json'))]
+  for row in found:
+    for fault in faults(row):
+      raise json_files.JsonError(f'{row["name"]} is no entry of the leaderboard: {fault}')
+  return ordered(found)
+
+
+def ordered(found: Iterable[rows.Measured]) -> list[rows.Measured]:
+  """Rows in the order of the page: the most robust one first."""
   return sorted(found, key=lambda row: -rows.at_radius(row, RADII[0]).mean())
 
 

@@ -10,6 +10,8 @@ that is judged seed by seed.
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -23,6 +25,19 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import yaml
 
 MANIFEST = 'manifest.yaml'
+
+_RESERVED = ('rows', 'data', 'compiled')  # folders beside those of the encoders
+_SET_BY_THE_PLAN = (
+  'seed',
+  'workdir',
+  'output',
+  'data_dir',
+  'cache_dir',
+  'init_from',
+  'surrogate',
+  'pretrained',
+  'probe',
+)
 
 
 class Encoder(TypedDict):
@@ -155,12 +170,12 @@ def load(path: Path) -> Manifest:
     path: the file.
 
   Raises:
-    ArgumentError: if it cannot be read, or names what is not there.
+    ArgumentError: if it cannot be read, or has names that nothing has.
   """
   try:
-    values = yaml.load(path.read_text(), _loader())
-    content = json_files.check(_with_text_keys(values), Content)
-  except (OSError, yaml.YAMLError, json_files.JsonError) as error:
+    values = _with_text_keys(yaml.load(path.read_text(), _loader()))
+    content = json_files.check(values, Content)
+  except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
     raise ArgumentError('results', f'{path}: {" ".join(str(error).split())}') from None
   manifest = Manifest(content)
   for fault in _faults(manifest):
@@ -170,7 +185,12 @@ def load(path: Path) -> Manifest:
 
 def _faults(manifest: Manifest) -> Iterator[str]:
   """What is wrong with a manifest, a line each."""
+  yield from _unknown_keys(manifest.content)
+  for name in (*manifest.encoders, *manifest.rows):
+    if not re.fullmatch(r'\w[\w.]*', name, re.ASCII) or name in _RESERVED:
+      yield f'{name!r} is no name: letters, digits, _ and ., and none of {", ".join(_RESERVED)}'
   for name, encoder in manifest.encoders.items():
+    yield from _own_flags(f'encoder {name}', encoder['flags'])
     before, seen = encoder.get('init_from'), {name}
     while before is not None:
       if before in seen:
@@ -182,23 +202,72 @@ def _faults(manifest: Manifest) -> Iterator[str]:
       seen.add(before)
       before = manifest.encoders[before].get('init_from')
   for name, row in manifest.rows.items():
-    if ('encoder' in row) == ('supervised' in row):
-      yield f'row {name} needs an encoder or supervised, and not both'
-    for key in ('encoder', 'surrogate'):
-      if key in row and row.get(key) not in manifest.encoders:
-        yield f'row {name}: {row.get(key)} is no encoder'
-    if len(set(row['seeds'])) != len(row['seeds']) or not row['seeds']:
-      yield f'row {name} needs seeds, each once'
+    yield from _faults_of_row(manifest, name, row)
   for section in manifest.content['sections']:
-    panels = section['figure']['panels'] if 'figure' in section else []
-    named = [*section.get('rows', ()), *(row for panel in panels for row in panel['rows'])]
-    for row in named:
-      if row not in manifest.rows:
-        yield f'section {section["title"]}: {row} is no row'
-    for panel in panels:
-      for key in ('labels', 'at'):
-        if key in panel and len(panel[key]) != len(panel['rows']):  # type: ignore[literal-required]
-          yield f'section {section["title"]}: {key} must have one value for each row'
+    yield from _faults_of_section(manifest, section)
+
+
+def _faults_of_row(manifest: Manifest, name: str, row: Row) -> Iterator[str]:
+  if ('encoder' in row) == ('supervised' in row):
+    yield f'row {name} needs an encoder or supervised, and not both'
+  if 'supervised' in row and 'surrogate' in row:
+    yield f'row {name}: a classifier has no surrogate'
+  for key in ('encoder', 'surrogate'):
+    if key in row and row.get(key) not in manifest.encoders:
+      yield f'row {name}: {row.get(key)} is no encoder'
+  if len(set(row['seeds'])) != len(row['seeds']) or not row['seeds']:
+    yield f'row {name} needs seeds, each once'
+  if not 0.0 < row['tolerance'] <= 1.0:
+    yield f'row {name}: the tolerance must be in (0, 1]'
+  for radius, value in row.get('expected', {}).items():
+    if not re.fullmatch(r'\d+(\.\d+)?', radius) or not 0.0 <= value <= 1.0:
+      yield f'row {name}: expected has a radius and an accuracy, not {radius}: {value}'
+  for key in ('probe', 'supervised'):
+    yield from _own_flags(f'row {name}', str(row.get(key, '')))
+
+
+def _faults_of_section(manifest: Manifest, section: Section) -> Iterator[str]:
+  panels = section['figure']['panels'] if 'figure' in section else []
+  named = [*section.get('rows', ()), *(row for panel in panels for row in panel['rows'])]
+  for row in named:
+    if row not in manifest.rows:
+      yield f'section {section["title"]}: {row} is no row'
+  if 'figure' in section and not re.fullmatch(r'[\w-]+\.png', section['figure']['file'], re.ASCII):
+    yield f'section {section["title"]}: {section["figure"]["file"]} is no name of a PNG file'
+  for panel in panels:
+    for key in ('labels', 'at'):
+      if key in panel and len(panel[key]) != len(panel['rows']):
+        yield f'section {section["title"]}: {key} must have one value for each row'
+  for claim in section.get('claims', ()):
+    if not claim['holds_if']:
+      yield f'claim {claim["claim"]!r} needs comparisons'
+
+
+def _own_flags(owner: str, text: str) -> Iterator[str]:
+  """Faults for flags that the plan sets itself: seeds and places."""
+  for flag in shlex.split(text):
+    name = flag.partition('=')[0].lstrip('-')
+    if flag.startswith('-') and name in _SET_BY_THE_PLAN:
+      yield f'{owner}: --{name} comes by itself, and is no flag of the manifest'
+
+
+def _unknown_keys(content: Content) -> Iterator[str]:
+  """Faults for keys that nothing reads, such as misspelt ones."""
+  sections = content['sections']
+  figures = [section['figure'] for section in sections if 'figure' in section]
+  every: list[tuple[type, list[Any]]] = [
+    (Content, [content]),
+    (Encoder, list(content['encoders'].values())),
+    (Row, list(content['rows'].values())),
+    (Section, sections),
+    (Figure, figures),
+    (Panel, [panel for figure in figures for panel in figure['panels']]),
+    (Claim, [claim for section in sections for claim in section.get('claims', ())]),
+  ]
+  for kind, items in every:
+    for item in items:
+      for key in item.keys() - kind.__annotations__.keys():
+        yield f'{key} is no key of a {kind.__name__.lower()}'
 
 
 def _with_text_keys(values: Any) -> Any:

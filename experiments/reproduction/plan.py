@@ -56,7 +56,7 @@ class Plan:
     )
 
   def job(self, row: str, seed: int) -> jobs.AttackedJob:
-    """All that is done for a seed of a row, after the encoders that it starts from."""
+    """What is done for a seed of a row, after its encoders; its name begins with 'ROW,'."""
     name = f'{row}, seed {seed}'
     if 'supervised' in self.manifest.rows[row]:
       return jobs.SupervisedJob(name, self.classifier(row, seed))
@@ -66,7 +66,7 @@ class Plan:
   def waves(self, rows: Sequence[str]) -> Iterator[list[jobs.AttackedJob]]:
     """The jobs of rows in groups: what one group does, the next ones may need.
 
-    The first groups train encoders, and the last one attacks.
+    The first groups train encoders, and the last ones attack.
     """
     depths: dict[tuple[str, int], int] = {}
     for row in rows:
@@ -79,16 +79,21 @@ class Plan:
         for (name, seed), own in depths.items()
         if own == depth
       ]
-    # Two attacks on one encoder at a time would wait for each other's lock: they are one job.
-    together: dict[Path, jobs.AttackedJob] = {}
+    # Two attacks on one encoder at a time would wait for each other's lock.
+    waves: list[dict[Path, jobs.AttackedJob]] = []
     for row in rows:
       for seed in self.manifest.rows[row]['seeds']:
         job = self.job(row, seed)
-        before = together.get(job.workdir)
-        if isinstance(before, jobs.Job) and isinstance(job, jobs.Job):
-          job = dataclasses.replace(before, attacks=before.attacks + job.attacks)
-        together[job.workdir] = job
-    yield list(together.values())
+        free = (wave for wave in waves if job.workdir not in wave)
+        wave = next(free, None)
+        if wave is None:
+          waves.append(wave := {})
+        wave[job.workdir] = job
+    yield from (list(wave.values()) for wave in waves)
+
+  def shown(self) -> Plan:
+    """The plan as pages show it: with the usual work directory, and without that of the data."""
+    return Plan(self.manifest, Path('runs/results'))
 
   def commands(self, row: str, seed: int) -> list[str]:
     """The command lines that build a seed of a row."""

@@ -6,12 +6,14 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 
 from experiments import records
-from experiments.cli import workdirs
+from experiments.cli import flags, workdirs
+from experiments.probe_settings import ProbeConfig
+from se_vae.config import ArgumentError
 from se_vae.evaluation.verdicts import CheckRecord
 from se_vae.storage import json_files
 
@@ -22,13 +24,17 @@ _OF_SEED = ('accuracy', 'interval', 'num_examples', 'checkpoint', 'commit', 'ver
 _LONG_DIGITS = 5  # of the numbers in a file: no accuracy of 10,000 images has more
 
 
+# The settings of the attack that say how strong it is, and of the checks.
+STRENGTH = ('pgd_steps', 'num_queries', 'restarts', 'relative_step_size', 'check_examples')
+
+
 class Seed(TypedDict):
   """The result of one seed."""
 
   seed: int
-  radii: list[float]
-  accuracy: list[float]
-  interval: list[tuple[float, float]]
+  radii: Annotated[list[float], json_files.SAME_LENGTH]
+  accuracy: Annotated[list[float], json_files.SAME_LENGTH]
+  interval: Annotated[list[tuple[float, float]], json_files.SAME_LENGTH]
   num_examples: int
   checks: list[CheckRecord]
   held_out: dict[str, float]
@@ -39,7 +45,11 @@ class Seed(TypedDict):
 
 
 class Measured(TypedDict):
-  """A row as it was measured: the JSON file of the row. `data` is the digest of the data set."""
+  """A row as it was measured: the JSON file of the row.
+
+  `data` is the digest of the data set, `settings` has those of `STRENGTH`, and `machine` is where
+  the row was put together.
+  """
 
   name: str
   title: str
@@ -48,12 +58,18 @@ class Measured(TypedDict):
   task: str
   dataset: str
   data: str
+  validation: bool
   attack: str
   radii: list[float]
+  settings: dict[str, float | None]
   commands: list[str]
   machine: str
   seeds: list[Seed]
   link: NotRequired[str]
+
+
+# What all seeds of a row share.
+_SHARED = ('objective', 'task', 'dataset', 'data', 'validation', 'attack', 'radii', 'settings')
 
 
 def measured(
@@ -72,22 +88,43 @@ def measured(
     commands: the command lines of the first seed.
     outcomes: for each seed what pretrain and probe have returned, or an empty dict and what
       supervised has.
+
+  Raises:
+    ArgumentError: if the seeds differ in more than the seed.
   """
-  _, attacked = next(iter(outcomes.values()))
-  trained = attacked.get('pretraining')
-  return {
+  every = {seed: _shared(attacked) for seed, (_, attacked) in sorted(outcomes.items())}
+  first = next(iter(every.values()))
+  for seed, own in every.items():
+    for key in _SHARED:
+      if own[key] != first[key]:
+        raise ArgumentError('seeds', f'seed {seed} has {key} {own[key]}, and others {first[key]}')
+  content = {
     'name': name,
     'title': title,
     'revision': revision,
-    'objective': LABELS if trained is None else trained['objective'],
-    'task': attacked['task'],
-    'dataset': (attacked['config'] if trained is None else trained)['dataset'],
-    'data': attacked['data']['digest'],
-    'attack': attacked['evaluation']['attack'],
-    'radii': attacked['radii'],
+    **first,
     'commands': list(commands),
     'machine': machine(),
     'seeds': [_seed(seed, *outcome) for seed, outcome in sorted(outcomes.items())],
+  }
+  return json_files.check(content, Measured)
+
+
+def _shared(attacked: dict[str, Any]) -> dict[str, Any]:
+  """What the result of a seed has of `_SHARED`."""
+  config, trained = attacked['config'], attacked.get('pretraining')
+  if trained is None:  # a classifier, whose settings have those of its attack as text
+    trained = {**config, 'objective': LABELS}
+    config = flags.to_dict(flags.parse(ProbeConfig, config['probe'], '--probe'))
+  return {
+    'objective': trained['objective'],
+    'task': attacked['task'],
+    'dataset': trained['dataset'],
+    'data': attacked['data']['digest'],
+    'validation': trained['validation'],
+    'attack': attacked['evaluation']['attack'],
+    'radii': attacked['radii'],
+    'settings': {key: config.get(key) for key in STRENGTH},
   }
 
 
@@ -126,9 +163,9 @@ def machine() -> str:
   return f'{processor}, {os.cpu_count()} cores, {platform.system()}'
 
 
-def write(results: Path, row: Measured) -> Path:
+def write(results: Path, row: Measured, folder: str = ROWS) -> Path:
   """Writes the file of a row, and returns its path."""
-  path = results / ROWS / f'{row["name"]}.json'
+  path = results / folder / f'{row["name"]}.json'
   path.parent.mkdir(parents=True, exist_ok=True)
   workdirs.write_json(path, row)
   return path
@@ -138,27 +175,49 @@ def read(results: Path, name: str) -> Measured | None:
   """Returns a row that was measured; None if it was not.
 
   Raises:
-    JsonError: if the file is damaged.
+    JsonError: if the file is damaged, or that of another row.
   """
   path = results / ROWS / f'{name}.json'
-  return json_files.read(path, Measured) if path.exists() else None
+  return read_file(path) if path.exists() else None
 
 
-def accuracy(row: Measured) -> np.ndarray:
-  """The accuracies `[seeds, R]`."""
-  return np.array([seed['accuracy'] for seed in row['seeds']])
+def read_file(path: Path) -> Measured:
+  """Returns the row in a file.
+
+  Raises:
+    OSError: if the file cannot be read.
+    JsonError: if it is damaged, or that of another row.
+  """
+  row = json_files.read(path, Measured)
+  if row['name'] != path.stem:
+    raise json_files.JsonError(f'{path}: damaged (it is of the row {row["name"]})')
+  return row
 
 
 def at_radius(row: Measured, radius: float) -> np.ndarray:
   """The accuracies `[seeds]` at a radius.
 
   Raises:
-    KeyError: if the row was not attacked at this radius.
+    KeyError: if a seed was not attacked at this radius.
   """
-  for index, own in enumerate(row['radii']):
+  return np.array([_at(seed['radii'], seed['accuracy'], radius) for seed in row['seeds']])
+
+
+def certified_at(row: Measured, radius: float) -> np.ndarray | None:
+  """The certified accuracies `[seeds]` at a radius; None unless every seed has it."""
+  try:
+    found = [seed['certified'] for seed in row['seeds']]
+    return np.array([_at(each['radii'], each['accuracy'], radius) for each in found])
+  except KeyError:
+    return None
+
+
+def _at(radii: Sequence[float], values: Sequence[float], radius: float) -> float:
+  """The value at a radius; raises KeyError if there is none."""
+  for own, value in zip(radii, values, strict=True):
     if np.isclose(own, radius):
-      return accuracy(row)[:, index]
-  raise KeyError(f'row {row["name"]} has no radius {radius:g}')
+      return value
+  raise KeyError(radius)
 
 
 def differences(
@@ -174,14 +233,3 @@ def differences(
   for text, value in expected.items():
     found = float(at_radius(row, float(text)).mean())
     yield float(text), value, found, abs(found - value) <= tolerance
-
-
-def certified_at(row: Measured, radius: float) -> np.ndarray | None:
-  """The certified accuracies `[seeds]` at a radius; None unless every seed has it."""
-  values = []
-  for seed in row['seeds']:
-    certified = seed.get('certified')
-    if certified is None or not (near := np.isclose(certified['radii'], radius)).any():
-      return None
-    values.append(certified['accuracy'][int(near.argmax())])
-  return np.array(values)

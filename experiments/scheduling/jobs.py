@@ -251,9 +251,9 @@ class SupervisedJob:
 
   def do(self, stop: signals.StopSignal) -> Outcome:
     """Does what is left, as `Job.do`."""
-    started = time.monotonic()
+    started, fresh = time.monotonic(), not (self.workdir / recording.CHECKPOINTS).exists()
     result = supervised.run(self.config, stop)
-    return Outcome({}, [result], time.monotonic() - started)
+    return Outcome({}, [result], time.monotonic() - started if fresh else None)
 
 
 AnyJob = Job | PopulationJob | SupervisedJob

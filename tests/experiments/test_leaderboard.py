@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import leaderboard as binary
-from experiments import pretrain
+from experiments import pretrain, supervised
 from experiments.cli.flags import UsageError, to_dict
 from experiments.reproduction import document, leaderboard, manifest, rows
 from tests.experiments.test_report import write_probe, write_run
@@ -36,6 +36,7 @@ def attacked(directory: Path, seed: int = 0, **changes) -> dict:
     'evaluation': {'attack': 'worst_case'},
     'versions': {'jax': '0.10.2'},
     'pretraining': to_dict(pretrain.PretrainConfig()) | {'seed': seed},
+    'config': {**result['config'], 'restarts': 1},
   }
   for path, value in changes.items():
     *parents, last = path.split('__')
@@ -63,9 +64,10 @@ def config_of(folder: Path, *directories: Path, **changes) -> binary.Leaderboard
 
 def test_an_entry_stands_on_the_page_and_in_the_figure(tmp_path):
   folder = write(tmp_path, changed('rows', 'smooth', 'leaderboard', value=True))
-  weak = measured('smooth', [0.8, 0.5])
-  weak['radii'] = weak['seeds'][0]['radii'] = RADII
-  weak['seeds'][0]['accuracy'] = [0.8, 0.5, 0.1]
+  weak = measured('smooth', [0.8, 0.5, 0.1], checks=CHECKS)
+  weak |= {'data': leaderboard.DATA, 'settings': dict.fromkeys(rows.STRENGTH, 1000)}
+  weak['settings']['relative_step_size'] = None
+  weak['seeds'][0] |= {'radii': RADII, 'interval': [[0, 1]] * 3, 'num_examples': 1000}
   rows.write(folder, weak)
   attacked(tmp_path / 'a', 0)
   attacked(tmp_path / 'b', 1, accuracy=[0.8, 0.6, 0.4])
@@ -91,13 +93,28 @@ def test_an_entry_stands_on_the_page_and_in_the_figure(tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'data__digest': 'abc'}, 'test images of MNIST'),
+    ({'data__digest': 'abc'}, 'the data must be MNIST'),
     ({'pretraining__validation': True}, 'held out'),
     ({'task': 'color'}, 'task must be digit'),
     ({'evaluation__attack': 'standard'}, 'must be worst_case'),
     ({'num_examples': 999}, 'at least 1000'),
     ({'radii': [0.0, 0.1, 0.3]}, 'must have 0.2'),
     ({'config__pgd_steps': 39}, '--pgd_steps must be at least 40'),
+    ({'config__check_examples': 1}, '--check_examples must be at least 200'),
+    ({'config__relative_step_size': 1e-9}, '--relative_step_size must not be given'),
+    ({'accuracy': [0.9, 0.7, 1.4]}, 'must be in'),
+    ({'accuracy': [0.9, 0.3, 0.4]}, 'must not rise'),
+    (
+      {
+        'certified': {
+          'method': 'crown',
+          'radii': RADII,
+          'accuracy': [0.9, 0.8, 0.1],
+          'interval': [[0.0, 1.0]] * 3,
+        }
+      },
+      'certified accuracy at 0.1 is above',
+    ),
     ({'config__num_queries': 999}, '--num_queries must be at least 1000'),
     ({'checks': []}, 'check 1 must pass; it is missing'),
     ({'checks': [*CHECKS[:2], {**CHECKS[2], 'verdict': 'fail'}, *CHECKS[3:]]}, 'check 3 must pass'),
@@ -128,6 +145,8 @@ def test_a_check_of_an_attack_may_fail_and_is_shown(tmp_path):
     ({'title': 'a | b'}, '--title'),
     ({'workdir': ('nowhere',)}, 'has no probe_digit_worst_case.json'),
     ({'page': 'nowhere.md'}, '--page'),
+    ({'link': 'javascript:alert(1)'}, 'https://'),
+    ({'name': 'plain'}, 'there is an entry plain'),
   ],
 )
 def test_wrong_flags_are_named(tmp_path, flags, message):
@@ -153,12 +172,57 @@ def test_damaged_results_are_told_in_a_line(tmp_path):
     binary.run('add', config_of(folder, tmp_path / 'a'))
 
 
-def test_a_page_without_marks_is_refused(tmp_path):
+def test_a_page_without_marks_is_refused_before_anything_is_written(tmp_path):
   folder = write(tmp_path, CONTENT)
-  config = config_of(folder)
+  attacked(tmp_path / 'a')
+  config = config_of(folder, tmp_path / 'a')
   Path(config.page).write_text('# Title\n')
   with pytest.raises(UsageError, match='end of leaderboard'):
-    binary.run('render', config)
+    binary.run('add', config)
+  assert not (folder / 'leaderboard').exists()
+
+
+def test_an_entry_is_not_overwritten(tmp_path):
+  folder = write(tmp_path, CONTENT)
+  attacked(tmp_path / 'a')
+  binary.run('add', config_of(folder, tmp_path / 'a'))
+  with pytest.raises(UsageError, match='there is an entry mine'):
+    binary.run('add', config_of(folder, tmp_path / 'a'))
+
+
+def test_rows_of_the_manifest_obey_the_rules_too(tmp_path):
+  folder = write(tmp_path, changed('rows', 'smooth', 'leaderboard', value=True))
+  rows.write(folder, measured('smooth', [0.9, 0.7]))
+  with pytest.raises(UsageError, match=r'smooth is no entry.*must be MNIST'):
+    binary.run('render', config_of(folder))
+
+
+def classifier(directory: Path, seed: int = 0, probe: str = '--attack=worst_case') -> None:
+  """An admissible result of supervised."""
+  result = attacked(directory, seed)
+  for path in directory.iterdir():
+    path.unlink()
+  config = to_dict(supervised.SupervisedConfig(seed=seed, probe=probe))
+  del result['pretraining']
+  (directory / 'result.json').write_text(json.dumps({**result, 'config': config}))
+
+
+def test_a_classifier_is_marked_and_its_attack_is_that_of_its_probe_flag(tmp_path):
+  folder = write(tmp_path, CONTENT)
+  classifier(tmp_path / 'a')
+  binary.run('add', config_of(folder, tmp_path / 'a'))
+  assert '| Mine | yes |' in (tmp_path / 'page.md').read_text()
+  classifier(tmp_path / 'b', probe='--attack=worst_case --pgd_steps=1')
+  with pytest.raises(UsageError, match='--pgd_steps must be at least 40'):
+    binary.run('add', config_of(folder, tmp_path / 'b', name='weak'))
+
+
+def test_a_classifier_does_not_pass_as_a_seed_of_an_encoder(tmp_path):
+  folder = write(tmp_path, CONTENT)
+  attacked(tmp_path / 'a', 0)
+  classifier(tmp_path / 'b', 1)
+  with pytest.raises(UsageError, match='seed 1 has objective supervised'):
+    binary.run('add', config_of(folder, tmp_path / 'a', tmp_path / 'b'))
 
 
 def test_the_committed_page_is_that_of_the_entries():

@@ -17,6 +17,7 @@ from experiments.cli import app, signals
 from experiments.cli.flags import UsageError
 from experiments.reproduction import claims, document, manifest, plan, rows
 from se_vae.config import ArgumentError
+from se_vae.storage import json_files
 from tests.experiments.scheduled import ALONE
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -117,7 +118,9 @@ def measured(name: str, *accuracies: list[float], revision: int = 2, checks=()) 
     'task': 'digit',
     'dataset': 'mnist_5k',
     'data': 'abc',
+    'validation': False,
     'attack': 'worst_case',
+    'settings': {'pgd_steps': 40},
     'radii': [0.0, 0.1],
     'commands': [],
     'machine': 'a machine',
@@ -133,9 +136,15 @@ PASSED = {'number': 1, 'name': 'images are legal', 'verdict': 'pass', 'figure': 
 def folder(tmp_path) -> Path:
   """Results with two synthetic rows."""
   folder = write(tmp_path, CONTENT)
-  rows.write(folder, measured('plain', [0.9, 0.1], [0.8, 0.2], revision=1))
-  rows.write(folder, measured('smooth', [0.9, 0.7], [0.8, 0.5], checks=[PASSED, FAILED]))
+  save(folder, measured('plain', [0.9, 0.1], [0.8, 0.2], revision=1))
+  save(folder, measured('smooth', [0.9, 0.7], [0.8, 0.5], checks=[PASSED, FAILED]))
   return folder
+
+
+def save(folder: Path, row: rows.Measured) -> None:
+  """Writes a row as one that the commands of now gave."""
+  planned = plan.Plan(page(folder).manifest, folder).shown()
+  rows.write(folder, {**row, 'commands': planned.commands(row['name'], 0)})
 
 
 def page(folder: Path) -> document.Document:
@@ -144,11 +153,7 @@ def page(folder: Path) -> document.Document:
 
 def test_a_table_has_means_and_half_the_range_of_the_seeds(folder):
   plain = next(line for line in page(folder).text().splitlines() if '`plain`' in line)
-  assert plain == (
-    '| A VAE† | 2 | .850 ± .050 | .150 ± .050 | 80 | 7 | not run | `plain` |'.replace(
-      'A VAE', 'Row plain'
-    )
-  )
+  assert plain == '| A VAE† | 2 | .850 ± .050 | .150 ± .050 | 80 | 7 | not run | `plain` |'
 
 
 def test_every_failed_check_is_listed_with_its_reason(folder):
@@ -160,9 +165,24 @@ def test_every_failed_check_is_listed_with_its_reason(folder):
 
 
 def test_rows_of_older_code_are_marked(folder):
-  assert 'Row plain†' in page(folder).text()
-  assert 'Row smooth†' not in page(folder).text()
-  assert '† Measured by older code' in page(folder).text()
+  text = page(folder).text()
+  assert '| A VAE† |' in text and '| Smoothed |' in text and '† Measured by older code' in text
+  assert 'Smoothed / A VAE† at 0.1' in text  # in claims too
+
+
+def test_rows_of_other_settings_are_marked(folder):
+  content = changed('encoders', 'se', 'flags', value=f'{TINY} --gamma=2')
+  assert '| Smoothed† |' in page(write(folder.parent, content)).text()
+  content = changed('rows', 'smooth', 'seeds', value=[0, 1, 2])
+  assert '| Smoothed† |' in page(write(folder.parent, content)).text()
+
+
+def test_a_file_of_another_row_is_refused(folder):
+  (folder / 'rows' / 'plain.json').rename(folder / 'rows' / 'smooth.json')
+  with pytest.raises(json_files.JsonError, match='of the row plain'):
+    page(folder).text()
+  with pytest.raises(UsageError, match='of the row plain'):
+    results.run('render', config_of(folder), signals.StopSignal())
 
 
 def test_rows_that_are_missing_are_listed_with_their_command(folder):
@@ -186,7 +206,7 @@ def test_certified_accuracies_stand_below_the_table(folder):
   row = measured('smooth', [0.9, 0.7])
   certified = {'method': 'crown', 'radii': [0.0, 0.1], 'accuracy': [0.9, 0.6]}
   row['seeds'][0]['certified'] = {**certified, 'interval': [(0.8, 1.0), (0.5, 0.7)]}
-  rows.write(folder, row)
+  save(folder, row)
   assert '`smooth` certified (crown): .900 at 0, .600 at 0.1' in page(folder).text()
   assert rows.certified_at(row, 0.1) == [0.6] and rows.certified_at(row, 0.2) is None
 
@@ -203,13 +223,16 @@ def test_certified_accuracies_stand_below_the_table(folder):
     (['smooth > plain at 0'], 'no'),  # they are equal
     (['smooth > 0.79 at 0'], 'yes'),
     (['other > plain at 0'], 'not measured'),
+    (['late > plain at 0'], 'not measured'),  # no seed in common
   ],
 )
 def test_a_claim_is_judged_seed_by_seed(comparisons, expected):
   known = {
     'plain': measured('plain', [0.9, 0.1], [0.8, 0.2]),
     'smooth': measured('smooth', [0.9, 0.7], [0.8, 0.5]),
+    'late': measured('late', [0.9, 0.7]),
   }
+  known['late']['seeds'][0]['seed'] = 7
   found, lines = claims.verdict([claims.parse(text) for text in comparisons], known.get)
   assert found == expected
   if comparisons == ['smooth > plain at 0.1']:
@@ -225,10 +248,12 @@ def test_seeds_that_one_row_lacks_are_not_compared():
   assert found == 'yes' and lines[0].endswith(': 0.700 / 0.100')
 
 
-@pytest.mark.parametrize('text', ['a > b', 'a >= b at 0', '0.5 < b at 0', 'a > b at 0 and more'])
+@pytest.mark.parametrize(
+  'text', ['a > b', 'a >= b at 0', 'a > b at 0.1.2', 'a > b at 0 and more', 'a < 0.5 at 0']
+)
 def test_what_is_no_comparison_is_refused(text):
   with pytest.raises(ArgumentError, match=r'comparison|number'):
-    claims.parse(text if text[0] != '0' else 'a < 0.5 at 0')
+    claims.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +269,15 @@ def test_what_is_no_comparison_is_refused(text):
     (changed('sections', 0, 'rows', value=['other']), 'other is no row'),
     (changed('sections', 1, 'figure', 'panels', 0, 'at', value=[1]), 'one value for each row'),
     (changed('revision'), 'revision'),
+    (changed('rows', 'plain', 'tolerance', value=float('inf')), 'tolerance must be in'),
+    (changed('rows', 'plain', 'expected', value={'clean': 0.5}), 'a radius and an accuracy'),
+    (changed('rows', 'plain', 'expectd', value={}), 'expectd is no key of a row'),
+    (changed('rows', '../up', value=CONTENT['rows']['plain']), 'is no name'),
+    (changed('encoders', 'data', value=CONTENT['encoders']['vae']), 'is no name'),
+    (changed('encoders', 'vae', 'flags', value=f'{TINY} --seed=7'), '--seed comes by itself'),
+    (changed('rows', 'plain', 'probe', value='--output=x'), '--output comes by itself'),
+    (changed('sections', 0, 'figure', 'file', value='../up.png'), 'no name of a PNG'),
+    (changed('sections', 0, 'claims', 0, 'holds_if', value=[]), 'needs comparisons'),
   ],
 )
 def test_a_wrong_manifest_is_refused(tmp_path, content, message):
@@ -259,6 +293,9 @@ def test_a_name_that_stands_twice_is_refused(tmp_path):
 
 
 def test_no_manifest_and_no_yaml_are_errors(tmp_path):
+  with pytest.raises(ArgumentError, match=r'manifest\.yaml'):
+    manifest.load(tmp_path / 'manifest.yaml')
+  (tmp_path / 'manifest.yaml').write_bytes(b'\xff\xfe\xff')
   with pytest.raises(ArgumentError, match=r'manifest\.yaml'):
     manifest.load(tmp_path / 'manifest.yaml')
   (tmp_path / 'manifest.yaml').write_text('{')
@@ -285,13 +322,24 @@ def config_of(folder: Path, **changes) -> results.ResultsConfig:
       {},
       'x is no row',
     ),
+    (
+      changed('sections', 0, 'claims', 0, 'holds_if', value=['plain > smooth at 0.2']),
+      {},
+      'plain is not attacked at radius 0.2',
+    ),
+    (changed('rows', 'plain', 'expected', value={0.3: 0.5}), {}, 'plain is not attacked at'),
+    (changed('rows', 'smooth', 'probe', value=f'{ATTACK} --task=color'), {}, 'row smooth: --task'),
+    (changed('rows', 'smooth', 'probe', value='--radii=0,0.1 --num_examples=9999'), {}, 'smooth'),
+    (changed('rows', 'smooth', 'surrogate', value='vae'), {}, 'smooth: --surrogate'),
+    (CONTENT, {'seeds': 1}, '--seeds'),
+    (CONTENT, {'rows': ()}, '--rows|rows: needs'),
   ],
 )
 def test_errors_come_before_anything_is_trained(tmp_path, content, flags, message):
   folder = write(tmp_path, content)
-  with pytest.raises(UsageError, match=message):
+  with pytest.raises(ArgumentError, match=message):
     results.run('build', config_of(folder, **flags), signals.StopSignal())
-  assert not (tmp_path / 'runs').exists()
+  assert not (tmp_path / 'runs' / 'vae').exists()
 
 
 @pytest.fixture(scope='module')
@@ -339,28 +387,41 @@ def test_what_is_finished_is_not_done_again(built):
 def test_a_check_compares_the_means_with_what_is_expected(built, tmp_path, capsys):
   row = rows.read(built, 'plain')
   assert row is not None
-  means = rows.accuracy(row).mean(axis=0)
+  means = [rows.at_radius(row, radius).mean() for radius in (0.0, 0.1)]
   for shift, agrees in ((0.005, True), (0.02, False)):
     expected = {0.0: float(means[0]), 0.1: float(means[1]) + shift}
     folder = write(tmp_path, changed('rows', 'plain', 'expected', value=expected))
-    config = config_of(folder, rows=('plain',), workdir=str(built.parent / 'runs'))
+    runs = shutil.copytree(built.parent / 'runs', tmp_path / f'runs{shift}')
+    (runs / 'results.json').unlink()  # it says that they are no check
+    config = config_of(folder, rows=('plain',), workdir=str(runs))
     assert results.run('check', config, signals.StopSignal()) == agrees
     assert ('DIFFERS' in capsys.readouterr().out) != agrees
   assert not (tmp_path / 'RESULTS.md').exists()
 
 
-def test_a_check_of_nothing_does_not_agree(built, tmp_path):
-  content = changed('rows', 'plain', 'expected', value={})
-  config = config_of(write(tmp_path, content), rows=('plain',), workdir=str(built.parent / 'runs'))
-  assert not results.run('check', config, signals.StopSignal())
+def test_a_check_of_rows_without_numbers_is_refused(tmp_path):
+  with pytest.raises(UsageError, match='smooth: nothing is expected'):
+    results.run('check', config_of(write(tmp_path, CONTENT)), signals.StopSignal())
 
 
-def test_fewer_seeds_can_be_built(built, tmp_path):
-  folder = write(tmp_path, CONTENT)
-  config = config_of(folder, rows=('plain',), seeds=1, workdir=str(built.parent / 'runs'))
-  results.run('build', config, signals.StopSignal())
-  row = rows.read(folder, 'plain')
-  assert row is not None and [seed['seed'] for seed in row['seeds']] == [0]
+def test_a_check_builds_anew(built, tmp_path, capsys):
+  row = rows.read(built, 'plain')
+  assert row is not None
+  expected = {0.0: row['seeds'][0]['accuracy'][0]}
+  folder = write(tmp_path, changed('rows', 'plain', 'expected', value=expected))
+  config = config_of(folder, rows=('plain',), seeds=1)
+  assert results.run('check', config, signals.StopSignal())  # bit for bit, on one machine
+  assert (tmp_path / 'runs' / 'vae' / 'seed0' / 'result.json').exists()
+  assert not (tmp_path / 'runs' / 'vae' / 'seed1').exists()
+  with pytest.raises(ArgumentError, match='has a finished check'):
+    results.run('check', config, signals.StopSignal())
+
+
+def test_runs_of_another_revision_are_not_taken_up(built, tmp_path):
+  folder = write(tmp_path, changed('revision', value=3))
+  config = config_of(folder, workdir=str(built.parent / 'runs'))
+  with pytest.raises(ArgumentError, match='runs of other code'):
+    results.run('build', config, signals.StopSignal())
 
 
 def test_a_classifier_is_a_row(tmp_path):
@@ -389,7 +450,7 @@ def test_a_run_that_fails_stops_only_what_needs_it(tmp_path, capsys):
   content = changed('encoders', 'se', 'flags', value=f'{TINY} --learning_rate=1e30')
   folder = write(tmp_path, content)
   with pytest.raises(app.RunsFailedError):
-    results.run('build', config_of(folder, seeds=1), signals.StopSignal())
+    results.run('build', config_of(folder), signals.StopSignal())
   assert rows.read(folder, 'plain') is not None and rows.read(folder, 'smooth') is None
   assert 'se, seed 0' in capsys.readouterr().err
   assert '`make results ROWS=smooth`' in (tmp_path / 'RESULTS.md').read_text()
@@ -411,11 +472,34 @@ def test_a_build_that_is_interrupted_keeps_what_is_finished(built, tmp_path):
   assert '`plain`' in (tmp_path / 'RESULTS.md').read_text()
 
 
-def test_two_attacks_on_one_encoder_are_one_job(tmp_path):
+def test_two_attacks_on_one_encoder_follow_each_other(tmp_path):
   content = changed('rows', 'smooth', 'encoder', value='vae')
   found = manifest.load(write(tmp_path, content) / 'manifest.yaml')
-  *_, attacks = plan.Plan(found, tmp_path).waves(['plain', 'smooth'])
-  assert [len(job.attacks) for job in attacks] == [2, 2]
+  waves = list(plan.Plan(found, tmp_path).waves(['plain', 'smooth']))
+  names = [[job.name for job in wave] for wave in waves]
+  assert names == [
+    ['vae, seed 0', 'vae, seed 1'],
+    ['plain, seed 0', 'plain, seed 1'],
+    ['smooth, seed 0', 'smooth, seed 1'],
+  ]
+
+
+def test_seeds_that_differ_in_more_are_no_row(built):
+  found = plan.Plan(page(built).manifest, built.parent / 'runs')
+  outcomes = {}
+  for name, seed in (('plain', 0), ('smooth', 1)):
+    outcome = found.job(name, seed).finished()
+    outcomes[seed] = outcome.encoder, outcome.attacked[0]
+  with pytest.raises(ArgumentError, match='seed 1 has objective se, and others vae'):
+    rows.measured('both', 'Both', 2, [], outcomes)
+
+
+def test_each_seed_has_radii_of_its_own():
+  row = measured('plain', [0.9, 0.1], [0.8, 0.2])
+  row['seeds'][1]['radii'] = [0.1, 0.0]
+  assert rows.at_radius(row, 0.1).tolist() == [0.1, 0.8]
+  with pytest.raises(KeyError):
+    rows.at_radius(row, 0.2)
 
 
 def test_the_list_has_costs_and_commands(folder, capsys):
@@ -438,8 +522,8 @@ def test_the_page_is_that_of_the_rows():
 
 def test_every_row_of_the_manifest_has_settings_that_can_be_used(tmp_path):
   found = committed().manifest
-  results.check_claims(found)
   planned = plan.Plan(found, tmp_path)
+  results.check_radii(planned)
   for name, row in found.rows.items():
     for seed in row['seeds']:
       assert planned.job(name, seed).workdir.name == f'seed{seed}'
@@ -451,7 +535,7 @@ def test_measured_rows_are_what_the_manifest_expects():
   for name, row in page.measured.items():
     entry = page.manifest.rows[name]
     assert [seed['seed'] for seed in row['seeds']] == entry['seeds'], name
-    assert row['revision'] == page.manifest.content['revision'], name
+    assert row['title'] == entry['title'], name  # no mark of older code or settings
     found = list(rows.differences(row, entry['expected'], 5.1e-4))  # expected has three digits
     assert found and all(agrees for *_, agrees in found), name
     assert all(seed['commit'] and 'dirty' not in str(seed['commit']) for seed in row['seeds']), name
