@@ -185,12 +185,10 @@ def encoder_directory(argument: str, place: str) -> Path:
 
 def check_batch_size(batch_size: int, dataset: data.Dataset) -> None:
   """Raises ArgumentError unless there are enough training examples for a batch."""
-  if batch_size > len(dataset.train.images):
-    raise ArgumentError(
-      'batch_size',
-      f'must be at most the {len(dataset.train.images)} training examples of {dataset.name}; '
-      f'got {batch_size}',
-    )
+  count = len(dataset.train.images)
+  if batch_size > count:
+    message = f'must be at most the {count} training examples of {dataset.name}; got {batch_size}'
+    raise ArgumentError('batch_size', message)
 
 
 def prepare(config: PretrainConfig) -> data.Dataset:
@@ -207,6 +205,7 @@ def prepare(config: PretrainConfig) -> data.Dataset:
       _check_same_settings(begun, config)
   dataset = load_dataset(config.data, config.workdir)
   check_batch_size(config.batch_size, dataset)
+  training.check_targets(config.train, config.model.latent_dim, len(dataset.train.images))
   if processes.is_first() and begun is not None:
     dataset.check_is_that_of(begun['data']['digest'])
   if processes.is_first() and not checkpoints.steps(workdir / recording.CHECKPOINTS):
@@ -313,7 +312,6 @@ def first_state(
   # As one program, and not as dozens of small ones to compile.
   init_state = jax.jit(training.init_state, static_argnames=('model', 'num_examples'))
   state = init_state(step_function.model, config.train, init_key, num_examples=len(images))
-  state = training.add_targets(state, step_function.model, config.train, images, config.seed)
   arguments = (config.train, train_key)
   return state, arguments, training.empty_window(step_function, state, arguments, images), eval_key
 
@@ -360,6 +358,8 @@ def restore(
     tree = found.restore({**state._asdict(), 'window': window})
     window = tree.pop('window')
     return training.TrainState(**tree), window, found.metadata.get('source')
+  model = vae.make_vae(**model_arguments(config, dataset))
+  state = training.add_targets(state, model, config.train, dataset.train.images, config.seed)
   source = _load_source(config, dataset)
   if source is None:
     return state, window, None

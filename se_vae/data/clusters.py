@@ -20,9 +20,9 @@ def spectral_clusters(
   """Returns the cluster of each image, int32 `[N]` in [0, num_clusters).
 
   Two images are joined where one is among the nearest neighbours of the other, in Euclidean
-  distance. The coordinates of an image are its entries in the leading eigenvectors of this graph's
-  normalised adjacency matrix, scaled to length 1, and k-means finds their clusters (Ng et al.,
-  2001).
+  distance, and with twice the weight where each is among those of the other. The coordinates of an
+  image are its entries in the leading eigenvectors of this graph's normalised adjacency matrix,
+  scaled to length 1, and k-means finds their clusters (Ng et al., 2001).
 
   Example:
     >>> images = np.zeros((40, 2, 2, 1), np.uint8)

@@ -353,15 +353,23 @@ def add_targets(
   that a resumed run goes on with the same ones.
 
   Raises:
-    ArgumentError: if there are too few images, or is one latent alone.
+    ArgumentError: if there is only one latent, or there are not more images than latents.
   """
   if config.objective != 'clusters':
     return state
-  try:
-    clusters = data.spectral_clusters(images, model.latent_dim, seed=seed)
-  except ArgumentError as error:
-    raise ArgumentError('latent_dim', f"for objective 'clusters': {error}") from None
+  check_targets(config, model.latent_dim, len(images))
+  clusters = data.spectral_clusters(images, model.latent_dim, seed=seed)
   return state._replace(targets=jnp.asarray(clusters))
+
+
+def check_targets(config: TrainConfig, latent_dim: int, num_images: int) -> None:
+  """Raises ArgumentError unless objective 'clusters' can have a cluster for each latent."""
+  if config.objective == 'clusters' and not 2 <= latent_dim < num_images:
+    raise ArgumentError(
+      'latent_dim',
+      f"must be >= 2 and below the {num_images} training images for objective 'clusters'; "
+      f'got {latent_dim}',
+    )
 
 
 def first_state(

@@ -143,7 +143,8 @@ def init_state(
     model: the model.
     config: the settings.
     key: one PRNG key.
-    num_examples: N, the size of the training set, which a warm start needs.
+    num_examples: N, the size of the training set, which a warm start needs. With it the state has a
+      place for the clusters of objective 'clusters', which `add_targets` finds.
     optimizer: in place of the one that `config` names.
 
   Raises:
@@ -158,7 +159,10 @@ def init_state(
     offsets = jax.random.randint(offsets_key, shape, -_OFFSET_STEPS, _OFFSET_STEPS + 1, jnp.int8)
   params = model.init(key)
   opt_state = (optimizer or make_optimizer(config)).init(params)
-  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, offsets)
+  targets = None
+  if config.objective == 'clusters' and num_examples is not None:
+    targets = jnp.zeros(num_examples, jnp.int32)
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, offsets, targets)
 
 
 def loss(
