@@ -211,13 +211,17 @@ def over_seeds(values: np.ndarray) -> str:
 
 
 def checks_of(row: rows.Measured) -> str:
-  """How many sanity checks of all seeds passed, and the numbers of those that failed."""
+  """How many sanity checks of all seeds passed or were skipped, and which failed."""
   checks = [check for seed in row['seeds'] for check in seed['checks']]
   if not checks:
     return 'not run'
   passed = sum(check.get('verdict') == 'pass' for check in checks)
   failed = sorted({check['number'] for check in checks if check.get('verdict') == 'fail'})
-  return f'{passed} passed' + (f', failed: {", ".join(map(str, failed))}' if failed else '')
+  skipped = sum(check.get('verdict') == 'skipped' for check in checks)
+  parts = [f'{passed} passed']
+  parts += [f'{skipped} skipped'] if skipped else []
+  parts += [f'failed: {", ".join(map(str, failed))}'] if failed else []
+  return ', '.join(parts)
 
 
 def failures_of(row: rows.Measured) -> Iterator[str]:
