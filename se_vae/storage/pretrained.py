@@ -30,6 +30,10 @@ _CHECKPOINTS: dict[str, tuple[int, str]] = {
     20000,
     'c823cdd326584ac3988e3d05d63e89d441ead1e58c0d4e566f4c1d8f84e40bc5',
   ),
+  'mnist_mlp_clusters_latent30': (
+    10000,
+    '28c5d9ef57b55afb945f5536255ec8ae05fc219de2618522b775b184a73a8bd5',
+  ),
   'mnist_convnet_vae_latent128': (
     20000,
     '486fa1b508ef553d8e762f4b191d75271a26d1df754db5bd94d5e3fb6ebcc58b',
