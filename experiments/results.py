@@ -34,7 +34,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae.storage import atomic_files, json_files
 
 ACTIONS = ('list', 'build', 'check', 'render')
-PAGE = 'RESULTS.md'  # beside the directory of the results
+PAGE, README = 'RESULTS.md', 'README.md'  # beside the directory of the results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +160,8 @@ def check_radii(planned: plan.Plan) -> None:
 def render(found: manifest.Manifest, results: Path) -> None:
   """Writes the page beside the directory of the results, and its figures into that directory.
 
+  The README there gets the table of the manifest's `summary`, once all its rows are measured.
+
   Raises:
     UsageError: if the file of a row is damaged.
   """
@@ -171,6 +173,13 @@ def render(found: manifest.Manifest, results: Path) -> None:
     raise UsageError(f'--results: {error}') from None
   path = results.absolute().parent / PAGE
   atomic_files.write(path, text.encode())
+  readme, summary = path.with_name(README), found.content.get('summary', [])
+  if readme.is_file() and all(name in page.measured for name in summary) and summary:
+    try:
+      content = document.between_marks(readme.read_text(), 'results', page.summary())
+    except ValueError as error:
+      raise UsageError(f'--results: {readme}: {error}') from None
+    atomic_files.write(readme, content.encode())
   print(f'{path}: {len(page.measured)} of {len(found.rows)} rows')
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,23 @@ class Document:
     sections = [self._section(section) for section in self.manifest.content['sections']]
     head = f'# Results\n\n{_paragraphs(self.manifest.content["introduction"])}'
     return '\n\n'.join([head, *sections, *self._missing()]) + '\n'
+
+  def summary(self) -> str:
+    """The table of the README: the rows in `summary`, at the radii that all of them have."""
+    shown = [self.measured[name] for name in self.manifest.content['summary']]
+    radii = sorted(set.intersection(*(set(row['radii']) for row in shown)))
+    header = ('', *(f'{radius:g}' for radius in radii), 'seeds', 'images', 'sanity checks')
+    cells = (
+      (
+        row['title'],
+        *(over_seeds(rows.at_radius(row, radius)) for radius in radii),
+        str(len(row['seeds'])),
+        f'{min(seed["num_examples"] for seed in row["seeds"]):,}',
+        checks_of(row),
+      )
+      for row in shown
+    )
+    return markdown_table(header, cells)
 
   def draw(self) -> list[Path]:
     """Draws the figures whose rows were all measured, and returns their paths."""
@@ -195,6 +213,19 @@ _ATTACKS = {
   'standard': 'PGD',
   'worst_case': "The worst case: each image's minimum over a suite of attacks",
 }
+
+
+def between_marks(text: str, name: str, content: str) -> str:
+  """Returns a page with other content between `<!-- name -->` and `<!-- end of name -->`.
+
+  Raises:
+    ValueError: if the page has no such comments.
+  """
+  begin, end = f'<!-- {name} -->', f'<!-- end of {name} -->'
+  pattern = re.compile(f'{begin}.*?{end}', re.DOTALL)
+  if not pattern.search(text):
+    raise ValueError(f'the page has no {begin} and {end}')
+  return pattern.sub(lambda _: f'{begin}\n\n{content}\n\n{end}', text)
 
 
 def over_seeds(values: np.ndarray) -> str:

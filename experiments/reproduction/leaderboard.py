@@ -16,7 +16,6 @@ from se_vae.storage import atomic_files, json_files
 
 FOLDER = 'leaderboard'
 RADII = (0.1, 0.2)
-_BEGIN, _END = '<!-- leaderboard -->', '<!-- end of leaderboard -->'
 
 # The digest of MNIST's four files, as `se_vae.data` reads them.
 DATA = 'e842274a05563eecde4bbdc6c93af22e52fc198fdc676ebe1f0a0ce0ed189c6f'
@@ -99,10 +98,7 @@ def page(text: str, listed: Sequence[rows.Measured]) -> str:
   Raises:
     ValueError: if the page has no such marks.
   """
-  pattern = re.compile(f'{_BEGIN}.*?{_END}', re.DOTALL)
-  if not pattern.search(text):
-    raise ValueError(f'the page has no {_BEGIN} and {_END}')
-  return pattern.sub(lambda _: f'{_BEGIN}\n\n{_table(listed)}\n\n{_END}', text)
+  return document.between_marks(text, 'leaderboard', _table(listed))
 
 
 def draw(path: Path, listed: Sequence[rows.Measured]) -> None:

@@ -111,13 +111,18 @@ class Section(TypedDict):
 
 
 class Content(TypedDict):
-  """The file as a whole; `revision` is that of the arithmetic, see `experiments.results`."""
+  """The file as a whole.
+
+  `revision` is that of the arithmetic (see `experiments.results`), and `summary` has the rows of
+  the table in README.md.
+  """
 
   revision: int
   introduction: str
   encoders: dict[str, Encoder]
   rows: dict[str, Row]
   sections: list[Section]
+  summary: NotRequired[list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +210,9 @@ def _faults(manifest: Manifest) -> Iterator[str]:
     yield from _faults_of_row(manifest, name, row)
   for section in manifest.content['sections']:
     yield from _faults_of_section(manifest, section)
+  for name in manifest.content.get('summary', ()):
+    if name not in manifest.rows:
+      yield f'summary: {name} is no row'
 
 
 def _faults_of_row(manifest: Manifest, name: str, row: Row) -> Iterator[str]:

@@ -194,6 +194,25 @@ def test_rows_that_are_missing_are_listed_with_their_command(folder):
   assert 'not measured' in text and 'curves.png' not in text
 
 
+def test_the_readme_has_the_rows_of_the_summary(folder):
+  write(folder.parent, CONTENT | {'summary': ['smooth', 'plain']})
+  readme = folder.parent / 'README.md'
+  readme.write_text('Before.\n\n<!-- results -->\nold\n<!-- end of results -->\n\nAfter.\n')
+  results.run('render', config_of(folder), signals.StopSignal())
+  lines = readme.read_text().splitlines()
+  assert lines[0] == 'Before.' and lines[-1] == 'After.' and 'old' not in lines
+  assert '| Smoothed | .850 ± .050 | .600 ± .100 | 2 | 100 | 2 passed, failed: 7 |' in lines
+  assert lines.index('| A VAE† | .850 ± .050 | .150 ± .050 | 2 | 100 | not run |') == 7
+  (folder / 'rows' / 'plain.json').unlink()
+  before = readme.read_text()
+  results.run('render', config_of(folder), signals.StopSignal())
+  assert readme.read_text() == before
+  save(folder, measured('plain', [0.9, 0.1], [0.8, 0.2]))
+  readme.write_text('No marks.\n')
+  with pytest.raises(UsageError, match='end of results'):
+    results.run('render', config_of(folder), signals.StopSignal())
+
+
 def test_figures_are_drawn_and_shown(folder):
   drawn = page(folder).draw()
   assert [path.name for path in drawn] == ['curves.png', 'against.png']
@@ -516,8 +535,11 @@ def committed() -> document.Document:
   return page(ROOT / 'results')
 
 
-def test_the_page_is_that_of_the_rows():
-  assert committed().text() == (ROOT / 'RESULTS.md').read_text()
+def test_the_page_and_the_readme_are_those_of_the_rows():
+  page = committed()
+  assert page.text() == (ROOT / 'RESULTS.md').read_text()
+  readme = (ROOT / 'README.md').read_text()
+  assert document.between_marks(readme, 'results', page.summary()) == readme
 
 
 def test_every_row_of_the_manifest_has_settings_that_can_be_used(tmp_path):
