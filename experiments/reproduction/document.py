@@ -62,8 +62,12 @@ class Document:
     return titled
 
   def text(self) -> str:
-    """The whole page, in Markdown."""
-    sections = [self._section(section) for section in self.manifest.content['sections']]
+    """The whole page, in Markdown. Sections of which nothing is measured are left out."""
+    sections = [
+      self._section(section)
+      for section in self.manifest.content['sections']
+      if 'claims' in section or any(name in self.measured for name in section.get('rows', ()))
+    ]
     head = f'# Results\n\n{_paragraphs(self.manifest.content["introduction"])}'
     return '\n\n'.join([head, *sections, *self._missing()]) + '\n'
 

@@ -65,6 +65,7 @@ CONTENT = {
     {
       'title': 'Second',
       'text': 'Against a number.',
+      'rows': ['plain'],
       'figure': {
         'file': 'against.png',
         'radii': [0.0, 0.1],
@@ -192,6 +193,8 @@ def test_rows_that_are_missing_are_listed_with_their_command(folder):
   # Two seeds of: the VAE (1 minute), the smoothed encoder (2) and the attack (4).
   assert '| Smoothed | 14 | `make results ROWS=smooth` |' in text
   assert 'not measured' in text and 'curves.png' not in text
+  (folder / 'rows' / 'plain.json').unlink()
+  assert 'Second' not in page(folder).text()
 
 
 def test_the_readme_has_the_rows_of_the_summary(folder):
