@@ -129,7 +129,7 @@ PRESETS = {
     ),
     attack={'num_examples': 1000, 'pgd_steps': 40, 'restarts': 1, 'check_examples': 0},
   ),
-  # The results in RESULTS.md: full MNIST on 2 CPU cores.
+  # Full MNIST on 2 CPU cores.
   'cpu': Preset(
     dataset='mnist',
     encoders=(
