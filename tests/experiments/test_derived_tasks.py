@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from experiments import pretrain, probe, probe_settings, supervised
+from experiments import probe, probe_settings, supervised
 from experiments.cli import flags, signals
 from se_vae import data
 from se_vae.config import ArgumentError
+from tests.experiments.tiny_run import ATTACK, TINY, train
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
-
-TINY = {'hidden_units': 16, 'latent_dim': 4, 'num_steps': 20}
-ATTACK = {'radii': (0.0, 0.05), 'pgd_steps': 2, 'num_examples': 40, 'check_examples': 0}
 
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  path = tmp_path_factory.mktemp('run')
-  values = {'workdir': str(path), 'objective': 'vae', 'dataset': 'color_mnist_5k', **TINY}
-  values |= {'log_every': 10, 'tensorboard': False}
-  pretrain.run(flags.from_dict(pretrain.PretrainConfig, values), signals.StopSignal())
-  return path
+  return train(tmp_path_factory.mktemp('run'))
 
 
 @pytest.mark.parametrize(('task', 'joint'), [('thickness', True), ('slant', False)])

@@ -8,27 +8,21 @@ import json
 import numpy as np
 import pytest
 
-from experiments import identity, pretrain, probe, probe_settings, report, supervised
+from experiments import identity, probe, probe_settings, report, supervised
 from experiments.cli import flags, signals
 from experiments.visual import probe_results
 from se_vae import data
 from se_vae.config import ArgumentError
 from se_vae.evaluation import linear_probe
 from se_vae.training import input_pipeline
+from tests.experiments.tiny_run import ATTACK, TINY, train
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
-
-TINY = {'hidden_units': 16, 'latent_dim': 4, 'num_steps': 20}
-ATTACK = {'radii': (0.0, 0.05), 'pgd_steps': 2, 'num_examples': 40, 'check_examples': 0}
 
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  path = tmp_path_factory.mktemp('run')
-  values = {'workdir': str(path), 'objective': 'vae', 'dataset': 'color_mnist_5k', **TINY}
-  values |= {'log_every': 10, 'tensorboard': False}
-  pretrain.run(flags.from_dict(pretrain.PretrainConfig, values), signals.StopSignal())
-  return path
+  return train(tmp_path_factory.mktemp('run'))
 
 
 @pytest.fixture(scope='module')

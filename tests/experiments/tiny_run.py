@@ -1,0 +1,19 @@
+"""A tiny encoder of colour MNIST, and a short attack on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments import pretrain
+from experiments.cli import flags, signals
+
+TINY = {'hidden_units': 16, 'latent_dim': 4, 'num_steps': 20}
+ATTACK = {'radii': (0.0, 0.05), 'pgd_steps': 2, 'num_examples': 40, 'check_examples': 0}
+
+
+def train(directory: Path) -> Path:
+  """Trains the encoder, and returns its directory."""
+  values = {'workdir': str(directory), 'objective': 'vae', 'dataset': 'color_mnist_5k', **TINY}
+  values |= {'log_every': 10, 'tensorboard': False}
+  pretrain.run(flags.from_dict(pretrain.PretrainConfig, values), signals.StopSignal())
+  return directory
