@@ -80,13 +80,12 @@ def test_no_point_of_the_front_is_beaten():
 def test_names_of_close_points_do_not_cover_each_other():
   figure = plots.new_figure(6.0, 4.0)
   axis = figure.subplots()
-  points = [pareto.Point(f'encoder {i}', 0.9, 0.0, 0.7, 0.7, 0.7) for i in range(6)]
-  shown = [(point, 0.9 + 0.001 * i) for i, point in enumerate(points)]
-  axis.plot([value for _, value in shown], [0.7] * 6, 'o')
+  shown = [(f'encoder {i}', 0.9 + 0.001 * i, 0.7) for i in range(6)]
+  axis.plot([value for _, value, _ in shown], [0.7] * 6, 'o')
   figure.draw_without_rendering()
-  pareto._label(axis, shown)
+  pareto.label(axis, shown)
   boxes = [text.get_window_extent() for text in axis.texts]
-  assert [text.get_text() for text in axis.texts] == [point.name for point in points]
+  assert [text.get_text() for text in axis.texts] == [name for name, *_ in shown]
   assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
   assert all(axis.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
 
