@@ -1,13 +1,13 @@
 r"""Builds the results of the project anew, compares them, and writes the page that shows them.
 
-  python -m experiments.results build --rows=smoothed,vae --data_dir=DIR
+  python -m experiments.results build --rows=clusters,smoothed_300 --data_dir=DIR
 
 `results/manifest.yaml` lists all rows with their commands, seeds, costs and expected numbers. The
 action `list`, the default, prints them. `build` trains and attacks what is missing, side by side on
-all cores, and writes a JSON file for each row and then RESULTS.md with its figures. `check` builds
-rows in another directory, and compares what comes out with what is expected. `render` writes the
-page alone. An interrupted build or check continues when the same command is given again; what is
-finished is not repeated.
+all cores, and writes a JSON file for each row and then RESULTS.md with its figures; it builds the
+rows that --rows names, or else those without a file. `check` builds rows in another directory, and
+compares what comes out with what is expected. `render` writes the page alone. An interrupted build
+or check continues when the same command is given again; what is finished is not repeated.
 
 The manifest has a `revision`, a number that rises whenever the code computes other numbers with the
 same flags. Rows of an older revision are marked on the page.
@@ -41,7 +41,9 @@ PAGE, README = 'RESULTS.md', 'README.md'  # beside the directory of the results
 class ResultsConfig:
   """The flags of this binary."""
 
-  rows: tuple[str, ...] | None = setting(None, 'Names of rows; all of the manifest if not given.')
+  rows: tuple[str, ...] | None = setting(
+    None, 'Names of rows; if not given all of the manifest, or for build those that are missing.'
+  )
   results: str = setting('results', 'Directory of the manifest and of the measured rows.')
   workdir: str | None = setting(
     None, 'Directory of all runs; runs/results if not given, or runs/results_check for check.'
@@ -89,7 +91,8 @@ def run(action: str, config: ResultsConfig, stop: signals.StopSignal) -> bool:
   elif action == 'build':
     if config.seeds is not None:
       raise UsageError('--seeds: is for list and check; a row is built with all its seeds')
-    _build(config, planned, chosen, results, stop)
+    missing = chosen if config.rows else _missing(found, results)
+    _build(config, planned, missing, results, stop)
   else:
     return _check(config, planned, chosen, stop)
   return True
@@ -188,6 +191,15 @@ def _chosen(config: ResultsConfig, found: manifest.Manifest) -> list[str]:
   if unknown:
     raise UsageError(f'--rows: {", ".join(unknown)}: no such row; the action list prints them')
   return list(dict.fromkeys(config.rows or found.rows))
+
+
+def _missing(found: manifest.Manifest, results: Path) -> list[str]:
+  """The rows without a file, and those that code or settings of before have measured."""
+  try:
+    measured = document.Document(found, results).measured
+  except json_files.JsonError as error:
+    raise UsageError(f'--results: {error}') from None
+  return [name for name in found.rows if name not in measured or document.is_older(measured[name])]
 
 
 def _first_seeds(found: manifest.Manifest, chosen: list[str], count: int) -> manifest.Manifest:

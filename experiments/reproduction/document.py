@@ -53,12 +53,12 @@ class Document:
     """The row with the title of now, and a mark if code or commands of now give other numbers."""
     entry = self.manifest.rows[row['name']]
     planned = plan.Plan(self.manifest, Path('.')).shown()
-    is_older = (
+    changed = (
       row['revision'] < self.manifest.content['revision']
       or row['commands'] != planned.commands(row['name'], entry['seeds'][0])
       or [seed['seed'] for seed in row['seeds']] != entry['seeds']
     )
-    titled: Any = {**row, 'title': f'{entry["title"]}{_OLDER if is_older else ""}'}
+    titled: Any = {**row, 'title': f'{entry["title"]}{_OLDER if changed else ""}'}
     return titled
 
   def text(self) -> str:
@@ -146,7 +146,7 @@ class Document:
     yield _filled(f'{". ".join(texts)}.')
     lines = [line for row in shown for line in certified_of(row)]
     lines += [line for row in shown for line in failures_of(row)]
-    if any(_mark(row) for row in shown):
+    if any(map(is_older, shown)):
       lines.append(f'{_OLDER} Measured by older code, or with other settings than those of now.')
     yield '\n'.join(_filled(f'- {line}', '  ') for line in lines)
 
@@ -209,8 +209,13 @@ class Document:
     )
 
 
+def is_older(row: rows.Measured) -> bool:
+  """Whether a row of `Document.measured` is marked."""
+  return row['title'].endswith(_OLDER)
+
+
 def _mark(row: rows.Measured) -> str:
-  return _OLDER if row['title'].endswith(_OLDER) else ''
+  return _OLDER if is_older(row) else ''
 
 
 _ATTACKS = {

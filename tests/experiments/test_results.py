@@ -15,7 +15,7 @@ import yaml
 from experiments import results
 from experiments.cli import app, signals
 from experiments.cli.flags import UsageError
-from experiments.reproduction import claims, document, manifest, plan, rows
+from experiments.reproduction import building, claims, document, manifest, plan, rows
 from se_vae.config import ArgumentError
 from se_vae.storage import json_files
 from tests.experiments.scheduled import ALONE
@@ -404,6 +404,19 @@ def test_what_is_finished_is_not_done_again(built):
   before = times()
   assert results.run('build', config_of(built, rows=('plain',)), signals.StopSignal())
   assert times() == before and len(before) > 8
+
+
+def test_without_names_a_build_does_what_is_missing(built, tmp_path, monkeypatch):
+  folder = Path(shutil.copytree(built, tmp_path / 'results'))
+  asked = []
+  monkeypatch.setattr(building, 'build', lambda where, planned, chosen, *rest: asked.append(chosen))
+  results.run('build', config_of(folder), signals.StopSignal())
+  (folder / 'rows' / 'plain.json').unlink()
+  results.run('build', config_of(folder), signals.StopSignal())
+  write(tmp_path, changed('encoders', 'se', 'flags', value=f'{TINY} --gamma=2'))
+  results.run('build', config_of(folder), signals.StopSignal())
+  results.run('build', config_of(folder, rows=('smooth',)), signals.StopSignal())
+  assert asked == [[], ['plain'], ['plain', 'smooth'], ['smooth']]
 
 
 def test_a_check_compares_the_means_with_what_is_expected(built, tmp_path, capsys):
