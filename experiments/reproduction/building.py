@@ -40,19 +40,20 @@ def check(planned: Plan, chosen: list[str]) -> None:
   """
   for name in chosen:
     row = planned.manifest.rows[name]
-    for seed in row['seeds']:
-      if 'supervised' in row:
+    if 'supervised' in row:
+      for seed in row['seeds']:
         planned.job(name, seed).check()
-        continue
-      for encoder in planned.manifest.encoders_of(name):
-        planned.pretraining(encoder, seed)
-      pretraining = planned.pretraining(str(row.get('encoder')), seed)
-      dataset = pretrain.load_dataset(pretraining.data, planned.workdir)
-      attack = planned.attack(name, seed)
-      with flags.errors_begin_with(f'row {name}'):
-        probe.check_fits(attack, dataset, pretraining.model)
-        if attack.surrogate is not None and not attack.check_examples:
-          raise ArgumentError('surrogate', 'is for a check; needs check_examples above 0')
+      continue
+    seed = row['seeds'][0]  # the others have the same settings and data
+    for encoder in planned.manifest.encoders_of(name):
+      planned.pretraining(encoder, seed)
+    pretraining = planned.pretraining(str(row.get('encoder')), seed)
+    dataset = pretrain.load_dataset(pretraining.data, planned.workdir)
+    attack = planned.attack(name, seed)
+    with flags.errors_begin_with(f'row {name}'):
+      probe.check_fits(attack, dataset, pretraining.model)
+      if attack.surrogate is not None and not attack.check_examples:
+        raise ArgumentError('surrogate', 'is for a check; needs check_examples above 0')
 
 
 def claim(workdir: Path, ledger: dict[str, Any]) -> None:
