@@ -52,8 +52,8 @@ def run(main: Callable[..., None], actions: Sequence[str] = ()) -> None:
 
   Args:
     main: the binary.
-    actions: what `main` takes one of, if the first argument of the command line says what to do.
-      The first of them is the default.
+    actions: the actions that the first argument of the command line may name. `main` takes one of
+      them, and the first is the default. If there are none, `main` takes no argument.
   """
   flags.define_flags(RuntimeConfig)
   app.run(functools.partial(_guarded, main, actions=actions), flags_parser=_parse_flags)

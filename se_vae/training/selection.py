@@ -172,7 +172,7 @@ def unchanged(batch: Batch) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-  """Contrastive loss of x' against candidates, as a batch's encodings: how easily it is confused.
+  """Contrastive loss of x' against candidates, such as the encodings of a batch.
 
   Attributes:
     model: the model whose encoder is used.
@@ -193,7 +193,7 @@ class Confusion:
     Args:
       x_adv: images x' `[B, H, W, C]`.
       params: the model's parameters.
-      candidates: vectors `[M, D]`, as the encoder means of the whole batch.
+      candidates: vectors `[M, D]`, such as the encoder means of the whole batch.
       positives: `[B]`, the candidate that belongs to each image.
       temperature: of the softmax.
     """

@@ -102,7 +102,7 @@ class TrainState(NamedTuple):
     offsets: int8 `[N, P]`, with a warm start: the last x' - x of every training example, in 127ths
       of the radius. None without.
     targets: int32 `[N]`, for objective 'clusters': the cluster of every training example. None
-      else.
+      otherwise.
   """
 
   step: jax.Array
