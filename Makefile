@@ -16,6 +16,8 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 UV := .venv-uv/bin/uv
 LOCK := $(UV) pip compile setup.cfg --extra=test --extra=docs --universal --python-version=3.11 \
   --generate-hashes --no-emit-index-url --quiet --custom-compile-command='make lock' --output-file=requirements.txt
+# A worker that crashes ends the run: with a new worker in its place, pytest-xdist can wait forever.
+FAST_TESTS := -m "not slow" --numprocesses=auto --dist=loadfile --max-worker-restart=0 tests se_vae
 WORKDIR ?= runs/figure1
 RESULTS_FLAGS = $(if $(ROWS),--rows=$(ROWS)) $(if $(DATA),--data_dir=$(DATA)) $(if $(SEEDS),--seeds=$(SEEDS))
 
@@ -25,7 +27,7 @@ figure1: $(READY)  ## The paper's Figure 1 on the embedded digits, into $(WORKDI
 	$(BIN)/python -m experiments.figure1 --workdir=$(WORKDIR)
 
 test: $(READY)  ## All tests but the slow ones.
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --dist=loadfile tests se_vae
+	$(BIN)/python -m pytest $(FAST_TESTS)
 
 soak: $(READY)  ## The slow tests: kills, full disks, 10,000 fuzzed inputs of each kind.
 	$(BIN)/python -m pytest -m slow tests
@@ -64,7 +66,7 @@ format: $(READY)
 lowest: $(UV)  ## The tests with the lowest versions that setup.cfg allows: make lowest PYTHON=python3.11.
 	$(PYTHON) -m venv --clear .venv-lowest
 	$(UV) pip install --quiet --python=.venv-lowest --resolution=lowest-direct --editable '.[test]'
-	.venv-lowest/bin/python -m pytest -m "not slow" --numprocesses=auto --dist=loadfile tests se_vae
+	.venv-lowest/bin/python -m pytest $(FAST_TESTS)
 
 lock: $(UV)  ## Writes requirements.txt from setup.cfg, and keeps the versions that still fit.
 	$(LOCK)

@@ -58,6 +58,7 @@ LONGEST = (
   'tests/experiments/test_figure1.py',
   'tests/training/test_step.py',
 )
+MAX_MEMORY_MAPS = 25_000
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -128,6 +129,22 @@ class _Compilation:
       jax.config.update('jax_disable_most_optimizations', disabled)
       os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(disabled))
       jax.clear_caches()  # they do not tell one kind of program from the other
+
+  def pytest_runtest_teardown(self, nextitem: pytest.Item | None, item: pytest.Item) -> None:
+    """Forgets the programs between two files, where the process has many.
+
+    A compiled program takes a few memory maps. Linux allows a process 65,530 of them by default,
+    and XLA ends in a segmentation fault where it gets no more.
+    """
+    if nextitem is not None and nextitem.path != item.path and _memory_maps() > MAX_MEMORY_MAPS:
+      jax.clear_caches()
+      gc.collect()
+
+
+def _memory_maps() -> int:
+  """Of this process. 0 where the system does not tell."""
+  maps = Path('/proc/self/maps')
+  return maps.read_bytes().count(b'\n') if maps.exists() else 0
 
 
 @pytest.fixture(autouse=True, scope='module')
