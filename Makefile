@@ -29,9 +29,8 @@ figure1: $(READY)  ## The paper's Figure 1 on the embedded digits, into $(WORKDI
 test: $(READY)  ## All tests but the slow ones.
 	$(BIN)/python -m pytest $(FAST_TESTS)
 
-soak: $(READY)  ## The slow tests: kills, full disks, 10,000 fuzzed inputs of each kind.
-	$(BIN)/python -m pytest -m slow tests
-	SE_VAE_FUZZ=10000 $(BIN)/python -m pytest tests/experiments/test_fuzz.py tests/test_fuzz_arrays.py
+soak: $(READY)  ## The slow tests (kills, full disks, 10,000 fuzzed inputs of each kind), ROUNDS=1 times.
+	$(BIN)/python -m tests.tools.soak --rounds=$(or $(ROUNDS),1)
 
 results: $(READY)  ## Builds what is missing of ROWS=a,b (all if not given), with the MNIST files in DATA.
 	$(BIN)/python -m experiments.results build $(RESULTS_FLAGS)

@@ -184,7 +184,7 @@ def load(path: Path) -> Manifest:
     raise ArgumentError('results', f'{path}: {" ".join(str(error).split())}') from None
   manifest = Manifest(content)
   for fault in _faults(manifest):
-    raise ArgumentError('results', f'{path}: {fault}')
+    raise ArgumentError('results', f'{path}: {" ".join(fault.split())}')
   return manifest
 
 

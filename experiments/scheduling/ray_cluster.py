@@ -244,11 +244,11 @@ def _connected(address: str) -> Iterator[None]:
     raise ArgumentError('ray_address', "needs Ray: pip install '.[cluster]'") from None
   host, separator, port = address.removeprefix('ray://').rpartition(':')
   if address != 'auto':
-    if not separator or not port.isdigit():
+    if not separator or not (port.isascii() and port.isdecimal()) or not address.isprintable():
       raise ArgumentError('ray_address', f"must be 'auto' or HOST:PORT, got {address!r}")
     try:
       socket.create_connection((host, int(port)), timeout=_ANSWER / 2.0).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: no name of a host
       raise ArgumentError('ray_address', f'{address} does not answer: {error}') from None
   # Ray cannot be told how long to wait, nor be interrupted while it does.
   patience = threading.Timer(_ANSWER, _give_up, [address])

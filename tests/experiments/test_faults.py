@@ -25,6 +25,7 @@ from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
 from tests.experiments.scheduled import ALONE
 from tests.experiments.test_app import exit_code
+from tests.tools import fuzzing
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -114,9 +115,12 @@ def test_a_killed_run_ends_bitwise_equal(tmp_path, undisturbed):
   ('binary', 'devices'),
   [('pretrain', 1), ('pretrain', 4), ('probe', 2), ('figure1', 2), ('sweep', 1)],
 )
-def test_a_binary_killed_at_random_moments_leaves_the_same_bytes(tmp_path, binary, devices):
+def test_a_binary_killed_at_random_moments_leaves_the_same_bytes(
+  tmp_path, binary, devices, record_property
+):
+  directory, seed = str(tmp_path / 'kills'), fuzzing.SEED or 0
   done = subprocess.run(
-    [sys.executable, '-m', 'tests.tools.kills', binary, str(tmp_path / 'kills'), '--kills=20'],
+    [sys.executable, '-m', 'tests.tools.kills', binary, directory, '--kills=20', f'--seed={seed}'],
     cwd=ROOT,
     env={**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'},
     capture_output=True,
@@ -124,6 +128,7 @@ def test_a_binary_killed_at_random_moments_leaves_the_same_bytes(tmp_path, binar
   )
   assert done.returncode == 0, done.stderr
   assert '20 kills' in done.stdout
+  record_property('kills', 20)
 
 
 def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, undisturbed):

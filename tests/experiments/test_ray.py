@@ -106,7 +106,7 @@ def test_a_signal_saves_the_tasks_and_the_same_command_goes_on(cluster, local, t
 
 
 @pytest.mark.slow
-def test_forty_runs_while_nodes_come_and_go(cluster, tmp_path):
+def test_forty_runs_while_nodes_come_and_go(cluster, tmp_path, record_property):
   """Nodes are killed and added at random while a sweep of forty short runs goes on."""
   names = [f'seed{seed}' for seed in range(40)]
   vary = f'--vary=seed={",".join(map(str, range(40)))}'
@@ -133,6 +133,7 @@ def test_forty_runs_while_nodes_come_and_go(cluster, tmp_path):
   ((code, _, err),) = ended
   assert code == 0, err
   assert killed >= 5
+  record_property('kills', killed)
   scheduled.assert_same_runs(tmp_path / 'ray', tmp_path / 'local', set(names))
 
 

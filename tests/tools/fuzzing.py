@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 
 COUNT = int(os.environ.get('SE_VAE_FUZZ', '100'))
+SEED = os.environ.get('SE_VAE_FUZZ_SEED')  # the same inputs each time where it is not given
 
 
-def fuzz(share: float = 1.0) -> settings:
-  """Returns settings with SE_VAE_FUZZ inputs, or a share of them where an input is slow."""
-  return settings(
+def fuzz(share: float = 1.0) -> Callable[[Any], Any]:
+  """Gives a test SE_VAE_FUZZ inputs, or a share of them where an input is slow."""
+  chosen = settings(
     max_examples=max(5, int(COUNT * share)),
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
   )
+  return chosen if SEED is None else lambda test: seed(int(SEED))(chosen(test))
 
 
 @st.composite

@@ -122,6 +122,7 @@ def main() -> None:
   parser.add_argument('binary', choices=BINARIES)
   parser.add_argument('directory', type=Path)
   parser.add_argument('--kills', type=int, default=20)
+  parser.add_argument('--seed', type=int, default=0, help='of the moments')
   arguments = parser.parse_args()
   workdir, log = arguments.directory / 'run', arguments.directory / 'log'
   robustness._SAVE_EVERY = 0.0  # an attack log that is often written is often hit
@@ -146,7 +147,7 @@ def main() -> None:
   expected = contents(workdir)
   print(f'undisturbed: {seconds:.1f} s, {len(expected)} files', flush=True)
 
-  rng = random.Random(0)
+  rng = random.Random(arguments.seed)
   kills = ends = 0
   shutil.rmtree(workdir)
   shutil.copytree(begin, workdir)
