@@ -21,7 +21,7 @@ FAST_TESTS := -m "not slow" --numprocesses=auto --dist=loadfile --max-worker-res
 WORKDIR ?= runs/figure1
 RESULTS_FLAGS = $(if $(ROWS),--rows=$(ROWS)) $(if $(DATA),--data_dir=$(DATA)) $(if $(SEEDS),--seeds=$(SEEDS))
 
-.PHONY: figure1 test results results-check cheap-result notebook docs check lint types soak lowest lock upgrade format python clean
+.PHONY: figure1 test results results-check cheap-result notebook docs check lint types soak lowest newest lock upgrade format python clean
 
 figure1: $(READY)  ## The paper's Figure 1 on the embedded digits, into $(WORKDIR).
 	$(BIN)/python -m experiments.figure1 --workdir=$(WORKDIR)
@@ -66,6 +66,12 @@ lowest: $(UV)  ## The tests with the lowest versions that setup.cfg allows: make
 	$(PYTHON) -m venv --clear .venv-lowest
 	$(UV) pip install --quiet --python=.venv-lowest --resolution=lowest-direct --editable '.[test]'
 	.venv-lowest/bin/python -m pytest $(FAST_TESTS)
+
+newest: $(UV)  ## The tests with the newest versions there are, beyond what setup.cfg allows.
+	$(PYTHON) -m venv --clear .venv-unbound
+	sed -nE 's/^    ([^ ]+ >=[0-9.]+), <[0-9.]+$$/\1/p' setup.cfg > .venv-unbound/lower_bounds.txt
+	$(UV) pip install --quiet --python=.venv-unbound --override=.venv-unbound/lower_bounds.txt --editable '.[test]'
+	.venv-unbound/bin/python -m pytest $(FAST_TESTS)
 
 lock: $(UV)  ## Writes requirements.txt from setup.cfg, and keeps the versions that still fit.
 	$(LOCK)
