@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from experiments.cli import programs
+
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -58,7 +60,6 @@ LONGEST = (
   'tests/experiments/test_figure1.py',
   'tests/training/test_step.py',
 )
-MAX_MEMORY_MAPS = 25_000
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -130,21 +131,10 @@ class _Compilation:
       os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(disabled))
       jax.clear_caches()  # they do not tell one kind of program from the other
 
-  def pytest_runtest_teardown(self, nextitem: pytest.Item | None, item: pytest.Item) -> None:
-    """Forgets the programs between two files, where the process has many.
-
-    A compiled program takes a few memory maps. Linux allows a process 65,530 of them by default,
-    and XLA ends in a segmentation fault where it gets no more.
-    """
-    if nextitem is not None and nextitem.path != item.path and _memory_maps() > MAX_MEMORY_MAPS:
-      jax.clear_caches()
-      gc.collect()
-
-
-def _memory_maps() -> int:
-  """Of this process. 0 where the system does not tell."""
-  maps = Path('/proc/self/maps')
-  return maps.read_bytes().count(b'\n') if maps.exists() else 0
+  def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between two files, since the tests of all files together have very many programs."""
+    if nextitem is not None and nextitem.path != item.path:
+      programs.forget_if_many(0.4)
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from etils import epy
 
-from experiments.cli import app, messages, signals
+from experiments.cli import app, messages, programs, signals
 from experiments.scheduling import jobs, processes, ray_cluster, slots
 from se_vae.config import ArgumentError, setting, validate
 
@@ -150,6 +150,7 @@ def _run_in_this_process(
     job, number = waiting.popleft()
     shown = dataclasses.replace(job, name=f'[{ended + 1}/{len(left)}] {job.name}')
     outcome = jobs.attempt(shown, stop)
+    programs.forget_if_many()  # encoders of other sizes have programs of their own
     if outcome.user is not None:
       if job.name not in told:
         messages.write_line(jobs.waiting(job, outcome.user))
