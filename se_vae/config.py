@@ -16,6 +16,7 @@ DATASETS = ('mnist', 'color_mnist', 'fashion_mnist', 'mnist_5k', 'color_mnist_5k
 ARCHS = ('mlp', 'convnet')
 COVARIANCES = ('diagonal', 'full')
 OBJECTIVES = ('vae', 'se', 'avae', 'se_avae', 'tc_vae', 'lipschitz', 'contrastive', 'clusters')
+CLUSTERS_OF = ('pixels', 'brightness')
 WITHOUT_DECODER = ('contrastive', 'clusters')  # these leave the decoder as it was drawn
 COUPLINGS = ('paper', 'balanced')
 SELECTION_DISTANCES = ('squared_w2', 'symmetric_kl', 'mean_distance')
@@ -46,6 +47,7 @@ _FOR = {
   'encoder_noise': ('vae',),
   'jacobian_weight': ('lipschitz',),
   'temperature': ('contrastive', 'clusters'),
+  'clusters_of': ('clusters',),
 }
 
 
@@ -331,6 +333,12 @@ class TrainConfig:
   )
   temperature: float = setting(
     0.5, 'Temperature of the softmax of contrastive and clusters.', above=0, traced=True
+  )
+  clusters_of: str = setting(
+    'pixels',
+    'What clusters compares images by: pixels, or brightness, the maximum over the channels of each '
+    'pixel.',
+    choices=CLUSTERS_OF,
   )
 
   def __post_init__(self) -> None:

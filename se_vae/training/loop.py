@@ -358,6 +358,8 @@ def add_targets(
   if config.objective != 'clusters':
     return state
   check_targets(config, model.latent_dim, len(images))
+  if config.clusters_of == 'brightness':
+    images = images.max(axis=-1, keepdims=True)
   clusters = data.spectral_clusters(images, model.latent_dim, seed=seed)
   return state._replace(targets=jnp.asarray(clusters))
 

@@ -307,3 +307,19 @@ def test_a_function_that_returns_something_else_is_refused(terms, error, message
   config = dataclasses.replace(CONFIG, objective=lambda *_: terms)
   with pytest.raises(error, match=message):
     training.loss(tiny(), config, drawn(tiny()), KEY, X)
+
+
+def test_clusters_of_brightness_do_not_see_colours():
+  model, config = tiny(), config_for('clusters', clusters_of='brightness')
+  gray = np.random.default_rng(1).integers(1, 256, (40, 4, 4, 1)).astype(np.uint8)
+  colors = np.eye(3, dtype=np.uint8)[np.arange(40) % 3][:, None, None]
+  state = training.init_state(model, config, KEY)
+
+  def clusters(images, **changes):
+    return training.add_targets(
+      state, model, dataclasses.replace(config, **changes), images, 0
+    ).targets
+
+  assert_same(clusters(gray * colors), clusters(gray, clusters_of='pixels'))
+  by_pixels = clusters(gray * colors, clusters_of='pixels')
+  assert np.any(by_pixels != clusters(gray * colors))
