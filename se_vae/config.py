@@ -336,8 +336,8 @@ class TrainConfig:
   )
   clusters_of: str = setting(
     'pixels',
-    'What clusters compares images by: pixels, or brightness, the maximum over the channels of each '
-    'pixel.',
+    'What clusters compares images by: their pixels, or their brightness, the maximum over the '
+    'channels of each pixel.',
     choices=CLUSTERS_OF,
   )
 
