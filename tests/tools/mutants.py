@@ -41,7 +41,7 @@ TESTS = {
   'attacks': ['tests/attacks'],
   'certification': ['tests/certification'],
   'evaluation/sanity_checks.py': ['tests/evaluation/test_sanity_checks.py'],
-  'evaluation/verdicts.py': ['tests/evaluation/test_sanity_checks.py'],
+  'evaluation/verdicts.py': ['tests/evaluation/test_verdicts.py'],
 }
 # Left out: operators that float arrays refuse (shifts, bits), `is` for `==`, twins of those here.
 OPERATORS = re.compile(
