@@ -21,7 +21,7 @@ FAST_TESTS := -m "not slow" --numprocesses=auto --dist=loadfile --max-worker-res
 WORKDIR ?= runs/figure1
 RESULTS_FLAGS = $(if $(ROWS),--rows=$(ROWS)) $(if $(DATA),--data_dir=$(DATA)) $(if $(SEEDS),--seeds=$(SEEDS))
 
-.PHONY: figure1 test results results-check cheap-result notebook docs check lint types soak lowest newest lock upgrade format python clean
+.PHONY: figure1 test results results-check cheap-result notebook docs check lint types soak mutants lowest newest lock upgrade format python clean
 
 figure1: $(READY)  ## The paper's Figure 1 on the embedded digits, into $(WORKDIR).
 	$(BIN)/python -m experiments.figure1 --workdir=$(WORKDIR)
@@ -61,6 +61,10 @@ check: lint types docs notebook cheap-result test  ## What continuous integratio
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+mutants: $(READY)  ## Changes of the mathematics that no test notices, of FILES="objectives attacks" (all if not given).
+	$(PIP) install cosmic-ray==8.7.0
+	$(BIN)/python -m tests.tools.mutants $(FILES)
 
 lowest: $(UV)  ## The tests with the lowest versions that setup.cfg allows: make lowest PYTHON=python3.11.
 	$(PYTHON) -m venv --clear .venv-lowest
