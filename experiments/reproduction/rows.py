@@ -13,7 +13,7 @@ import numpy as np
 from experiments import records
 from experiments.cli import flags, workdirs
 from experiments.probe_settings import ProbeConfig
-from se_vae.config import ArgumentError
+from se_vae.config import OBJECTIVES, SUITES, ArgumentError
 from se_vae.evaluation.verdicts import CheckRecord
 from se_vae.storage import json_files
 
@@ -189,9 +189,25 @@ def read_file(path: Path) -> Measured:
     JsonError: if it is damaged, or that of another row.
   """
   row = json_files.read(path, Measured)
-  if row['name'] != path.stem:
-    raise json_files.JsonError(f'{path}: damaged (it is of the row {row["name"]})')
+  with json_files.naming(path):
+    if row['name'] != path.stem:
+      raise json_files.JsonError(f'it is of the row {row["name"]}')
+    _check_values(row)
   return row
+
+
+def _check_values(row: Measured) -> None:
+  """Raises JsonError for values of the right type that no row can have."""
+  if row['objective'] not in (*OBJECTIVES, LABELS):
+    raise json_files.JsonError(f'there is no objective {row["objective"]!r}')
+  if row['attack'] not in SUITES:
+    raise json_files.JsonError(f'there is no attack {row["attack"]!r}')
+  if not row['seeds']:
+    raise json_files.JsonError('it has no seeds')
+  for seed in row['seeds']:
+    curves = [seed, seed['certified']] if 'certified' in seed else [seed]
+    if not all(0.0 <= value <= 1.0 for curve in curves for value in curve['accuracy']):
+      raise json_files.JsonError(f'seed {seed["seed"]}: accuracies must be in [0, 1]')
 
 
 def at_radius(row: Measured, radius: float) -> np.ndarray:
@@ -201,6 +217,11 @@ def at_radius(row: Measured, radius: float) -> np.ndarray:
     KeyError: if a seed was not attacked at this radius.
   """
   return np.array([_at(seed['radii'], seed['accuracy'], radius) for seed in row['seeds']])
+
+
+def has_radii(row: Measured, radii: Sequence[float]) -> bool:
+  """Whether all seeds of a row were attacked at these radii."""
+  return all(np.isclose(seed['radii'], radius).any() for seed in row['seeds'] for radius in radii)
 
 
 def certified_at(row: Measured, radius: float) -> np.ndarray | None:
