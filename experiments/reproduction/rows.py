@@ -91,6 +91,7 @@ def measured(
 
   Raises:
     ArgumentError: if the seeds differ in more than the seed.
+    JsonError: if a result has values that none can have.
   """
   every = {seed: _shared(attacked) for seed, (_, attacked) in sorted(outcomes.items())}
   first = next(iter(every.values()))
@@ -107,7 +108,9 @@ def measured(
     'machine': machine(),
     'seeds': [_seed(seed, *outcome) for seed, outcome in sorted(outcomes.items())],
   }
-  return json_files.check(content, Measured)
+  row = json_files.check(content, Measured)
+  _check_values(row)
+  return row
 
 
 def _shared(attacked: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +137,7 @@ def _seed(seed: int, encoder: dict[str, Any], attacked: dict[str, Any]) -> Seed:
     'radii': attacked['radii'],
     **{key: attacked[key] for key in _OF_SEED if key in attacked},
     'checks': [
-      {key: check[key] for key in ('number', 'name', 'verdict', 'figure')}
+      {key: check[key] for key in ('number', 'name', 'verdict', 'figure') if key in check}
       for check in attacked['checks']
     ],
     'held_out': encoder.get('test', {}),
@@ -206,8 +209,13 @@ def _check_values(row: Measured) -> None:
     raise json_files.JsonError('it has no seeds')
   for seed in row['seeds']:
     curves = [seed, seed['certified']] if 'certified' in seed else [seed]
-    if not all(0.0 <= value <= 1.0 for curve in curves for value in curve['accuracy']):
-      raise json_files.JsonError(f'seed {seed["seed"]}: accuracies must be in [0, 1]')
+    for curve in curves:
+      for value, (low, high) in zip(curve['accuracy'], curve['interval'], strict=True):
+        if not 0.0 <= low <= value <= high <= 1.0:  # also for one that was edited alone
+          raise json_files.JsonError(
+            f'seed {seed["seed"]}: accuracies must be in [0, 1] and within their intervals, '
+            f'got {value:g} in [{low:g}, {high:g}]'
+          )
 
 
 def at_radius(row: Measured, radius: float) -> np.ndarray:

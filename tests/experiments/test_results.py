@@ -194,6 +194,7 @@ def test_a_file_of_another_row_is_refused(folder):
     ({'attack': 'magic'}, "no attack 'magic'"),
     ({'accuracy': [0.9, 7.0]}, r'seed 0: accuracies must be in \[0, 1\]'),
     ({'accuracy': [None, 0.1]}, r'seed 0: accuracies must be in \[0, 1\]'),
+    ({'accuracy': [0.9, 0.2]}, r'within their intervals, got 0.2 in \[0.09, 0.11\]'),
   ],
 )
 def test_values_that_no_row_can_have_are_refused(folder, change, message):
