@@ -358,7 +358,8 @@ def add_targets(
   if config.objective != 'clusters':
     return state
   check_targets(config, model.latent_dim, len(images))
-  clusters = data.spectral_clusters(images, model.latent_dim, seed=seed)
+  neighbors = min(10, len(images) - 1)  # ten, but of small sets all
+  clusters = data.spectral_clusters(images, model.latent_dim, num_neighbors=neighbors, seed=seed)
   return state._replace(targets=jnp.asarray(clusters))
 
 
