@@ -106,6 +106,8 @@ def run(action: str, config: LeaderboardConfig) -> list[rows.Measured]:
   found = manifest.load(results / manifest.MANIFEST)
   if not page.is_file():
     raise UsageError(f'--page: {page} is not a file')
+  if not (folder := Path(config.figure).absolute().parent).is_dir():
+    raise UsageError(f'--figure: {folder} is not a directory')
   entry = _entry(config, found, results) if action == 'add' else None
   try:
     listed = leaderboard.entries(found, results)

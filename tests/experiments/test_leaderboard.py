@@ -156,6 +156,7 @@ def test_a_check_of_an_attack_may_fail_and_is_shown(tmp_path):
     ({'title': 'a\rb'}, '--title'),
     ({'workdir': ('nowhere',)}, 'has no probe_digit_worst_case.json'),
     ({'page': 'nowhere.md'}, '--page'),
+    ({'figure': 'nowhere/figure.png'}, '--figure: .*nowhere is not a directory'),
     ({'link': 'javascript:alert(1)'}, 'https://'),
     ({'name': 'plain'}, 'there is an entry plain'),
   ],
@@ -165,6 +166,7 @@ def test_wrong_flags_are_named(tmp_path, flags, message):
   attacked(tmp_path / 'a')
   with pytest.raises(UsageError, match=message):
     binary.run('add', config_of(folder, tmp_path / 'a', **flags))
+  assert not (folder / 'leaderboard').exists()  # or the name would be taken
 
 
 def test_a_seed_that_is_there_twice_is_refused(tmp_path):
