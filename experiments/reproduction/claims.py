@@ -11,7 +11,7 @@ import numpy as np
 from experiments.reproduction import rows
 from se_vae.config import ArgumentError
 
-_COMPARISON = re.compile(r'(\w+) ([<>]) (\w+|[\d.]+) at (\d+(?:\.\d+)?)(?: by (\d+(?:\.\d+)?))?')
+_COMPARISON = re.compile(r'([\w.]+) ([<>]) ([\w.]+) at (\d+(?:\.\d+)?)(?: by (\d+(?:\.\d+)?))?')
 
 
 class Comparison(NamedTuple):

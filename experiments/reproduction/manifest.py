@@ -192,8 +192,9 @@ def _faults(manifest: Manifest) -> Iterator[str]:
   """What is wrong with a manifest, a line each."""
   yield from _unknown_keys(manifest.content)
   for name in (*manifest.encoders, *manifest.rows):
-    if not re.fullmatch(r'\w[\w.]*', name, re.ASCII) or name in _RESERVED:
-      yield f'{name!r} is no name: letters, digits, _ and ., and none of {", ".join(_RESERVED)}'
+    if not re.fullmatch(r'[A-Za-z_][\w.]*', name, re.ASCII) or name in _RESERVED:
+      reserved = ', '.join(_RESERVED)
+      yield f'{name!r} is no name: a letter, then letters, digits, _ and ., none of {reserved}'
   for name, encoder in manifest.encoders.items():
     yield from _own_flags(f'encoder {name}', encoder['flags'])
     before, seen = encoder.get('init_from'), {name}

@@ -297,6 +297,11 @@ def test_a_claim_is_judged_seed_by_seed(comparisons, expected):
     assert lines == ['Row smooth / Row plain at 0.1: 0.700 / 0.100, 0.500 / 0.200']
 
 
+def test_a_comparison_takes_every_name_that_a_row_may_have():
+  assert claims.parse('v0.1 > se.2 at 0')[:2] == ('v0.1', 'se.2')
+  assert claims.parse('v0.1 > 0.2 at 0')[:2] == ('v0.1', 0.2)
+
+
 def test_seeds_that_one_row_lacks_are_not_compared():
   known = {
     'plain': measured('plain', [0.9, 0.1]),
@@ -331,6 +336,7 @@ def test_what_is_no_comparison_is_refused(text):
     (changed('rows', 'plain', 'expected', value={'clean': 0.5}), 'a radius and an accuracy'),
     (changed('rows', 'plain', 'expectd', value={}), 'expectd is no key of a row'),
     (changed('rows', '../up', value=CONTENT['rows']['plain']), 'is no name'),
+    (changed('rows', '30', value=CONTENT['rows']['plain']), 'is no name: a letter'),
     (changed('encoders', 'data', value=CONTENT['encoders']['vae']), 'is no name'),
     (changed('encoders', 'vae', 'flags', value=f'{TINY} --seed=7'), '--seed comes by itself'),
     (changed('rows', 'plain', 'probe', value='--output=x'), '--output comes by itself'),
