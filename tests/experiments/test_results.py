@@ -506,6 +506,20 @@ def test_a_check_builds_anew(built, tmp_path, capsys):
     results.run('check', config, signals.StopSignal())
 
 
+def test_a_check_of_code_that_was_edited_since_is_not_taken_up(tmp_path, monkeypatch):
+  folder = write(tmp_path, changed('rows', 'plain', 'expected', value={0.0: 0.5}))
+  config = config_of(folder, rows=('plain',), seeds=1)
+  stop = signals.StopSignal()
+  monkeypatch.setattr(results.building, 'build', lambda *_: stop.check())
+  stop.signum = signal.SIGINT
+  for edited in ('one state', 'another'):
+    monkeypatch.setattr(results.provenance, 'commit', lambda: 'abc-dirty')
+    monkeypatch.setattr(results.provenance, 'changes', lambda edited=edited: edited)
+    error = app.Interrupted if edited == 'one state' else ArgumentError
+    with pytest.raises(error):
+      results.run('check', config, stop)
+
+
 def test_runs_of_another_revision_are_not_taken_up(built, tmp_path):
   folder = write(tmp_path, changed('revision', value=3))
   config = config_of(folder, workdir=str(built.parent / 'runs'))
