@@ -16,7 +16,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from etils import epy
 
@@ -36,6 +36,26 @@ _PROBE = 'probe_digit_worst_case.json'
 _PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
 
 
+class _Trained(TypedDict):
+  """What an entry needs of the settings of its training."""
+
+  seed: int
+  dataset: str
+  validation: bool
+
+
+class _Pretrained(_Trained):
+  """The same of pretrain."""
+
+  objective: str
+
+
+class _Classifier(_Trained):
+  """The same of supervised; `probe` has the flags of its attack."""
+
+  probe: str
+
+
 class _Probe(records.FinishedProbe):
   """What an entry needs of the result of a probe."""
 
@@ -48,7 +68,7 @@ class _Supervised(records.Curve):
 
   task: str
   num_examples: int
-  config: dict[str, Any]
+  config: _Classifier
   evaluation: records.Attack
   data: records.Data
   checks: list[verdicts.CheckRecord]
@@ -86,6 +106,8 @@ def run(action: str, config: LeaderboardConfig) -> list[rows.Measured]:
   found = manifest.load(results / manifest.MANIFEST)
   if not page.is_file():
     raise UsageError(f'--page: {page} is not a file')
+  if not (folder := Path(config.figure).absolute().parent).is_dir():
+    raise UsageError(f'--figure: {folder} is not a directory')
   entry = _entry(config, found, results) if action == 'add' else None
   try:
     listed = leaderboard.entries(found, results)
@@ -140,6 +162,8 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
   try:
     if (directory / _PROBE).exists():
       attacked = json_files.read(directory / _PROBE, _Probe)
+      with json_files.naming(directory / _PROBE):
+        json_files.check(attacked['pretraining'], _Pretrained, 'pretraining')
       encoder: dict[str, Any] = {}
       if (directory / recording.RESULT).exists():
         encoder = dict(json_files.read(directory / recording.RESULT, records.Result))

@@ -114,7 +114,7 @@ def prepare(config: ProbeConfig) -> Prepared:
     dataset.test.images[:count].astype(np.float32) / 255.0,
     dataset.test.labels[config.task][:count],
     devices.mesh_for(config.batch_size),
-    _load_surrogate(config, model, checkpoint),
+    load_surrogate(config, model.image_shape, checkpoint.name),
   )
 
 
@@ -157,20 +157,29 @@ def _load_dataset(config: ProbeConfig, metadata: dict[str, Any], output: Path) -
     raise
 
 
-def _load_surrogate(
-  config: ProbeConfig, model: vae.VAE, checkpoint: Path
+def load_surrogate(
+  config: ProbeConfig, image_shape: tuple[int, ...], checkpoint: str | None = None
 ) -> model_store.SavedModel | None:
-  """Loads the encoder in `surrogate`, which must not be the attacked one and take its images."""
+  """Loads the encoder in `surrogate`; None if there is none.
+
+  Args:
+    config: the settings of the attack.
+    image_shape: that of the attacked encoder, (H, W, C).
+    checkpoint: the file of the attacked encoder; None before it is trained.
+
+  Raises:
+    ArgumentError: if it is no encoder, the attacked one, or one of other images.
+  """
   if config.surrogate is None:
     return None
   if not config.check_examples:
     raise ArgumentError('surrogate', 'is for a check; needs check_examples above 0')
   surrogate = _load('surrogate', pretrain.encoder_directory('surrogate', config.surrogate))
-  if surrogate.path.name == checkpoint.name:
+  if surrogate.path.name == checkpoint:
     raise ArgumentError('surrogate', 'is the encoder that is attacked; name another one')
-  if (shape := surrogate.model.image_shape) != model.image_shape:
+  if (shape := surrogate.model.image_shape) != image_shape:
     raise ArgumentError(
-      'surrogate', f'takes images of shape {shape}, and the attacked encoder {model.image_shape}'
+      'surrogate', f'takes images of shape {shape}, and the attacked encoder {image_shape}'
     )
   return surrogate
 

@@ -130,7 +130,11 @@ def _check(
     raise UsageError(f'--rows: {", ".join(without)}: nothing is expected of rows not yet measured')
   measured: dict[str, rows.Measured] = {}
   building.check(planned, chosen)
-  ledger = {'revision': planned.manifest.content['revision'], 'commit': provenance.commit()}
+  ledger = {
+    'revision': planned.manifest.content['revision'],
+    'commit': provenance.commit(),
+    'changes': provenance.changes(),  # '-dirty' alone does not tell two states of the code apart
+  }
   building.claim(planned.workdir, ledger)
   building.build(config.placement, planned, chosen, stop, measured.__setitem__)
   building.claim(planned.workdir, {**ledger, 'checked': True})

@@ -353,7 +353,7 @@ def _train(
 
   free = (*_PLACES, 'probe')  # the attack is no part of the training
   settings = _settings(flags.to_dict(config), free)
-  metadata = {'config': settings, 'digest': dataset.digest}
+  metadata = {'config': settings, 'digest': dataset.digest, 'task': task}
   directory = workdir / recording.CHECKPOINTS
   template = jax.eval_shape(init, init_key)._asdict()
   found = recording.load_newest(workdir)
@@ -361,8 +361,13 @@ def _train(
     state = jax.jit(init)(init_key)
   else:
     saved = found.metadata
-    if _settings(saved['config'], free) != settings:
-      raise ArgumentError('workdir', f'the run in {workdir} was started with other settings')
+    # Checkpoints of before do not tell their task.
+    before = {**_settings(saved['config'], free), 'task': saved.get('task', task)}
+    now = {**settings, 'task': task}
+    changed = [f'{k} was {before.get(k)}, now {now[k]}' for k in now if before.get(k) != now[k]]
+    if changed:
+      message = f'was started with other settings ({"; ".join(changed)}); choose another one'
+      raise ArgumentError('workdir', f'the run in {workdir} {message}')
     dataset.check_is_that_of(saved['digest'])
     state = State(**found.restore(template))
 

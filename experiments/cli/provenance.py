@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from pathlib import Path
 
 import se_vae
+
+_CODE = ('.', '../experiments')
 
 
 def commit(package: Path = Path(se_vae.__file__).parent) -> str | None:
@@ -18,19 +21,39 @@ def commit(package: Path = Path(se_vae.__file__).parent) -> str | None:
     package: the directory of the package. None is returned unless git tracks it: an installed
       package may lie in a directory of somebody else's repository.
   """
-  environment = {name: value for name, value in os.environ.items() if not name.startswith('GIT_')}
-  # Without the optional locks, git writes nothing.
-  git = ('git', '--no-optional-locks', '-C', str(package))
-
-  def output(*arguments: str) -> str:
-    done = subprocess.run(
-      (*git, *arguments), env=environment, capture_output=True, text=True, timeout=10, check=True
-    )
-    return done.stdout.strip()
-
   try:
-    output('ls-files', '--error-unmatch', '__init__.py')
-    changed = output('status', '--porcelain', '--untracked-files=no', '--', '.', '../experiments')
-    return output('rev-parse', 'HEAD') + ('-dirty' if changed else '')
+    _git(package, 'ls-files', '--error-unmatch', '__init__.py')
+    changed = _git(package, 'status', '--porcelain', '--untracked-files=no', '--', *_CODE)
+    return _git(package, 'rev-parse', 'HEAD') + ('-dirty' if changed else '')
   except (OSError, subprocess.SubprocessError):
     return None
+
+
+def changes(package: Path = Path(se_vae.__file__).parent) -> str | None:
+  """Returns the SHA-256 of how tracked code differs from its commit; None where git knows nothing.
+
+  Args:
+    package: as for `commit`.
+  """
+  try:
+    _git(package, 'ls-files', '--error-unmatch', '__init__.py')
+    return hashlib.sha256(
+      _git(package, 'diff', 'HEAD', '--', *_CODE).encode(errors='surrogateescape')
+    ).hexdigest()
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def _git(package: Path, *arguments: str) -> str:
+  environment = {name: value for name, value in os.environ.items() if not name.startswith('GIT_')}
+  # Without the optional locks, git writes nothing.
+  done = subprocess.run(
+    ('git', '--no-optional-locks', '-C', str(package), *arguments),
+    env=environment,
+    capture_output=True,
+    encoding='utf-8',
+    errors='surrogateescape',
+    timeout=10,
+    check=True,
+  )
+  return done.stdout.strip()

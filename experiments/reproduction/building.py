@@ -17,6 +17,7 @@ from se_vae.config import ArgumentError
 
 with epy.lazy_imports():
   from experiments.reproduction import rows
+  from se_vae.storage import json_files
 
 # Says in a work directory which results it is for.
 LEDGER = 'results.json'
@@ -64,10 +65,15 @@ def claim(workdir: Path, ledger: dict[str, Any]) -> None:
     ledger: JSON values. `checked` marks the end of a check, which is not repeated there.
 
   Raises:
-    ArgumentError: if the directory has runs of other results.
+    ArgumentError: if the directory has runs of other results, or its ledger is damaged.
   """
   directory = workdirs.check_directory('workdir', str(workdir))
-  before = workdirs.read_json(directory / LEDGER, dict[str, Any])
+  try:
+    before = json_files.read(directory / LEDGER, dict[str, Any])
+  except FileNotFoundError:
+    before = None
+  except json_files.JsonError as error:  # it may be that of other code, whose runs are no use
+    raise ArgumentError('workdir', f'{error}; remove the directory or name another') from None
   if before is not None and {**before, 'checked': True} != {**ledger, 'checked': True}:
     raise ArgumentError('workdir', f'{workdir} has runs of other code; remove it or name another')
   if before is not None and before.get('checked'):

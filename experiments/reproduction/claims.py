@@ -11,7 +11,7 @@ import numpy as np
 from experiments.reproduction import rows
 from se_vae.config import ArgumentError
 
-_COMPARISON = re.compile(r'(\w+) ([<>]) (\w+|[\d.]+) at (\d+(?:\.\d+)?)(?: by (\d+(?:\.\d+)?))?')
+_COMPARISON = re.compile(r'([\w.]+) ([<>]) ([\w.]+) at (\d+(?:\.\d+)?)(?: by (\d+(?:\.\d+)?))?')
 
 
 class Comparison(NamedTuple):
@@ -59,7 +59,7 @@ def verdict(
 
   A comparison holds if it holds in every seed that both rows have. The verdict is 'yes' if all
   hold, 'no' if none holds in any seed, and 'partly' otherwise. It is 'not measured' where a row is
-  missing, or two rows have no seed in common.
+  missing or was not attacked at the radius, or two rows have no seed in common.
 
   Args:
     comparisons: the comparisons.
@@ -71,8 +71,11 @@ def verdict(
     of_left, of_right = measured(left), None if isinstance(right, float) else measured(right)
     if of_left is None or (of_right is None and not isinstance(right, float)):
       return 'not measured', []
-    higher = _by_seed(of_left, radius)
-    lower = dict.fromkeys(higher, number) if of_right is None else _by_seed(of_right, radius)
+    try:
+      higher = _by_seed(of_left, radius)
+      lower = dict.fromkeys(higher, number) if of_right is None else _by_seed(of_right, radius)
+    except KeyError:  # a row was measured before the manifest had this radius
+      return 'not measured', []
     seeds = sorted(higher.keys() & lower.keys())
     holds = [higher[seed] > lower[seed] + margin for seed in seeds]
     counts.append((sum(holds), len(holds)))

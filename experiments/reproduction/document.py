@@ -89,7 +89,7 @@ class Document:
     return markdown_table(header, cells)
 
   def draw(self) -> list[Path]:
-    """Draws the figures whose rows were all measured, and returns their paths."""
+    """Draws the figures whose rows were all measured at its radii, and returns their paths."""
     drawn = []
     for section in self.manifest.content['sections']:
       if 'figure' in section and self._can_be_drawn(section['figure']):
@@ -175,7 +175,9 @@ class Document:
       yield markdown_table(('', 'core-minutes', 'command'), cells)
 
   def _can_be_drawn(self, figure: Figure) -> bool:
-    return all(row in self.measured for panel in figure['panels'] for row in panel['rows'])
+    shown = [self.measured.get(name) for panel in figure['panels'] for name in panel['rows']]
+    radii = figure.get('radii', RADII) if 'at' in figure['panels'][0] else ()
+    return all(row is not None and rows.has_radii(row, radii) for row in shown)
 
   def _draw(self, figure: Figure) -> Path:
     path = self.results / FIGURES / figure['file']

@@ -24,7 +24,7 @@ _LEAST = {'pgd_steps': 40, 'num_queries': 1000, 'restarts': 1, 'check_examples':
 # Where one of these checks fails, the accuracies are wrong. Others say that an attack is weak,
 # which the worst case of many attacks forgives; they are shown.
 _NEEDED = (1, 2, 3, 10, 11)
-_NO_TITLE = re.compile(r'[|\[\]<>\n]')
+_NO_TITLE = re.compile(r'[|\[\]<>\x00-\x1f]')
 
 
 def faults(row: rows.Measured) -> Iterator[str]:
@@ -43,7 +43,7 @@ def faults(row: rows.Measured) -> Iterator[str]:
   if row['settings'].get('relative_step_size') is not None:
     yield '--relative_step_size must not be given'
   if _NO_TITLE.search(row['title']):
-    yield 'the title must have none of | [ ] < > in it'
+    yield 'the title must have none of | [ ] < > and no line break in it'
   if not re.fullmatch(r'(https://[^\s()|]+)?', row.get('link', '')):
     yield 'the link must be an address that begins with https://'
   for seed in row['seeds']:

@@ -192,8 +192,9 @@ def _faults(manifest: Manifest) -> Iterator[str]:
   """What is wrong with a manifest, a line each."""
   yield from _unknown_keys(manifest.content)
   for name in (*manifest.encoders, *manifest.rows):
-    if not re.fullmatch(r'\w[\w.]*', name, re.ASCII) or name in _RESERVED:
-      yield f'{name!r} is no name: letters, digits, _ and ., and none of {", ".join(_RESERVED)}'
+    if not re.fullmatch(r'[A-Za-z_][\w.]*', name, re.ASCII) or name in _RESERVED:
+      reserved = ', '.join(_RESERVED)
+      yield f'{name!r} is no name: a letter, then letters, digits, _ and ., none of {reserved}'
   for name, encoder in manifest.encoders.items():
     yield from _own_flags(f'encoder {name}', encoder['flags'])
     before, seen = encoder.get('init_from'), {name}
@@ -240,6 +241,10 @@ def _faults_of_section(manifest: Manifest, section: Section) -> Iterator[str]:
   for row in named:
     if row not in manifest.rows:
       yield f'section {section["title"]}: {row} is no row'
+  if 'figure' in section and not panels:
+    yield f'section {section["title"]}: a figure needs panels'
+  if len({'at' in panel for panel in panels}) > 1:
+    yield f'section {section["title"]}: all panels of a figure have `at`, or none has'
   if 'figure' in section and not re.fullmatch(r'[\w-]+\.png', section['figure']['file'], re.ASCII):
     yield f'section {section["title"]}: {section["figure"]["file"]} is no name of a PNG file'
   for panel in panels:
@@ -253,7 +258,12 @@ def _faults_of_section(manifest: Manifest, section: Section) -> Iterator[str]:
 
 def _own_flags(owner: str, text: str) -> Iterator[str]:
   """Faults for flags that the plan sets itself: seeds and places."""
-  for flag in shlex.split(text):
+  try:
+    given = shlex.split(text)
+  except ValueError as error:  # a quotation mark without its partner
+    yield f'{owner}: {error}'
+    return
+  for flag in given:
     name = flag.partition('=')[0].lstrip('-')
     if flag.startswith('-') and name in _SET_BY_THE_PLAN:
       yield f'{owner}: --{name} comes by itself, and is no flag of the manifest'

@@ -13,7 +13,7 @@ import numpy as np
 from experiments import records
 from experiments.cli import flags, workdirs
 from experiments.probe_settings import ProbeConfig
-from se_vae.config import ArgumentError
+from se_vae.config import OBJECTIVES, SUITES, ArgumentError
 from se_vae.evaluation.verdicts import CheckRecord
 from se_vae.storage import json_files
 
@@ -91,6 +91,7 @@ def measured(
 
   Raises:
     ArgumentError: if the seeds differ in more than the seed.
+    JsonError: if a result has values that none can have.
   """
   every = {seed: _shared(attacked) for seed, (_, attacked) in sorted(outcomes.items())}
   first = next(iter(every.values()))
@@ -107,7 +108,9 @@ def measured(
     'machine': machine(),
     'seeds': [_seed(seed, *outcome) for seed, outcome in sorted(outcomes.items())],
   }
-  return json_files.check(content, Measured)
+  row = json_files.check(content, Measured)
+  _check_values(row)
+  return row
 
 
 def _shared(attacked: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +137,7 @@ def _seed(seed: int, encoder: dict[str, Any], attacked: dict[str, Any]) -> Seed:
     'radii': attacked['radii'],
     **{key: attacked[key] for key in _OF_SEED if key in attacked},
     'checks': [
-      {key: check[key] for key in ('number', 'name', 'verdict', 'figure')}
+      {key: check[key] for key in ('number', 'name', 'verdict', 'figure') if key in check}
       for check in attacked['checks']
     ],
     'held_out': encoder.get('test', {}),
@@ -189,9 +192,30 @@ def read_file(path: Path) -> Measured:
     JsonError: if it is damaged, or that of another row.
   """
   row = json_files.read(path, Measured)
-  if row['name'] != path.stem:
-    raise json_files.JsonError(f'{path}: damaged (it is of the row {row["name"]})')
+  with json_files.naming(path):
+    if row['name'] != path.stem:
+      raise json_files.JsonError(f'it is of the row {row["name"]}')
+    _check_values(row)
   return row
+
+
+def _check_values(row: Measured) -> None:
+  """Raises JsonError for values of the right type that no row can have."""
+  if row['objective'] not in (*OBJECTIVES, LABELS):
+    raise json_files.JsonError(f'there is no objective {row["objective"]!r}')
+  if row['attack'] not in SUITES:
+    raise json_files.JsonError(f'there is no attack {row["attack"]!r}')
+  if not row['seeds']:
+    raise json_files.JsonError('it has no seeds')
+  for seed in row['seeds']:
+    curves = [seed, seed['certified']] if 'certified' in seed else [seed]
+    for curve in curves:
+      for value, (low, high) in zip(curve['accuracy'], curve['interval'], strict=True):
+        if not 0.0 <= low <= value <= high <= 1.0:  # also for one that was edited alone
+          raise json_files.JsonError(
+            f'seed {seed["seed"]}: accuracies must be in [0, 1] and within their intervals, '
+            f'got {value:g} in [{low:g}, {high:g}]'
+          )
 
 
 def at_radius(row: Measured, radius: float) -> np.ndarray:
@@ -201,6 +225,11 @@ def at_radius(row: Measured, radius: float) -> np.ndarray:
     KeyError: if a seed was not attacked at this radius.
   """
   return np.array([_at(seed['radii'], seed['accuracy'], radius) for seed in row['seeds']])
+
+
+def has_radii(row: Measured, radii: Sequence[float]) -> bool:
+  """Whether all seeds of a row were attacked at these radii."""
+  return all(np.isclose(seed['radii'], radius).any() for seed in row['seeds'] for radius in radii)
 
 
 def certified_at(row: Measured, radius: float) -> np.ndarray | None:

@@ -103,6 +103,7 @@ class Job:
     with of_flag:
       for attack in self.attacks:
         probe.check_fits(attack, dataset, self.pretraining.model)
+        probe.load_surrogate(attack, dataset.train.images.shape[1:])
 
   def user(self) -> str | None:
     """Who works in the directory, such as 'process 7 on host'; None if nobody does."""

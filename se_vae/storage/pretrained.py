@@ -71,10 +71,22 @@ def workdir(name: str) -> Path:
 
   Raises:
     ArgumentError: for an unknown name.
+    CheckpointError: unless the directory has the file of this name, undamaged, and no other.
   """
+  _load(name)
+  return _FOLDER / name
+
+
+def _load(name: str) -> checkpoints.Checkpoint:
   if name not in _CHECKPOINTS:
     raise ArgumentError('name', f'must be one of {", ".join(_CHECKPOINTS)}, got {name!r}')
-  return _FOLDER / name
+  directory = _FOLDER / name / model_store.CHECKPOINTS
+  step, digest = _CHECKPOINTS[name]
+  path = directory / f'checkpoint_{step:08d}_{digest}.safetensors'
+  found = checkpoints.load(path)
+  if others := [other.name for _, other in checkpoints.steps(directory) if other != path]:
+    raise checkpoints.CheckpointError(f'{directory}: {others[0]} is none of this package')
+  return found
 
 
 def find(place: str | Path) -> Path:
@@ -93,7 +105,7 @@ def load_pretrained(name: str) -> tuple[vae.VAE, vae.Params]:
 
   Raises:
     ArgumentError: for an unknown name.
-    CheckpointError: if the file is missing or damaged.
+    CheckpointError: if the file is missing, damaged or not alone.
 
   Example:
     >>> model, params = load_pretrained('mnist_mlp_vae_latent128')
@@ -101,10 +113,7 @@ def load_pretrained(name: str) -> tuple[vae.VAE, vae.Params]:
     >>> model.encode(params, x).mean.shape
     (5, 128)
   """
-  directory = workdir(name) / model_store.CHECKPOINTS
-  step, digest = _CHECKPOINTS[name]
-  path = directory / f'checkpoint_{step:08d}_{digest}.safetensors'
-  saved = model_store.restore(checkpoints.load(path))
+  saved = model_store.restore(_load(name))
   return saved.model, saved.params
 
 

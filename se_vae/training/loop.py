@@ -360,7 +360,8 @@ def add_targets(
   check_targets(config, model.latent_dim, len(images))
   if config.clusters_of == 'brightness':
     images = images.max(axis=-1, keepdims=True)
-  clusters = data.spectral_clusters(images, model.latent_dim, seed=seed)
+  neighbors = min(10, len(images) - 1)  # ten, but of small sets all
+  clusters = data.spectral_clusters(images, model.latent_dim, num_neighbors=neighbors, seed=seed)
   return state._replace(targets=jnp.asarray(clusters))
 
 

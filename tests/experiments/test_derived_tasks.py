@@ -37,6 +37,19 @@ def test_a_classifier_is_trained_for_a_derived_task(tmp_path):
   assert result['task'] == 'parity' and result['accuracy'][0] > 0.5
 
 
+def test_a_classifier_is_not_attacked_as_one_of_another_task(tmp_path):
+  # Thickness and slant have as many classes, so that the parameters fit.
+  attack = '--task={} --radii=0 --num_examples=50 --pgd_steps=1 --check_examples=0'
+  values = {'workdir': str(tmp_path), 'pgd_steps': 1, 'radius': 0.0, **TINY, 'num_steps': 2}
+  first, second = (
+    flags.from_dict(supervised.SupervisedConfig, {**values, 'probe': attack.format(task)})
+    for task in ('thickness', 'slant')
+  )
+  supervised.run(first, signals.StopSignal())
+  with pytest.raises(ArgumentError, match='task was thickness, now slant'):
+    supervised.run(second, signals.StopSignal())
+
+
 def test_a_set_without_digits_has_none(digits_as_labels):
   config = probe_settings.ProbeConfig(task='slant')
   with pytest.raises(ArgumentError, match=r'task: clothes has no task slant; its tasks are label$'):

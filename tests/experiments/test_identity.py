@@ -316,5 +316,10 @@ def test_the_commit_is_of_the_tree_that_holds_the_package(tmp_path, monkeypatch)
   assert provenance.commit(package) == f'{clean}-dirty'
   monkeypatch.setenv('GIT_DIR', '/nowhere')
   assert provenance.commit(package) == f'{clean}-dirty'
+  first = provenance.changes(package)
+  (package / '__init__.py').write_text('x = 2')
+  assert provenance.changes(package) not in (first, None)  # two states of one dirty tree
+  (package / '__init__.py').write_text('x = 1')
+  assert provenance.changes(package) == first
   monkeypatch.setenv('PATH', '')
-  assert provenance.commit(package) is None
+  assert provenance.commit(package) is None and provenance.changes(package) is None

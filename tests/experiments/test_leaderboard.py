@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,16 @@ CHECKS = [
 ]
 
 
-def attacked(directory: Path, seed: int = 0, **changes) -> dict:
+def attacked(
+  directory: Path, seed: int = 0, accuracy: Sequence[float] = ACCURACY, **changes
+) -> dict:
   """An admissible result of a probe, with some values changed, in the directory of its run."""
   write_run(directory, seed=seed)
   result = write_probe(directory)
   result |= {
     'radii': RADII,
-    'accuracy': ACCURACY,
-    'interval': [[value - 0.01, value + 0.01] for value in ACCURACY],
+    'accuracy': accuracy,
+    'interval': [[value - 0.01, value + 0.01] for value in accuracy],
     'checks': CHECKS,
     'data': {'source': 'files', 'digest': leaderboard.DATA},
     'evaluation': {'attack': 'worst_case'},
@@ -103,6 +106,13 @@ def test_an_entry_stands_on_the_page_and_in_the_figure(tmp_path):
     ({'config__check_examples': 1}, '--check_examples must be at least 200'),
     ({'config__relative_step_size': 1e-9}, '--relative_step_size must not be given'),
     ({'accuracy': [0.9, 0.7, 1.4]}, 'must be in'),
+    ({'interval': [[0.89, 0.91], [0.39, 0.41], [0.39, 0.41]]}, 'within their intervals'),
+    ({'pretraining': {'seed': 0}}, 'pretraining has no dataset, validation, objective'),
+    ({'pretraining__seed': [0]}, 'pretraining.seed must be an integer'),
+    (
+      {'checks': [{'number': 1, 'name': 'a', 'figure': 'b', 'passed': True}]},
+      'check 1 must pass; it is missing',
+    ),
     ({'accuracy': [0.9, 0.3, 0.4]}, 'must not rise'),
     (
       {
@@ -143,8 +153,10 @@ def test_a_check_of_an_attack_may_fail_and_is_shown(tmp_path):
     ({'name': None}, '--workdir, --name, --title'),
     ({'name': '../up'}, '--name'),
     ({'title': 'a | b'}, '--title'),
+    ({'title': 'a\rb'}, '--title'),
     ({'workdir': ('nowhere',)}, 'has no probe_digit_worst_case.json'),
     ({'page': 'nowhere.md'}, '--page'),
+    ({'figure': 'nowhere/figure.png'}, '--figure: .*nowhere is not a directory'),
     ({'link': 'javascript:alert(1)'}, 'https://'),
     ({'name': 'plain'}, 'there is an entry plain'),
   ],
@@ -154,6 +166,7 @@ def test_wrong_flags_are_named(tmp_path, flags, message):
   attacked(tmp_path / 'a')
   with pytest.raises(UsageError, match=message):
     binary.run('add', config_of(folder, tmp_path / 'a', **flags))
+  assert not (folder / 'leaderboard').exists()  # or the name would be taken
 
 
 def test_a_seed_that_is_there_twice_is_refused(tmp_path):

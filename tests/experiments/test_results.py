@@ -186,6 +186,42 @@ def test_a_file_of_another_row_is_refused(folder):
     results.run('render', config_of(folder), signals.StopSignal())
 
 
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'seeds': []}, 'no seeds'),
+    ({'objective': 'magic'}, "no objective 'magic'"),
+    ({'attack': 'magic'}, "no attack 'magic'"),
+    ({'accuracy': [0.9, 7.0]}, r'seed 0: accuracies must be in \[0, 1\]'),
+    ({'accuracy': [None, 0.1]}, r'seed 0: accuracies must be in \[0, 1\]'),
+    ({'accuracy': [0.9, 0.2]}, r'within their intervals, got 0.2 in \[0.09, 0.11\]'),
+  ],
+)
+def test_values_that_no_row_can_have_are_refused(folder, change, message):
+  row = measured('plain', [0.9, 0.1])
+  if 'accuracy' in change:
+    row['seeds'][0] |= change
+  else:
+    row |= change
+  save(folder, row)
+  with pytest.raises(UsageError, match=rf'plain\.json.*{message}'):
+    results.run('render', config_of(folder), signals.StopSignal())
+
+
+def test_rows_measured_at_fewer_radii_than_the_manifest_has_now_are_shown(tmp_path):
+  content = changed('rows', 'plain', 'probe', value=f'{ATTACK} --radii=0,0.1,0.2')
+  content['rows']['smooth']['probe'] = f'{ATTACK} --radii=0,0.1,0.2'
+  content['sections'][0]['claims'][0]['holds_if'] = ['smooth > plain at 0.2']
+  content['sections'][1]['figure']['radii'] = [0.2]
+  folder = write(tmp_path, content)
+  rows.write(folder, measured('plain', [0.9, 0.1]))
+  rows.write(folder, measured('smooth', [0.9, 0.7]))
+  results.run('render', config_of(folder), signals.StopSignal())
+  text = (tmp_path / 'RESULTS.md').read_text()
+  assert 'A VAE† | 1 | .900 | .100 |' in text and '**not measured**' in text
+  assert not (folder / 'figures' / 'against.png').exists() and 'against.png' not in text
+
+
 def test_rows_that_are_missing_are_listed_with_their_command(folder):
   assert 'Not measured' not in page(folder).text()
   (folder / 'rows' / 'smooth.json').unlink()
@@ -261,6 +297,11 @@ def test_a_claim_is_judged_seed_by_seed(comparisons, expected):
     assert lines == ['Row smooth / Row plain at 0.1: 0.700 / 0.100, 0.500 / 0.200']
 
 
+def test_a_comparison_takes_every_name_that_a_row_may_have():
+  assert claims.parse('v0.1 > se.2 at 0')[:2] == ('v0.1', 'se.2')
+  assert claims.parse('v0.1 > 0.2 at 0')[:2] == ('v0.1', 0.2)
+
+
 def test_seeds_that_one_row_lacks_are_not_compared():
   known = {
     'plain': measured('plain', [0.9, 0.1]),
@@ -295,11 +336,24 @@ def test_what_is_no_comparison_is_refused(text):
     (changed('rows', 'plain', 'expected', value={'clean': 0.5}), 'a radius and an accuracy'),
     (changed('rows', 'plain', 'expectd', value={}), 'expectd is no key of a row'),
     (changed('rows', '../up', value=CONTENT['rows']['plain']), 'is no name'),
+    (changed('rows', '30', value=CONTENT['rows']['plain']), 'is no name: a letter'),
     (changed('encoders', 'data', value=CONTENT['encoders']['vae']), 'is no name'),
     (changed('encoders', 'vae', 'flags', value=f'{TINY} --seed=7'), '--seed comes by itself'),
     (changed('rows', 'plain', 'probe', value='--output=x'), '--output comes by itself'),
     (changed('sections', 0, 'figure', 'file', value='../up.png'), 'no name of a PNG'),
     (changed('sections', 0, 'claims', 0, 'holds_if', value=[]), 'needs comparisons'),
+    (changed('encoders', 'vae', 'flags', value='--title="a'), 'encoder vae: No closing quotation'),
+    (changed('sections', 0, 'figure', 'panels', value=[]), 'needs panels'),
+    (
+      changed(
+        'sections',
+        1,
+        'figure',
+        'panels',
+        value=[s['figure']['panels'][0] for s in CONTENT['sections']],
+      ),
+      'or none has',
+    ),
   ],
 )
 def test_a_wrong_manifest_is_refused(tmp_path, content, message):
@@ -452,11 +506,33 @@ def test_a_check_builds_anew(built, tmp_path, capsys):
     results.run('check', config, signals.StopSignal())
 
 
+def test_a_check_of_code_that_was_edited_since_is_not_taken_up(tmp_path, monkeypatch):
+  folder = write(tmp_path, changed('rows', 'plain', 'expected', value={0.0: 0.5}))
+  config = config_of(folder, rows=('plain',), seeds=1)
+  stop = signals.StopSignal()
+  monkeypatch.setattr(results.building, 'build', lambda *_: stop.check())
+  stop.signum = signal.SIGINT
+  for edited in ('one state', 'another'):
+    monkeypatch.setattr(results.provenance, 'commit', lambda: 'abc-dirty')
+    monkeypatch.setattr(results.provenance, 'changes', lambda edited=edited: edited)
+    error = app.Interrupted if edited == 'one state' else ArgumentError
+    with pytest.raises(error):
+      results.run('check', config, stop)
+
+
 def test_runs_of_another_revision_are_not_taken_up(built, tmp_path):
   folder = write(tmp_path, changed('revision', value=3))
   config = config_of(folder, workdir=str(built.parent / 'runs'))
   with pytest.raises(ArgumentError, match='runs of other code'):
     results.run('build', config, signals.StopSignal())
+
+
+def test_a_damaged_ledger_is_an_error(tmp_path):
+  # Without it nothing says of which revision the runs are.
+  (tmp_path / building.LEDGER).write_text('{')
+  with pytest.raises(ArgumentError, match=r'results\.json: damaged.*remove the directory'):
+    building.claim(tmp_path, {'revision': 2})
+  assert (tmp_path / building.LEDGER).read_text() == '{'
 
 
 def test_a_classifier_is_a_row(tmp_path):

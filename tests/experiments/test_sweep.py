@@ -149,6 +149,8 @@ def test_a_variant_s_directory_has_a_name_of_its_own_below_the_work_directory(tm
     ('gamma=1', '--task=color', '--probe: --task: mnist_5k has no task color'),
     ('gamma=1', '--num_examples=1001', '--probe: --num_examples: must be at most the 1000'),
     ('gamma=1', '--output=x', '--probe: --output changes nothing here'),
+    ('gamma=1', '--surrogate=nowhere', '--probe: --surrogate: .*nowhere is neither a directory'),
+    ('gamma=1', '--surrogate=color_mnist_mlp_vae_latent128', '--probe: --surrogate: takes images'),
   ],
 )
 def test_what_a_sweep_refuses_before_it_writes(tmp_path, vary, attack, message):

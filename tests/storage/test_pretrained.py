@@ -52,6 +52,20 @@ def test_a_damaged_file_is_named(tmp_path, monkeypatch):
     load_pretrained(name)
 
 
+def test_another_file_does_not_take_the_place_of_an_encoder(tmp_path, monkeypatch):
+  """Also where its name fits its content: the binaries take the newest file of a directory."""
+  first, second = pretrained.names()[:2]
+  place = tmp_path / first / model_store.CHECKPOINTS
+  shutil.copytree(pretrained.workdir(second) / model_store.CHECKPOINTS, place)
+  own = next((pretrained.workdir(first) / model_store.CHECKPOINTS).iterdir())
+  monkeypatch.setattr(pretrained, '_FOLDER', tmp_path)
+  with pytest.raises(checkpoints.CheckpointError, match='cannot be read'):
+    pretrained.find(first)
+  shutil.copy(own, place)
+  with pytest.raises(checkpoints.CheckpointError, match='is none of this package'):
+    pretrained.find(first)
+
+
 def test_an_export_is_the_run_in_half_precision(tmp_path):
   model = vae.make_vae((2, 2, 1), latent_dim=3, num_layers=1, hidden_units=4)
   params = model.init(jax.random.key(0))

@@ -208,6 +208,14 @@ def test_clusters_need_more_images_than_latents():
     training.add_targets(state, model, config, IMAGES[: model.latent_dim], 0)
 
 
+def test_clusters_are_found_of_fewer_images_than_neighbours():
+  model, config = tiny(), config_for('clusters')
+  images = np.concatenate([IMAGES] * 2)[: model.latent_dim + 1]
+  state = training.init_state(model, config, KEY, num_examples=len(images))
+  targets = training.add_targets(state, model, config, images, 0).targets
+  assert targets.shape == images.shape[:1] and targets.max() < model.latent_dim
+
+
 @pytest.mark.parametrize('name', OTHERS)
 def test_four_devices_train_as_one(name):
   """Also where the loss needs the whole batch."""
