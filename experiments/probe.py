@@ -49,7 +49,7 @@ Result = TypeVar('Result')
 LOCK = '.probe.lock'
 
 # Seconds to wait for a batch of an attack after a signal. A batch can take minutes, and is lost
-# unless the whole attempt is finished: the log of finished attempts is on disk.
+# then: those before it are on disk, but for those of the last ten seconds.
 _PATIENCE = 5.0
 
 
@@ -374,10 +374,7 @@ def _method(config: ProbeConfig, model: vae.VAE) -> certification.Method | None:
 def _progress(
   description: str, stop: signals.StopSignal, unit: str = 'attack'
 ) -> Iterator[Callable[[int, int], None]]:
-  """The `progress` of an attack: a bar that looks for a signal whenever it advances.
-
-  It begins with what is done when it is first told, as before an interruption.
-  """
+  """The `progress` of an attack: a bar that begins with what is done, and looks for signals."""
   with contextlib.ExitStack() as opened:
     bar: Any = None
 
@@ -387,6 +384,8 @@ def _progress(
         new = messages.progress_bar(total, description, initial=done, unit=unit)
         bar = opened.enter_context(new)
       bar.update(done - bar.n)
+      if done == total:
+        bar.close()
       stop.check()
 
     yield advance

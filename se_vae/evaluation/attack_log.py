@@ -18,6 +18,7 @@ class AttackLog:
   Attributes:
     names: names of the attacks; the first is 'clean', the image as it is.
     done: number of finished attempts.
+    next_row: the first example that the attempt under way has not attacked yet.
     radius: `[N]`, the smallest radius at which the example is misclassified; inf if there is none.
     attack: `[N]`, index into `names` of the attack that found it; -1 if none did.
     restart: `[N]`, which of the attack's attempts found it.
@@ -29,6 +30,7 @@ class AttackLog:
 
   names: tuple[str, ...]
   done: int
+  next_row: int
   radius: np.ndarray
   attack: np.ndarray
   restart: np.ndarray
@@ -47,7 +49,7 @@ class AttackLog:
     count = len(x)
     restart, forwards, gradients = np.zeros((3, count), np.int64)
     radius, attack = np.full(count, np.inf), np.full(count, -1)
-    return cls(names, 0, radius, attack, restart, forwards, gradients, x.copy(), outputs)
+    return cls(names, 0, 0, radius, attack, restart, forwards, gradients, x.copy(), outputs)
 
   def robust(self, radii: np.ndarray) -> np.ndarray:
     """Whether each example is robust at each radius, bool `[R, N]`.
@@ -78,4 +80,5 @@ class AttackLog:
     """
     names = [field.name for field in dataclasses.fields(cls)]
     content: dict[str, Any] = states.read(path, fingerprint, outputs, names)
-    return cls(tuple(map(str, content.pop('names'))), int(content.pop('done')), **content)
+    content['names'] = tuple(map(str, content['names']))
+    return cls(**content | {name: int(content[name]) for name in ('done', 'next_row')})

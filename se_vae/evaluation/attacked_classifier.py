@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,15 @@ class AttackedClassifier:
     Returns:
       The images `[len(rows), ...]`, and whether the classifier is right on each, bool.
     """
+    images, correct = zip(*self.attack_batches(attack, radius, attempt, rows), strict=True)
+    return np.concatenate(images), np.concatenate(correct)
+
+  def attack_batches(
+    self, attack: Attack, radius: float, attempt: int, rows: np.ndarray
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields what `attack` returns, batch by batch. There may be no `rows`."""
+    if not len(rows):
+      return
     aim = attack.aim(self.targets, rows, attempt)
     key = attack_suite.attempt_key(self.key, attack, radius, attempt)
 
@@ -81,7 +90,8 @@ class AttackedClassifier:
       self.on_batch()
       return x_adv, is_correct(logits, aim.labels)
 
-    return self.in_batches(attack_batch, (self.x[rows], aim, rows.astype(np.int32)))
+    arrays = self.x[rows], aim, rows.astype(np.int32)
+    yield from sharding.batches(self.mesh, attack_batch, arrays, self.batch_size)
 
   def robust(self, attacks: Iterable[Attack], radius: float, rows: np.ndarray) -> np.ndarray:
     """Those of `rows` that the classifier gets right after every attempt of these attacks."""

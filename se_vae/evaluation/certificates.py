@@ -215,7 +215,9 @@ def certify(
 
   The radii are bisected first, and then the interval between two of them that the example's
   largest radius is in. `log` keeps the margins that are found, for a computation that is
-  interrupted. `progress` is called before the first batch and after each one with the number of
+  interrupted.
+
+  `progress` is called before the first batch, after each one and at the end with the number of
   bounds that are done and of all, and may raise to stop. Examples that are decided need no further
   bounds, which count as done.
   """

@@ -60,8 +60,8 @@ def maximal_values(
     mesh: devices to spread a batch over; all of them if None.
     state_path: npz file that keeps the values found so far, for a call that is interrupted and
       repeated.
-    progress: called before the first batch and after each one with the number of finished attacks
-      of an example and of all; may raise to stop.
+    progress: called before the first batch, after each one and at the end with the number of
+      finished attacks of an example and of all; may raise to stop.
 
   Returns:
     `[R, N]`. A value found within a smaller radius counts at every larger one, and NaN as infinity.
@@ -111,6 +111,7 @@ def maximal_values(
       )
       i = order.index(radius)
       found[i] = np.maximum(found[i], np.where(np.isnan(values), np.inf, values))
+  progress(total, total)
   found = np.maximum.accumulate(found, axis=0)
   return found[[order.index(float(radius)) for radius in radii]]
 

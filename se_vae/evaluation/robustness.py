@@ -349,20 +349,21 @@ def _attack_all(
   saved = time.monotonic()
   try:
     for radius, number, attack, restart in attempts[log.done :]:
-      rows = np.flatnonzero(np.isinf(log.radius))
-      if len(rows):
-        report = functools.partial(progress, log.done, len(attempts))
-        reporting = dataclasses.replace(classifier, on_batch=report)
-        images, correct = reporting.attack(attack, radius, restart, rows)
+      left = np.flatnonzero(np.isinf(log.radius))
+      left = left[left >= log.next_row]
+      for images, correct in classifier.attack_batches(attack, radius, restart, left):
+        rows, left = np.split(left, [len(images)])
         wrong, images = rows[~correct], images[~correct]
         log.forwards[rows] += attack.cost.forwards
         log.gradients[rows] += attack.cost.gradients
         reached = _smallest_radii(classifier, wrong, images, config['radii'], radius)
         log.record(wrong, images, radius=reached, attack=number, restart=restart)
-      log.done += 1
-      if state_path is not None and time.monotonic() - saved > states.SAVE_EVERY:
-        log.save(state_path, fingerprint)
-        saved = time.monotonic()
+        log.next_row = int(rows[-1]) + 1
+        if state_path is not None and time.monotonic() - saved > states.SAVE_EVERY:
+          log.save(state_path, fingerprint)
+          saved = time.monotonic()
+        progress(log.done, len(attempts))
+      log.done, log.next_row = log.done + 1, 0
   finally:
     if state_path is not None:
       log.save(state_path, fingerprint)

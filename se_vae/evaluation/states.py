@@ -143,13 +143,14 @@ class ValueLog:
   ) -> np.ndarray:
     """Returns `sharding.map_batches` of a function with values `[B]`, beginning with known values.
 
-    `progress` is called before the first batch and after each one with the number of rows that are
-    done, and may raise to stop.
+    `progress` is called with the number of rows that are done, before the first batch that is
+    computed and after each one. It may raise to stop.
     """
     count = len(jax.tree.leaves(arrays)[0])
     known, self._known = np.split(self._known, [count])
     found, done = [known], len(known)
-    progress(done)
+    if done < count:
+      progress(done)
     for values in sharding.batches(mesh, function, arrays, batch_size, first=done):
       found.append(values)
       self._values.append(values)

@@ -28,9 +28,9 @@ from se_vae.evaluation import states
 
 TINY = {'hidden_units': 16, 'pgd_steps': 2}
 TRAINING = {**TINY, 'latent_dim': 4, 'checkpoint_every': 100, 'log_every': 50}
-ATTACK = {'num_examples': 40, 'pgd_steps': 4, 'restarts': 2, 'check_examples': 0}
+ATTACK = {'num_examples': 40, 'pgd_steps': 4, 'restarts': 2, 'check_examples': 0, 'batch_size': 16}
 # Of these the attack is the smaller part.
-EVIDENCE = {**ATTACK, 'num_examples': 160, 'batch_size': 16, 'radii': '0,0.05,0.1,0.2'}
+EVIDENCE = {**ATTACK, 'num_examples': 160, 'radii': '0,0.05,0.1,0.2'}
 BINARIES = {
   'pretrain': (
     pretrain,
