@@ -192,8 +192,8 @@ def evaluate(
       `ProbedEncoder`, and `args` its parameters and probe.
     mesh: devices to spread a batch over; all of them if None.
     state_path: npz file that keeps the attack log, for an evaluation that is interrupted and
-      started again. The bounds of certificates are kept beside it, in a file with the suffix
-      `.certificates.npz` in the place of its own.
+      started again. The bounds of certificates and the answers of checks are kept beside it, in
+      files with the suffixes `.certificates.npz` and `.checks.npz` in the place of its own.
     progress: called after each batch with the number of finished attempts and of all.
     certificate_progress: called in its place while certificates are found, with the number of
       finished bounds and of all.
@@ -275,15 +275,17 @@ def evaluate(
   curve = AdversarialAccuracy(radii_asked, log.robust(radii_asked))
   report = functools.partial(progress, log.done, log.done)
   certificate = None
+  # What the checks ask for depends on these, and not on certificates.
+  asked = {'check_examples': check_examples, 'num_steps': num_steps, 'num_queries': num_queries}
+  asked |= {**config, 'found': states.fingerprint({}, (log.radius, log.attack))}
   if certifier is not None:
     settings = {name: config[name] for name in ('norm', 'bounds', 'radii')}
     config |= {'certified_by': dataclasses.asdict(certifier.method)}
-    fingerprint = _fingerprint(classifier, settings | config['certified_by'])
+    settings |= config['certified_by']
     # What attacks have found is not used here, so that check 13 can compare the two.
     assert isinstance(logits_fn, ProbedEncoder)  # or there would be no certifier
     params, probe = args
-    beside = None if path is None else path.with_suffix('.certificates.npz')
-    with states.ValueLog(beside, fingerprint, logits) as bounds_log:
+    with _beside(path, '.certificates.npz', classifier, settings, logits) as bounds_log:
       certificate = certificates.certify(
         logits_fn.model,
         params,
@@ -298,7 +300,7 @@ def evaluate(
   if not check_examples:
     return Evaluation(curve, log, (), config, certificate)
   claim = Claim(
-    classifier=dataclasses.replace(classifier, on_batch=report),
+    classifier=classifier,
     suite=suite,
     attack_log=log,
     curve=curve,
@@ -312,7 +314,10 @@ def evaluate(
     surrogate=surrogate,
     certificate=certificate,
   )
-  return Evaluation(curve, log, sanity_checks.run_checks(claim), config, certificate)
+  with _beside(path, '.checks.npz', classifier, asked, outputs) as answers:
+    classifier = dataclasses.replace(classifier, on_batch=report, log=answers)
+    checks = sanity_checks.run_checks(dataclasses.replace(claim, classifier=classifier))
+  return Evaluation(curve, log, checks, config, certificate)
 
 
 def _attack_all(
@@ -390,6 +395,18 @@ def _smallest_radii(
   )
   inside = distances[:, None] <= limits[None]
   return np.minimum(radius, np.where(inside, np.asarray(radii)[None], np.inf).min(axis=1))
+
+
+def _beside(
+  path: Path | None,
+  suffix: str,
+  classifier: AttackedClassifier,
+  settings: dict[str, Any],
+  outputs: np.ndarray,
+) -> states.ValueLog:
+  """A log in a file beside that of the attack log, if there is one."""
+  path = None if path is None else path.with_suffix(suffix)
+  return states.ValueLog(path, _fingerprint(classifier, settings), outputs)
 
 
 def _fingerprint(classifier: AttackedClassifier, config: dict[str, Any]) -> str:

@@ -178,6 +178,39 @@ def test_a_state_belongs_to_what_the_functions_compute(tmp_path):
       evaluate(**other, **options)
 
 
+def test_interrupted_checks_ask_for_no_answer_twice(tmp_path, monkeypatch):
+  """But for the few attacks whose images they need."""
+  path, attacked, in_checks = tmp_path / 'state.npz', [], set()
+  real = attack_suite.run
+
+  def run(attack, *operands, **options):
+    attacked.append(attack.name)
+    return real(attack, *operands, **options)
+
+  def interrupt_at(count):
+    def progress(done, total):
+      if len(attacked) >= count:
+        in_checks.add(done == total)
+        raise KeyboardInterrupt
+
+    return progress
+
+  monkeypatch.setattr(attack_suite, 'run', run)
+  options = dict(latents_fn=latents, radii=(0.0, 0.05, 0.1), state_path=path)
+  whole = evaluate(**options)
+  batches = list(attacked)
+  path.unlink()
+  path.with_suffix('.checks.npz').unlink()
+  attacked.clear()
+  for count in range(5, len(batches), 5):
+    with pytest.raises(KeyboardInterrupt):
+      evaluate(**options, progress=interrupt_at(count))
+  result = evaluate(**options)
+  assert result.checks == whole.checks and in_checks == {False, True}
+  answered = [name for name in attacked if name != 'health']
+  assert answered == [name for name in batches if name != 'health']
+
+
 @pytest.mark.parametrize('path', ['.', 'missing/state.npz'])
 def test_a_state_that_cannot_be_written_is_refused_before_any_work(path, tmp_path):
   with pytest.raises(ValueError, match='state_path: must be a file in a directory that exists'):
