@@ -11,8 +11,8 @@ then only reads the run. With --attack=worst_case the files are named `probe_TAS
 the accuracy below. --joint adds the curve of one attack on all tasks together, and --moves the
 largest latent shift, with `_moves.csv`. With --labels_per_class=10 the probe is fitted to 10 labels
 a class, and the files are named `probe_TASK_10_labels`. With --strict the exit code is 1 if a check
-fails. An interrupted probe continues when the same command is given again: attacks, those of --joint
-and --moves, checks and certificates. A finished one is not repeated until its JSON file is removed.
+fails. An interrupted probe continues when the same command is given again, whatever it was at. A
+finished one is not repeated until its JSON file is removed.
 """
 
 from __future__ import annotations
