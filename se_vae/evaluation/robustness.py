@@ -276,8 +276,13 @@ def evaluate(
   report = functools.partial(progress, log.done, log.done)
   certificate = None
   # What the checks ask for depends on these, and not on certificates.
-  asked = {'check_examples': check_examples, 'num_steps': num_steps, 'num_queries': num_queries}
-  asked |= {**config, 'found': states.fingerprint({}, (log.radius, log.attack))}
+  asked = {
+    **config,
+    'check_examples': check_examples,
+    'num_steps': num_steps,
+    'num_queries': num_queries,
+    'found': states.fingerprint({}, (log.radius, log.attack)),
+  }
   if certifier is not None:
     settings = {name: config[name] for name in ('norm', 'bounds', 'radii')}
     config |= {'certified_by': dataclasses.asdict(certifier.method)}

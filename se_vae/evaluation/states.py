@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def write(path: Path, fingerprint: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def read(
-  path: Path, fingerprint: str, outputs: np.ndarray, names: Collection[str]
+  path: Path, fingerprint: str, outputs: np.ndarray, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
   """Returns the arrays that `write` wrote, for functions with these `outputs` on the clean images.
 
