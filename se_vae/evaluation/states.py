@@ -59,10 +59,9 @@ def fingerprint(settings: dict[str, Any], arrays: Any) -> str:
 
 def write(path: Path, fingerprint: str, arrays: dict[str, np.ndarray]) -> None:
   """Writes an npz file atomically; `fingerprint` identifies the computation."""
-  arrays = {'fingerprint': np.array(fingerprint), **arrays}
+  content: dict[str, Any] = {'fingerprint': np.array(fingerprint), **arrays}
   with atomic_files.replacing(path) as file:
-    # The types of NumPy's stubs leave no room for other names.
-    np.savez(file, sha256=np.array(examples.sha256(arrays)), **arrays)  # type: ignore[arg-type]
+    np.savez(file, sha256=np.array(examples.sha256(content)), **content)
 
 
 def read(
