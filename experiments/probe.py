@@ -11,8 +11,8 @@ then only reads the run. With --attack=worst_case the files are named `probe_TAS
 the accuracy below. --joint adds the curve of one attack on all tasks together, and --moves the
 largest latent shift, with `_moves.csv`. With --labels_per_class=10 the probe is fitted to 10 labels
 a class, and the files are named `probe_TASK_10_labels`. With --strict the exit code is 1 if a check
-fails. An interrupted attack continues when the same command is given again. A finished one is not
-repeated until its JSON file is removed. Certificates begin again.
+fails. An interrupted probe continues when the same command is given again, whatever it was at. A
+finished one is not repeated until its JSON file is removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epy
 
@@ -39,15 +39,17 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
   from experiments.visual import probe_results
   from se_vae import certification, data
-  from se_vae.evaluation import attack_log, certifiers, latent_shift, linear_probe, robustness
+  from se_vae.evaluation import certifiers, latent_shift, linear_probe, robustness, states
   from se_vae.models import layer_lists, vae
   from se_vae.storage import model_store, pretrained
+
+Result = TypeVar('Result')
 
 # One probe at a time writes to a directory, whether or not the encoder is being trained there.
 LOCK = '.probe.lock'
 
 # Seconds to wait for a batch of an attack after a signal. A batch can take minutes, and is lost
-# unless the whole attempt is finished: the log of finished attempts is on disk.
+# then: those before it are on disk, but for those of the last ten seconds.
 _PATIENCE = 5.0
 
 
@@ -217,7 +219,9 @@ def run(
   stem = prepared.output / probe_settings.file_stem(config)
   attacked = _attacked(config, prepared)
   with workdirs.lock(prepared.output, *probe_results.PATTERNS, name=LOCK):
+    state = f'{stem.name}_{identity.digest(attacked)}'
     if (finished := identity.finished(stem.with_suffix('.json'), attacked)) is not None:
+      _remove(prepared.output, state)
       return finished
     means = train_means(prepared, prepared.model, prepared.params)
     stop.check()
@@ -232,14 +236,18 @@ def run(
     extra: dict[str, Any] = {}
     if config.joint:
       with _progress(f'{description}, joint', stop) as progress:
-        extra['joint'] = _joint(config, prepared, means, probe, progress)
+        options = {'progress': progress, 'state_path': stem.with_name(f'{state}.joint.state.npz')}
+        extra['joint'] = _resumed(_joint, config, prepared, means, probe, **options)
     if config.moves:
       with _progress(f'{description}, latent shift', stop) as progress:
-        extra['moves'] = _latent_shift(config, prepared, progress)
-    state = stem.with_name(f'{stem.name}_{identity.digest(attacked)}.state.npz')
+        options = {'progress': progress, 'state_path': stem.with_name(f'{state}.moves.state.npz')}
+        extra['moves'] = _resumed(_latent_shift, config, prepared, **options)
     reconstruct_fn = linear_probe.Reconstruction(prepared.model)
-    with _progress(description, stop) as progress:
-      attack = functools.partial(
+    with (
+      _progress(description, stop) as progress,
+      _progress(f'{description}, certificates', stop, unit='bound') as certificate_progress,
+    ):
+      outcome = _resumed(
         evaluate,
         config,
         prepared.mesh,
@@ -249,15 +257,10 @@ def run(
         args=(prepared.params, probe),
         reconstruct_fn=reconstruct_fn,
         surrogate=surrogate,
-        state_path=state,
+        state_path=stem.with_name(f'{state}.state.npz'),
         progress=progress,
+        certificate_progress=certificate_progress,
       )
-      try:
-        outcome = attack()
-      except attack_log.AttackLogError as error:
-        messages.warn(f'{error}; starting afresh')
-        state.unlink()
-        outcome = attack()
     result = {
       **probe_results.claim(config.task, outcome),
       'train_accuracy': linear_probe.accuracy(
@@ -275,8 +278,24 @@ def run(
     }
     reconstruct = functools.partial(jax.jit(reconstruct_fn), params=prepared.params)
     probe_results.write(stem, result, outcome, probe, prepared.images, prepared.labels, reconstruct)
-    state.unlink()
+    _remove(prepared.output, state)
   return result
+
+
+def _resumed(function: Callable[..., Result], *args: Any, **options: Any) -> Result:
+  """Calls a function that goes on from a state, which is removed if it is of no use."""
+  try:
+    return function(*args, **options)
+  except states.StateError as error:
+    messages.warn(f'{error}; starting afresh')
+    error.path.unlink()
+  return _resumed(function, *args, **options)
+
+
+def _remove(directory: Path, name: str) -> None:
+  """Removes the states of a result that is finished; `name` is what their files begin with."""
+  for path in directory.glob(f'{name}.*'):
+    path.unlink()
 
 
 def finished(config: ProbeConfig) -> dict[str, Any] | None:
@@ -361,13 +380,21 @@ def _method(config: ProbeConfig, model: vae.VAE) -> certification.Method | None:
 
 
 @contextlib.contextmanager
-def _progress(description: str, stop: signals.StopSignal) -> Iterator[Callable[[int, int], None]]:
-  """The `progress` of an attack: a bar that looks for a signal whenever it advances."""
-  with messages.progress_bar(1, description, unit='attack') as bar:
+def _progress(
+  description: str, stop: signals.StopSignal, unit: str = 'attack'
+) -> Iterator[Callable[[int, int], None]]:
+  """The `progress` of an attack: a bar that begins with what is done, and looks for signals."""
+  with contextlib.ExitStack() as opened:
+    bar: Any = None
 
     def advance(done: int, total: int) -> None:
-      bar.total = total
+      nonlocal bar
+      if bar is None:
+        new = messages.progress_bar(total, description, initial=done, unit=unit)
+        bar = opened.enter_context(new)
       bar.update(done - bar.n)
+      if done == total:
+        bar.close()
       stop.check()
 
     yield advance
@@ -378,7 +405,7 @@ def _joint(
   prepared: Prepared,
   means: np.ndarray,
   probe: linear_probe.LinearProbe,
-  progress: Callable[[int, int], None],
+  **options: Any,
 ) -> dict[str, Any]:
   """The curve of examples on which no single image misleads the probes of all tasks."""
   tasks, count = probe_settings.joint_tasks(prepared.dataset), len(prepared.images)
@@ -389,15 +416,13 @@ def _joint(
     prepared.images,
     np.stack(labels, axis=1),
     args=tuple((prepared.params, fitted) for fitted in probes),
-    progress=progress,
     **_attack_options(config, prepared.mesh),
+    **options,
   )
   return {'tasks': tasks, **probe_results.curve(curve)}
 
 
-def _latent_shift(
-  config: ProbeConfig, prepared: Prepared, progress: Callable[[int, int], None]
-) -> dict[str, Any]:
+def _latent_shift(config: ProbeConfig, prepared: Prepared, **options: Any) -> dict[str, Any]:
   """The largest squared W2 between the encodings of x and of x', over the examples.
 
   For full covariances, the squared distance between their means, a lower bound.
@@ -406,8 +431,8 @@ def _latent_shift(
     linear_probe.GaussianLatents(prepared.model),
     prepared.images,
     args=(prepared.params,),
-    progress=progress,
     **_attack_options(config, prepared.mesh),
+    **options,
   )
   return probe_results.latent_shift(config.radii, shift)
 

@@ -53,6 +53,7 @@ LONGEST = (
   'tests/experiments/test_benchmark.py',
   'tests/experiments/test_scaling.py',
   'tests/experiments/test_probe.py',
+  'tests/experiments/test_probe_resume.py',
   'tests/parallel/test_processes.py',
   'tests/test_docs.py',
   'tests/training/test_losses.py',

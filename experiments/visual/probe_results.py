@@ -133,7 +133,8 @@ def write(
     columns = {'radius': moves['radii'], 'mean_squared_w2': moves['mean'], **quantiles}
     _write_csv(stem.with_name(f'{stem.name}_moves.csv'), columns)
 
-  log, accuracy = vars(outcome.attack_log), outcome.curve
+  log, accuracy = dict(vars(outcome.attack_log)), outcome.curve
+  del log['next_row']  # no attempt is under way
   names = {'radius': 'broken_radius'}  # its name in files
   arrays = {names.get(name, name): array for name, array in log.items()}
   arrays |= {'radii': accuracy.radii, 'correct': accuracy.correct, 'labels': labels}

@@ -1,7 +1,8 @@
 """Linear probes, adversarial accuracy against radius, and the sanity checks beside it.
 
 `robustness.evaluate` attacks any JAX function that gives logits: `attacked_classifier` holds it and
-its examples, `attack_suite` and `targets` the attacks, `attack_log` what they found.
+its examples, `attack_suite` and `targets` the attacks, `attack_log` what they found, which `states`
+keeps in a file.
 `sanity_checks` checks the result, a `Claim` of `claims`, and `verdicts` has what the checks return.
 `linear_probe` makes a classifier of an encoder. `latent_shift` measures how far an attack moves a
 representation, without labels. `certificates` bounds both from the other side, for every attack,

@@ -8,15 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from se_vae.data import examples
-from se_vae.storage import atomic_files
-
-# Logits of one function differ by less than this share of the largest, on whatever devices.
-_ROUNDING = 1e-4
-
-
-class AttackLogError(ValueError):
-  """A file that is no attack log, or the log of another evaluation."""
+from se_vae.evaluation import states
 
 
 @dataclasses.dataclass(repr=False)
@@ -26,6 +18,7 @@ class AttackLog:
   Attributes:
     names: names of the attacks; the first is 'clean', the image as it is.
     done: number of finished attempts.
+    next_row: the first example that the attempt under way has not attacked yet.
     radius: `[N]`, the smallest radius at which the example is misclassified; inf if there is none.
     attack: `[N]`, index into `names` of the attack that found it; -1 if none did.
     restart: `[N]`, which of the attack's attempts found it.
@@ -37,6 +30,7 @@ class AttackLog:
 
   names: tuple[str, ...]
   done: int
+  next_row: int
   radius: np.ndarray
   attack: np.ndarray
   restart: np.ndarray
@@ -55,7 +49,7 @@ class AttackLog:
     count = len(x)
     restart, forwards, gradients = np.zeros((3, count), np.int64)
     radius, attack = np.full(count, np.inf), np.full(count, -1)
-    return cls(names, 0, radius, attack, restart, forwards, gradients, x.copy(), outputs)
+    return cls(names, 0, 0, radius, attack, restart, forwards, gradients, x.copy(), outputs)
 
   def robust(self, radii: np.ndarray) -> np.ndarray:
     """Whether each example is robust at each radius, bool `[R, N]`.
@@ -75,38 +69,16 @@ class AttackLog:
 
   def save(self, path: Path, fingerprint: str) -> None:
     """Writes an npz file atomically; `fingerprint` identifies the evaluation."""
-    arrays: dict[str, Any] = {'fingerprint': np.array(fingerprint)}
-    arrays |= {name: np.asarray(value) for name, value in vars(self).items()}
-    with atomic_files.replacing(path) as file:
-      np.savez(file, sha256=np.array(examples.sha256(arrays)), **arrays)
+    states.write(path, fingerprint, {name: np.asarray(value) for name, value in vars(self).items()})
 
   @classmethod
   def load(cls, path: Path, fingerprint: str, outputs: np.ndarray) -> AttackLog:
     """Reads what `save` wrote, for a classifier that gives these `outputs` on the clean images.
 
     Raises:
-      AttackLogError: if the file is damaged, or belongs to another evaluation.
+      StateError: if the file is damaged, or belongs to another evaluation.
     """
-    try:
-      with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-        content = dict(arrays)
-      if str(content.pop('sha256')) != examples.sha256(content):
-        raise ValueError('its SHA-256 is not the one in it')
-      stored = str(content.pop('fingerprint'))
-      names = tuple(map(str, content.pop('names')))
-      log = cls(names, int(content.pop('done')), **content)
-    except Exception as error:  # NumPy and zipfile have errors of many types for damage
-      reason = ' '.join(str(error).split())[:200]
-      message = f'{path}: is not an attack log: {reason}; remove it to start afresh'
-      raise AttackLogError(message) from error
-    if stored != fingerprint or not _agree(log.outputs, outputs):
-      raise AttackLogError(f'{path}: belongs to another evaluation; remove it to start afresh')
-    return log
-
-
-def _agree(a: np.ndarray, b: np.ndarray) -> bool:
-  """Whether these are outputs of one function. Devices and batch sizes change only their rounding.
-
-  A digest would not do, as it changes with the last bit.
-  """
-  return a.shape == b.shape and np.allclose(a, b, rtol=0.0, atol=_ROUNDING * np.abs(b).max())
+    names = [field.name for field in dataclasses.fields(cls)]
+    content: dict[str, Any] = states.read(path, fingerprint, outputs, names)
+    content['names'] = tuple(map(str, content['names']))
+    return cls(**content | {name: int(content[name]) for name in ('done', 'next_row')})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from se_vae.attacks.projections import Norm
 from se_vae.config import ArgumentError
 from se_vae.evaluation import attack_suite
 from se_vae.evaluation.attack_suite import Attack
+from se_vae.evaluation.states import ValueLog
 from se_vae.evaluation.targets import Targets
 from se_vae.parallel import sharding
 
@@ -39,6 +40,7 @@ class AttackedClassifier:
     mesh: the devices.
     targets: what targeted attacks aim at.
     on_batch: called after each batch; may raise to stop.
+    log: keeps the answers of `robust`, which does not compute those that are in it.
   """
 
   logits_fn: Model
@@ -53,6 +55,7 @@ class AttackedClassifier:
   mesh: Mesh
   targets: Targets
   on_batch: Callable[[], Any] = lambda: None
+  log: ValueLog = dataclasses.field(default_factory=ValueLog)
 
   @property
   def diameter(self) -> float:
@@ -68,6 +71,25 @@ class AttackedClassifier:
     Returns:
       The images `[len(rows), ...]`, and whether the classifier is right on each, bool.
     """
+    found = []
+    for results in self.attack_batches(attack, radius, attempt, rows):
+      found.append(results)
+      self.on_batch()
+    images, correct = zip(*found, strict=True)
+    return np.concatenate(images), np.concatenate(correct)
+
+  def attack_batches(
+    self, attack: Attack, radius: float, attempt: int, rows: np.ndarray
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields what `attack` returns, batch by batch. There may be no `rows`."""
+    if len(rows):
+      function, arrays = self._attempt(attack, radius, attempt, rows)
+      yield from sharding.batches(self.mesh, function, arrays, self.batch_size)
+
+  def _attempt(
+    self, attack: Attack, radius: float, attempt: int, rows: np.ndarray
+  ) -> tuple[Callable[[Any], tuple[jax.Array, jax.Array]], Any]:
+    """A function of a batch that gives what `attack` returns, and the arrays to be cut."""
     aim = attack.aim(self.targets, rows, attempt)
     key = attack_suite.attempt_key(self.key, attack, radius, attempt)
 
@@ -78,18 +100,31 @@ class AttackedClassifier:
         attack, key, x, aim, index, jnp.float32(radius), self.args, norm=norm, bounds=bounds
       )
       logits = _apply(self.logits_fn, x_adv, self.args)
-      self.on_batch()
       return x_adv, is_correct(logits, aim.labels)
 
-    return self.in_batches(attack_batch, (self.x[rows], aim, rows.astype(np.int32)))
+    return attack_batch, (self.x[rows], aim, rows.astype(np.int32))
 
   def robust(self, attacks: Iterable[Attack], radius: float, rows: np.ndarray) -> np.ndarray:
     """Those of `rows` that the classifier gets right after every attempt of these attacks."""
     for attack in attacks:
       for attempt in range(attack.restarts):
         if len(rows):
-          rows = rows[self.attack(attack, radius, attempt, rows)[1]]
+          rows = rows[self._is_correct(attack, radius, attempt, rows)]
     return rows
+
+  def _is_correct(
+    self, attack: Attack, radius: float, attempt: int, rows: np.ndarray
+  ) -> np.ndarray:
+    """Whether the classifier is right on each of `rows` after an attempt, as `log` has it."""
+    function, arrays = self._attempt(attack, radius, attempt, rows)
+    correct = self.log.map_batches(
+      self.mesh,
+      lambda batch: function(batch)[1],
+      arrays,
+      self.batch_size,
+      lambda done: self.on_batch(),
+    )
+    return correct > 0.0
 
   def apply(self, function: Model, images: np.ndarray) -> np.ndarray:
     """A function of images (and of `args`) on images `[N, ...]`: `[N, ...]`."""

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from se_vae import certification
 from se_vae.certification import Encoder, LatentBox, Method
@@ -32,9 +34,11 @@ from se_vae.evaluation import attacked_classifier, certifiers
 from se_vae.evaluation.certifiers import LINF_CROWN, Certifier
 from se_vae.evaluation.linear_probe import LinearProbe
 from se_vae.evaluation.metrics import AdversarialAccuracy
+from se_vae.evaluation.states import ValueLog
 from se_vae.gaussians import DiagonalGaussian
 from se_vae.models.layer_lists import encoder_of
 from se_vae.models.vae import VAE, Params
+from se_vae.parallel import sharding
 
 # Halvings of the interval between the two radii asked for that an example's certified radius is in.
 _HALVINGS = 5
@@ -204,17 +208,33 @@ def certify(
   *,
   radii: Sequence[float],
   certifier: Certifier = LINF_CROWN,
-  on_batch: Callable[[], Any] = lambda: None,
+  log: ValueLog | None = None,
+  progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> Certificate:
   """Returns the certified accuracy at each radius, and each example's largest certified radius.
 
   The radii are bisected first, and then the interval between two of them that the example's
-  largest radius is in. `on_batch` is called after each batch, and may raise to stop.
+  largest radius is in. `log` keeps the margins that are found, for a computation that is
+  interrupted.
+
+  `progress` is called before the first batch, after each one and at the end with the number of
+  bounds that are done and of all, and may raise to stop. Examples that are decided need no further
+  bounds, which count as done.
   """
+  log, grid, rounds = log or ValueLog(), (0.0, *radii), itertools.count(1)
+  total = certifiers.num_rounds(grid, num_steps=_HALVINGS) * len(x)
+
+  def map_batches(mesh: Mesh, function: Any, arrays: Any, batch_size: int) -> np.ndarray:
+    decided = next(rounds) * len(x) - len(arrays[0])
+    return log.map_batches(
+      mesh, function, arrays, batch_size, lambda done: progress(decided + done, total)
+    )
+
   is_certified = _margin_is_positive(
-    model, params, probe, x, labels, radii, certifier, on_batch=on_batch
+    model, params, probe, x, labels, radii, certifier, map_batches=map_batches
   )
-  radius = certifiers.largest_radius(is_certified, len(x), (0.0, *radii), num_steps=_HALVINGS)
+  radius = certifiers.largest_radius(is_certified, len(x), grid, num_steps=_HALVINGS)
+  progress(total, total)
   return Certificate(certifier.method, radius, _curve(radius, radii))
 
 
@@ -227,22 +247,18 @@ def _margin_is_positive(
   radii: Sequence[float],
   certifier: Certifier,
   *,
-  on_batch: Callable[[], Any] = lambda: None,
+  map_batches: Callable[..., Any] = sharding.map_batches,
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
   """Returns a function of examples `[M]` and a radius for each: whether each is certified there."""
   x = _checked(x, radii, certifier)
   labels = _checked_labels(labels, x, probe)
   constants = encoder_of(model, params), probe
 
-  def margins(*operands: Any) -> jax.Array:
-    found = _margins(*operands)
-    on_batch()
-    return found
-
   def is_certified(rows: np.ndarray, radius: np.ndarray) -> np.ndarray:
     # Whatever the number of examples left, batches have one shape, so this compiles once.
     arrays = x[rows], labels[rows], radius
-    return np.asarray(certifier.map(margins, constants, arrays, count=len(x))) > 0.0
+    margins = certifier.map(_margins, constants, arrays, count=len(x), map_batches=map_batches)
+    return np.asarray(margins) > 0.0
 
   return is_certified
 

@@ -51,16 +51,23 @@ class Certifier:
     return certification.ball(x, radius, norm=self.norm, bounds=self.bounds)
 
   def map(
-    self, function: Callable[..., Any], constants: Any, arrays: Any, *, count: int | None = None
+    self,
+    function: Callable[..., Any],
+    constants: Any,
+    arrays: Any,
+    *,
+    count: int | None = None,
+    map_batches: Callable[..., Any] = sharding.map_batches,
   ) -> Any:
     """Returns `function(self, constants, batch)` for all rows of host arrays, as NumPy arrays.
 
     A batch is at most as large as `count`, which is the number of rows if it is not given.
+    `map_batches` is called in the place of that of `sharding`.
     """
     mesh = sharding.data_mesh() if self.mesh is None else self.mesh
     count = len(jax.tree.leaves(arrays)[0]) if count is None else count
     function = functools.partial(function, self, sharding.replicate(mesh, constants))
-    return sharding.map_batches(mesh, function, arrays, min(self.batch_size, count))
+    return map_batches(mesh, function, arrays, min(self.batch_size, count))
 
 
 LINF_CROWN = Certifier()
@@ -108,6 +115,11 @@ def certifier_for(
   if method.name == 'crown':
     batch_size = max(1, min(batch_size, _BATCH_COEFFICIENTS // count))
   return Certifier(norm, bounds, method, batch_size=batch_size, mesh=mesh)
+
+
+def num_rounds(radii: Sequence[float], *, num_steps: int) -> int:
+  """Returns how often `largest_radius` asks at most."""
+  return len(np.unique(np.asarray(radii, np.float32))).bit_length() + num_steps
 
 
 def largest_radius(

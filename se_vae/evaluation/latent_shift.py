@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from se_vae.attacks.losses import Aim, Joint, LatentShift, Model
 from se_vae.attacks.projections import Norm
 from se_vae.config import ArgumentError
-from se_vae.evaluation import attack_suite, attacked_classifier
+from se_vae.evaluation import attack_suite, attacked_classifier, states
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.parallel import sharding
 
@@ -26,6 +27,7 @@ def maximal_values(
   objective: Model,
   x: np.ndarray,
   aim: Aim,
+  outputs: np.ndarray,
   *,
   radii: Sequence[float],
   num_steps: int = 40,
@@ -36,41 +38,53 @@ def maximal_values(
   batch_size: int = 200,
   args: tuple[Any, ...] = (),
   mesh: Mesh | None = None,
+  state_path: str | Path | None = None,
   progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> np.ndarray:
   """The largest value of an objective that `attacks.apgd` finds within each radius.
 
   Args:
     objective: `(x_adv, aim, *args) -> [B]`.
-    x: images `[N, ...]`, inside `bounds`.
+    x: images `[N, ...]`, float32, inside `bounds`.
     aim: what the objective knows of each of the N examples.
+    outputs: what the functions of the objective give on x, `[N, ...]`, by which `state_path` knows
+      them.
     radii: radii >= 0, in any order.
     num_steps: gradient steps of each attempt.
     restarts: attempts at each radius, each from a random start of its own.
     norm: 'linf' or 'l2'.
     bounds: lowest and highest pixel value.
     seed: seed of every random draw.
-    batch_size: examples attacked at a time.
+    batch_size: examples attacked at a time, >= 1.
     args: further arguments of the objective.
     mesh: devices to spread a batch over; all of them if None.
-    progress: called after each batch with the number of finished radii and of all.
+    state_path: npz file that keeps the values found so far, for a call that is interrupted and
+      repeated.
+    progress: called before the first batch, after each one and at the end with the number of
+      finished attacks of an example and of all; may raise to stop.
 
   Returns:
     `[R, N]`. A value found within a smaller radius counts at every larger one, and NaN as infinity.
 
   Raises:
-    ArgumentError: for bad radii or counts, images outside the bounds, or no images.
+    ArgumentError: for bad radii or counts, images outside the bounds, or a bad `state_path`.
+    StateError: for a state that is damaged or belongs to another call.
   """
-  x = _images(x)
   attacked_classifier.check_images(x, bounds)
   attacked_classifier.check_radii(radii)
-  attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, batch_size=batch_size)
+  attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts)
+  path = states.check_path(state_path)
   mesh = sharding.data_mesh() if mesh is None else mesh
-  args = sharding.replicate(mesh, args)
   # The name is part of the random draws.
   attack = attack_suite.APGD(name='largest', objective=objective, num_steps=num_steps)
   order = sorted({0.0, *map(float, radii)})
+  attempts = [(r, attempt) for r in order for attempt in range(restarts if r else 1)]
+  total = len(attempts) * len(x)
   examples = (x, aim, np.arange(len(x), dtype=np.int32))
+  settings = {'radii': order, 'num_steps': num_steps, 'restarts': restarts}
+  settings |= {'norm': norm, 'bounds': tuple(bounds), 'seed': seed}
+  fingerprint = states.fingerprint(settings, (x, aim.labels, args))
+  args = sharding.replicate(mesh, args)
 
   def attack_batch(
     radius: float, attempt: int, batch: tuple[jax.Array, Aim, jax.Array]
@@ -80,15 +94,24 @@ def maximal_values(
     x_adv = attack_suite.run(
       attack, key, x, aim, index, jnp.float32(radius), args, norm=norm, bounds=bounds
     )
-    progress(order.index(radius), len(order))
     return _values(objective, x_adv, aim, args)
 
+  def report(before: int, done: int) -> None:
+    progress(before + done, total)
+
   found = np.full((len(order), len(x)), -np.inf)
-  for i, radius in enumerate(order):
-    for attempt in range(restarts if radius else 1):
-      function = functools.partial(attack_batch, radius, attempt)
-      values = sharding.map_batches(mesh, function, examples, min(batch_size, len(x)))
+  with states.ValueLog(path, fingerprint, outputs) as log:
+    for number, (radius, attempt) in enumerate(attempts):
+      values = log.map_batches(
+        mesh,
+        functools.partial(attack_batch, radius, attempt),
+        examples,
+        min(batch_size, len(x)),
+        functools.partial(report, number * len(x)),
+      )
+      i = order.index(radius)
       found[i] = np.maximum(found[i], np.where(np.isnan(values), np.inf, values))
+  progress(total, total)
   found = np.maximum.accumulate(found, axis=0)
   return found[[order.index(float(radius)) for radius in radii]]
 
@@ -114,6 +137,8 @@ def joint_accuracy(
   *,
   radii: Sequence[float],
   args: Sequence[tuple[Any, ...]],
+  batch_size: int = 200,
+  mesh: Mesh | None = None,
   **options: Any,
 ) -> AdversarialAccuracy:
   """Share of examples for which no single image within the radius misleads all classifiers.
@@ -132,12 +157,15 @@ def joint_accuracy(
     labels: `[N, T]`, the true class for each classifier.
     radii: radii >= 0, in any order.
     args: T tuples, further arguments of each classifier.
-    **options: `num_steps`, `restarts`, `norm`, `bounds`, `seed`, `batch_size`, `mesh` and
-      `progress` of `maximal_values`.
+    batch_size: examples attacked at a time.
+    mesh: devices to spread a batch over; all of them if None.
+    **options: `num_steps`, `restarts`, `norm`, `bounds`, `seed`, `state_path` and `progress` of
+      `maximal_values`.
 
   Raises:
     ArgumentError: if the numbers of classifiers, labels and arguments differ, or for arguments that
       `maximal_values` refuses.
+    StateError: for a state that is damaged or belongs to another call.
   """
   x, labels = _images(x), np.asarray(labels)
   if not np.issubdtype(labels.dtype, np.integer):
@@ -148,8 +176,14 @@ def joint_accuracy(
       f'must be [N, {len(logits_fns)}] and {len(logits_fns)} tuples, one for each classifier, got '
       f'{labels.shape} and {len(args)}',
     )
+  attacked_classifier.check_counts(batch_size=batch_size)
   objective, aim = Joint(tuple(logits_fns)), Aim(labels.astype(np.int32))
-  margins = maximal_values(objective, x, aim, radii=radii, args=tuple(args), **options)
+  mesh, args = sharding.data_mesh() if mesh is None else mesh, tuple(args)
+  clean = sharding.map_batches(
+    mesh, lambda batch: _values(objective, *batch, args), (x, aim), min(batch_size, len(x))
+  )
+  options |= {'radii': radii, 'batch_size': batch_size, 'args': args, 'mesh': mesh}
+  margins = maximal_values(objective, x, aim, clean, **options)
   return AdversarialAccuracy(np.asarray(radii, np.float64), margins <= 0.0)
 
 
@@ -180,16 +214,18 @@ def max_latent_shift(
     batch_size: examples attacked at a time.
     args: further arguments of `latents_fn`.
     mesh: devices to spread a batch over; all of them if None.
-    **options: `num_steps`, `restarts`, `norm`, `bounds`, `seed` and `progress` of
+    **options: `num_steps`, `restarts`, `norm`, `bounds`, `seed`, `state_path` and `progress` of
       `maximal_values`.
 
   Raises:
-    ArgumentError: for arguments that `maximal_values` refuses.
+    ArgumentError: for no images, or arguments that `maximal_values` refuses.
+    StateError: for a state that is damaged or belongs to another call.
   """
   mesh, x = sharding.data_mesh() if mesh is None else mesh, _images(x)
+  attacked_classifier.check_counts(batch_size=batch_size)
   latents = sharding.map_batches(
     mesh, lambda images: latents_fn(images, *args), x, min(batch_size, len(x))
   )
   aim = Aim(np.zeros(len(x), np.int32), latent=latents)
   options |= {'radii': radii, 'batch_size': batch_size, 'args': args, 'mesh': mesh}
-  return maximal_values(LatentShift(latents_fn), x, aim, **options)
+  return maximal_values(LatentShift(latents_fn), x, aim, latents, **options)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -31,6 +29,7 @@ from se_vae.evaluation import (
   certificates,
   certifiers,
   sanity_checks,
+  states,
   verdicts,
 )
 from se_vae.evaluation.attack_log import AttackLog
@@ -41,9 +40,6 @@ from se_vae.evaluation.claims import Claim
 from se_vae.evaluation.linear_probe import ProbedEncoder
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.evaluation.verdicts import SanityCheck
-
-# Seconds between two copies of the attack log on disk.
-_SAVE_EVERY = 10.0
 
 Progress = Callable[[int, int], Any]
 
@@ -154,6 +150,7 @@ def evaluate(
   mesh: Mesh | None = None,
   state_path: str | Path | None = None,
   progress: Progress = lambda done, total: None,
+  certificate_progress: Progress | None = None,
 ) -> Evaluation:
   """Accuracy under a suite of attacks, with the images that show it and sanity checks of it.
 
@@ -195,18 +192,19 @@ def evaluate(
       `ProbedEncoder`, and `args` its parameters and probe.
     mesh: devices to spread a batch over; all of them if None.
     state_path: npz file that keeps the attack log, for an evaluation that is interrupted and
-      started again.
+      started again. The bounds of certificates and the answers of checks are kept beside it, in
+      files with the suffixes `.certificates.npz` and `.checks.npz` in the place of its own.
     progress: called after each batch with the number of finished attempts and of all.
+    certificate_progress: called in its place while certificates are found, with the number of
+      finished bounds and of all.
 
   Raises:
     ArgumentError: for an argument out of range, or clean logits that are not finite.
-    AttackLogError: for a state that is damaged or belongs to another evaluation.
+    StateError: for a state that is damaged or belongs to another evaluation.
   """
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, num_queries=num_queries)
   attacked_classifier.check_step_size(relative_step_size)
-  path = None if state_path is None else Path(state_path)
-  if path is not None and (path.is_dir() or not path.parent.is_dir()):
-    raise ArgumentError('state_path', f'must be a file in a directory that exists, got {path}')
+  path = states.check_path(state_path)
   if check_examples < 0:
     raise ArgumentError('check_examples', f'must be >= 0, got {check_examples}')
   if attack not in SUITES:
@@ -261,7 +259,7 @@ def evaluate(
       num_queries=num_queries,
       **steps,
     )
-  config = {
+  config: dict[str, Any] = {
     'attack': attack,
     'attacks': {row.name: {'steps': row.num_steps, 'tries': row.restarts} for row in suite.attacks},
     'relative_step_size': relative_step_size,
@@ -277,25 +275,37 @@ def evaluate(
   curve = AdversarialAccuracy(radii_asked, log.robust(radii_asked))
   report = functools.partial(progress, log.done, log.done)
   certificate = None
+  # What the checks ask for depends on these, and not on certificates.
+  asked = {
+    **config,
+    'check_examples': check_examples,
+    'num_steps': num_steps,
+    'num_queries': num_queries,
+    'found': states.fingerprint({}, (log.radius, log.attack)),
+  }
   if certifier is not None:
+    settings = {name: config[name] for name in ('norm', 'bounds', 'radii')}
     config |= {'certified_by': dataclasses.asdict(certifier.method)}
+    settings |= config['certified_by']
     # What attacks have found is not used here, so that check 13 can compare the two.
     assert isinstance(logits_fn, ProbedEncoder)  # or there would be no certifier
     params, probe = args
-    certificate = certificates.certify(
-      logits_fn.model,
-      params,
-      probe,
-      classifier.x,
-      classifier.labels,
-      radii=radii,
-      certifier=certifier,
-      on_batch=report,
-    )
+    with _beside(path, '.certificates.npz', classifier, settings, logits) as bounds_log:
+      certificate = certificates.certify(
+        logits_fn.model,
+        params,
+        probe,
+        classifier.x,
+        classifier.labels,
+        radii=radii,
+        certifier=certifier,
+        log=bounds_log,
+        progress=certificate_progress or (lambda *_: report()),
+      )
   if not check_examples:
     return Evaluation(curve, log, (), config, certificate)
   claim = Claim(
-    classifier=dataclasses.replace(classifier, on_batch=report),
+    classifier=classifier,
     suite=suite,
     attack_log=log,
     curve=curve,
@@ -309,7 +319,10 @@ def evaluate(
     surrogate=surrogate,
     certificate=certificate,
   )
-  return Evaluation(curve, log, sanity_checks.run_checks(claim), config, certificate)
+  with _beside(path, '.checks.npz', classifier, asked, outputs) as answers:
+    classifier = dataclasses.replace(classifier, on_batch=report, log=answers)
+    checks = sanity_checks.run_checks(dataclasses.replace(claim, classifier=classifier))
+  return Evaluation(curve, log, checks, config, certificate)
 
 
 def _attack_all(
@@ -342,23 +355,25 @@ def _attack_all(
     for number, attack in enumerate(suite.attacks, start=1)
     for restart in range(attack.restarts)
   ]
+  progress(log.done, len(attempts))
   saved = time.monotonic()
   try:
     for radius, number, attack, restart in attempts[log.done :]:
-      rows = np.flatnonzero(np.isinf(log.radius))
-      if len(rows):
-        report = functools.partial(progress, log.done, len(attempts))
-        reporting = dataclasses.replace(classifier, on_batch=report)
-        images, correct = reporting.attack(attack, radius, restart, rows)
+      left = np.flatnonzero(np.isinf(log.radius))
+      left = left[left >= log.next_row]
+      for images, correct in classifier.attack_batches(attack, radius, restart, left):
+        rows, left = np.split(left, [len(images)])
         wrong, images = rows[~correct], images[~correct]
         log.forwards[rows] += attack.cost.forwards
         log.gradients[rows] += attack.cost.gradients
         reached = _smallest_radii(classifier, wrong, images, config['radii'], radius)
         log.record(wrong, images, radius=reached, attack=number, restart=restart)
-      log.done += 1
-      if state_path is not None and time.monotonic() - saved > _SAVE_EVERY:
-        log.save(state_path, fingerprint)
-        saved = time.monotonic()
+        log.next_row = int(rows[-1]) + 1
+        if state_path is not None and time.monotonic() - saved > states.SAVE_EVERY:
+          log.save(state_path, fingerprint)
+          saved = time.monotonic()
+        progress(log.done, len(attempts))
+      log.done, log.next_row = log.done + 1, 0
   finally:
     if state_path is not None:
       log.save(state_path, fingerprint)
@@ -387,9 +402,18 @@ def _smallest_radii(
   return np.minimum(radius, np.where(inside, np.asarray(radii)[None], np.inf).min(axis=1))
 
 
+def _beside(
+  path: Path | None,
+  suffix: str,
+  classifier: AttackedClassifier,
+  settings: dict[str, Any],
+  outputs: np.ndarray,
+) -> states.ValueLog:
+  """A log in a file beside that of the attack log, if there is one."""
+  path = None if path is None else path.with_suffix(suffix)
+  return states.ValueLog(path, _fingerprint(classifier, settings), outputs)
+
+
 def _fingerprint(classifier: AttackedClassifier, config: dict[str, Any]) -> str:
-  """A digest of what the attack log depends on, but for the functions, which have its `outputs`."""
-  digest = hashlib.sha256(repr(sorted(config.items())).encode())
-  for leaf in (classifier.x, classifier.labels, *jax.tree.leaves(classifier.args)):
-    digest.update(np.ascontiguousarray(leaf).tobytes())
-  return digest.hexdigest()
+  """A digest of what a state depends on, but for the functions, which have its `outputs`."""
+  return states.fingerprint(config, (classifier.x, classifier.labels, classifier.args))

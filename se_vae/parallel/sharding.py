@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import jax
@@ -247,9 +247,6 @@ def fitting(batch_size: int, rows: np.ndarray) -> int:
 def map_batches(mesh: Mesh, function: Callable[[Any], Any], arrays: Any, batch_size: int) -> Any:
   """Applies a function of a batch, split over the devices, to all rows of host arrays.
 
-  Every batch has the same shape, so that `function` is compiled once. Rows from the beginning fill
-  the last batch, and their results are dropped.
-
   Args:
     mesh: the devices.
     function: maps a tree of `[B, ...]` to a tree of `[B, ...]`; each row of the result depends on
@@ -260,12 +257,22 @@ def map_batches(mesh: Mesh, function: Callable[[Any], Any], arrays: Any, batch_s
   Returns:
     A tree of NumPy arrays `[N, ...]`.
   """
+  parts = batches(mesh, function, arrays, batch_size)
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def batches(
+  mesh: Mesh, function: Callable[[Any], Any], arrays: Any, batch_size: int, *, first: int = 0
+) -> Iterator[Any]:
+  """Yields the result of `map_batches` batch by batch, from the row `first` on.
+
+  Every batch has the same shape, so that `function` is compiled once. Rows from the beginning fill
+  the last batch, and their results are dropped.
+  """
   count = len(jax.tree.leaves(arrays)[0])
   batch_size = -(-batch_size // mesh.size) * mesh.size
-  parts = []
-  for start in range(0, count, batch_size):
+  for start in range(first, count, batch_size):
     rows = np.arange(start, start + batch_size) % count
     outputs = function(split(mesh, jax.tree.map(operator.itemgetter(rows), arrays)))
     kept = operator.itemgetter(slice(count - start))
-    parts.append(jax.tree.map(kept, jax.device_get(outputs)))
-  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    yield jax.tree.map(kept, jax.device_get(outputs))

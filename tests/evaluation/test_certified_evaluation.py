@@ -84,6 +84,14 @@ def test_the_curve_and_the_radii_are_those_of_the_library():
   np.testing.assert_allclose(certificate.radius, radius, atol=0.2 / 2**5 + 1e-4)
 
 
+def test_the_progress_of_certificates_does_not_go_back():
+  told = []
+  evaluate(certificate_progress=lambda *state: told.append(state))
+  total = COUNT * (3 + 5)  # rounds: over four radii, then within an interval
+  assert told == sorted(told) and told[0] == (0, total) and told[-1] == (total, total)
+  assert len(set(told)) > 8
+
+
 def test_an_honest_certificate_passes_check_13():
   check = check_13(honest())
   assert check.verdict == 'pass', check

@@ -143,10 +143,10 @@ def test_an_interrupted_evaluation_ends_with_the_same_result(tmp_path):
   assert resumed[0] > 0
   for name, value in vars(honest('standard').attack_log).items():
     np.testing.assert_array_equal(getattr(result.attack_log, name), value)
-  with pytest.raises(ValueError, match='belongs to another evaluation'):
+  with pytest.raises(ValueError, match='belongs to another computation'):
     evaluate(latents_fn=latents, state_path=path, seed=1)
   path.write_bytes(path.read_bytes()[:100])
-  with pytest.raises(ValueError, match='is not an attack log'):
+  with pytest.raises(ValueError, match='is not a state'):
     AttackLog.load(path, '', np.zeros(1))
 
 
@@ -171,11 +171,44 @@ def test_a_state_belongs_to_what_the_functions_compute(tmp_path):
     mesh=sharding.data_mesh(4),
     progress=lambda *done: calls.append(done),
   )
-  assert calls == [(len(RADII) - 1, len(RADII) - 1)]  # nothing was attacked again
+  assert set(calls) == {(len(RADII) - 1, len(RADII) - 1)}  # nothing was attacked again
   np.testing.assert_array_equal(resumed.attack_log.images, log.images)
   for other in (closed(1.001), closed(1.0, offset=0.001)):
-    with pytest.raises(ValueError, match='belongs to another evaluation'):
+    with pytest.raises(ValueError, match='belongs to another computation'):
       evaluate(**other, **options)
+
+
+def test_interrupted_checks_ask_for_no_answer_twice(tmp_path, monkeypatch):
+  """But for the few attacks whose images they need."""
+  path, attacked, in_checks = tmp_path / 'state.npz', [], set()
+  real = attack_suite.run
+
+  def run(attack, *operands, **options):
+    attacked.append(attack.name)
+    return real(attack, *operands, **options)
+
+  def interrupt_at(count):
+    def progress(done, total):
+      if len(attacked) >= count:
+        in_checks.add(done == total)
+        raise KeyboardInterrupt
+
+    return progress
+
+  monkeypatch.setattr(attack_suite, 'run', run)
+  options = dict(latents_fn=latents, radii=(0.0, 0.05, 0.1), state_path=path)
+  whole = evaluate(**options)
+  batches = list(attacked)
+  path.unlink()
+  path.with_suffix('.checks.npz').unlink()
+  attacked.clear()
+  for count in range(5, len(batches), 5):
+    with pytest.raises(KeyboardInterrupt):
+      evaluate(**options, progress=interrupt_at(count))
+  result = evaluate(**options)
+  assert result.checks == whole.checks and in_checks == {False, True}
+  answered = [name for name in attacked if name != 'health']
+  assert answered == [name for name in batches if name != 'health']
 
 
 @pytest.mark.parametrize('path', ['.', 'missing/state.npz'])

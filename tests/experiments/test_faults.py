@@ -113,7 +113,16 @@ def test_a_killed_run_ends_bitwise_equal(tmp_path, undisturbed):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('binary', 'devices'),
-  [('pretrain', 1), ('pretrain', 4), ('probe', 2), ('figure1', 2), ('sweep', 1)],
+  [
+    ('pretrain', 1),
+    ('pretrain', 4),
+    ('probe', 2),
+    ('probe_joint', 2),
+    ('probe_moves', 2),
+    ('probe_certify', 2),
+    ('figure1', 2),
+    ('sweep', 1),
+  ],
 )
 def test_a_binary_killed_at_random_moments_leaves_the_same_bytes(
   tmp_path, binary, devices, record_property

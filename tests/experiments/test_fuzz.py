@@ -39,7 +39,8 @@ from experiments.cli.flags import UsageError
 from experiments.visual import report_page
 from se_vae import data
 from se_vae.config import ArgumentError
-from se_vae.evaluation.attack_log import AttackLog, AttackLogError
+from se_vae.evaluation.attack_log import AttackLog
+from se_vae.evaluation.states import StateError
 from se_vae.storage import checkpoints, json_files, model_store
 from tests.experiments.test_report import write_probe, write_run
 from tests.storage.small_trees import MODEL, make_model
@@ -343,7 +344,7 @@ def test_attack_logs(tmp_path, attack_log, choices):
   path.write_bytes(choices.draw(damaged(original) | st.binary(max_size=200)))
   try:
     found = AttackLog.load(path, 'fingerprint', OUTPUTS)
-  except AttackLogError as error:
+  except StateError as error:
     assert '\n' not in str(error) and str(path) in str(error)
     return
   for name, value in vars(log).items():

@@ -85,7 +85,7 @@ class DuringTheAttack(signals.StopSignal):
 
   def requested(self):
     self.looks += 1
-    return signal.SIGTERM if self.looks > 3 else None
+    return signal.SIGTERM if self.looks > 4 else None
 
 
 def test_an_interrupted_attack_goes_on(config, workdir, result):

@@ -24,11 +24,13 @@ from pathlib import Path
 from experiments import figure1, pretrain, probe, probe_settings, sweep
 from experiments.cli import app, distributed, flags
 from experiments.scheduling import jobs
-from se_vae.evaluation import robustness
+from se_vae.evaluation import states
 
 TINY = {'hidden_units': 16, 'pgd_steps': 2}
 TRAINING = {**TINY, 'latent_dim': 4, 'checkpoint_every': 100, 'log_every': 50}
-ATTACK = {'num_examples': 40, 'pgd_steps': 4, 'restarts': 2, 'check_examples': 0}
+ATTACK = {'num_examples': 40, 'pgd_steps': 4, 'restarts': 2, 'check_examples': 0, 'batch_size': 16}
+# Of these the attack is the smaller part.
+EVIDENCE = {**ATTACK, 'num_examples': 160, 'radii': '0,0.05,0.1,0.2'}
 BINARIES = {
   'pretrain': (
     pretrain,
@@ -39,6 +41,13 @@ BINARIES = {
     probe,
     (probe_settings.ProbeConfig,),
     {**ATTACK, 'attack': 'worst_case', 'radii': '0,0.05,0.1,0.2', 'num_queries': 20},
+  ),
+  'probe_joint': (probe, (probe_settings.ProbeConfig,), {**EVIDENCE, 'joint': True}),
+  'probe_moves': (probe, (probe_settings.ProbeConfig,), {**EVIDENCE, 'moves': True}),
+  'probe_certify': (
+    probe,
+    (probe_settings.ProbeConfig,),
+    {**EVIDENCE, 'certify': True, 'num_examples': 200},
   ),
   'figure1': (figure1, (figure1.Figure1Config,), {'radii': '0,0.1', 'latent_dims': 4}),
   'sweep': (
@@ -125,7 +134,7 @@ def main() -> None:
   parser.add_argument('--seed', type=int, default=0, help='of the moments')
   arguments = parser.parse_args()
   workdir, log = arguments.directory / 'run', arguments.directory / 'log'
-  robustness._SAVE_EVERY = 0.0  # an attack log that is often written is often hit
+  states.SAVE_EVERY = 0.0  # an attack log that is often written is often hit
   quick = figure1.PRESETS['quick']
   figure1.PANELS = figure1.PANELS[:2]
   color = dataclasses.replace(quick.encoders[1], num_steps=200, overrides=TINY)
@@ -133,9 +142,11 @@ def main() -> None:
 
   begin = arguments.directory / 'begin'  # what a run finds
   begin.mkdir(parents=True)
-  if arguments.binary == 'probe':
+  if arguments.binary.startswith('probe'):
     module, config_types, _ = BINARIES['pretrain']
-    BINARIES['trained'] = (module, config_types, {**TRAINING, 'num_steps': 200})
+    dataset = 'color_mnist_5k' if arguments.binary == 'probe_joint' else 'mnist_5k'
+    settings = {**TRAINING, 'num_steps': 200, 'dataset': dataset}
+    BINARIES['trained'] = (module, config_types, settings)
     finish(start('trained', workdir, log), log)
     begin.rmdir()
     workdir.rename(begin)
