@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -108,7 +109,7 @@ def validate(config: Any) -> None:
   JAX's 32-bit arrays hold. Fields that are dataclasses of settings themselves are checked too.
 
   Raises:
-    ArgumentError: for the first field that is outside its limits.
+    ArgumentError: for the first field that is outside its limits, or no integer where it must be.
   """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
@@ -119,6 +120,8 @@ def validate(config: Any) -> None:
     else:
       for item in value if isinstance(value, tuple) else (value,):
         message = _violation(item, field.metadata)
+        if re.search(r'\bint\b', str(field.type)) and isinstance(item, float):
+          message = 'an integer'
         if message is not None:
           raise ArgumentError(field.name, f'must be {message}; got {item!r}')
 

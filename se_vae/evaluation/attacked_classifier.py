@@ -215,8 +215,10 @@ def check_radii(radii: Sequence[float]) -> None:
 
 
 def check_counts(**counts: int) -> None:
-  """Raises ArgumentError, naming the argument, unless each of these is at least 1."""
+  """Raises ArgumentError, naming the argument, unless each of these is an integer >= 1."""
   for name, count in counts.items():
+    if not isinstance(count, int | np.integer):
+      raise ArgumentError(name, f'must be an integer, got {count!r}')
     if count < 1:
       raise ArgumentError(name, f'must be >= 1, got {count}')
 

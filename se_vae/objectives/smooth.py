@@ -218,7 +218,10 @@ def log_normalizer(gamma: jax.typing.ArrayLike, dim: int) -> jax.Array:
 
   Raises:
     AssertionError: if gamma is not a scalar.
-    ValueError: if the value of gamma is known, and it is negative or not finite.
+    ValueError: if dim is negative; or if the value of gamma is known, and it is negative or not
+      finite.
   """
   wasserstein.check_gamma(gamma)
+  if dim < 0:
+    raise ValueError(f'dim must be >= 0, got {dim}')
   return -0.5 * dim * jnp.log1p(2.0 * gamma)

@@ -173,6 +173,7 @@ def test_progress_counts_radii_batch_by_batch():
     ({'radii': (0.1, np.nan)}, 'radii: must be finite and >= 0'),
     ({'radii': (np.inf,)}, 'radii: must be finite and >= 0'),
     ({'restarts': 0}, 'restarts: must be >= 1'),
+    ({'restarts': 1.5}, 'restarts: must be an integer, got 1.5'),
     ({'x': np.full((2, *SHAPE), 1.01, np.float32)}, r'x: must lie in \(0.0, 1.0\)'),
     ({'x': np.full((2, *SHAPE), -0.01, np.float32)}, 'x: must lie in'),
     ({'x': np.full((2, *SHAPE), np.nan, np.float32)}, 'x: must lie in'),

@@ -39,6 +39,7 @@ def test_defaults_are_within_their_limits():
   ('change', 'message'),
   [
     ({'count': 0}, 'count: must be >= 1; got 0'),
+    ({'count': 2.5}, 'count: must be an integer; got 2.5'),
     ({'rate': 0.0}, 'rate: must be > 0; got 0.0'),
     ({'rate': 1.5}, 'rate: must be <= 1; got 1.5'),
     ({'rate': float('nan')}, 'rate: must be finite; got nan'),

@@ -72,6 +72,11 @@ def test_shapes_that_do_not_fit_are_refused(jit):
     plain(X, X, DiagonalGaussian(Q.mean, Q.log_var[:, :1]))
 
 
+def test_a_negative_dimension_is_refused():
+  with pytest.raises(ValueError, match='dim must be >= 0, got -1'):
+    objectives.log_normalizer(1.0, -1)
+
+
 def test_log_normalizer_has_a_gradient_at_gamma_zero():
   gradient = jax.grad(lambda g: objectives.log_normalizer(g, 3))(0.0)
   assert float(gradient) == -3.0  # minus half the expected squared distance, 2 D, of the priors
