@@ -122,7 +122,7 @@ class AttackedClassifier:
       lambda batch: function(batch)[1],
       arrays,
       self.batch_size,
-      lambda done: self.on_batch(),
+      lambda done: self.on_batch() if done else None,
     )
     return correct > 0.0
 
