@@ -17,11 +17,10 @@ finished one is not repeated until its JSON file is removed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -235,17 +234,19 @@ def run(
       surrogate = linear_probe.ProbedEncoder(other), (other_params, other_probe)
     extra: dict[str, Any] = {}
     if config.joint:
-      with _progress(f'{description}, joint', stop) as progress:
+      with messages.advancing_bar(f'{description}, joint', stop.check) as progress:
         options = {'progress': progress, 'state_path': stem.with_name(f'{state}.joint.state.npz')}
         extra['joint'] = _resumed(_joint, config, prepared, means, probe, **options)
     if config.moves:
-      with _progress(f'{description}, latent shift', stop) as progress:
+      with messages.advancing_bar(f'{description}, latent shift', stop.check) as progress:
         options = {'progress': progress, 'state_path': stem.with_name(f'{state}.moves.state.npz')}
         extra['moves'] = _resumed(_latent_shift, config, prepared, **options)
     reconstruct_fn = linear_probe.Reconstruction(prepared.model)
     with (
-      _progress(description, stop) as progress,
-      _progress(f'{description}, certificates', stop, unit='bound') as certificate_progress,
+      messages.advancing_bar(description, stop.check) as progress,
+      messages.advancing_bar(
+        f'{description}, certificates', stop.check, unit='bound'
+      ) as certificate_progress,
     ):
       outcome = _resumed(
         evaluate,
@@ -377,27 +378,6 @@ def _method(config: ProbeConfig, model: vae.VAE) -> certification.Method | None:
     mesh = devices.mesh_for(config.batch_size)
     devices.check_bounds_memory('certify_method', 'crown', count, mesh)
   return method
-
-
-@contextlib.contextmanager
-def _progress(
-  description: str, stop: signals.StopSignal, unit: str = 'attack'
-) -> Iterator[Callable[[int, int], None]]:
-  """The `progress` of an attack: a bar that begins with what is done, and looks for signals."""
-  with contextlib.ExitStack() as opened:
-    bar: Any = None
-
-    def advance(done: int, total: int) -> None:
-      nonlocal bar
-      if bar is None:
-        new = messages.progress_bar(total, description, initial=done, unit=unit)
-        bar = opened.enter_context(new)
-      bar.update(done - bar.n)
-      if done == total:
-        bar.close()
-      stop.check()
-
-    yield advance
 
 
 def _joint(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -113,3 +114,32 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
   header = list(header)
   lines = [header, ['---'] * len(header), *rows]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+@contextlib.contextmanager
+def advancing_bar(
+  description: str, check: Callable[[], None], unit: str = 'attack'
+) -> Iterator[Callable[[int, int], None]]:
+  """A bar for work that says how much of it is done, and may begin in the middle.
+
+  Args:
+    description: what stands before the bar.
+    check: called whenever the bar advances, and may raise to stop.
+    unit: what is counted.
+
+  Yields:
+    A function of the number that is done and of all. The bar appears when it is first called.
+  """
+  with contextlib.ExitStack() as opened:
+    bar: Any = None
+
+    def advance(done: int, total: int) -> None:
+      nonlocal bar
+      if bar is None:
+        bar = opened.enter_context(progress_bar(total, description, initial=done, unit=unit))
+      bar.update(done - bar.n)
+      if done == total:
+        bar.close()
+      check()
+
+    yield advance
