@@ -168,7 +168,7 @@ def test_a_resumed_run_keeps_its_clusters(tmp_path, monkeypatch):
   """They come from the checkpoint, whatever clustering finds the second time."""
   straight, broken = tmp_path / 'straight', tmp_path / 'broken'
   found = np.arange(4000, dtype=np.int32) % 4
-  monkeypatch.setattr(data, 'spectral_clusters', lambda images, count, seed: found[: len(images)])
+  monkeypatch.setattr(data, 'spectral_clusters', lambda images, count, **_: found[: len(images)])
   pretrain.run(config(straight, objective='clusters'), signals.StopSignal())
   stop = signals.StopSignal()
   stop.signum = signal.SIGTERM
