@@ -98,14 +98,16 @@ def test_nothing_drifts_and_nothing_grows(tmp_path):
     shutil.rmtree(tmp_path / 'one')
   assert len(checkpoints.steps(kept)) == STEPS // EVERY
 
-  # What one run opens and compiles, it has after the first checkpoints.
-  steps = sorted(usage)[2:]
-  assert len(steps) >= 6, usage
-  first = usage[steps[0]]
-  for step in steps:
-    memory, files, maps = usage[step]
-    assert files <= first[1] + 2 and maps <= 1.02 * first[2], usage  # one may be written just now
-    assert memory <= 1.05 * first[0], usage
+  # The allocator gives memory back in steps, so halves of the run are compared by their highest.
+  steps = sorted(usage)
+  assert len(steps) >= 8, usage
+  half = len(steps) // 2
+  before, after = (
+    np.max([usage[step] for step in part], axis=0) for part in (steps[:half], steps[half:])
+  )
+  memory, files, maps = after
+  assert memory <= 1.05 * before[0] and maps <= 1.02 * before[2], usage
+  assert files <= before[1] + 2, usage  # one may be written just now
 
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert [row['step'] for row in rows] == list(range(500, STEPS + 1, 500))
