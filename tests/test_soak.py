@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.tools import soak
+from tests.tools import journal, soak
 
 TESTS = """
 import pathlib
@@ -43,13 +43,13 @@ def test_the_record_counts_and_goes_on(tmp_path):
   with record.open('a') as file:
     file.write('\n{"test": "cut')  # as a kill leaves it
   assert run(tmp_path) == 0
-  names = [entry['test'].split('::')[1] for entry in soak.read(record)]
+  names = [entry['test'].split('::')[1] for entry in journal.read(record)]
   assert names == [
     *('test_killed', 'test_any_integer', 'test_only_the_second_time'),
     'test_only_the_second_time',
   ]
   assert [entry['outcome'] for entry in soak.last_words(record)] == ['passed'] * 3
-  header, row = soak.table([('round1', list(soak.read(record)))]).splitlines()
+  header, row = soak.table([('round1', list(journal.read(record)))]).splitlines()
   cells = dict(zip(header.split(' | '), row.split(' | '), strict=True))
   del cells['minutes |']
   assert cells == {

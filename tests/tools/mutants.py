@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import importlib.machinery
 import itertools
-import json
 import os
 import re
 import resource
@@ -26,6 +25,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.tools import journal
 
 ROOT = Path(__file__).parents[2]
 # Modules and packages, with their tests.
@@ -110,7 +111,7 @@ class Trial:
   def __init__(
     self, tests: list[str], order: list[str], mutant: Mutant | None = None, seconds: int = 3600
   ) -> None:
-    self.mutant, self.begin = mutant, time.monotonic()
+    self.begin = time.monotonic()
     reader, writer = os.pipe()
     self.process = os.fork()
     if not self.process:
@@ -187,11 +188,7 @@ class Records:
   def __init__(self, path: Path) -> None:
     self.path = path
     self.found: dict[tuple, dict] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-      try:
-        entry = json.loads(line)
-      except json.JSONDecodeError:  # cut off by a kill
-        continue
+    for entry in journal.read(path):
       self.found[self._key(entry)] = entry
 
   def _key(self, entry: dict) -> tuple:
@@ -205,8 +202,7 @@ class Records:
 
   def add(self, entry: dict) -> None:
     self.found[self._key(entry)] = entry
-    with self.path.open('a') as file:
-      file.write('\n' + json.dumps(entry))
+    journal.append(self.path, entry)
 
 
 def main() -> None:

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import functools
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.tools import journal
 
 ROOT = Path(__file__).parents[2]
 RECORD = 'SE_VAE_SOAK_RECORD'  # the variable with the path of a round's record
@@ -51,16 +51,16 @@ OPTIONS = (
 
 
 class Recorder:
-  """A pytest plugin: appends every test that ends to a record, and leaves out what has passed."""
+  """A pytest plugin: appends every test that ends to a record, and leaves out what did not fail."""
 
   def __init__(self, record: Path) -> None:
     self.record = record
-    self.passed = {entry['test'] for entry in last_words(record) if entry['outcome'] != 'failed'}
+    self.ended = {entry['test'] for entry in last_words(record) if entry['outcome'] != 'failed'}
     self.reports: dict[str, list[pytest.TestReport]] = collections.defaultdict(list)
 
   def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.passed])
-    items[:] = [item for item in items if item.nodeid not in self.passed]
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.ended])
+    items[:] = [item for item in items if item.nodeid not in self.ended]
 
   @pytest.hookimpl(tryfirst=True)
   def pytest_runtest_call(self, item: pytest.Item) -> None:
@@ -85,8 +85,7 @@ class Recorder:
       'seconds': round(sum(each.duration for each in reports), 1),
       **{name: counts[name] for name in COUNTS},
     }
-    with self.record.open('a') as file:
-      file.write('\n' + json.dumps(entry))  # the line before may be cut
+    journal.append(self.record, entry)
 
 
 def _counted(test: Any, item: pytest.Item) -> Any:
@@ -106,16 +105,9 @@ def pytest_configure(config: pytest.Config) -> None:
   config.pluginmanager.register(Recorder(Path(os.environ[RECORD])))
 
 
-def read(record: Path) -> Iterator[dict[str, Any]]:
-  """Every entry, but for a line that was being written at a kill."""
-  for line in record.read_text().splitlines() if record.exists() else ():
-    with contextlib.suppress(json.JSONDecodeError):
-      yield json.loads(line)
-
-
 def last_words(record: Path) -> list[dict[str, Any]]:
   """The last entry of each test."""
-  return list({entry['test']: entry for entry in read(record)}.values())
+  return list({entry['test']: entry for entry in journal.read(record)}.values())
 
 
 def commit() -> str:
@@ -162,10 +154,10 @@ def main() -> None:
       codes.append(subprocess.run(command, cwd=ROOT, env=environment).returncode)
       print(f'{record.stem}: {time.monotonic() - begin:.0f} s', flush=True)
   for record in records:
-    for entry in read(record):
+    for entry in journal.read(record):
       if entry['outcome'] != 'passed':
         print(f'{record.stem}: {entry["outcome"]}: {entry["test"]}')
-  print(table((record.stem, list(read(record))) for record in records))
+  print(table((record.stem, list(journal.read(record))) for record in records))
   no_tests = pytest.ExitCode.NO_TESTS_COLLECTED  # all of them have passed before
   if any(code not in (0, no_tests) for code in codes):
     sys.exit(1)
