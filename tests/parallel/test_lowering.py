@@ -174,6 +174,7 @@ def assert_convolutions_are_native_but_on_cpu(jitted, *arguments, **options):
   assert 'stablehlo.convolution' in text and 'stablehlo.case' in text
 
 
+@pytest.mark.slow  # that of a population does, below
 def test_a_convnet_s_training_step_lowers_for_every_platform():
   arguments = train_arguments(tiny('convnet'), sharding.data_mesh(1))
   assert_convolutions_are_native_but_on_cpu(training.train_steps, *arguments)
@@ -188,7 +189,10 @@ def test_a_convnet_s_attack_lowers_for_every_platform():
 
 @pytest.mark.parametrize('arch', [pytest.param('mlp', marks=pytest.mark.slow), 'convnet'])
 def test_members_are_taken_at_once_but_on_cpu(arch):
-  """Every product of the program for GPUs and TPUs is of all five members; on a CPU none is."""
+  """Every product of the program for GPUs and TPUs is of all five members; on a CPU none is.
+
+  A convolution is native there, as in a single run.
+  """
   arguments = population_arguments(tiny(arch), sharding.population_mesh(1), 5)
   trace = training.train_steps.trace(*arguments)
   texts = {name: trace.lower(lowering_platforms=(name,)).as_text() for name in ('cpu', 'cuda')}
@@ -198,3 +202,5 @@ def test_members_are_taken_at_once_but_on_cpu(arch):
     products = re.findall(r'stablehlo\.dot_general.*?: \(tensor<(\d+)x\S*, tensor<(\d+)x', text)
     expected = {False} if platform == 'cpu' else {True}
     assert {'5' in sizes for sizes in products} == expected, platform
+    native = arch == 'convnet' and platform != 'cpu'
+    assert ('stablehlo.convolution' in text) == native, platform
