@@ -18,6 +18,9 @@ from tests.certification import exact
 
 # Two and three hidden layers of 3 to 6 units; 4 pixels, 3 classes.
 WIDTHS = ((4, 6, 5, 3), (4, 5, 4, 3, 3))
+by_widths = pytest.mark.parametrize(
+  'widths', [pytest.param(WIDTHS[0], marks=pytest.mark.slow), WIDTHS[1]], ids=len
+)
 METHODS = (
   cert.Method('ibp'),
   cert.Method('crown_ibp'),
@@ -70,7 +73,7 @@ def cases(widths):
   return tuple(map(np.array, (certified, least, attacked, clean)))
 
 
-@pytest.mark.parametrize('widths', WIDTHS, ids=len)
+@by_widths
 def test_certified_is_at_most_exact_is_at_most_attacked(widths):
   certified, least, attacked, clean = cases(widths)
   # The solver keeps its constraints to 1e-6.
@@ -79,7 +82,7 @@ def test_certified_is_at_most_exact_is_at_most_attacked(widths):
   assert (least < clean - 1e-3).mean() > 0.8, 'the balls are large enough to matter'
 
 
-@pytest.mark.parametrize('widths', WIDTHS, ids=len)
+@by_widths
 def test_each_method_is_tighter_than_the_one_before(widths):
   certified, least, _, clean = cases(widths)
   assert (np.diff(certified[:, 2:], axis=1) >= 0.0).all(), 'any slopes beside the first ones'

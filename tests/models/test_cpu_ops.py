@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 from se_vae import attacks
 from se_vae.models import cpu_ops
+from tests import oracles
 from tests.oracles import in_float64
 
 
@@ -33,7 +33,6 @@ def native(x, kernel, stride):
   return jnp.moveaxis(outputs, 2, 0)
 
 
-IMPLEMENTATIONS = {'conv': conv, 'native': native}
 BATCHES = (2, 28)  # of patches of 27 entries and 4 channels
 
 # (height, width, stride): odd, even, mixed, one pixel, narrower than the kernel.
@@ -102,30 +101,28 @@ def arrays(height: int, width: int, stride: int, batch: int = 2):
   )
 
 
-@pytest.mark.parametrize(('name', 'batch'), [('conv', 2), ('conv', 28), ('native', 2)])
-@pytest.mark.parametrize(('height', 'width', 'stride'), CASES)
-def test_convolution_equals_loops(height, width, stride, name, batch):
-  images, kernel, _ = arrays(height, width, stride, batch)
-  conv = jax.jit(functools.partial(IMPLEMENTATIONS[name], stride=stride))
-  with jax.enable_x64(True):
-    outputs = np.asarray(conv(images, kernel))
-  np.testing.assert_allclose(
-    outputs, loop_conv(images, kernel, stride), rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL
-  )
-
-
 @pytest.mark.parametrize('batch', BATCHES)
 @pytest.mark.parametrize(('height', 'width', 'stride'), CASES)
-def test_transpose_equals_loops_and_is_the_adjoint(height, width, stride, batch):
+def test_convolution_and_transpose_equal_loops_and_are_adjoint(height, width, stride, batch):
   images, kernel, features = arrays(height, width, stride, batch)
+
+  @oracles.quick_jit
+  def results(images, kernel, features):
+    outputs = {'conv': conv(images, kernel, stride)}
+    if batch == 2:
+      outputs['native'] = native(images, kernel, stride)
+    return outputs, conv_transpose(features, kernel, stride, (height, width))
+
   with jax.enable_x64(True):
-    outputs = np.asarray(jax.jit(conv, static_argnums=2)(images, kernel, stride))
-    transposed = np.asarray(
-      jax.jit(conv_transpose, static_argnums=(2, 3))(features, kernel, stride, (height, width))
-    )
+    outputs, transposed = results(images, kernel, features)
+  expected = loop_conv(images, kernel, stride)
+  for name, actual in outputs.items():
+    np.testing.assert_allclose(actual, expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL, err_msg=name)
   expected = loop_conv_transpose(features, kernel, stride, (height, width))
   np.testing.assert_allclose(transposed, expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
-  np.testing.assert_allclose(np.vdot(outputs, features), np.vdot(images, transposed), rtol=1e-11)
+  np.testing.assert_allclose(
+    np.vdot(outputs['conv'], features), np.vdot(images, transposed), rtol=1e-11
+  )
 
 
 @pytest.mark.parametrize('batch', BATCHES)
@@ -134,17 +131,20 @@ def test_gradients_agree_and_are_the_exact_linear_maps(height, width, stride, ba
   """A convolution is bilinear, so the gradients of <conv(x, k), y> are its adjoints in x and k."""
   images, kernel, features = arrays(height, width, stride, batch)
 
-  def gradients(conv):
-    inner = lambda x, k: jnp.sum(conv(x, k, stride) * features)  # noqa: E731
-    return jax.jit(jax.grad(inner, argnums=(0, 1)))(images, kernel)
+  @oracles.quick_jit
+  def gradients(images, kernel):
+    def gradient(conv):
+      inner = lambda x, k: jnp.sum(conv(x, k, stride) * features)  # noqa: E731
+      return jax.grad(inner, argnums=(0, 1))(images, kernel)
+
+    return [gradient(conv) for conv in ((conv, native) if batch == 2 else (conv,))]
 
   expected_kernel = np.zeros_like(kernel)
   for row, column, y, x, r, c in windows(height, width, stride):
     expected_kernel[r, c] += images[:, y, x].T @ features[:, row, column]
   expected_images = loop_conv_transpose(features, kernel, stride, (height, width))
   with jax.enable_x64(True):
-    for conv in IMPLEMENTATIONS.values():
-      by_images, by_kernel = gradients(conv)
+    for by_images, by_kernel in gradients(images, kernel):
       for actual, expected in ((by_images, expected_images), (by_kernel, expected_kernel)):
         np.testing.assert_allclose(actual, expected, rtol=FLOAT64_RTOL, atol=FLOAT64_RTOL)
 
@@ -158,7 +158,7 @@ def test_gradients_of_the_transpose_are_the_exact_linear_maps(batch):
   for row, column, y, x, r, c in windows(7, 6, 2):
     expected_kernel[r, c] += images[:, y, x].T @ features[:, row, column]
   with jax.enable_x64(True):
-    by_features, by_kernel = jax.jit(jax.grad(inner, argnums=(0, 1)))(features, kernel)
+    by_features, by_kernel = oracles.quick_jit(jax.grad(inner, argnums=(0, 1)))(features, kernel)
   expected = loop_conv(images, kernel, 2), expected_kernel
   for actual, correct in zip((by_features, by_kernel), expected, strict=True):
     # A sum over up to 28 * 16 positions where the one above is over 27.
@@ -170,9 +170,9 @@ def test_forward_derivatives_are_the_product_rule(batch):
   images, kernel, _ = arrays(7, 6, 2, batch)
   d_images, d_kernel = images[::-1] + 1.0, kernel[::-1] - 1.0
   with jax.enable_x64(True):
-    tangent = jax.jit(lambda *args: jax.jvp(lambda x, k: conv(x, k, 2), args[:2], args[2:])[1])(
-      images, kernel, d_images, d_kernel
-    )
+    tangent = oracles.quick_jit(
+      lambda *args: jax.jvp(lambda x, k: conv(x, k, 2), args[:2], args[2:])[1]
+    )(images, kernel, d_images, d_kernel)
   expected = loop_conv(d_images, kernel, 2) + loop_conv(images, d_kernel, 2)
   np.testing.assert_allclose(tangent, expected, rtol=1e-11, atol=1e-11)
 
@@ -182,8 +182,8 @@ def test_vmap_over_images_and_kernels(batch):
   images, kernel, _ = arrays(7, 6, 2, batch)
   both = np.stack([images, images[::-1]]), np.stack([kernel, kernel[::-1]])
   with jax.enable_x64(True):
-    outputs = jax.jit(jax.vmap(lambda x, k: conv(x, k, 2)))(*both)
-    gradient = jax.jit(jax.vmap(jax.grad(lambda x, k: jnp.sum(conv(x, k, 2)))))(*both)
+    outputs = oracles.quick_jit(jax.vmap(lambda x, k: conv(x, k, 2)))(*both)
+    gradient = oracles.quick_jit(jax.vmap(jax.grad(lambda x, k: jnp.sum(conv(x, k, 2)))))(*both)
   for i, (x, k) in enumerate(zip(*both, strict=True)):
     np.testing.assert_allclose(outputs[i], loop_conv(x, k, 2), rtol=1e-11, atol=1e-11)
     ones = np.ones((batch, 4, 3, 4))
@@ -201,7 +201,7 @@ def test_implementations_agree_under_grad_in_loops():
     return jnp.sum(x**2)
 
   with jax.enable_x64(True):
-    compiled = jax.jit(jax.value_and_grad(ascended), static_argnums=1)
+    compiled = oracles.quick_jit(jax.value_and_grad(ascended), static_argnums=1)
     chosen_value, chosen = compiled(kernel, conv)
     expected_value, expected = compiled(kernel, native)
   # Three steps through a sine of slopes of about 10 magnify float64's rounding.
@@ -214,7 +214,7 @@ def test_implementations_agree_under_grad_in_loops():
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.1)])
 def test_lower_precisions_agree(dtype, tolerance, batch):
   images, kernel, _ = (jnp.asarray(array, dtype) for array in arrays(9, 8, 2, batch))
-  outputs = jax.jit(conv, static_argnums=2)(images, kernel, 2)
+  outputs = oracles.quick_jit(conv, static_argnums=2)(images, kernel, 2)
   assert outputs.dtype == dtype
   expected = loop_conv(np.asarray(images, np.float64), np.asarray(kernel, np.float64), 2)
   # 27 products of size one, each rounded to 6e-8; or their sum, up to 30, to 8 bits.
@@ -292,36 +292,55 @@ def factors(batch=()):
 def test_a_layer_adds_its_bias_and_applies_its_activation():
   kernel, x = (np.float32(factor) for factor in factors())
   bias = np.arange(4, dtype=np.float32) - 1.5
-  outputs = jax.jit(functools.partial(cpu_ops.dense, activation=jax.nn.relu))(x, kernel, bias)
+  outputs = oracles.quick_jit(functools.partial(cpu_ops.dense, activation=jax.nn.relu))(
+    x, kernel, bias
+  )
   np.testing.assert_allclose(outputs, np.maximum(x @ kernel + bias, 0.0), rtol=1e-5, atol=1e-6)
 
 
 @in_float64
 def test_value_and_derivatives_are_those_of_the_plain_product():
-  args = factors()
-  np.testing.assert_allclose(jax.jit(dense)(*args), plain(*args), rtol=1e-14)
+  """The first ones in both modes, and the second ones along a direction in all four pairs."""
+  args, along = factors(), jax.tree.map(lambda factor: jnp.cos(3.0 * factor), factors())
   weights = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)))
-  for derivative in (jax.grad, jax.jacfwd):
-    actual, expected = (
-      derivative(lambda *args, f=f: jnp.sum(jnp.sin(f(*args)) * weights), (0, 1))(*args)
-      for f in (dense, plain)
-    )
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), actual, expected
-    )
-  check_grads(lambda *args: jnp.sin(dense(*args)), args, order=2)
+
+  @oracles.quick_jit
+  def derivatives(*args):
+    def of(f):
+      def value(*args):
+        return jnp.sum(jnp.sin(f(*args)) * weights)
+
+      def forward(*args):
+        return jax.jvp(value, args, along)[1]
+
+      def reverse(*args):
+        return sum(map(jnp.vdot, jax.grad(value, (0, 1))(*args), along))
+
+      first = [derivative(value, (0, 1))(*args) for derivative in (jax.grad, jax.jacfwd)]
+      slopes = [jax.grad(slope, (0, 1))(*args) for slope in (forward, reverse)]
+      return f(*args), first, slopes, [jax.jvp(f, args, along)[1] for f in (forward, reverse)]
+
+    return of(dense), of(plain)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), *derivatives(*args)
+  )
 
 
 @in_float64
 def test_a_layer_can_be_mapped():
   kernel, x = factors(batch=(2,))
-  expected = jnp.stack([plain(kernel[i], x[i]) for i in range(2)])
-  np.testing.assert_allclose(jax.vmap(dense)(kernel, x), expected, rtol=1e-14)
   gradient = jax.grad(lambda kernel, x, f: jnp.sum(f(kernel, x) ** 2))
-  one_kernel = jax.vmap(lambda x: gradient(kernel[0], x, dense))(x)
-  np.testing.assert_allclose(
-    one_kernel, jnp.stack([gradient(kernel[0], each, plain) for each in x]), rtol=1e-12
-  )
+
+  @oracles.quick_jit
+  def mapped(kernel, x):
+    return jax.vmap(dense)(kernel, x), jax.vmap(lambda x: gradient(kernel[0], x, dense))(x)
+
+  both, one_kernel = mapped(kernel, x)
+  kernel, x = np.asarray(kernel), np.asarray(x)
+  np.testing.assert_allclose(both, x @ kernel, rtol=1e-14)
+  expected = [2.0 * each.T @ (each @ kernel[0]) for each in x]
+  np.testing.assert_allclose(one_kernel, expected, rtol=1e-12)
 
 
 def test_the_loop_of_an_attack_transposes_nothing():
@@ -336,7 +355,7 @@ def test_the_loop_of_an_attack_transposes_nothing():
   def attack(key, x, kernel):
     return attacks.pgd(value, key, x, radius=0.1, num_steps=5, start=x, args=(kernel,))
 
-  program = jax.jit(attack).lower(jax.random.key(0), x, kernel).compile().as_text()
+  program = oracles.quick_jit(attack).lower(jax.random.key(0), x, kernel).compile().as_text()
   program = re.sub(r'metadata={.*?}', '', program)
   products = re.findall(r'lhs_contracting_dims={(.)}, rhs_contracting_dims={(.)}', program)
   assert len(products) == 4  # there and back through two layers
