@@ -29,6 +29,7 @@ TINY = {
   'log_every': 5,
   'batch_size': 32,
   'tensorboard': False,
+  'num_devices': 1,
 }
 
 

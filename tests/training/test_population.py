@@ -14,7 +14,16 @@ from se_vae import data, training
 from se_vae.config import ArgumentError
 from se_vae.parallel import sharding
 from se_vae.training import loop
-from tests.training.small_runs import BATCH, CONFIG, IMAGES, ROW, assert_close, assert_same, tiny
+from tests.training.small_runs import (
+  BATCH,
+  CONFIG,
+  IMAGES,
+  ROW,
+  assert_close,
+  assert_same,
+  drawn,
+  tiny,
+)
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -40,7 +49,7 @@ def singles(num_devices: int = 1):
   return [jax.device_get(fit(tiny(), config, seed=seed, mesh=mesh)) for config, seed in pairs]
 
 
-@pytest.mark.parametrize('num_groups', [None, 1, 2])
+@pytest.mark.parametrize('num_groups', [None, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_members_of_a_loop_are_their_single_runs_bit_for_bit(num_groups):
   """Parameters and rows: three members on three devices, on one, and on two, one of which has one.
 
@@ -59,6 +68,7 @@ def test_members_with_other_settings_are_their_single_runs(settings):
   assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_convnets_agree_with_their_single_runs():
   """The compiler fuses the loop over members differently: 1e-7 here."""
   settings = {'objective': 'vae', 'encoder_noise': 0.1}
@@ -75,7 +85,7 @@ def both(model, settings):
   return found, jax.device_get(expected)
 
 
-@pytest.mark.parametrize('num_groups', [1, 2])
+@pytest.mark.parametrize('num_groups', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_members_at_once_agree_with_their_single_runs(num_groups):
   """Batched products are rounded differently: 4e-7 here, with room for 23 steps elsewhere."""
   mesh = sharding.population_mesh(num_groups)
@@ -94,8 +104,8 @@ def test_members_whose_batches_are_split_agree_with_their_single_runs_on_as_many
 
 
 def test_members_can_start_with_given_parameters():
-  model, config = tiny(num_layers=1), dataclasses.replace(BASE, num_steps=3, freeze_decoder=True)
-  params = jax.device_get(model.init(jax.random.key(8)))
+  model, config = tiny(), dataclasses.replace(BASE, num_steps=3, freeze_decoder=True)
+  params = jax.device_get(drawn(model))
   first, second = fit_population(model, [config] * 2, seeds=[0, 1], params=params)
   assert_same(first, jax.device_get(fit(model, config, seed=0, params=params)))
   assert_same([first[0]['decoder'], second[0]['decoder']], [params['decoder']] * 2)
@@ -104,7 +114,7 @@ def test_members_can_start_with_given_parameters():
 
 
 def test_one_program_serves_all_numbers():
-  model, compiled = tiny(num_layers=1), []
+  model, compiled = tiny(), []
   configs = [dataclasses.replace(config, num_steps=3) for config in CONFIGS]
   fit_population(model, configs, seeds=[0, 1, 2])
   jax.monitoring.register_event_duration_secs_listener(
@@ -165,7 +175,7 @@ def test_a_member_that_has_ended_keeps_its_state():
 
 def test_a_member_that_is_not_finite_is_named():
   with pytest.raises(training.NotFiniteError) as error:
-    fit_population(tiny(), [BASE, DIVERGES], seeds=[4, 1])
+    fit_population(tiny(), [BASE, DIVERGES, BASE], seeds=[4, 1, 5])
   with pytest.raises(training.NotFiniteError) as single:
     fit(tiny(), DIVERGES, seed=1)
   assert str(error.value) == f'member 1 (seed 1): {single.value}'
@@ -188,8 +198,8 @@ def test_the_others_are_trained_to_their_ends(vectorize):
 
 
 def test_a_population_that_fails_as_a_whole_ends():
-  errors = fit_population(tiny(), [DIVERGES] * 2, seeds=[0, 1], return_errors=True)
-  assert [type(error) for error in errors] == [training.NotFiniteError] * 2
+  errors = fit_population(tiny(), [DIVERGES] * 3, seeds=[0, 1, 2], return_errors=True)
+  assert [type(error) for error in errors] == [training.NotFiniteError] * 3
 
 
 @pytest.mark.parametrize(
