@@ -23,6 +23,7 @@ from se_vae.storage import checkpoints
 from tests.experiments.scheduled import ALONE
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
+pytestmark = pytest.mark.usefixtures('shallow')
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
@@ -37,12 +38,9 @@ def contents(workdir: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def tiny(monkeypatch) -> figure1.Preset:
-  """A quick preset of seconds: all encoders are small MLPs on colour images, and share programs.
-
-  Those are the programs of test_pipeline.py and test_probe.py too.
-  """
+  """A quick preset of seconds: all encoders are small MLPs on colour images, and share programs."""
   small = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'log_every': 10}
-  small |= {'tensorboard': False}
+  small |= {'tensorboard': False, 'num_devices': 1}
   preset = figure1.PRESETS['quick']
   encoders = tuple(
     dataclasses.replace(

@@ -21,8 +21,9 @@ from se_vae.storage import checkpoints
 from tests.training import small_runs
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
+pytestmark = pytest.mark.usefixtures('shallow')
 
-TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 20, 'log_every': 10}
+TINY = {'hidden_units': 16, 'latent_dim': 4, 'num_steps': 20, 'log_every': 10}
 TINY |= {'checkpoint_every': 8, 'num_devices': 1, 'dataset': 'color_mnist_5k'}
 TINY |= {'objective': 'vae'}  # rounding does not turn the sign of a step, as in a selection
 TINY |= {'tensorboard': False}  # one test is about event files too

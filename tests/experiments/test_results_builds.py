@@ -27,6 +27,7 @@ from tests.experiments.test_results import (
 )
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
+pytestmark = pytest.mark.usefixtures('shallow')
 
 
 @pytest.mark.parametrize(
