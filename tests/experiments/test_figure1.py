@@ -83,6 +83,8 @@ def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
   # What is finished is not run again, wherever it lies: a training or an attack would raise.
   monkeypatch.setattr(training, 'run', pytest.fail)
   monkeypatch.setattr(probe, 'fit', pytest.fail)
+  drawn = (tmp_path / 'figure1.png').read_bytes()  # and drawing is not tested again
+  monkeypatch.setattr(plots, 'save', lambda file, _: file.write(drawn))
   second = figure1.run(settings, signals.StopSignal())
   assert second['results'] == first['results']
   before = contents(tmp_path)

@@ -119,7 +119,8 @@ def test_the_files_are_those_of_single_runs(tmp_path, singles):
   assert all(path.stat().st_mtime_ns == changed[path] for path in files)
 
 
-@pytest.mark.parametrize('dispatches', [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('dispatches', [1, 4])
 def test_a_signal_saves_all_and_the_population_goes_on(tmp_path, singles, dispatches):
   with pytest.raises(signals.Interrupted):
     population.train_population(configs(tmp_path), StopAfter(dispatches))
@@ -134,7 +135,9 @@ def test_a_population_killed_while_it_saves_goes_on_from_the_last_common_step(
 ):
   with pytest.raises(signals.Interrupted):
     population.train_population(configs(tmp_path), StopAfter(4))
-  _, common = recording.good_steps(tmp_path / '1')
+  steps = [recording.good_steps(tmp_path / str(i)) for i in range(len(MEMBERS))]
+  assert steps == [steps[0]] * len(MEMBERS)  # the signal saved all
+  _, common = steps[0]
   (_, path), *_ = checkpoints.steps(tmp_path / '1' / recording.CHECKPOINTS)
   path.unlink()
   begun, load_at = [], recording.load_at
