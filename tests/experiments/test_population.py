@@ -43,6 +43,17 @@ class StopAfter(signals.StopSignal):
     return signal.SIGTERM if self._left <= 0 else None
 
 
+class StopAfterCheckpoint(signals.StopSignal):
+  """Requests to stop after the dispatch that follows a checkpoint, however long dispatches are."""
+
+  def __init__(self, directory: Path) -> None:
+    super().__init__()
+    self._directory = directory
+
+  def requested(self) -> int | None:
+    return signal.SIGTERM if checkpoints.steps(self._directory) else None
+
+
 def configs(directory: Path, **changes) -> list[pretrain.PretrainConfig]:
   return [
     flags.from_dict(
@@ -133,8 +144,9 @@ def test_a_signal_saves_all_and_the_population_goes_on(tmp_path, singles, dispat
 def test_a_population_killed_while_it_saves_goes_on_from_the_last_common_step(
   tmp_path, singles, monkeypatch
 ):
+  stop = StopAfterCheckpoint(tmp_path / '1' / recording.CHECKPOINTS)
   with pytest.raises(signals.Interrupted):
-    population.train_population(configs(tmp_path), StopAfter(4))
+    population.train_population(configs(tmp_path), stop)
   steps = [recording.good_steps(tmp_path / str(i)) for i in range(len(MEMBERS))]
   assert steps == [steps[0]] * len(MEMBERS)  # the signal saved all
   _, common = steps[0]
