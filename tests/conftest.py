@@ -6,8 +6,9 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -149,6 +150,22 @@ def dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
   """No silent promotion of dtypes, but where optax, which relies on it, takes part."""
   with jax.numpy_dtype_promotion(getattr(request.module, 'DTYPE_PROMOTION', 'strict')):
     yield
+
+
+@pytest.fixture(scope='module')
+def shallow() -> Iterator[Callable[..., Any]]:
+  """Pretraining in the process of a test takes networks of one layer, which compile faster.
+
+  No flag sets the number of layers: the paper has four. The value is the function that says so.
+  """
+  from experiments import pretrain
+
+  arguments = pretrain.model_arguments
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      pretrain, 'model_arguments', lambda *given: {**arguments(*given), 'num_layers': 1}
+    )
+    yield arguments
 
 
 @pytest.fixture

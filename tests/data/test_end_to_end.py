@@ -18,6 +18,7 @@ from se_vae.training import input_pipeline
 from tests.data.tiny_tfds import write_tfds
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
+pytestmark = pytest.mark.usefixtures('shallow')
 
 TINY = {
   'dataset': 'tfds:objects',
@@ -29,6 +30,7 @@ TINY = {
   'log_every': 5,
   'batch_size': 32,
   'tensorboard': False,
+  'num_devices': 1,
 }
 
 
@@ -103,10 +105,11 @@ def test_the_probe_knows_the_labels_of_any_set(trained):
 
 
 @pytest.mark.slow
-def test_a_convnet_takes_large_images_of_odd_sides_and_more_classes(tmp_path):
+def test_a_convnet_takes_large_images_of_odd_sides_and_more_classes(tmp_path, shallow, monkeypatch):
   """Also where the set does not promise their size."""
   data_dir = prepared(tmp_path / 'set', (37, 50, 1), 12, declared=(None, None, 1))
   workdir = tmp_path / 'run'
+  monkeypatch.setattr(pretrain, 'model_arguments', shallow)  # of all four layers
   changes = {'arch': 'convnet', 'objective': 'vae', 'num_steps': 3}
   result = pretrain.run(config(workdir, data_dir, **changes), signals.StopSignal())
   assert np.isfinite(result['test']['elbo'])

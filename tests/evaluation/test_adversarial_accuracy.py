@@ -113,7 +113,14 @@ def test_restarts_only_take_away():
 
 
 @pytest.mark.parametrize(
-  ('num_devices', 'batch_size'), [(1, 3), (1, 7), (3, 4), (4, 200), (None, 5)]
+  ('num_devices', 'batch_size'),
+  [
+    (1, 7),
+    (4, 200),
+    (None, 5),
+    pytest.param(1, 3, marks=pytest.mark.slow),
+    pytest.param(3, 4, marks=pytest.mark.slow),
+  ],
 )
 def test_batches_and_devices_do_not_matter(num_devices, batch_size):
   """None stands for the default, all four devices."""

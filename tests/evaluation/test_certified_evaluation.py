@@ -51,8 +51,9 @@ def check_13(result):
 
 @functools.cache
 def honest(norm='linf'):
+  checks = COUNT if norm == 'linf' else 0  # one norm's checks suffice
   return evaluate(
-    norm=norm, check_examples=COUNT, latents_fn=GaussianLatents(model_and_params()[0])
+    norm=norm, check_examples=checks, latents_fn=GaussianLatents(model_and_params()[0])
   )
 
 
@@ -155,20 +156,25 @@ class Unknown(nn.Module):
     return DiagonalGaussian(nn.Dense(2)(h), nn.Dense(2)(h))
 
 
+def zeros_of(model):
+  """Parameters of the right shapes."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
 def test_what_has_no_certificate_is_refused_before_any_work(monkeypatch):
   model, params = model_and_params()
   full = make_vae(SHAPE, latent_dim=2, hidden_units=5, num_layers=1, covariance='full')
   unknown = VAE(Unknown(), model.decoder, image_shape=SHAPE, latent_dim=2)
   monkeypatch.setattr(robustness.attacked_classifier, 'prepare', pytest.fail)
-  key = jax.random.key(0)
   for changes, message in (
     ({'logits_fn': lambda x, *_: x}, 'certify: needs a ProbedEncoder, .* got <lambda>'),
     ({'args': (params,)}, 'certify: needs a ProbedEncoder, with its parameters and probe as args'),
     (
-      {'logits_fn': ProbedEncoder(unknown), 'args': (unknown.init(key), PROBE)},
+      {'logits_fn': ProbedEncoder(unknown), 'args': (zeros_of(unknown), PROBE)},
       'certify: .*Unknown',
     ),
-    ({'logits_fn': ProbedEncoder(full), 'args': (full.init(key), PROBE)}, 'certify: .*covariance'),
+    ({'logits_fn': ProbedEncoder(full), 'args': (zeros_of(full), PROBE)}, 'certify: .*covariance'),
   ):
     with pytest.raises(ArgumentError, match=message):
       evaluate(**changes)
@@ -177,9 +183,8 @@ def test_what_has_no_certificate_is_refused_before_any_work(monkeypatch):
 def test_the_method_suits_the_size_of_the_encoder():
   def certifier(shape, method=None, **options):
     model = make_vae(shape, latent_dim=2, **options)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
-    return certifiers.certifier_for(ProbedEncoder(model), (zeros, PROBE), shape, method=method)
+    args = zeros_of(model), PROBE
+    return certifiers.certifier_for(ProbedEncoder(model), args, shape, method=method)
 
   mlp = certifier((28, 28, 1))
   assert (mlp.method.name, mlp.batch_size) == ('crown', 32)

@@ -23,6 +23,7 @@ from se_vae.storage import checkpoints
 from tests.experiments.scheduled import ALONE
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
+pytestmark = pytest.mark.usefixtures('shallow')
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
@@ -37,12 +38,9 @@ def contents(workdir: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def tiny(monkeypatch) -> figure1.Preset:
-  """A quick preset of seconds: all encoders are small MLPs on colour images, and share programs.
-
-  Those are the programs of test_pipeline.py and test_probe.py too.
-  """
+  """A quick preset of seconds: all encoders are small MLPs on colour images, and share programs."""
   small = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'log_every': 10}
-  small |= {'tensorboard': False}
+  small |= {'tensorboard': False, 'num_devices': 1}
   preset = figure1.PRESETS['quick']
   encoders = tuple(
     dataclasses.replace(
@@ -85,6 +83,8 @@ def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
   # What is finished is not run again, wherever it lies: a training or an attack would raise.
   monkeypatch.setattr(training, 'run', pytest.fail)
   monkeypatch.setattr(probe, 'fit', pytest.fail)
+  drawn = (tmp_path / 'figure1.png').read_bytes()  # and drawing is not tested again
+  monkeypatch.setattr(plots, 'save', lambda file, _: file.write(drawn))
   second = figure1.run(settings, signals.StopSignal())
   assert second['results'] == first['results']
   before = contents(tmp_path)

@@ -21,12 +21,14 @@ from se_vae.storage import checkpoints
 from tests.training import small_runs
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
+pytestmark = pytest.mark.usefixtures('shallow')
 
-TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 30, 'log_every': 10}
+TINY = {'hidden_units': 16, 'latent_dim': 4, 'num_steps': 20, 'log_every': 10}
 TINY |= {'checkpoint_every': 8, 'num_devices': 1, 'dataset': 'color_mnist_5k'}
 TINY |= {'objective': 'vae'}  # rounding does not turn the sign of a step, as in a selection
+TINY |= {'tensorboard': False}  # one test is about event files too
 # The second ends before the others.
-MEMBERS = [{'seed': 0}, {'seed': 1, 'kl_weight': 5.0, 'num_steps': 20}, {'seed': 1, 'obs_var': 0.2}]
+MEMBERS = [{'seed': 0}, {'seed': 1, 'kl_weight': 5.0, 'num_steps': 18}, {'seed': 1, 'obs_var': 0.2}]
 
 
 class StopAfter(signals.StopSignal):
@@ -41,6 +43,17 @@ class StopAfter(signals.StopSignal):
     return signal.SIGTERM if self._left <= 0 else None
 
 
+class StopAfterCheckpoint(signals.StopSignal):
+  """Requests to stop after the dispatch that follows a checkpoint, however long dispatches are."""
+
+  def __init__(self, directory: Path) -> None:
+    super().__init__()
+    self._directory = directory
+
+  def requested(self) -> int | None:
+    return signal.SIGTERM if checkpoints.steps(self._directory) else None
+
+
 def configs(directory: Path, **changes) -> list[pretrain.PretrainConfig]:
   return [
     flags.from_dict(
@@ -53,15 +66,19 @@ def configs(directory: Path, **changes) -> list[pretrain.PretrainConfig]:
 @pytest.fixture(scope='module')
 def singles(tmp_path_factory) -> Path:
   directory = tmp_path_factory.mktemp('singles')
-  for config in configs(directory):
+  for config in configs(directory, tensorboard=True):
     pretrain.run(config, signals.StopSignal())
   return directory
 
 
-def names(workdir: Path) -> set[str]:
+def names(workdir: Path, events: bool) -> set[str]:
   """Of all files, without the digests of checkpoints and the times of event files."""
-  files = (path.relative_to(workdir) for path in workdir.rglob('*') if path.is_file())
-  return {re.sub('_[0-9a-f]{64}|tfevents.*', '', str(path)) for path in files}
+  files = [path.relative_to(workdir) for path in workdir.rglob('*') if path.is_file()]
+  return {
+    re.sub('_[0-9a-f]{64}|tfevents.*', '', str(path))
+    for path in files
+    if events or recording.EVENTS not in path.parts
+  }
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -69,14 +86,14 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(picture, np.float32)
 
 
-def check_same_runs(found: Path, expected: Path) -> None:
-  """All files, but for paths in settings and the digests that they change.
+def check_same_runs(found: Path, expected: Path, events: bool = False) -> None:
+  """All files, but for paths in settings and the digests that they change, and event files.
 
   Numbers agree to rounding: as the tests compile, a loop over members is fused differently.
   """
   for i in range(len(MEMBERS)):
     own, single = found / str(i), expected / str(i)
-    assert names(own) == names(single)
+    assert names(own, events) == names(single, events)
     pairs = [recording.read_rows(place / 'metrics.jsonl') for place in (own, single)]
     assert pairs[0][1] == pairs[1][1] == ''
     assert_same_numbers(pairs[0][0], pairs[1][0])
@@ -87,7 +104,7 @@ def check_same_runs(found: Path, expected: Path) -> None:
       contents = [json.loads((workdir / name).read_text()) for workdir in (own, single)]
       for content in contents:
         content.pop('checkpoint', None)
-        del content['config']['workdir']
+        del content['config']['workdir'], content['config']['tensorboard']
       assert_same_numbers(*(content.pop('test', {}) for content in contents))
       assert contents[0] == contents[1]
     for folder in (recording.CHECKPOINTS, recording.BEST):
@@ -102,16 +119,18 @@ def assert_same_numbers(found, expected) -> None:
 
 
 def test_the_files_are_those_of_single_runs(tmp_path, singles):
-  results = population.train_population(configs(tmp_path), signals.StopSignal())
-  check_same_runs(tmp_path, singles)
-  assert [result['step'] for result in results] == [30, 20, 30]
+  own = configs(tmp_path, tensorboard=True)
+  results = population.train_population(own, signals.StopSignal())
+  check_same_runs(tmp_path, singles, events=True)
+  assert [result['step'] for result in results] == [20, 18, 20]
   changed = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
-  assert population.train_population(configs(tmp_path), signals.StopSignal()) == results
-  assert [pretrain.run(config, signals.StopSignal()) for config in configs(tmp_path)] == results
+  assert population.train_population(own, signals.StopSignal()) == results
+  assert [pretrain.run(config, signals.StopSignal()) for config in own] == results
   files = [path for path in changed if path.is_file() and path.name != '.lock']
   assert all(path.stat().st_mtime_ns == changed[path] for path in files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dispatches', [1, 4])
 def test_a_signal_saves_all_and_the_population_goes_on(tmp_path, singles, dispatches):
   with pytest.raises(signals.Interrupted):
@@ -125,9 +144,12 @@ def test_a_signal_saves_all_and_the_population_goes_on(tmp_path, singles, dispat
 def test_a_population_killed_while_it_saves_goes_on_from_the_last_common_step(
   tmp_path, singles, monkeypatch
 ):
+  stop = StopAfterCheckpoint(tmp_path / '1' / recording.CHECKPOINTS)
   with pytest.raises(signals.Interrupted):
-    population.train_population(configs(tmp_path), StopAfter(4))
-  _, common = recording.good_steps(tmp_path / '1')
+    population.train_population(configs(tmp_path), stop)
+  steps = [recording.good_steps(tmp_path / str(i)) for i in range(len(MEMBERS))]
+  assert steps == [steps[0]] * len(MEMBERS)  # the signal saved all
+  _, common = steps[0]
   (_, path), *_ = checkpoints.steps(tmp_path / '1' / recording.CHECKPOINTS)
   path.unlink()
   begun, load_at = [], recording.load_at
@@ -156,7 +178,7 @@ def test_a_finished_run_without_a_result_gets_one(tmp_path, singles):
   for config in own:  # they hold the paths of the others
     (Path(str(config.workdir)) / 'result.json').unlink()
   results = population.train_population(own, signals.StopSignal())
-  assert [result['step'] for result in results] == [30, 20, 30]
+  assert [result['step'] for result in results] == [20, 18, 20]
   check_same_runs(tmp_path, singles)
 
 
@@ -166,7 +188,7 @@ def test_the_others_finish_beside_a_run_that_is_not_finite(tmp_path, singles):
   with pytest.raises(training.NotFiniteError, match=r'/1: step \d+ is not finite'):
     population.train_population(own, signals.StopSignal())
   report = json.loads((tmp_path / '1' / 'not_finite.json').read_text())
-  assert 0 < report['step'] < 20
+  assert 0 < report['step'] < 18
   assert not (tmp_path / '1' / 'result.json').exists()
   for i in ('0', '2'):
     rows, expected = (recording.read_rows(p / i / 'metrics.jsonl')[0] for p in (tmp_path, singles))

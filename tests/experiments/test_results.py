@@ -20,6 +20,7 @@ DTYPE_PROMOTION = 'standard'  # optax takes part
 
 ROOT = Path(__file__).parents[2]
 TINY = '--dataset=mnist_5k --hidden_units=16 --latent_dim=4 --num_steps=20 --log_every=10'
+TINY += ' --num_devices=1'
 ATTACK = '--radii=0,0.1 --num_examples=20 --pgd_steps=2 --check_examples=0'
 CONTENT = {
   'revision': 2,

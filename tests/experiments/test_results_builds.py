@@ -27,6 +27,7 @@ from tests.experiments.test_results import (
 )
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
+pytestmark = pytest.mark.usefixtures('shallow')
 
 
 @pytest.mark.parametrize(
@@ -200,9 +201,14 @@ def test_a_classifier_is_a_row(tmp_path):
   assert line.split(' | ')[-4:-2] == ['', '']  # neither an ELBO nor latents
 
 
-def test_a_run_that_fails_stops_only_what_needs_it(tmp_path, capsys):
+def test_a_run_that_fails_stops_only_what_needs_it(built, tmp_path, capsys):
   content = changed('encoders', 'se', 'flags', value=f'{TINY} --learning_rate=1e30')
+  for row in content['rows'].values():
+    row['seeds'] = [0]
   folder = write(tmp_path, content)
+  runs = shutil.copytree(built.parent / 'runs', tmp_path / 'runs')
+  for directory in (runs / 'se', runs / 'rows'):
+    shutil.rmtree(directory)
   with pytest.raises(app.RunsFailedError):
     results.run('build', config_of(folder), signals.StopSignal())
   assert rows.read(folder, 'plain') is not None and rows.read(folder, 'smooth') is None

@@ -10,14 +10,14 @@ from typing import Any
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 
-COUNT = int(os.environ.get('SE_VAE_FUZZ', '100'))
+COUNT = int(os.environ.get('SE_VAE_FUZZ', '40'))
 SEED = os.environ.get('SE_VAE_FUZZ_SEED')  # the same inputs each time where it is not given
 
 
 def fuzz(share: float = 1.0) -> Callable[[Any], Any]:
   """Gives a test SE_VAE_FUZZ inputs, or a share of them where an input is slow."""
   chosen = settings(
-    max_examples=max(5, int(COUNT * share)),
+    max_examples=max(3, int(COUNT * share)),
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

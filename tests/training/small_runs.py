@@ -39,7 +39,8 @@ class CountingVAE(vae.VAE):
 
 
 def tiny(**changes) -> CountingVAE:
-  options = dict(latent_dim=3, hidden_units=8, conv_channels=4, num_layers=2)
+  """One hidden layer, since most of the time of these tests is compilation."""
+  options = dict(latent_dim=3, hidden_units=8, conv_channels=4, num_layers=1)
   return CountingVAE(**vars(vae.make_vae(SHAPE, **options | changes)))
 
 
@@ -53,9 +54,13 @@ def drawn(model: vae.VAE, dtype=np.float32):
 
 
 def start(model: vae.VAE, config: training.TrainConfig) -> training.TrainState:
-  params = drawn(model)
+  """The state at step 0, with offsets of all images for a warm start."""
+  params, offsets = drawn(model), None
+  if config.warm_start:
+    shape = (len(IMAGES), IMAGES[0].size)
+    offsets = jnp.asarray(np.random.default_rng(2).integers(-127, 128, shape), jnp.int8)
   opt_state = training.make_optimizer(config).init(params)
-  return training.TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+  return training.TrainState(jnp.zeros((), jnp.int32), params, opt_state, offsets)
 
 
 def stripes() -> np.ndarray:

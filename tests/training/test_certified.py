@@ -16,10 +16,13 @@ from tests.training.small_runs import (
   BATCH,
   CONFIG,
   KEY,
+  ROW,
   assert_close,
   batch,
   drawn,
+  jitted_step,
   run,
+  start,
   tiny,
 )
 
@@ -37,8 +40,15 @@ def terms_of(config, x_adv, params=None):
   return losses.entry(config).terms(model, params, KEYS, X, x_adv)
 
 
-@pytest.mark.parametrize('coupling', ['paper', 'balanced'])
-@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize(
+  ('norm', 'coupling'),
+  [
+    ('linf', 'paper'),
+    ('l2', 'balanced'),
+    pytest.param('linf', 'balanced', marks=pytest.mark.slow),
+    pytest.param('l2', 'paper', marks=pytest.mark.slow),
+  ],
+)
 def test_no_image_of_the_ball_has_a_smaller_bound(norm, coupling):
   """Neither random ones nor those that PGD selects, and the linear bound is the tighter one."""
   radius = {'linf': 0.05, 'l2': 0.3}[norm]
@@ -101,13 +111,15 @@ def test_radius_zero_is_the_bound_of_the_image_itself():
 
 def test_huge_bounds_leave_the_objective_and_its_gradient_finite():
   """At the beginning of a run, those of the log-variances would overflow as variances."""
-  params = jax.tree.map(lambda leaf: 4.0 * leaf, drawn(tiny()))
+  model = tiny(num_layers=2)
+  params = jax.tree.map(lambda leaf: 4.0 * leaf, drawn(model))
   box = evaluation.latent_box(
-    tiny(), params, np.asarray(X), radius=1.0, certifier=evaluation.Certifier(method=Method('ibp'))
+    model, params, np.asarray(X), radius=1.0, certifier=evaluation.Certifier(method=Method('ibp'))
   )
   assert box.log_var.upper.max() > 90.0  # exp(90) is infinite in float32
-  (value, _), gradient = jax.value_and_grad(training.loss, argnums=2, has_aux=True)(
-    tiny(), dataclasses.replace(INTERVAL, radius=1.0), params, KEY, X
+  value_and_gradient = jax.value_and_grad(training.loss, argnums=2, has_aux=True)
+  (value, _), gradient = jax.jit(value_and_gradient, static_argnums=0)(
+    model, dataclasses.replace(INTERVAL, radius=1.0), params, KEY, X
   )
   assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
@@ -128,10 +140,16 @@ def test_there_is_an_attack_only_where_its_bound_has_a_weight():
   assert np.abs(expected - X).max() > 0.04
 
 
-@pytest.mark.parametrize('config', [INTERVAL, dataclasses.replace(LINEAR, certified_weight=0.5)])
+@pytest.mark.parametrize(
+  'config',
+  [
+    INTERVAL,
+    pytest.param(dataclasses.replace(LINEAR, certified_weight=0.5), marks=pytest.mark.slow),
+  ],
+)
 def test_four_devices_train_as_one(config):
-  model = tiny(num_layers=1)
-  state = training.init_state(model, config, KEY)
+  model = tiny()
+  state = start(model, config)
   (one, alone), (four, spread) = (run(model, config, state, n, rows=1)[0] for n in (1, 4))
   assert_close(four.params, one.params, rtol=1e-4)
   for key, value in alone.items():
@@ -141,12 +159,14 @@ def test_four_devices_train_as_one(config):
 def test_training_makes_the_certified_shift_smaller():
   """And smaller than training on selected x' does, from the same weights."""
   model, params = tiny(), drawn(tiny())
-  changes = {'gamma': 30.0, 'num_steps': 60, 'pgd_steps': 2}
+  changes = {'gamma': 30.0, 'num_steps': 60}
   images = np.asarray(np.round(X * 255), np.uint8)
   shifts = []
   for config in (INTERVAL, dataclasses.replace(INTERVAL, selection='pgd')):
     config = dataclasses.replace(config, **changes)
-    trained, _ = training.fit(model, config, images, batch_size=BATCH, params=params)
+    trained, _ = training.fit(
+      model, config, images, batch_size=BATCH, steps_per_row=ROW, params=params
+    )
     shifts.append(evaluation.certified_latent_shift(model, trained, np.asarray(X), radii=(0.05,)))
   before = evaluation.certified_latent_shift(model, params, np.asarray(X), radii=(0.05,))
   assert np.mean(shifts[0]) < 0.5 * np.mean(before)
@@ -168,10 +188,9 @@ def test_the_ramp_raises_gamma_and_radius_in_equal_steps_up_to_their_values():
 
 
 def test_a_step_of_the_ramp_is_a_step_with_its_gamma_and_radius():
-  model = tiny(num_layers=1)
+  model = tiny()
   config = dataclasses.replace(CONFIG, gamma=8.0, radius=0.4, ramp=0.5, num_steps=8)
-  state = training.init_state(model, config, KEY)
-  step = jax.jit(training.train_step, static_argnums=0)
+  state, step = start(model, config), jitted_step()
   ramped = step(model, config, state, KEY, X)
   plain = step(model, dataclasses.replace(config, gamma=2.0, radius=0.1, ramp=0.0), state, KEY, X)
   for a, b in zip(*map(jax.tree.leaves, (ramped, plain)), strict=True):

@@ -40,7 +40,7 @@ DTYPE_PROMOTION = 'standard'  # optax takes part
 
 
 def test_state_starts_at_step_zero():
-  model = tiny(num_layers=1)
+  model = tiny()
   state = jax.eval_shape(lambda key: training.init_state(model, CONFIG, key), KEY)
   assert state.step.shape == () and state.step.dtype == jnp.int32
   assert jax.tree.structure(state.params) == jax.tree.structure(drawn(model))
@@ -91,7 +91,7 @@ def test_dispatches_take_about_as_long_as_asked():
 
 
 def test_a_step_that_is_not_finite_is_named_with_its_batch():
-  config = dataclasses.replace(CONFIG, learning_rate=1e30, schedule='constant')
+  config = dataclasses.replace(CONFIG, learning_rate=1e30)
   with pytest.raises(training.NotFiniteError) as error:
     run(tiny(), config, start(tiny(), config))
   step = error.value.step
@@ -103,7 +103,7 @@ def test_a_step_that_is_not_finite_is_named_with_its_batch():
 
 def test_fit_is_run_from_scratch():
   config = dataclasses.replace(CONFIG, objective='vae', num_steps=12)
-  model = tiny(num_layers=1)
+  model = tiny()
   params, rows = training.fit(model, config, IMAGES, seed=3, batch_size=BATCH, steps_per_row=ROW)
   init_key, key, _ = jax.random.split(jax.random.key(3), 3)
   state = jax.jit(training.init_state, static_argnums=0)(model, config, init_key)
@@ -125,7 +125,7 @@ def test_fit_is_run_from_scratch():
 
 def test_fit_refuses_rows_of_no_steps():
   with pytest.raises(ArgumentError, match='steps_per_row: must be >= 1, got 0'):
-    training.fit(tiny(num_layers=1), CONFIG, IMAGES, steps_per_row=0)
+    training.fit(tiny(), CONFIG, IMAGES, steps_per_row=0)
 
 
 def test_finished_run_yields_nothing():
@@ -189,13 +189,15 @@ def test_full_covariance_trains():
   ('changes', 'config'),
   [
     ({}, CONFIG),
-    ({'num_layers': 1}, WARM),
-    ({'arch': 'convnet', 'num_layers': 1}, dataclasses.replace(CONFIG, objective='vae')),
+    ({}, WARM),
+    pytest.param(
+      {'arch': 'convnet'}, dataclasses.replace(CONFIG, objective='vae'), marks=pytest.mark.slow
+    ),
   ],
 )
 def test_four_devices_train_as_one(changes, config):
   model = tiny(**changes)
-  state = training.init_state(model, config, KEY, num_examples=len(IMAGES))
+  state = start(model, config)
   alone, spread = (run(model, config, state, devices, rows=2) for devices in (1, 4))
   assert int(spread[-1][0].step) == 20
   for (state, metrics), (expected, expected_metrics) in zip(spread, alone, strict=True):
@@ -207,18 +209,14 @@ def test_four_devices_train_as_one(changes, config):
       np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
 
 
-def test_a_sweep_over_numbers_compiles_once(monkeypatch):
-  """Runs of `fit` that differ in numbers alone compile nothing after the first."""
-  model, compiled = tiny(num_layers=1), []
-  fit = functools.partial(training.fit, model, images=IMAGES, batch_size=BATCH)
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda event, *_, **__: compiled.append(event) if 'backend_compile' in event else None
-  )
-  base = dataclasses.replace(CONFIG, num_steps=3, pgd_steps=1, relative_step_size=1.0)
-  vae_base = dataclasses.replace(base, objective='vae', optimizer='sgd')
-  for first, sweep in (
+SWEPT = dataclasses.replace(CONFIG, num_steps=3, relative_step_size=1.0)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'sweep'),
+  [
     (
-      base,
+      {},
       (
         {'gamma': 3.0},
         {'obs_var': 0.3},
@@ -228,16 +226,27 @@ def test_a_sweep_over_numbers_compiles_once(monkeypatch):
         {'num_steps': 4},
       ),
     ),
-    (vae_base, ({'kl_weight': 4.0}, {'encoder_noise': 0.1}, {'momentum': 0.5})),
-    (dataclasses.replace(base, objective='lipschitz'), ({'jacobian_weight': 1.0},)),
-    (dataclasses.replace(base, objective='contrastive'), ({'temperature': 0.1},)),
-  ):
+    (
+      {'objective': 'vae', 'optimizer': 'sgd'},
+      ({'kl_weight': 4.0}, {'encoder_noise': 0.1}, {'momentum': 0.5}),
+    ),
+    pytest.param({'objective': 'lipschitz'}, ({'jacobian_weight': 1.0},), marks=pytest.mark.slow),
+    pytest.param({'objective': 'contrastive'}, ({'temperature': 0.1},), marks=pytest.mark.slow),
+  ],
+)
+def test_a_sweep_over_numbers_compiles_once(changes, sweep):
+  """Runs of `fit` that differ in numbers alone compile nothing after the first."""
+  model, compiled = tiny(), []
+  first = dataclasses.replace(SWEPT, **changes)
+  fit = functools.partial(training.fit, model, images=IMAGES, batch_size=BATCH, steps_per_row=ROW)
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: compiled.append(event) if 'backend_compile' in event else None
+  )
+  reference, _ = fit(first)
+  assert compiled
+  for change in sweep:
     del compiled[:]
-    reference, _ = fit(first)
-    assert compiled
-    for change in sweep:
-      del compiled[:]
-      params, _ = fit(dataclasses.replace(first, **change))
-      assert compiled == [], change
-      differs = jax.tree.map(lambda a, b: np.any(a != b), params, reference)
-      assert any(jax.tree.leaves(differs)), change
+    params, _ = fit(dataclasses.replace(first, **change))
+    assert compiled == [], change
+    differs = jax.tree.map(lambda a, b: np.any(a != b), params, reference)
+    assert any(jax.tree.leaves(differs)), change

@@ -16,16 +16,24 @@ from tests.training.small_runs import (
   CONFIG,
   IMAGES,
   KEY,
+  ROW,
   assert_close,
   assert_same,
   batch,
   drawn,
+  jitted_step,
   run,
+  start,
   tiny,
 )
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 OTHERS = [name for name in OBJECTIVES if name not in ('vae', 'se')]
+# Spread over devices in every run of the tests: loss and selection of the one need the whole batch,
+# and those of the other the clusters of its examples.
+SPREAD = ('contrastive', 'clusters')
+MODEL = tiny()
+PARAMS = drawn(MODEL)
 X, X_ADV = batch(0), 1.0 - batch(0)
 KEYS = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(BATCH))
 
@@ -35,8 +43,14 @@ def config_for(objective, **changes):
   return dataclasses.replace(CONFIG, objective=objective, gamma=2.0, **kind | changes)
 
 
+jitted_loss = jax.jit(training.loss, static_argnums=0)
+jitted_gradient = jax.jit(
+  jax.value_and_grad(training.loss, argnums=2, has_aux=True), static_argnums=0
+)
+
+
 def means_of(model, params, config):
-  return training.loss(model, config, params, KEY, X, X_ADV)[1]
+  return jitted_loss(model, config, params, KEY, X, X_ADV)[1]
 
 
 def assert_means(metrics, terms):
@@ -51,7 +65,7 @@ def test_the_table_has_every_name():
 
 @pytest.mark.parametrize('coupling', ['paper', 'balanced'])
 def test_se_avae_and_avae_are_their_bounds(coupling):
-  model, params = tiny(), drawn(tiny())
+  model, params = MODEL, PARAMS
   q_a, q_b = model.encode(params, X), model.encode(params, X_ADV)
   x_mean = model.decode(params, gaussians.sample_each(q_a, KEYS))
   q_cycle = model.encode(params, x_mean)
@@ -66,10 +80,9 @@ def test_se_avae_and_avae_are_their_bounds(coupling):
 
 def test_no_gradient_flows_through_the_decoded_image():
   """The decoder's gradient is that of the ELBO; the encoder's is another."""
-  model, params = tiny(), drawn(tiny())
-  gradient = jax.jit(jax.grad(training.loss, argnums=2, has_aux=True), static_argnums=0)
-  plain = gradient(model, config_for('vae'), params, KEY, X)[0]
-  cycle = gradient(model, config_for('avae'), params, KEY, X)[0]
+  model, params = MODEL, PARAMS
+  plain = jitted_gradient(model, config_for('vae'), params, KEY, X)[1]
+  cycle = jitted_gradient(model, config_for('avae'), params, KEY, X)[1]
   assert_close(cycle['decoder'], plain['decoder'], rtol=1e-5)
   assert any(
     np.abs(a - b).max() > 0.01 * np.abs(b).max()
@@ -78,7 +91,7 @@ def test_no_gradient_flows_through_the_decoded_image():
 
 
 def test_the_tc_vae_weighs_the_total_correlation():
-  model, params = tiny(), drawn(tiny())
+  model, params = MODEL, PARAMS
   q = model.encode(params, X)
   z = gaussians.sample_each(q, KEYS)
   terms = objectives.tc_elbo(X, model.decode(params, z), q, z, q, obs_var=CONFIG.obs_var)
@@ -88,12 +101,12 @@ def test_the_tc_vae_weighs_the_total_correlation():
 
 def test_the_lipschitz_penalty_estimates_the_jacobian_of_the_encoder_mean():
   """The mean over many keys is the squared norm, within four standard errors."""
-  model, params = tiny(), drawn(tiny())
+  model, params = MODEL, PARAMS
   config = config_for('lipschitz')
   terms = jax.jit(lambda keys: losses.entry(config).terms(model, params, keys, X, X))
   draws = [terms(jax.random.split(jax.random.key(i), BATCH)) for i in range(200)]
   norms = np.array([each['squared_jacobian_norm'] for each in draws])
-  jacobian = jax.vmap(jax.jacobian(lambda x: model.encode(params, x[None]).mean[0]))(X)
+  jacobian = jax.jit(jax.vmap(jax.jacobian(lambda x: model.encode(params, x[None]).mean[0])))(X)
   exact = np.sum(np.square(jacobian), axis=(1, 2, 3, 4))
   assert (np.abs(norms.mean(0) - exact) < 4.0 * norms.std(0) / np.sqrt(200) + 1e-6 * exact).all()
   first = draws[0]
@@ -102,11 +115,9 @@ def test_the_lipschitz_penalty_estimates_the_jacobian_of_the_encoder_mean():
 
 
 def test_the_contrastive_loss_needs_no_decoder():
-  model, params = tiny(), drawn(tiny())
+  model, params = MODEL, PARAMS
   config = config_for('contrastive')
-  gradient, metrics = jax.jit(jax.grad(training.loss, argnums=2, has_aux=True), static_argnums=0)(
-    model, config, params, KEY, X, X_ADV
-  )
+  (_, metrics), gradient = jitted_gradient(model, config, params, KEY, X, X_ADV)
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient['decoder']))
   means = [np.asarray(model.encode(params, images).mean) for images in (X, X_ADV)]
   unit = [mean / np.linalg.norm(mean, axis=1, keepdims=True) for mean in means]
@@ -133,7 +144,7 @@ def test_shifted_images_are_windows_of_padded_ones():
 
 
 def test_the_contrastive_view_is_in_the_ball_around_a_shifted_image():
-  model, params = tiny(), drawn(tiny())
+  model, params = MODEL, PARAMS
   config = config_for('contrastive', radius=0.1)
   index = jnp.arange(BATCH)
   x_adv = selection.confused_view(selection.Batch(model, config, params, KEY, X, index))
@@ -147,11 +158,10 @@ def test_the_contrastive_view_is_in_the_ball_around_a_shifted_image():
 
 
 def test_the_loss_of_clusters_is_a_softmax_of_cosines_with_the_axes():
-  model, params = tiny(), drawn(tiny())
+  model, params = MODEL, PARAMS
   config = config_for('clusters', temperature=0.2)
   targets = jnp.arange(BATCH) % model.latent_dim
-  value = jax.value_and_grad(training.loss, argnums=2, has_aux=True)
-  (loss, metrics), gradient = value(model, config, params, KEY, X, X_ADV, targets=targets)
+  (loss, metrics), gradient = jitted_gradient(model, config, params, KEY, X, X_ADV, targets=targets)
   means = np.asarray(model.encode(params, X_ADV).mean)
   logits = means / np.linalg.norm(means, axis=1, keepdims=True) / 0.2
   right = logits[np.arange(BATCH), targets]
@@ -164,28 +174,28 @@ def test_the_loss_of_clusters_is_a_softmax_of_cosines_with_the_axes():
 
 
 def test_misassigned_images_are_in_the_ball_and_have_a_larger_loss():
-  model, params = tiny(), drawn(tiny())
+  model, params = MODEL, PARAMS
   config = config_for('clusters', radius=0.1, pgd_steps=8)
   targets = jnp.arange(BATCH) % model.latent_dim
   numbers = (jnp.arange(BATCH), None, targets)
   x_adv = selection.misassigned(selection.Batch(model, config, params, KEY, X, *numbers))
   assert np.abs(x_adv - X).max() <= 0.1 + 1e-6 and 0.0 <= x_adv.min() <= x_adv.max() <= 1.0
   clean, attacked = (
-    training.loss(model, config, params, KEY, X, x, targets=targets)[1]['cross_entropy']
+    jitted_loss(model, config, params, KEY, X, x, targets=targets)[1]['cross_entropy']
     for x in (X, x_adv)
   )
   assert attacked > clean
 
 
 def test_a_step_takes_the_clusters_of_its_examples():
-  model, config = tiny(), config_for('clusters', pgd_steps=1)
-  state = training.init_state(model, config, KEY)
+  model, config = MODEL, config_for('clusters', pgd_steps=1)
+  state = start(model, config)
   with pytest.raises(ArgumentError, match='targets, examples'):
     training.train_step(model, config, state, KEY, X)
   clustered = training.add_targets(state, model, config, IMAGES, 0)
   assert clustered.targets.shape == (len(IMAGES),)
   examples = jnp.arange(BATCH)[::-1]
-  step = jax.jit(training.train_step, static_argnums=0)
+  step = jitted_step()
   after, metrics = step(model, config, clustered, KEY, X, examples=examples)
   assert_same(after.targets, clustered.targets)
   moved = clustered._replace(targets=clustered.targets[examples])
@@ -196,34 +206,37 @@ def test_a_step_takes_the_clusters_of_its_examples():
 
 
 def test_other_objectives_have_no_targets():
-  model, config = tiny(), config_for('vae')
-  state = training.init_state(model, config, KEY)
+  model, config = MODEL, config_for('vae')
+  state = start(model, config)
   assert training.add_targets(state, model, config, IMAGES, 0) is state
 
 
 def test_clusters_need_more_images_than_latents():
-  model, config = tiny(), config_for('clusters')
-  state = training.init_state(model, config, KEY)
+  model, config = MODEL, config_for('clusters')
+  state = start(model, config)
   with pytest.raises(ArgumentError, match='latent_dim'):
     training.add_targets(state, model, config, IMAGES[: model.latent_dim], 0)
 
 
 def test_clusters_are_found_of_fewer_images_than_neighbours():
-  model, config = tiny(), config_for('clusters')
+  model, config = MODEL, config_for('clusters')
   images = np.concatenate([IMAGES] * 2)[: model.latent_dim + 1]
-  state = training.init_state(model, config, KEY, num_examples=len(images))
+  state = start(model, config)
   targets = training.add_targets(state, model, config, images, 0).targets
   assert targets.shape == images.shape[:1] and targets.max() < model.latent_dim
 
 
-@pytest.mark.parametrize('name', OTHERS)
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param(name, marks=() if name in SPREAD else pytest.mark.slow) for name in OTHERS],
+)
 def test_four_devices_train_as_one(name):
   """Also where the loss needs the whole batch."""
-  model, config = tiny(num_layers=1), config_for(name, pgd_steps=1)
-  state = training.init_state(model, config, KEY)
+  model, config = MODEL, config_for(name, optimizer='sgd', learning_rate=1e-3)
+  state = start(model, config)
   state = training.add_targets(state, model, config, IMAGES, 0)
   (one, alone), (four, spread) = (run(model, config, state, n, rows=1)[0] for n in (1, 4))
-  # Sums in another order, through ten steps of Adam.
+  # Sums in another order, through ten steps.
   assert_close(four.params, one.params, rtol=1e-4)
   for key, value in alone.items():
     np.testing.assert_allclose(spread[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
@@ -233,10 +246,16 @@ def test_four_devices_train_as_one(name):
   assert any(changed)
 
 
-@pytest.mark.parametrize('distance', SELECTION_DISTANCES)
-@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize(
+  ('norm', 'distance'),
+  [
+    *(('linf', distance) for distance in SELECTION_DISTANCES),
+    ('l2', 'squared_w2'),
+    *(pytest.param('l2', other, marks=pytest.mark.slow) for other in SELECTION_DISTANCES[1:]),
+  ],
+)
 def test_the_selection_maximises_the_chosen_distance_in_the_chosen_ball(distance, norm):
-  model, params = tiny(), drawn(tiny())
+  model, params = MODEL, PARAMS
   config = config_for('se', selection_distance=distance, norm=norm, radius=0.3, pgd_steps=8)
   q_a = model.encode(params, X)
   x_adv = training.select(model, config, params, KEY, X, q_a)
@@ -264,7 +283,7 @@ def test_the_selection_maximises_the_chosen_distance_in_the_chosen_ball(distance
 
 def test_an_unknown_distance_is_refused():
   with pytest.raises(ValueError, match='distance must be one of squared_w2'):
-    training.EncodingShift(tiny(), 'w1')
+    training.EncodingShift(MODEL, 'w1')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,10 +299,12 @@ def mine(model, params, keys, x, x_adv):
   return {'elbo': terms.elbo, 'cost': terms.transport_cost}
 
 
-def test_a_function_trains_like_the_objective_that_it_is():
-  model = tiny(num_layers=1)
-  changes = {'gamma': 2.0, 'num_steps': 12, 'pgd_steps': 2}
-  options = {'batch_size': BATCH, 'mesh': sharding.data_mesh(2)}
+@pytest.mark.parametrize('num_devices', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_function_trains_like_the_objective_that_it_is(num_devices):
+  model = MODEL
+  changes = {'gamma': 2.0, 'num_steps': 12}
+  mesh = sharding.data_mesh(num_devices)
+  options = {'batch_size': BATCH, 'steps_per_row': ROW, 'mesh': mesh}
   named, named_rows = training.fit(model, dataclasses.replace(CONFIG, **changes), IMAGES, **options)
   own, own_rows = training.fit(
     model, dataclasses.replace(CONFIG, objective=mine, **changes), IMAGES, **options
@@ -295,7 +316,7 @@ def test_a_function_trains_like_the_objective_that_it_is():
 
 
 def test_a_functions_loss_is_minimised():
-  model, params = tiny(), drawn(tiny())
+  model, params = MODEL, PARAMS
   config = dataclasses.replace(CONFIG, objective=lambda m, p, k, x, x_adv: {'loss': x[:, 0, 0, 0]})
   value, metrics = training.loss(model, config, params, KEY, X)
   assert float(value) == float(metrics['loss']) == pytest.approx(float(X[:, 0, 0, 0].mean()))
@@ -314,14 +335,14 @@ def test_a_functions_loss_is_minimised():
 def test_a_function_that_returns_something_else_is_refused(terms, error, message):
   config = dataclasses.replace(CONFIG, objective=lambda *_: terms)
   with pytest.raises(error, match=message):
-    training.loss(tiny(), config, drawn(tiny()), KEY, X)
+    training.loss(MODEL, config, PARAMS, KEY, X)
 
 
 def test_clusters_of_brightness_do_not_see_colours():
-  model, config = tiny(), config_for('clusters', clusters_of='brightness')
+  model, config = MODEL, config_for('clusters', clusters_of='brightness')
   gray = np.random.default_rng(1).integers(1, 256, (40, 4, 4, 1)).astype(np.uint8)
   colors = np.eye(3, dtype=np.uint8)[np.arange(40) % 3][:, None, None]
-  state = training.init_state(model, config, KEY)
+  state = start(model, config)
 
   def clusters(images, **changes):
     return training.add_targets(

@@ -104,7 +104,7 @@ def few_steps(**changes) -> training.TrainConfig:
 
 def test_fit_takes_an_optimizer_in_place_of_the_named_one():
   """Also with a schedule of its own; the settings' learning rate is then not used."""
-  model = tiny(num_layers=1)
+  model = tiny()
   fit = functools.partial(training.fit, model, images=IMAGES, batch_size=BATCH)
   expected, _ = fit(few_steps(optimizer='sgd', learning_rate=1e-3, momentum=0.8))
   optimizer = optax.sgd(optax.constant_schedule(1e-3), momentum=0.8)
@@ -114,7 +114,7 @@ def test_fit_takes_an_optimizer_in_place_of_the_named_one():
 
 def test_a_frozen_decoder_stays_whatever_the_optimizer():
   """AdamW decays weights whose gradient is zero, too."""
-  model = tiny(num_layers=1)
+  model = tiny()
   before = drawn(model)
   after, _ = training.fit(
     model,
@@ -132,7 +132,7 @@ def test_a_frozen_decoder_stays_whatever_the_optimizer():
 @pytest.mark.parametrize('freeze_decoder', [False, True])
 def test_the_optimizer_s_state_has_the_names_that_stored_runs_have(freeze_decoder):
   """Otherwise they could not be resumed."""
-  model = tiny(num_layers=1)
+  model = tiny()
   config = dataclasses.replace(CONFIG, freeze_decoder=freeze_decoder)
   state = jax.eval_shape(lambda: training.init_state(model, config, KEY))
   names = {

@@ -14,10 +14,20 @@ from se_vae import data, training
 from se_vae.config import ArgumentError
 from se_vae.parallel import sharding
 from se_vae.training import loop
-from tests.training.small_runs import BATCH, CONFIG, IMAGES, ROW, assert_close, assert_same, tiny
+from tests.training.small_runs import (
+  BATCH,
+  CONFIG,
+  IMAGES,
+  ROW,
+  assert_close,
+  assert_same,
+  drawn,
+  tiny,
+)
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
+MODEL = tiny(num_layers=2)
 BASE = dataclasses.replace(CONFIG, num_steps=23)
 CONFIGS = [
   BASE,
@@ -37,17 +47,17 @@ def singles(num_devices: int = 1):
   """What `fit` gives for each member."""
   mesh = sharding.data_mesh(num_devices)
   pairs = zip(CONFIGS, SEEDS, strict=True)
-  return [jax.device_get(fit(tiny(), config, seed=seed, mesh=mesh)) for config, seed in pairs]
+  return [jax.device_get(fit(MODEL, config, seed=seed, mesh=mesh)) for config, seed in pairs]
 
 
-@pytest.mark.parametrize('num_groups', [None, 1, 2])
+@pytest.mark.parametrize('num_groups', [None, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_members_of_a_loop_are_their_single_runs_bit_for_bit(num_groups):
   """Parameters and rows: three members on three devices, on one, and on two, one of which has one.
 
   The last member ends before the others.
   """
   mesh = None if num_groups is None else sharding.population_mesh(num_groups)
-  assert_same(fit_population(tiny(), CONFIGS, seeds=SEEDS, mesh=mesh), singles())
+  assert_same(fit_population(MODEL, CONFIGS, seeds=SEEDS, mesh=mesh), singles())
 
 
 @pytest.mark.parametrize(
@@ -59,6 +69,7 @@ def test_members_with_other_settings_are_their_single_runs(settings):
   assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_convnets_agree_with_their_single_runs():
   """The compiler fuses the loop over members differently: 1e-7 here."""
   settings = {'objective': 'vae', 'encoder_noise': 0.1}
@@ -75,11 +86,11 @@ def both(model, settings):
   return found, jax.device_get(expected)
 
 
-@pytest.mark.parametrize('num_groups', [1, 2])
+@pytest.mark.parametrize('num_groups', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_members_at_once_agree_with_their_single_runs(num_groups):
   """Batched products are rounded differently: 4e-7 here, with room for 23 steps elsewhere."""
   mesh = sharding.population_mesh(num_groups)
-  found = fit_population(tiny(), CONFIGS, seeds=SEEDS, mesh=mesh, vectorize='vmap')
+  found = fit_population(MODEL, CONFIGS, seeds=SEEDS, mesh=mesh, vectorize='vmap')
   for (params, rows), (expected, expected_rows) in zip(found, singles(), strict=True):
     assert_close(params, expected, rtol=1e-4)
     assert [row['step'] for row in rows] == [row['step'] for row in expected_rows]
@@ -89,13 +100,13 @@ def test_members_at_once_agree_with_their_single_runs(num_groups):
 
 
 def test_members_whose_batches_are_split_agree_with_their_single_runs_on_as_many_devices():
-  found = fit_population(tiny(), CONFIGS, seeds=SEEDS, mesh=sharding.population_mesh(2, 2))
+  found = fit_population(MODEL, CONFIGS, seeds=SEEDS, mesh=sharding.population_mesh(2, 2))
   assert_close(found, singles(2), rtol=1e-4)
 
 
 def test_members_can_start_with_given_parameters():
-  model, config = tiny(num_layers=1), dataclasses.replace(BASE, num_steps=3, freeze_decoder=True)
-  params = jax.device_get(model.init(jax.random.key(8)))
+  model, config = tiny(), dataclasses.replace(BASE, num_steps=3, freeze_decoder=True)
+  params = jax.device_get(drawn(model))
   first, second = fit_population(model, [config] * 2, seeds=[0, 1], params=params)
   assert_same(first, jax.device_get(fit(model, config, seed=0, params=params)))
   assert_same([first[0]['decoder'], second[0]['decoder']], [params['decoder']] * 2)
@@ -104,7 +115,7 @@ def test_members_can_start_with_given_parameters():
 
 
 def test_one_program_serves_all_numbers():
-  model, compiled = tiny(num_layers=1), []
+  model, compiled = MODEL, []
   configs = [dataclasses.replace(config, num_steps=3) for config in CONFIGS]
   fit_population(model, configs, seeds=[0, 1, 2])
   jax.monitoring.register_event_duration_secs_listener(
@@ -118,14 +129,14 @@ def test_one_program_serves_all_numbers():
 def yielded(start: training.PopulationProgress | None = None, seconds: float = 1e3):
   """What `run_population` yields, in host memory, from the start or from another's members."""
   firsts = [
-    loop.first_state(tiny(), config, seed, num_examples=len(IMAGES))
+    loop.first_state(MODEL, config, seed, num_examples=len(IMAGES))
     for config, seed in zip(CONFIGS, SEEDS, strict=True)
   ]
   states, windows = [jax.device_get(state) for state, _ in firsts], None
   if start is not None:
     states, windows, _ = zip(*start.members(), strict=True)
   for progress in training.run_population(
-    training.TrainStep(tiny()),
+    training.TrainStep(MODEL),
     states,
     [(config, key) for config, (_, key) in zip(CONFIGS, firsts, strict=True)],
     IMAGES,
@@ -165,9 +176,9 @@ def test_a_member_that_has_ended_keeps_its_state():
 
 def test_a_member_that_is_not_finite_is_named():
   with pytest.raises(training.NotFiniteError) as error:
-    fit_population(tiny(), [BASE, DIVERGES], seeds=[4, 1])
+    fit_population(MODEL, [BASE, DIVERGES, BASE], seeds=[4, 1, 5])
   with pytest.raises(training.NotFiniteError) as single:
-    fit(tiny(), DIVERGES, seed=1)
+    fit(MODEL, DIVERGES, seed=1)
   assert str(error.value) == f'member 1 (seed 1): {single.value}'
   assert error.value.member == 'member 1 (seed 1)' and single.value.member == ''
   assert error.value.step == single.value.step > 0
@@ -180,7 +191,7 @@ def test_the_others_are_trained_to_their_ends(vectorize):
   configs = [CONFIGS[0], DIVERGES, CONFIGS[2]]
   mesh = sharding.population_mesh(1)
   found = fit_population(
-    tiny(), configs, seeds=SEEDS, mesh=mesh, vectorize=vectorize, return_errors=True
+    MODEL, configs, seeds=SEEDS, mesh=mesh, vectorize=vectorize, return_errors=True
   )
   assert isinstance(found[1], training.NotFiniteError)
   compare = assert_same if vectorize == 'loop' else functools.partial(assert_close, rtol=1e-4)
@@ -188,8 +199,8 @@ def test_the_others_are_trained_to_their_ends(vectorize):
 
 
 def test_a_population_that_fails_as_a_whole_ends():
-  errors = fit_population(tiny(), [DIVERGES] * 2, seeds=[0, 1], return_errors=True)
-  assert [type(error) for error in errors] == [training.NotFiniteError] * 2
+  errors = fit_population(MODEL, [DIVERGES] * 3, seeds=[0, 1, 2], return_errors=True)
+  assert [type(error) for error in errors] == [training.NotFiniteError] * 3
 
 
 @pytest.mark.parametrize(
@@ -212,18 +223,18 @@ def test_a_population_that_fails_as_a_whole_ends():
 )
 def test_members_that_do_not_fit_together_are_refused(configs, seeds, message):
   with pytest.raises(ArgumentError) as error:
-    fit_population(tiny(), configs, seeds=seeds)
+    fit_population(MODEL, configs, seeds=seeds)
   assert message in str(error.value)
 
 
 def test_fit_s_own_arguments_are_checked():
   with pytest.raises(ArgumentError, match='steps_per_row: must be >= 1, got 0'):
-    fit_population(tiny(), CONFIGS, seeds=SEEDS, steps_per_row=0)
+    fit_population(MODEL, CONFIGS, seeds=SEEDS, steps_per_row=0)
   frozen = dataclasses.replace(BASE, freeze_decoder=True)
   with pytest.raises(ArgumentError, match='params: is needed for freeze_decoder'):
-    fit_population(tiny(), [frozen], seeds=[0])
+    fit_population(MODEL, [frozen], seeds=[0])
   with pytest.raises(ValueError, match=r"vectorize must be one of .*, got 'pmap'"):
-    fit_population(tiny(), CONFIGS, seeds=SEEDS, vectorize='pmap')
+    fit_population(MODEL, CONFIGS, seeds=SEEDS, vectorize='pmap')
 
 
 def test_states_of_different_steps_are_refused():
@@ -232,7 +243,7 @@ def test_states_of_different_steps_are_refused():
   with pytest.raises(ValueError, match=r'the states must be at the same step, got \[1, 8\]'):
     next(
       training.run_population(
-        training.TrainStep(tiny()),
+        training.TrainStep(MODEL),
         mixed,
         [(config, jax.random.key(0)) for config in CONFIGS[:2]],
         IMAGES,

@@ -28,7 +28,6 @@ from tests.training.small_runs import (
   batch,
   drawn,
   jitted_step,
-  start,
   strictly,
   tiny,
 )
@@ -90,7 +89,7 @@ def test_step_is_the_step_written_by_hand(objective):
   config = dataclasses.replace(
     CONFIG, objective=objective, gamma=1.7, radius=0.15, pgd_steps=2, schedule='constant'
   )
-  model = tiny(num_layers=1)
+  model = tiny()
   with jax.enable_x64(True):
     params = drawn(model, np.float64)
     x = jnp.asarray(IMAGES[:3] / 255.0)
@@ -193,8 +192,9 @@ def test_no_gradient_flows_through_the_selection():
 
 def test_a_warm_start_goes_on_from_the_last_offset_of_the_same_example():
   """The store holds x' - x in 127ths of the radius; what other examples left there stays."""
-  model = tiny(num_layers=1)
-  state = training.init_state(model, WARM, KEY, num_examples=len(IMAGES))
+  model = tiny()
+  init = jax.jit(training.init_state, static_argnames=('model', 'num_examples'))
+  state = init(model, WARM, KEY, num_examples=len(IMAGES))
   assert state.offsets.shape == (24, 16) and state.offsets.dtype == jnp.int8
   before = np.array(state.offsets, np.int64)
   assert before.min() < -100 and before.max() > 100
@@ -304,9 +304,10 @@ def test_encoder_noise_is_uniform_in_the_box_and_clipped(monkeypatch):
 
   monkeypatch.setattr(training.step, 'loss', loss)
   x = jnp.asarray(IMAGES[:BATCH] / np.float32(255))
+  nothing = optax.identity()  # in place of an optimiser
   for step in (0, 1):
-    state = start(model, config)._replace(step=jnp.int32(step))
-    training.train_step(model, config, state, KEY, x)
+    state = training.TrainState(jnp.int32(step), drawn(model), nothing.init(None))
+    training.train_step(model, config, state, KEY, x, optimizer=nothing)
   offset = np.asarray(seen[0] - x)
   assert np.abs(offset).max() <= 0.3 + 1e-6 and 0.0 <= seen[0].min() <= seen[0].max() <= 1.0
   # 64 pixels are below 0.3: there the noise is never cut off above, and a half of it is positive.
