@@ -179,7 +179,7 @@ def test_an_address_that_does_not_answer_is_told_in_a_line(tmp_path):
 
 
 def test_what_a_sweep_on_a_cluster_refuses_before_it_writes(tmp_path):
-  base = pretrain.PretrainConfig(workdir=str(tmp_path / 'w'), objective='vae')
+  base = pretrain.PretrainConfig(workdir=str(tmp_path / 'w'))
 
   def begin(address: str, **changes) -> None:
     where = placement.PlacementConfig(ray_address=address)
