@@ -11,9 +11,7 @@ import sys
 
 import pytest
 
-from experiments import pretrain
 from experiments.cli import devices, messages
-from experiments.cli.flags import from_dict
 from experiments.scheduling import display, jobs, placement, slots
 from se_vae.config import ArgumentError
 from tests.experiments import scheduled
@@ -236,32 +234,16 @@ def test_a_run_that_is_killed_without_retries_is_a_failure(tmp_path):
   assert 'seed 1: finished' in err
 
 
-def test_the_process_of_a_run_saves_and_ends_when_its_sweep_is_gone(tmp_path):
-  """It notices that nobody holds the other end of its standard input."""
-  settings = {'workdir': str(tmp_path), 'objective': 'vae', 'hidden_units': 16, 'latent_dim': 4}
-  config = from_dict(pretrain.PretrainConfig, {**settings, 'tensorboard': False})
-  order = {
-    'job': jobs.Job('alone', config, ()).to_json(),
-    'cores': [],
-    'compilation_cache_dir': os.environ['JAX_COMPILATION_CACHE_DIR'],
-  }
-  with (tmp_path / jobs.LOG).open('wb') as log:
-    process = subprocess.Popen(
-      [sys.executable, '-m', 'experiments.scheduling.worker'],
-      cwd=scheduled.ROOT,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.DEVNULL,
-      stderr=log,
-      text=True,
-    )
-  with process:
-    process.stdin.write(f'{json.dumps(order)}\n')
+def test_the_process_of_a_run_gets_a_signal_when_its_sweep_is_gone():
+  """The sweep holds the other end of its standard input."""
+  program = 'from experiments.scheduling import worker; worker._end_with_parent()'
+  command = [sys.executable, '-c', program]
+  process = subprocess.Popen(command, cwd=scheduled.ROOT, stdin=subprocess.PIPE)
+  with process:  # which closes it
+    process.stdin.write(b'more than nothing is no end\n')
     process.stdin.flush()
-    scheduled.wait_until((tmp_path / 'config.json').exists, None)  # training begins: it compiles
-    process.stdin.close()
-    assert process.wait(240.0) == 128 + signal.SIGTERM
-  assert (tmp_path / jobs.LOG).read_text().endswith('SIGTERM: saved\n')
-  assert has_checkpoint(tmp_path.parent, tmp_path.name)
+    assert process.poll() is None
+  assert process.returncode == -signal.SIGTERM
 
 
 @pytest.mark.slow
