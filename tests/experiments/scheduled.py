@@ -57,18 +57,22 @@ def wait_until(
 
 
 def assert_same_runs(workdir: Path, expected: Path, names: set[str]) -> None:
-  """Every run has the same parameters, states, rows of metrics and accuracies, bit for bit."""
+  """Every run is the same in both sweeps, bit for bit."""
   for name in names:
-    mine, theirs = (
-      checkpoints.load_latest(path / name / 'checkpoints', on_damage=_no_damage)
-      for path in (workdir, expected)
-    )
-    assert mine is not None and theirs is not None, name
-    assert mine.tensors.keys() == theirs.tensors.keys()
-    for key, value in theirs.tensors.items():
-      np.testing.assert_array_equal(mine.tensors[key], value, err_msg=f'{name}: {key}')
-    for file in ('metrics.jsonl', 'probe_digit.csv'):
-      assert (workdir / name / file).read_bytes() == (expected / name / file).read_bytes(), name
+    assert_same_run(workdir / name, expected / name)
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+  """The same parameters, states, rows of metrics and accuracies, bit for bit."""
+  mine, theirs = (
+    checkpoints.load_latest(path / 'checkpoints', on_damage=_no_damage) for path in (run, expected)
+  )
+  assert mine is not None and theirs is not None, run.name
+  assert mine.tensors.keys() == theirs.tensors.keys()
+  for key, value in theirs.tensors.items():
+    np.testing.assert_array_equal(mine.tensors[key], value, err_msg=f'{run.name}: {key}')
+  for file in ('metrics.jsonl', 'probe_digit.csv'):
+    assert (run / file).read_bytes() == (expected / file).read_bytes(), run.name
 
 
 def _no_damage(message: str) -> None:

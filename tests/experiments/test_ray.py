@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import pretrain, probe_settings
-from experiments.cli import devices, flags
-from experiments.scheduling import jobs, ray_cluster
+from experiments import pretrain, probe_settings, sweep
+from experiments.cli import devices, flags, signals
+from experiments.scheduling import jobs, placement, ray_cluster
 from se_vae.config import ArgumentError
 from tests.experiments import scheduled
 
@@ -49,11 +49,9 @@ def cluster():
     gc.collect()
 
 
-@pytest.fixture(scope='module')
-def local(tmp_path_factory):
-  """The same runs without Ray, one after the other on a core."""
-  workdir = tmp_path_factory.mktemp('local')
-  code, _, err = scheduled.run(workdir, *FLAGS, '--parallel=1', NPROC='1')
+def train_here(workdir: Path, *flags: str) -> Path:
+  """Runs without Ray, one after the other on a core; returns their directory."""
+  code, _, err = scheduled.run(workdir, *flags, '--parallel=1', NPROC='1')
   assert code == 0, err
   return workdir
 
@@ -69,7 +67,9 @@ def starts(workdir: Path, run: str) -> list[int]:
   return [int(step) for step in re.findall(rf'^seed {run[-1]}: (\d+)/1500$', text, re.MULTILINE)]
 
 
-def test_a_node_that_dies_takes_no_run_with_it(cluster, local, tmp_path):
+@pytest.mark.slow
+def test_a_node_that_dies_takes_no_run_with_it(cluster, tmp_path):
+  local, tmp_path = train_here(tmp_path / 'local', *FLAGS), tmp_path / 'ray'
   node = cluster.add_node(num_cpus=1)
   process = scheduled.start(tmp_path, *FLAGS, f'--ray_address={cluster.address}')
   begun = [tmp_path / run / 'checkpoints' for run in ('seed0', 'seed1')]
@@ -89,20 +89,41 @@ def test_a_node_that_dies_takes_no_run_with_it(cluster, local, tmp_path):
   assert '(seed 0 pid=' in err and 'finished in ' in err
 
 
-def test_a_signal_saves_the_tasks_and_the_same_command_goes_on(cluster, local, tmp_path):
-  process = scheduled.start(tmp_path, *FLAGS, f'--ray_address={cluster.address}')
-  begun = tmp_path / 'seed0' / 'checkpoints'
+def test_a_signal_saves_the_tasks_and_the_same_command_goes_on(cluster, tmp_path):
+  """To the same end as without Ray, bit for bit."""
+  run = ('--vary=seed=0', *FLAGS[1:])
+  local = train_here(tmp_path / 'local', *run)
+  workdir, flags = tmp_path / 'ray', (*run, f'--ray_address={cluster.address}')
+  process = scheduled.start(workdir, *flags)
+  begun = workdir / 'seed0' / 'checkpoints'
   scheduled.wait_until(lambda: any(begun.glob('*.safetensors')), process)
   process.send_signal(signal.SIGTERM)
   code, _, err = scheduled.end(process)
   assert code == 128 + signal.SIGTERM
   assert 'SIGTERM: saved. Run the same command again to go on.' in err and 'no answer' not in err
-  logs = [path.read_text() for path in tmp_path.glob('seed*/run.log')]
-  assert logs and all(log.endswith('error: stopped\n') for log in logs)
-  # The local machine may go on with what the cluster has begun.
-  code, _, err = scheduled.run(tmp_path, *FLAGS, '--parallel=1', NPROC='1')
+  assert (workdir / 'seed0' / jobs.LOG).read_text().endswith('error: stopped\n')
+  code, out, err = scheduled.run(workdir, *flags)
   assert code == 0, err
-  scheduled.assert_same_runs(tmp_path, local, RUNS)
+  assert out.endswith('checks: not run\n')
+  scheduled.assert_same_runs(workdir, local, {'seed0'})
+  assert (workdir / 'sweep.csv').read_bytes() == (local / 'sweep.csv').read_bytes()
+  first, again = starts(workdir, 'seed0')
+  assert first == 0 and again > 0
+  # Ray streams what the runs print.
+  assert '(seed 0 pid=' in err and 'seed 0: finished' in err
+
+
+@pytest.mark.slow
+def test_this_machine_may_go_on_with_what_a_cluster_has_begun(cluster, tmp_path):
+  local, workdir = train_here(tmp_path / 'local', *FLAGS), tmp_path / 'ray'
+  process = scheduled.start(workdir, *FLAGS, f'--ray_address={cluster.address}')
+  begun = workdir / 'seed0' / 'checkpoints'
+  scheduled.wait_until(lambda: any(begun.glob('*.safetensors')), process)
+  process.send_signal(signal.SIGTERM)
+  assert scheduled.end(process)[0] == 128 + signal.SIGTERM
+  logs = [path.read_text() for path in workdir.glob('seed*/run.log')]
+  assert logs and all(log.endswith('error: stopped\n') for log in logs)
+  scheduled.assert_same_runs(train_here(workdir, *FLAGS), local, RUNS)
 
 
 @pytest.mark.slow
@@ -147,39 +168,54 @@ def refused(tmp_path: Path, *flags: str, **environment: str) -> tuple[str, float
   return err.splitlines()[-1], seconds
 
 
-def test_addresses_that_do_not_answer_are_told_in_a_line(tmp_path):
-  with socket.socket() as closed, socket.socket() as mute:
-    for each in (closed, mute):
-      each.bind(('127.0.0.1', 0))
+def test_an_address_that_does_not_answer_is_told_in_a_line(tmp_path):
+  with socket.socket() as mute:
+    mute.bind(('127.0.0.1', 0))
     mute.listen()  # it takes connections, and never answers
-    for each, message in ((closed, 'does not answer'), (mute, 'is no Ray cluster that answers')):
-      address = '{}:{}'.format(*each.getsockname())
-      line, seconds = refused(tmp_path, f'--ray_address={address}')
-      assert line.startswith(f'error: --ray_address: {address} {message}')
-      assert seconds < 60.0  # ten on a quiet machine, most of them the start of JAX
+    address = '{}:{}'.format(*mute.getsockname())
+    line, seconds = refused(tmp_path, f'--ray_address={address}')
+  assert line.startswith(f'error: --ray_address: {address} is no Ray cluster that answers')
+  assert seconds < 60.0  # ten on a quiet machine, most of them the start of JAX
+
+
+def test_what_a_sweep_on_a_cluster_refuses_before_it_writes(tmp_path):
+  base = pretrain.PretrainConfig(workdir=str(tmp_path / 'w'))
+
+  def begin(address: str, **changes) -> None:
+    where = placement.PlacementConfig(ray_address=address)
+    config = sweep.SweepConfig(vary='seed=0', placement=where)
+    sweep.run(config, flags.replace(base, **changes), signals.StopSignal())
+
+  with pytest.raises(ArgumentError, match="ray_address: must be 'auto' or HOST:PORT, got 'head'"):
+    begin('head')
+  with socket.socket() as closed:
+    closed.bind(('127.0.0.1', 0))
+    address = '{}:{}'.format(*closed.getsockname())
+    with pytest.raises(ArgumentError, match=f'ray_address: {address} does not answer'):
+      begin(address)
+  message = 'num_devices, resources_per_run: a run has only 1 devices'
+  with pytest.raises(ArgumentError, match=message):
+    begin('auto', num_devices=2)
+  assert not (tmp_path / 'w').exists()
 
 
 @pytest.mark.parametrize(
-  ('flags', 'message'),
+  ('changes', 'message'),
   [
-    ('--ray_address=head', "--ray_address: must be 'auto' or HOST:PORT, got 'head'"),
-    ('--resources_per_run=gpu', "--resources_per_run: must be like 'cpu=2,gpu=0.5', got 'gpu'"),
-    ('--resources_per_run=gpu=1', '--resources_per_run: is for --ray_address, which is not given'),
+    ({'resources_per_run': 'gpu'}, "resources_per_run: must be like 'cpu=2,gpu=0.5', got 'gpu'"),
+    ({'resources_per_run': 'gpu=1'}, 'resources_per_run: is for --ray_address, which is not given'),
     (
-      '--ray_address=auto --parallel=2',
-      '--parallel: is for this machine; with --ray_address, Ray shares runs out',
-    ),
-    (
-      '--ray_address=auto --num_devices=2',
-      '--num_devices, --resources_per_run: a run has only 1 devices',
+      {'ray_address': 'auto', 'parallel': '2'},
+      'parallel: is for this machine; with --ray_address, Ray shares runs out',
     ),
   ],
 )
-def test_wrong_flags_are_told_in_a_line(tmp_path, flags, message):
-  line, _ = refused(tmp_path, *flags.split())
-  assert line == f'error: {message}'
+def test_wrong_flags_are_named(changes, message):
+  with pytest.raises(ArgumentError, match=f'^{re.escape(message)}$'):
+    placement.PlacementConfig(**changes)
 
 
+@pytest.mark.slow  # what a node lacks is asked of `ray_cluster.difference` below
 @pytest.mark.skipif(os.geteuid() != 0, reason='a storage that is not shared needs root')
 def test_a_node_that_does_not_share_the_storage_is_told_in_a_line(cluster, tmp_path):
   """A node in a mount namespace of its own, where an empty file system lies over the directory."""

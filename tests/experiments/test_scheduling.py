@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -16,8 +17,7 @@ from se_vae.config import ArgumentError
 from tests.experiments import scheduled
 
 RUNS = {'seed0', 'seed1'}
-SHORT = ('--vary=seed=0,1', '--num_steps=60')
-LONG = ('--vary=seed=0,1', '--num_steps=1500', '--checkpoint_every=100')
+FLAGS = ('--vary=seed=0,1', '--num_steps=1000', '--checkpoint_every=100')
 
 
 @pytest.fixture
@@ -126,50 +126,9 @@ def test_what_is_no_number_of_slots(parallel):
 def one_after_another(tmp_path_factory):
   """Two runs in one process, with one core."""
   workdir = tmp_path_factory.mktemp('alone')
-  code, _, err = scheduled.run(workdir, *SHORT, '--parallel=1', NPROC='1')
+  code, _, err = scheduled.run(workdir, *FLAGS, '--parallel=1', NPROC='1')
   assert code == 0, err
   return workdir
-
-
-def test_runs_side_by_side_are_those_one_after_another_bit_for_bit(one_after_another, tmp_path):
-  code, out, err = scheduled.run(tmp_path, *SHORT, '--parallel=2')
-  assert code == 0, err
-  scheduled.assert_same_runs(tmp_path, one_after_another, RUNS)
-  assert (tmp_path / 'sweep.csv').read_bytes() == (one_after_another / 'sweep.csv').read_bytes()
-  for number in (1, 2):
-    assert f'[{number}/2] seed ' in err
-  assert err.count('finished in ') == 2 and out.endswith('checks: not run\n')
-  assert not (tmp_path / 'compiled').exists()
-  results = json.loads((tmp_path / 'sweep.json').read_text())['results']
-  assert [result['varied'] for result in results] == [{'seed': 0}, {'seed': 1}]
-  assert all(result['seconds'] > 0.0 and len(result['devices']) == 1 for result in results)
-  for name in RUNS:
-    assert '60/60' in (tmp_path / name / jobs.LOG).read_text()
-
-  logs = [(tmp_path / name / jobs.LOG).read_bytes() for name in sorted(RUNS)]
-  code, _, err = scheduled.run(tmp_path, *SHORT, '--parallel=2')  # nothing is left to do
-  assert code == 0 and err == ''
-  assert [(tmp_path / name / jobs.LOG).read_bytes() for name in sorted(RUNS)] == logs
-  assert json.loads((tmp_path / 'sweep.json').read_text())['results'] == results
-
-
-def test_a_run_that_fails_stops_no_other_and_is_named_with_the_end_of_its_log(tmp_path):
-  flags = ('--vary=learning_rate=1e-3,1e30', '--num_steps=60', '--parallel=2')
-  code, out, err = scheduled.run(tmp_path, *flags)
-  assert code == 1
-  assert 'learning_rate 1e+30: failed: step ' in err and 'is not finite' in err
-  assert f'{tmp_path}/learning_rate1e+30/run.log:' in err
-  assert '    error: step ' in err  # the last line of the log
-  assert err.endswith('error: 1 of 2 runs failed; the others are finished\n')
-  assert 'Traceback' not in err and 'started again' not in err  # it would fail in the same way
-  assert '| 0.001 | 1 |' in out and '1 of 2 variants are not finished' in out
-  (result,) = json.loads((tmp_path / 'sweep.json').read_text())['results']
-  assert result['varied'] == {'learning_rate': 1e-3}
-  # The rest is done when its cause is mended; what is finished stays.
-  before = (tmp_path / 'learning_rate0.001' / jobs.LOG).read_bytes()
-  code, _, err = scheduled.run(tmp_path, '--vary=learning_rate=1e-3,3e-3', *flags[1:])
-  assert code == 0, err
-  assert (tmp_path / 'learning_rate0.001' / jobs.LOG).read_bytes() == before
 
 
 def owner(workdir, run: str) -> int:
@@ -182,28 +141,91 @@ def has_checkpoint(workdir, run: str) -> bool:
   return any((workdir / run / 'checkpoints').glob('checkpoint_*.safetensors'))
 
 
-@pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('undisturbed')
-  code, _, err = scheduled.run(workdir, *LONG, '--parallel=2')
-  assert code == 0, err
-  return workdir
-
-
-def test_a_run_that_is_killed_goes_on_from_its_checkpoint(undisturbed, tmp_path):
-  process = scheduled.start(tmp_path, *LONG, '--parallel=2')
-  scheduled.wait_until(lambda: has_checkpoint(tmp_path, 'seed1'), process)
-  os.kill(owner(tmp_path, 'seed1'), signal.SIGKILL)
+@pytest.mark.parametrize(
+  'signum', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_runs_side_by_side_which_go_on_bit_for_bit(
+  one_after_another, tmp_path, signum
+):
+  """The same command ends with the results of runs one after another, never interrupted."""
+  process = scheduled.start(tmp_path, *FLAGS, '--parallel=2')
+  for run in RUNS:
+    scheduled.wait_until(lambda run=run: has_checkpoint(tmp_path, run), process)
+  process.send_signal(signum)
   code, _, err = scheduled.end(process)
+  assert code == 128 + signum
+  assert 'saving 2 runs' in err
+  assert err.endswith(f'{signum.name}: saved. Run the same command again to go on.\n')
+  for run in RUNS:
+    assert (tmp_path / run / jobs.LOG).read_text().endswith('SIGTERM: saved\n')
+  code, out, err = scheduled.run(tmp_path, *FLAGS, '--parallel=2')
   assert code == 0, err
-  assert 'seed 1: its process was killed (SIGKILL' in err and '(1 of 2 retries)' in err
-  assert 'gone' in (tmp_path / 'seed1' / jobs.LOG).read_text()
-  scheduled.assert_same_runs(tmp_path, undisturbed, {'seed0', 'seed1'})
+  for number in (1, 2):
+    assert f'[{number}/2] seed ' in err
+  assert err.count(': finished') == 2 and out.endswith('checks: not run\n')
+  for run in RUNS:
+    assert '1000/1000' in (tmp_path / run / jobs.LOG).read_text()
+  assert not (tmp_path / 'compiled').exists()
+  scheduled.assert_same_runs(tmp_path, one_after_another, RUNS)
+  assert (tmp_path / 'sweep.csv').read_bytes() == (one_after_another / 'sweep.csv').read_bytes()
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_those_one_after_another_bit_for_bit(one_after_another, tmp_path):
+  code, out, err = scheduled.run(tmp_path, *FLAGS, '--parallel=2')
+  assert code == 0, err
+  scheduled.assert_same_runs(tmp_path, one_after_another, RUNS)
+  assert (tmp_path / 'sweep.csv').read_bytes() == (one_after_another / 'sweep.csv').read_bytes()
+  assert err.count('finished in ') == 2 and out.endswith('checks: not run\n')
+  results = json.loads((tmp_path / 'sweep.json').read_text())['results']
+  assert [result['varied'] for result in results] == [{'seed': 0}, {'seed': 1}]
+  assert all(result['seconds'] > 0.0 and len(result['devices']) == 1 for result in results)
+
+  logs = [(tmp_path / name / jobs.LOG).read_bytes() for name in sorted(RUNS)]
+  code, _, err = scheduled.run(tmp_path, *FLAGS, '--parallel=2')  # nothing is left to do
+  assert code == 0 and err == ''
+  assert [(tmp_path / name / jobs.LOG).read_bytes() for name in sorted(RUNS)] == logs
+  assert json.loads((tmp_path / 'sweep.json').read_text())['results'] == results
+
+
+def test_a_run_that_fails_stops_no_other_and_one_that_is_killed_is_started_again(
+  one_after_another, tmp_path
+):
+  good, bad = tmp_path / 'learning_rate0.001', tmp_path / 'learning_rate1e+30'
+  flags = ('--vary=learning_rate=1e-3,1e30', *FLAGS[1:], '--parallel=2')
+  process = scheduled.start(tmp_path, *flags)
+  scheduled.wait_until(lambda: has_checkpoint(tmp_path, good.name), process)
+  os.kill(owner(tmp_path, good.name), signal.SIGKILL)
+  code, out, err = scheduled.end(process)
+  assert code == 1
+  # The first was killed, and has ended as if it had not been. 0.001 is the learning rate of all.
+  assert 'learning_rate 0.001: its process was killed (SIGKILL' in err
+  assert '(1 of 2 retries)' in err and 'gone' in (good / jobs.LOG).read_text()
+  scheduled.assert_same_run(good, one_after_another / 'seed0')
+  # The second failed, and is named with the end of its log. It would fail again in the same way.
+  assert 'learning_rate 1e+30: failed: step ' in err and 'is not finite' in err
+  assert f'{bad}/run.log:' in err and err.count('started again') == 1
+  assert '    error: step ' in err  # the last line of the log
+  assert err.endswith('error: 1 of 2 runs failed; the others are finished\n')
+  assert 'Traceback' not in err
+  assert '| 0.001 | 1 |' in out and '1 of 2 variants are not finished' in out
+  (result,) = json.loads((tmp_path / 'sweep.json').read_text())['results']
+  assert result['varied'] == {'learning_rate': 1e-3} and len(result['devices']) == 1
+
+
+@pytest.mark.slow
+def test_what_has_failed_is_done_when_its_cause_is_mended_and_the_rest_stays(tmp_path):
+  flags = ('--vary=learning_rate=1e-3,1e30', *FLAGS[1:], '--parallel=2')
+  assert scheduled.run(tmp_path, *flags)[0] == 1
+  before = (tmp_path / 'learning_rate0.001' / jobs.LOG).read_bytes()
+  code, _, err = scheduled.run(tmp_path, '--vary=learning_rate=1e-3,3e-3', *flags[1:])
+  assert code == 0, err
+  assert (tmp_path / 'learning_rate0.001' / jobs.LOG).read_bytes() == before
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_without_retries_is_a_failure(tmp_path):
-  process = scheduled.start(tmp_path, *LONG, '--parallel=2', '--retries=0')
+  process = scheduled.start(tmp_path, *FLAGS, '--parallel=2', '--retries=0')
   scheduled.wait_until(lambda: has_checkpoint(tmp_path, 'seed0'), process)
   os.kill(owner(tmp_path, 'seed0'), signal.SIGKILL)
   code, _, err = scheduled.end(process)
@@ -212,57 +234,41 @@ def test_a_run_that_is_killed_without_retries_is_a_failure(tmp_path):
   assert 'seed 1: finished' in err
 
 
-@pytest.mark.parametrize(
-  'signum', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
-def test_a_signal_saves_all_runs_and_the_same_command_goes_on(undisturbed, tmp_path, signum):
-  process = scheduled.start(tmp_path, *LONG, '--parallel=2')
-  for run in ('seed0', 'seed1'):
-    scheduled.wait_until(lambda run=run: has_checkpoint(tmp_path, run), process)
-  process.send_signal(signum)
-  code, _, err = scheduled.end(process)
-  assert code == 128 + signum
-  assert 'saving 2 runs' in err
-  assert err.endswith(f'{signum.name}: saved. Run the same command again to go on.\n')
-  for run in ('seed0', 'seed1'):
-    assert (tmp_path / run / jobs.LOG).read_text().endswith('SIGTERM: saved\n')
-  code, _, err = scheduled.run(tmp_path, *LONG, '--parallel=2')
-  assert code == 0, err
-  scheduled.assert_same_runs(tmp_path, undisturbed, {'seed0', 'seed1'})
+def test_the_process_of_a_run_gets_a_signal_when_its_sweep_is_gone():
+  """The sweep holds the other end of its standard input."""
+  program = 'from experiments.scheduling import worker; worker._end_with_parent()'
+  command = [sys.executable, '-c', program]
+  process = subprocess.Popen(command, cwd=scheduled.ROOT, stdin=subprocess.PIPE)
+  with process:  # which closes it
+    process.stdin.write(b'more than nothing is no end\n')
+    process.stdin.flush()
+    assert process.poll() is None
+  assert process.returncode == -signal.SIGTERM
 
 
-def test_no_run_outlives_its_sweep_and_the_next_one_waits_for_it(undisturbed, tmp_path):
-  process = scheduled.start(tmp_path, *LONG, '--parallel=2')
-  for run in ('seed0', 'seed1'):
+@pytest.mark.slow
+def test_no_run_outlives_its_sweep_and_the_next_one_waits_for_it(one_after_another, tmp_path):
+  process = scheduled.start(tmp_path, *FLAGS, '--parallel=2')
+  for run in RUNS:
     scheduled.wait_until(lambda run=run: has_checkpoint(tmp_path, run), process)
   process.kill()
   scheduled.end(process)
-  code, _, err = scheduled.run(tmp_path, *LONG, '--parallel=2')
+  code, _, err = scheduled.run(tmp_path, *FLAGS, '--parallel=2')
   assert code == 0, err
-  for run in ('seed0', 'seed1'):
+  for run in RUNS:
     assert 'SIGTERM: saved\n' in (tmp_path / run / jobs.LOG).read_text()
-  scheduled.assert_same_runs(tmp_path, undisturbed, {'seed0', 'seed1'})
+  scheduled.assert_same_runs(tmp_path, one_after_another, RUNS)
 
 
+@pytest.mark.slow  # test_sweep.py has a fast test, where the other process is simulated
 def test_processes_that_run_the_same_sweep_share_its_runs(one_after_another, tmp_path):
-  both = [scheduled.start(tmp_path, *SHORT, '--parallel=1', NPROC='1') for _ in range(2)]
+  both = [scheduled.start(tmp_path, *FLAGS, '--parallel=1', NPROC='1') for _ in range(2)]
   ends = [scheduled.end(process) for process in both]
   for code, _, err in ends:
     assert code == 0, err
   # Each trained one of the runs.
-  trained = [set(re.findall(r'^\[\d/2\] (seed \d): 60/60', err, re.MULTILINE)) for *_, err in ends]
-  assert sorted(map(sorted, trained)) == [['seed 0'], ['seed 1']]
-  scheduled.assert_same_runs(tmp_path, one_after_another, RUNS)
-  assert (tmp_path / 'sweep.csv').read_bytes() == (one_after_another / 'sweep.csv').read_bytes()
-
-
-def test_the_shards_of_a_job_array_make_one_sweep(one_after_another, tmp_path):
-  for index, finished in ((1, {'seed1'}), (0, RUNS)):
-    flags = (*SHORT, f'--shard={index}/2', '--parallel=1')
-    code, out, err = scheduled.run(tmp_path, *flags, NPROC='1')
-    assert code == 0, err
-    assert {path.name for path in tmp_path.glob('seed*')} == finished
-    assert ('1 of 2 variants are not finished' in out) == (index == 1)
+  found = [set(re.findall(r'^\[\d/2\] (seed \d): 1000/', err, re.MULTILINE)) for *_, err in ends]
+  assert sorted(map(sorted, found)) == [['seed 0'], ['seed 1']]
   scheduled.assert_same_runs(tmp_path, one_after_another, RUNS)
   assert (tmp_path / 'sweep.csv').read_bytes() == (one_after_another / 'sweep.csv').read_bytes()
 
@@ -271,27 +277,24 @@ def last_row(workdir, run: str) -> dict[str, float]:
   return json.loads((workdir / run / 'metrics.jsonl').read_text().splitlines()[-1])
 
 
-def test_a_population_trains_what_runs_of_their_own_train(one_after_another, tmp_path):
-  flags = (*SHORT, '--vectorize', '--parallel=2')
-  code, _, err = scheduled.run(tmp_path, *flags)
+@pytest.mark.slow  # test_sweep.py has a fast test, in one process
+def test_a_population_trains_what_runs_of_their_own_train(tmp_path):
+  short = (FLAGS[0], '--num_steps=60')
+  code, _, err = scheduled.run(tmp_path / 'alone', *short, '--parallel=1', NPROC='1')
+  assert code == 0, err
+  flags = (*short, '--vectorize', '--parallel=2')
+  code, _, err = scheduled.run(tmp_path / 'all', *flags)
   assert code == 0, err
   assert '[1/1] population of 2: ' in err and '[2/2] seed ' in err
   for run in RUNS:
-    mine, theirs = last_row(tmp_path, run), last_row(one_after_another, run)
+    mine, theirs = last_row(tmp_path / 'all', run), last_row(tmp_path / 'alone', run)
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():  # rounding, which 60 steps of training amplify
       assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
-    assert '60/60' not in (tmp_path / run / jobs.LOG).read_text()  # it was only attacked there
-  code, _, err = scheduled.run(tmp_path, *flags)  # nothing is left to do
+    log = (tmp_path / 'all' / run / jobs.LOG).read_text()
+    assert '60/60' not in log  # it was only attacked there
+  code, _, err = scheduled.run(tmp_path / 'all', *flags)  # nothing is left to do
   assert (code, err) == (0, '')
-
-
-@pytest.mark.parametrize('vary', ['pgd_steps=1,2 seed=0,1', 'arch=mlp,convnet'])
-def test_what_cannot_vary_in_a_population_is_named(tmp_path, vary):
-  code, _, err = scheduled.run(tmp_path / 'w', f'--vary={vary}', '--num_steps=60', '--vectorize')
-  assert code == 2 and not (tmp_path / 'w').exists()
-  name = vary.partition('=')[0]
-  assert err == f'error: --vectorize: --{name}: must be the same in all runs of a population\n'
 
 
 def test_a_bar_tells_its_observer(monkeypatch):

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
+import shutil
 import signal
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import pretrain, probe, report, supervised, sweep
-from experiments.cli import flags, signals
+from experiments import population, pretrain, probe, report, supervised, sweep
+from experiments.cli import flags, signals, workdirs
 from experiments.cli.flags import from_dict, to_dict
+from experiments.scheduling import placement
 from se_vae import training
 from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
-from tests.experiments.scheduled import ALONE
+from tests.experiments.scheduled import ALONE, assert_same_runs
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -158,6 +162,76 @@ def test_what_a_sweep_refuses_before_it_writes(tmp_path, vary, attack, message):
   with pytest.raises(ArgumentError, match=message):
     sweep.run(config_of(vary, attack), base, signals.StopSignal())
   assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize('vary', ['pgd_steps=1,2 seed=0,1', 'arch=mlp,convnet'])
+def test_what_cannot_vary_in_a_population_is_named(tmp_path, vary):
+  base = dataclasses.replace(BASE, workdir=str(tmp_path / 'w'))
+  config = dataclasses.replace(config_of(vary), vectorize=True)
+  with pytest.raises(ArgumentError) as refused:
+    sweep.run(config, base, signals.StopSignal())
+  message = f'--vectorize: --{vary.partition("=")[0]}: must be the same in all runs of a population'
+  assert flags.name_flags(refused.value) == message
+  assert not (tmp_path / 'w').exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# Several processes, and several encoders in one program
+# ---------------------------------------------------------------------------------------------
+
+VARY = 'objective=vae seed=3,4'  # as in `swept`
+FIRST, SECOND = 'objectivevae_seed3', 'objectivevae_seed4'
+
+
+def test_the_shards_of_a_job_array_make_one_sweep(swept, tmp_path, capsys):
+  base = dataclasses.replace(BASE, workdir=str(tmp_path))
+  for index, finished in ((1, {SECOND}), (0, {FIRST, SECOND})):
+    config = dataclasses.replace(config_of(VARY), shard=f'{index}/2')
+    sweep.run(config, base, signals.StopSignal())
+    assert {path.name for path in tmp_path.glob('objective*')} == finished
+    assert ('1 of 2 variants are not finished' in capsys.readouterr().out) == (index == 1)
+  assert_same_runs(tmp_path, swept, {FIRST, SECOND})
+  assert (tmp_path / 'sweep.csv').read_bytes() == (swept / 'sweep.csv').read_bytes()
+
+
+def test_a_run_that_another_process_works_on_is_waited_for_and_not_repeated(
+  swept, tmp_path, monkeypatch, capsys
+):
+  """The other process holds the lock of the first run, and finishes it while this one waits."""
+  monkeypatch.setattr(training, 'run', pytest.fail)
+  shutil.copytree(swept / SECOND, tmp_path / SECOND)
+  with contextlib.ExitStack() as other:
+    other.enter_context(workdirs.lock(tmp_path / FIRST))
+
+    def finish(_: float) -> None:
+      shutil.copytree(swept / FIRST, tmp_path / FIRST, dirs_exist_ok=True)
+      other.close()
+
+    monkeypatch.setattr(placement, 'time', types.SimpleNamespace(sleep=finish))
+    base = dataclasses.replace(BASE, workdir=str(tmp_path))
+    sweep.run(config_of(VARY), base, signals.StopSignal())
+  assert f'{tmp_path / FIRST} is in use by process ' in capsys.readouterr().err
+  assert_same_runs(tmp_path, swept, {FIRST, SECOND})
+  assert (tmp_path / 'sweep.csv').read_bytes() == (swept / 'sweep.csv').read_bytes()
+
+
+def test_a_population_trains_what_runs_of_their_own_train(swept, tmp_path, capsys):
+  config = dataclasses.replace(config_of(VARY), vectorize=True)
+  base = dataclasses.replace(BASE, workdir=str(tmp_path))
+  sweep.run(config, base, signals.StopSignal())
+  assert 'population of 2: ' in capsys.readouterr().err
+  for run in (FIRST, SECOND):
+    mine, theirs = (
+      [json.loads(line) for line in (path / run / 'metrics.jsonl').read_text().splitlines()]
+      for path in (tmp_path, swept)
+    )
+    for row, expected in zip(mine, theirs, strict=True):
+      assert row == pytest.approx(expected, rel=1e-3, abs=1e-3)  # rounding
+    assert (tmp_path / run / 'probe_digit.json').exists()
+  with pytest.MonkeyPatch.context() as patch:  # nothing is left to do
+    patch.setattr(population, 'train_population', pytest.fail)
+    patch.setattr(probe, 'fit', pytest.fail)
+    sweep.run(config, base, signals.StopSignal())
 
 
 def supervised_config(workdir: Path, **changes) -> supervised.SupervisedConfig:

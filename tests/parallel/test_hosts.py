@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from se_vae.storage import checkpoints
 from tests.parallel.test_processes import (
   PATIENCE,
+  ROOT,
   End,
   assert_same_but_for_rounding,
   ends,
@@ -100,6 +102,15 @@ def hosts() -> Iterator[Hosts]:
     hosts.remove()
 
 
+def test_a_host_is_known_by_its_address_on_the_cable(hosts):
+  """Not by that of its name, nor by its loopback interface, at which the other cannot reach it."""
+  program = 'from se_vae.parallel import connections as c; print(c.own_address("192.0.2.1:1234"))'
+  for name, address in zip(hosts.names, ADDRESSES, strict=True):
+    command = ['ip', 'netns', 'exec', name, sys.executable, '-c', program]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == f'{address}\n'
+
+
+@pytest.mark.slow  # as two processes on one host do, in test_processes.py
 def test_two_hosts_train_as_one(tmp_path, hosts):
   """Though their name is of the loopback interface, as on Debian, where no other host can reach."""
   with hosts.train(tmp_path / 'hosts') as processes:
