@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import scipy.special
 
-from experiments import supervised
+from experiments import records, supervised
 from experiments.cli import flags, signals
 from se_vae import attacks, certification, make_vae
 from se_vae.attacks import losses
 from se_vae.config import ArgumentError
 from se_vae.evaluation.linear_probe import LinearProbe, ProbedEncoder
+from se_vae.storage import json_files
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -60,8 +61,10 @@ def test_a_ball_of_one_image_has_its_loss(classifier):
 
 
 def config_of(workdir, **changes) -> supervised.SupervisedConfig:
+  """Batches that are too small to be split over devices."""
   attack = '--certify --certify_method=ibp --radii=0,0.02 --num_examples=200 --pgd_steps=5'
-  values = {'workdir': str(workdir), 'probe': f'{attack} --check_examples=0', 'hidden_units': 32}
+  attack = f'{attack} --batch_size=25 --check_examples=0'
+  values = {'workdir': str(workdir), 'probe': attack, 'hidden_units': 32, 'batch_size': 30}
   values |= {'latent_dim': 8, 'labels_per_class': 50, 'num_steps': 250, 'learning_rate': 5e-3}
   values |= {'radius': 0.05, 'pgd_steps': 1, 'growth': 0.8}
   return flags.from_dict(supervised.SupervisedConfig, values | changes)
@@ -73,14 +76,17 @@ def test_training_on_the_bound_makes_certificates(tmp_path):
     config = config_of(tmp_path / str(weight), certified_weight=weight)
     result = supervised.run(config, signals.StopSignal())
     certified[weight] = result['certified']['accuracy']
+    assert result['certified']['method'] == 'ibp'
     assert np.all(np.array(certified[weight]) <= result['accuracy'])
+    json_files.read(tmp_path / str(weight) / 'result.json', records.Supervised)
     assert result['accuracy'][0] > 0.4  # chance is a tenth
   assert certified[1.0][1] > 0.25 > 0.05 > certified[0.0][1]
 
 
 def test_without_a_weight_no_bound_is_computed(tmp_path, monkeypatch):
   monkeypatch.setattr(supervised, 'certified_loss', lambda *_: pytest.fail('bounded'))
-  config = config_of(tmp_path, num_steps=2, probe='--radii=0 --num_examples=20 --check_examples=0')
+  probe = '--radii=0 --num_examples=25 --pgd_steps=5 --check_examples=0'
+  config = config_of(tmp_path, num_steps=2, probe=probe)
   supervised.run(config, signals.StopSignal())
   config = config_of(tmp_path / 'other', num_steps=2, certified_weight=0.5)
   with pytest.raises(pytest.fail.Exception, match='bounded'):

@@ -167,15 +167,16 @@ def test_an_interrupted_run_ends_bitwise_equal(tmp_path):
 def test_a_resumed_run_keeps_its_clusters(tmp_path, monkeypatch):
   """They come from the checkpoint, whatever clustering finds the second time."""
   straight, broken = tmp_path / 'straight', tmp_path / 'broken'
+  changes = {'objective': 'clusters', 'num_steps': 20, 'num_devices': 1}
   found = np.arange(4000, dtype=np.int32) % 4
   monkeypatch.setattr(data, 'spectral_clusters', lambda images, count, **_: found[: len(images)])
-  pretrain.run(config(straight, objective='clusters'), signals.StopSignal())
+  pretrain.run(config(straight, **changes), signals.StopSignal())
   stop = signals.StopSignal()
   stop.signum = signal.SIGTERM
   with pytest.raises(signals.Interrupted):
-    pretrain.run(config(broken, objective='clusters'), stop)
+    pretrain.run(config(broken, **changes), stop)
   found = np.zeros_like(found)
-  pretrain.run(config(broken, objective='clusters'), signals.StopSignal())
+  pretrain.run(config(broken, **changes), signals.StopSignal())
   assert rows(broken) == rows(straight)
 
 
@@ -217,6 +218,7 @@ def test_full_covariance_encoders_train_and_are_probed(tmp_path):
   assert 0.0 <= result['accuracy'][1] <= result['accuracy'][0] <= 1.0
 
 
+@pytest.mark.slow  # test_faults.py sends SIGTERM, and test_app.py has the codes of both
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   """The binary itself, interrupted as from a terminal."""
   line = command('pretrain', workdir=tmp_path, **{**TINY, 'num_steps': 100_000})
@@ -367,10 +369,9 @@ def test_a_run_records_where_its_parameters_came_from(trained, smoothed):
 
 def test_a_run_starts_from_a_pretrained_encoder_by_its_name(tmp_path):
   name = 'mnist_mlp_vae_latent128'
-  network = {'latent_dim': 128, 'hidden_units': 200}
-  settings = config(
-    tmp_path, dataset='mnist_5k', init_from=name, freeze_decoder=True, **network, num_steps=2
-  )
+  changes = {'dataset': 'mnist_5k', 'latent_dim': 128, 'hidden_units': 200}
+  changes |= {'objective': 'vae', 'num_steps': 2, 'num_devices': 1}
+  settings = config(tmp_path, init_from=name, freeze_decoder=True, **changes)
   assert flags.absolute(flags.to_dict(settings))['init_from'] == name
   pretrain.run(settings, signals.StopSignal())
   source = json.loads((tmp_path / 'result.json').read_text())['source']
@@ -420,7 +421,7 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
   assert stored['pgd_step_size'] == 0.05
   settings = pretrain.stored_config(stored)
   for name in ('old', 'new'):
-    changes = {'workdir': str(tmp_path / name), 'num_steps': 5}
+    changes = {'workdir': str(tmp_path / name), 'num_steps': 5, 'num_devices': 1}
     assert pretrain.run(flags.replace(settings, **changes), signals.StopSignal())['step'] == 5
   went_on, straight = rows(tmp_path / 'old'), rows(tmp_path / 'new')
   assert went_on[:3] == rows(OLD)

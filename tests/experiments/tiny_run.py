@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from experiments import pretrain
 from experiments.cli import flags, signals
@@ -11,9 +12,9 @@ TINY = {'hidden_units': 16, 'latent_dim': 4, 'num_steps': 20}
 ATTACK = {'radii': (0.0, 0.05), 'pgd_steps': 2, 'num_examples': 40, 'check_examples': 0}
 
 
-def train(directory: Path) -> Path:
-  """Trains the encoder, and returns its directory."""
+def train(directory: Path, **changes: Any) -> Path:
+  """Trains the encoder, and returns its directory. Files that use it share what is compiled."""
   values = {'workdir': str(directory), 'objective': 'vae', 'dataset': 'color_mnist_5k', **TINY}
-  values |= {'log_every': 10, 'tensorboard': False}
+  values |= {'log_every': 10, 'tensorboard': False, 'num_devices': 1, **changes}
   pretrain.run(flags.from_dict(pretrain.PretrainConfig, values), signals.StopSignal())
   return directory
