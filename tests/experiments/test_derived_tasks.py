@@ -32,7 +32,8 @@ def test_a_derived_task_is_probed_and_attacked(workdir, task, joint):
 def test_a_classifier_of_a_derived_task_is_not_attacked_as_one_of_another(tmp_path):
   # Thickness and slant have as many classes, so that the parameters fit.
   attack = '--task={} --radii=0 --num_examples=50 --pgd_steps=1 --check_examples=0'
-  values = {'workdir': str(tmp_path), 'pgd_steps': 1, 'radius': 0.0, 'batch_size': 30, **TINY}
+  values = {'workdir': str(tmp_path), 'pgd_steps': 1, 'radius': 0.0, **TINY}
+  values |= {'batch_size': 30, 'checkpoint_every': 20}
   first, second = (
     flags.from_dict(supervised.SupervisedConfig, {**values, 'probe': attack.format(task)})
     for task in ('thickness', 'slant')

@@ -109,7 +109,7 @@ class After(signals.StopSignal):
 
 def config(workdir: Path, **changes) -> probe_settings.ProbeConfig:
   values = {'joint': True, 'moves': True, 'certify': True, 'radii': (0.0, 0.05, 0.2)}
-  values |= {'task': 'color', 'pgd_steps': 2, 'restarts': 2, 'num_examples': 24, 'batch_size': 8}
+  values |= {'task': 'color', 'pgd_steps': 2, 'restarts': 2, 'num_examples': 40, 'batch_size': 8}
   values |= {'check_examples': 0, 'workdir': str(workdir)}
   return probe_settings.ProbeConfig(**values | changes)
 
