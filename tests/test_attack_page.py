@@ -171,8 +171,15 @@ def test_gradients_are_the_librarys(call, models, key, name):
     )
 
 
-@pytest.mark.parametrize('name', ['shift', 'probe'])
-@pytest.mark.parametrize('key', ['vae', 'smoothed'])
+@pytest.mark.parametrize(
+  ('key', 'name'),
+  [
+    ('vae', 'shift'),
+    ('smoothed', 'probe'),
+    pytest.param('vae', 'probe', marks=pytest.mark.slow),
+    pytest.param('smoothed', 'shift', marks=pytest.mark.slow),
+  ],
+)
 @pytest.mark.usefixtures('x64')
 def test_the_attack_is_the_librarys(call, models, key, name):
   x = images(call)

@@ -1,4 +1,4 @@
-"""The bash blocks of README and docs run as they stand, in a clone with the package's environment.
+"""The bash blocks of README and docs run as they stand, in a clone with the package's dependencies.
 
 A comment before each block, which a rendered page does not show, says what is done with it:
 
@@ -46,11 +46,8 @@ def pages(mark: str) -> list[Path]:
 
 @pytest.fixture(scope='module')
 def python(tmp_path_factory):
-  """Python where the package and all that it needs are installed, as `pip install .` does it."""
-  path = tmp_path_factory.mktemp('environment')
-  python = make_environment(path / 'venv')
-  run(python, '-m', 'pip', 'install', '--quiet', '.', cwd=make_clone(path / 'clone'))
-  return python
+  """Python where all that the package needs is installed. The binaries find it in their clone."""
+  return make_environment(tmp_path_factory.mktemp('environment') / 'venv')
 
 
 @pytest.mark.parametrize('page', pages('run'), ids=lambda page: page.name)

@@ -26,6 +26,7 @@ from experiments import (
 from experiments.benchmarks import attack_comparison, scaling, speed, time_to_robustness
 from experiments.cli import app, distributed, flags
 from se_vae import attacks, certification, data, evaluation, training
+from se_vae.parallel import sharding
 
 DTYPE_PROMOTION = 'standard'  # optax relies on it
 ROOT = Path(__file__).parents[1]
@@ -109,20 +110,28 @@ def python_of(page):
 
 @pytest.mark.parametrize('page', TAUGHT, ids=lambda page: page.name)
 def test_python_runs(page, tmp_path, monkeypatch):
-  """With few images, few steps and no sanity checks: what a page shows takes minutes as it is."""
+  """With few images, few steps and no sanity checks: what a page shows takes minutes as it is.
+
+  On one device, and as many test images as the pages take at the least, so that their attacks and
+  certificates share programs.
+  """
 
   def load_few(name, *, load=data.load):
-    def few(split):
-      labels = {task: values[:64] for task, values in split.labels.items()}
-      return dataclasses.replace(split, images=split.images[:64], labels=labels)
+    def few(split, count):
+      labels = {task: values[:count] for task, values in split.labels.items()}
+      return dataclasses.replace(split, images=split.images[:count], labels=labels)
 
     dataset = load(name)
-    return dataclasses.replace(dataset, train=few(dataset.train), test=few(dataset.test))
+    return dataclasses.replace(dataset, train=few(dataset.train, 64), test=few(dataset.test, 20))
 
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(data, 'load', load_few)
-  monkeypatch.setattr(se_vae, 'evaluate', functools.partial(se_vae.evaluate, check_examples=0))
-  run(re.sub(r'num_steps=\d+', 'num_steps=2', python_of(page)), page)
+  one_device = sharding.data_mesh(1)
+  monkeypatch.setattr(sharding, 'data_mesh', lambda *_, **__: one_device)
+  few_samples = {'num_selection': 10, 'num_estimation': 100}
+  for name, options in (('evaluate', {'check_examples': 0}), ('smoothed_accuracy', few_samples)):
+    monkeypatch.setattr(se_vae, name, functools.partial(getattr(se_vae, name), **options))
+  run(re.sub(r'((?:num|slope|pgd)_steps)=\d+', r'\1=2', python_of(page)), page)
 
 
 def run(code, page):

@@ -54,7 +54,7 @@ def test_the_wheel_works_outside_the_repository(python, tmp_path):
     'import se_vae\n'
     "images = se_vae.data.load('mnist_5k').train.images\n"
     'model = se_vae.make_vae((28, 28, 1), latent_dim=2, hidden_units=4, num_layers=1)\n'
-    "config = se_vae.TrainConfig(objective='se', pgd_steps=1, num_steps=2)\n"
+    "config = se_vae.TrainConfig(objective='vae', num_steps=2)\n"
     'params, rows = se_vae.fit(model, config, images, steps_per_row=1)\n'
     'assert np.isfinite(rows[-1]["loss"])\n'
     "se_vae.load_pretrained('mnist_mlp_vae_latent128')\n"

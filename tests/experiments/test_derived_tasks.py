@@ -29,23 +29,17 @@ def test_a_derived_task_is_probed_and_attacked(workdir, task, joint):
     assert result['joint']['tasks'] == ('digit', 'color')
 
 
-def test_a_classifier_is_trained_for_a_derived_task(tmp_path):
-  attack = '--task=parity --radii=0 --num_examples=50 --pgd_steps=1 --check_examples=0'
-  values = {'workdir': str(tmp_path), 'probe': attack, 'pgd_steps': 1, 'radius': 0.0, **TINY}
-  config = flags.from_dict(supervised.SupervisedConfig, values)
-  result = supervised.run(config, signals.StopSignal())
-  assert result['task'] == 'parity' and result['accuracy'][0] > 0.5
-
-
-def test_a_classifier_is_not_attacked_as_one_of_another_task(tmp_path):
+def test_a_classifier_of_a_derived_task_is_not_attacked_as_one_of_another(tmp_path):
   # Thickness and slant have as many classes, so that the parameters fit.
   attack = '--task={} --radii=0 --num_examples=50 --pgd_steps=1 --check_examples=0'
-  values = {'workdir': str(tmp_path), 'pgd_steps': 1, 'radius': 0.0, **TINY, 'num_steps': 2}
+  values = {'workdir': str(tmp_path), 'pgd_steps': 1, 'radius': 0.0, **TINY}
+  values |= {'batch_size': 30, 'checkpoint_every': 20}
   first, second = (
     flags.from_dict(supervised.SupervisedConfig, {**values, 'probe': attack.format(task)})
     for task in ('thickness', 'slant')
   )
-  supervised.run(first, signals.StopSignal())
+  result = supervised.run(first, signals.StopSignal())
+  assert result['task'] == 'thickness' and result['accuracy'][0] > 0.4  # chance is a third
   with pytest.raises(ArgumentError, match='task was thickness, now slant'):
     supervised.run(second, signals.StopSignal())
 

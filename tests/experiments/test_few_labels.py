@@ -97,7 +97,8 @@ def test_more_labels_than_there_are_are_refused_before_anything_is_fitted(config
 def supervised_config(path, **changes) -> supervised.SupervisedConfig:
   attack = '--radii=0 --num_examples=50 --pgd_steps=1 --check_examples=0'
   values = {'workdir': str(path), 'probe': attack, 'pgd_steps': 1, 'radius': 0.0, **TINY}
-  values |= {'labels_per_class': 2, 'batch_size': 20, 'num_steps': 5, 'seed': 5}
+  values |= {'labels_per_class': 2, 'batch_size': 20, 'num_steps': 5, 'checkpoint_every': 5}
+  values |= {'seed': 5}
   return flags.from_dict(supervised.SupervisedConfig, values | changes)
 
 

@@ -21,7 +21,7 @@ from tests.experiments.scheduled import ALONE
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 RUN = {'objective': 'vae', 'hidden_units': 16, 'latent_dim': 4, 'num_steps': 20, 'log_every': 10}
-RUN |= {'checkpoint_every': 10, 'tensorboard': False}
+RUN |= {'checkpoint_every': 10, 'tensorboard': False, 'num_devices': 1}
 ATTACK = {'radii': (0.0, 0.1), 'pgd_steps': 2, 'num_examples': 20, 'check_examples': 0}
 
 

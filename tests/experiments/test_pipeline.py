@@ -24,6 +24,7 @@ from experiments.cli import devices, flags, signals
 from se_vae import data, training
 from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints, pretrained
+from tests.experiments.tiny_run import unexamined
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
@@ -144,20 +145,21 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(trained):
     pretrain.run(flags.replace(settings, gamma=2.0), stop)
 
 
-def test_an_interrupted_run_ends_bitwise_equal(tmp_path):
+def test_an_interrupted_run_ends_bitwise_equal(trained, tmp_path):
   """Stopped at every dispatch and resumed each time, against never stopped."""
-  straight, broken = tmp_path / 'straight', tmp_path / 'broken'
-  pretrain.run(config(straight), signals.StopSignal())
+  settings = config(tmp_path, num_steps=60)
   for _ in range(2):
     stop = signals.StopSignal()
     stop.signum = signal.SIGTERM
     with pytest.raises(signals.Interrupted):
-      pretrain.run(config(broken), stop)
-  pretrain.run(config(broken), signals.StopSignal())
-  assert rows(broken) == rows(straight)
+      pretrain.run(settings, stop)
+  pretrain.run(settings, signals.StopSignal())
+  assert rows(tmp_path) == rows(trained)
+  results = [json.loads((path / 'result.json').read_text())['test'] for path in (tmp_path, trained)]
+  assert results[0] == results[1]
   one, other = (
     checkpoints.load_latest(path / 'checkpoints', on_damage=pytest.fail).tensors
-    for path in (straight, broken)
+    for path in (trained, tmp_path)
   )
   assert one.keys() == other.keys()
   for name, array in one.items():
@@ -167,15 +169,17 @@ def test_an_interrupted_run_ends_bitwise_equal(tmp_path):
 def test_a_resumed_run_keeps_its_clusters(tmp_path, monkeypatch):
   """They come from the checkpoint, whatever clustering finds the second time."""
   straight, broken = tmp_path / 'straight', tmp_path / 'broken'
+  changes = {'objective': 'clusters', 'num_steps': 20, 'num_devices': 1}
   found = np.arange(4000, dtype=np.int32) % 4
   monkeypatch.setattr(data, 'spectral_clusters', lambda images, count, **_: found[: len(images)])
-  pretrain.run(config(straight, objective='clusters'), signals.StopSignal())
   stop = signals.StopSignal()
   stop.signum = signal.SIGTERM
   with pytest.raises(signals.Interrupted):
-    pretrain.run(config(broken, objective='clusters'), stop)
-  found = np.zeros_like(found)
-  pretrain.run(config(broken, objective='clusters'), signals.StopSignal())
+    pretrain.run(config(broken, **changes), stop)
+  with unexamined():
+    pretrain.run(config(straight, **changes), signals.StopSignal())
+    found = np.zeros_like(found)
+    pretrain.run(config(broken, **changes), signals.StopSignal())
   assert rows(broken) == rows(straight)
 
 
@@ -187,7 +191,8 @@ def test_metrics_of_a_killed_run_have_no_gap_and_no_repeat(tmp_path):
     pretrain.run(config(tmp_path), stop)
   with (tmp_path / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 20, "loss": 0.0}\n{"step": 3')
-  pretrain.run(config(tmp_path), signals.StopSignal())
+  with unexamined():
+    pretrain.run(config(tmp_path), signals.StopSignal())
   assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30]
   assert all(row['loss'] != 0.0 for row in rows(tmp_path))
 
@@ -217,6 +222,7 @@ def test_full_covariance_encoders_train_and_are_probed(tmp_path):
   assert 0.0 <= result['accuracy'][1] <= result['accuracy'][0] <= 1.0
 
 
+@pytest.mark.slow  # test_faults.py sends SIGTERM, and test_app.py has the codes of both
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   """The binary itself, interrupted as from a terminal."""
   line = command('pretrain', workdir=tmp_path, **{**TINY, 'num_steps': 100_000})
@@ -308,7 +314,8 @@ def smoothed(trained, tmp_path_factory) -> Path:
     pretrain.run(settings, stop)
   with pytest.MonkeyPatch.context() as patch:  # from here on the source is not needed
     patch.setattr(pretrain, '_load_source', pytest.fail)
-    pretrain.run(settings, signals.StopSignal())
+    with unexamined():
+      pretrain.run(settings, signals.StopSignal())
   return workdir
 
 
@@ -367,12 +374,12 @@ def test_a_run_records_where_its_parameters_came_from(trained, smoothed):
 
 def test_a_run_starts_from_a_pretrained_encoder_by_its_name(tmp_path):
   name = 'mnist_mlp_vae_latent128'
-  network = {'latent_dim': 128, 'hidden_units': 200}
-  settings = config(
-    tmp_path, dataset='mnist_5k', init_from=name, freeze_decoder=True, **network, num_steps=2
-  )
+  changes = {'dataset': 'mnist_5k', 'latent_dim': 128, 'hidden_units': 200}
+  changes |= {'objective': 'vae', 'num_steps': 2, 'num_devices': 1}
+  settings = config(tmp_path, init_from=name, freeze_decoder=True, **changes)
   assert flags.absolute(flags.to_dict(settings))['init_from'] == name
-  pretrain.run(settings, signals.StopSignal())
+  with unexamined():
+    pretrain.run(settings, signals.StopSignal())
   source = json.loads((tmp_path / 'result.json').read_text())['source']
   (_, expected), *_ = checkpoints.steps(pretrained.workdir(name) / 'checkpoints')
   assert source == {'workdir': name, 'step': 20000, 'checkpoint': expected.name}
@@ -420,8 +427,9 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
   assert stored['pgd_step_size'] == 0.05
   settings = pretrain.stored_config(stored)
   for name in ('old', 'new'):
-    changes = {'workdir': str(tmp_path / name), 'num_steps': 5}
-    assert pretrain.run(flags.replace(settings, **changes), signals.StopSignal())['step'] == 5
+    changes = {'workdir': str(tmp_path / name), 'num_steps': 5, 'num_devices': 1}
+    with unexamined():
+      assert pretrain.run(flags.replace(settings, **changes), signals.StopSignal())['step'] == 5
   went_on, straight = rows(tmp_path / 'old'), rows(tmp_path / 'new')
   assert went_on[:3] == rows(OLD)
   assert [row['step'] for row in went_on] == [1, 2, 3, 4, 5]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import pretrain, probe, probe_settings
+from experiments import probe, probe_settings
 from experiments.benchmarks import attack_comparison
 from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
@@ -19,24 +19,16 @@ from experiments.visual import probe_results
 from se_vae.config import ArgumentError
 from se_vae.evaluation import linear_probe, robustness, sanity_checks
 from se_vae.storage import checkpoints, pretrained
+from tests.experiments.tiny_run import train
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 RADII = (0.0, 0.05, 0.3)
-TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 40, 'log_every': 10}
-TINY |= {'tensorboard': False}
-
-
-def train(workdir, **changes):
-  values = {'workdir': str(workdir), 'objective': 'vae', **TINY, **changes}
-  pretrain.run(flags.from_dict(pretrain.PretrainConfig, values), signals.StopSignal())
 
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  path = tmp_path_factory.mktemp('run')
-  train(path)
-  return path
+  return train(tmp_path_factory.mktemp('run'), dataset='mnist_5k', num_steps=40)
 
 
 @pytest.fixture(scope='module')
@@ -122,7 +114,7 @@ def colored(tmp_path_factory):
   """Two runs on coloured digits, with different seeds."""
   paths = [tmp_path_factory.mktemp(name) for name in ('first', 'second')]
   for seed, path in enumerate(paths):
-    train(path, dataset='color_mnist_5k', seed=seed)
+    train(path, num_steps=40, seed=seed)
   return paths
 
 
@@ -221,7 +213,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_fitted(
 @pytest.mark.slow
 @pytest.mark.parametrize('attack', ['standard', 'worst_case'])
 def test_an_undefended_encoder_is_not_robust(tmp_path, attack):
-  train(tmp_path, hidden_units=100, latent_dim=16, num_steps=800)
+  network = {'hidden_units': 100, 'latent_dim': 16}
+  train(tmp_path, dataset='mnist_5k', **network, num_steps=800)
   config = probe_settings.ProbeConfig(
     workdir=str(tmp_path), attack=attack, radii=(0.0, 0.3), num_examples=100, check_examples=0
   )
@@ -282,23 +275,14 @@ def test_a_pretrained_encoder_is_attacked_on_other_data_and_left_as_it_is(tmp_pa
       probe.run(dataclasses.replace(config, **changes), signals.StopSignal())
 
 
-def test_a_pretrained_encoder_is_a_surrogate_by_its_name(workdir, tmp_path, monkeypatch):
+def test_a_pretrained_encoder_is_a_surrogate_by_its_name(config, tmp_path, monkeypatch):
   first, second = pretrained.names()[:2]
-  config = probe_settings.ProbeConfig(
-    workdir=str(workdir),
-    output=str(tmp_path / 'out'),
-    surrogate=first,
-    radii=(0.0, 0.1),
-    pgd_steps=2,
-    num_examples=32,
-    num_queries=20,
-    check_examples=16,
-  )
+  config = dataclasses.replace(config, output=str(tmp_path / 'out'), surrogate=first)
   result = probe.run(config, signals.StopSignal())
   (_, checkpoint), *_ = checkpoints.steps(pretrained.workdir(first) / 'checkpoints')
   assert result['surrogate_checkpoint'] == checkpoint.name
   assert result['surrogate']['latent_dim'] == 128 and result['config']['surrogate'] == first
-  assert len(result['checks'][7]['values']['transfer']) == 2
+  assert len(result['checks'][7]['values']['transfer']) == len(RADII)
 
   # The checkpoint counts, whichever way it is named.
   monkeypatch.setattr(probe, 'fit', lambda *_: pytest.fail('fitted again'))

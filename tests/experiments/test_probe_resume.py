@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import pretrain, probe, probe_settings
-from experiments.cli import flags, messages, signals
+from experiments import probe, probe_settings
+from experiments.cli import messages, signals
 from se_vae.evaluation.attacked_classifier import AttackedClassifier
 from se_vae.evaluation.states import ValueLog
+from tests.experiments.tiny_run import train
 from tests.tools import kills
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
-
-TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 40, 'log_every': 10}
 
 
 @dataclasses.dataclass
@@ -83,10 +82,7 @@ def record(recorder, undisturbed):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> Path:
-  path = tmp_path_factory.mktemp('trained')
-  values = {'workdir': str(path), 'tensorboard': False, 'dataset': 'color_mnist_5k', **TINY}
-  pretrain.run(flags.from_dict(pretrain.PretrainConfig, values), signals.StopSignal())
-  return path
+  return train(tmp_path_factory.mktemp('trained'))
 
 
 @pytest.fixture(scope='module')
