@@ -74,11 +74,25 @@ def empty_window(step_function: StepFunction, state: Any, args: Any, images: np.
   mesh = sharding.data_mesh(1)  # one device of each process
   x = jax.ShapeDtypeStruct((mesh.size, *images.shape[1:]), jnp.float32)
   examples = jax.ShapeDtypeStruct((mesh.size,), jnp.int32)
-  step = sharding.per_device(mesh, step_function, (None, None, 0, 0))
   with jax.enable_x64(False):  # as in `run`
-    _, metrics = jax.eval_shape(step, state, args, x, examples)
+    metrics = _metrics.eval_shape(step_function, mesh, state, args, x, examples)
   zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in metrics.items()}
   return Window(np.zeros((), np.int32), zeros, np.full((), -1, np.int32), zeros)
+
+
+@functools.partial(jax.jit, static_argnames=('step_function', 'mesh'))
+def _metrics(
+  step_function: StepFunction,
+  mesh: Mesh,
+  state: Any,
+  args: Any,
+  x: jax.Array,
+  examples: jax.Array,
+) -> Metrics:
+  """The metrics of a step. Only their shapes are asked for, and JAX keeps those of each step."""
+  step = sharding.per_device(mesh, step_function, (None, None, 0, 0))
+  metrics: Metrics = step(state, args, x, examples)[1]
+  return metrics
 
 
 def _add_to_window(window: Window, step: jax.Array, metrics: Metrics) -> Window:
