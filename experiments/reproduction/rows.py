@@ -155,15 +155,22 @@ def _rounded(value: Any) -> Any:
   return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def machine() -> str:
-  """The processor, the number of its cores and the system, in a line."""
+def machine(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
+  """The processor, how wide its vectors are, the number of its cores and the system, in a line.
+
+  Sums are rounded in another order where vectors have another width.
+  """
   try:
-    lines = Path('/proc/cpuinfo').read_text().splitlines()
-    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    lines = cpuinfo.read_text().splitlines()
   except OSError:
-    names = []
-  processor = names[0] if names else platform.processor() or platform.machine()
-  return f'{processor}, {os.cpu_count()} cores, {platform.system()}'
+    lines = []
+  pairs = [line.partition(':') for line in lines]
+  first_core = {name.strip(): value.strip() for name, _, value in reversed(pairs)}
+  processor = first_core.get('model name') or platform.processor() or platform.machine()
+  features = first_core.get('flags', '').split()
+  widths = {'avx512f': ' (AVX-512)', 'avx2': ' (AVX2)'}
+  width = next((text for feature, text in widths.items() if feature in features), '')
+  return f'{processor}{width}, {os.cpu_count()} cores, {platform.system()}'
 
 
 def write(results: Path, row: Measured, folder: str = ROWS) -> Path:

@@ -182,6 +182,17 @@ def test_rows_of_other_settings_are_marked(folder):
   assert '| Smoothed† |' in page(write(folder.parent, content)).text()
 
 
+@pytest.mark.parametrize(
+  ('features', 'width'), [('fma avx2 avx512f', ' (AVX-512)'), ('fma avx2', ' (AVX2)'), ('fma', '')]
+)
+def test_the_machine_is_named_with_the_width_of_its_vectors(tmp_path, features, width):
+  cpuinfo = tmp_path / 'cpuinfo'
+  core = f'processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu {features}\n\n'
+  cpuinfo.write_text(core * 2)
+  assert rows.machine(cpuinfo).startswith(f'Some CPU{width}, ')
+  assert rows.machine(tmp_path / 'none').count(', ') == 2
+
+
 def test_a_file_of_another_row_is_refused(folder):
   (folder / 'rows' / 'plain.json').rename(folder / 'rows' / 'smooth.json')
   with pytest.raises(json_files.JsonError, match='of the row plain'):
