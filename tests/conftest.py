@@ -29,8 +29,9 @@ os.environ['POT_BACKEND_DISABLE_PYTORCH'] = '1'  # or POT, an oracle, would load
 
 
 # What computes the paper's formulas and the attacks is tested as users compile it. All other tests
-# compile without most optimisations, and take about three fifths of the time. On processors without
-# AVX-512, that changes how a loop over members rounds, but not its single runs.
+# compile without most optimisations, and take about three fifths of the time. On a processor
+# without AVX-512, such a program rounded a loop over the members of a population in another way
+# than a single run. Programs as users compile them did not.
 OPTIMIZED = (
   'se_vae/attacks/',
   'se_vae/certification/',
