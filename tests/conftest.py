@@ -50,20 +50,25 @@ OPTIMIZED = (
 )
 # The files that take longest start first, so that no worker is left alone with one at the end.
 LONGEST = (
+  'tests/experiments/test_scheduling.py',
   'tests/attacks/test_attacks.py',
+  'tests/experiments/test_ray.py',
   'tests/test_commands.py',
+  'tests/objectives/test_certified.py',
   'tests/experiments/test_pipeline.py',
-  'tests/experiments/test_faults.py',
-  'tests/experiments/test_benchmark.py',
-  'tests/experiments/test_scaling.py',
-  'tests/experiments/test_probe.py',
-  'tests/experiments/test_probe_resume.py',
-  'tests/parallel/test_processes.py',
+  'tests/parallel/test_lowering.py',
   'tests/test_docs.py',
+  'tests/models/test_cpu_ops.py',
+  'tests/experiments/test_faults.py',
+  'tests/training/test_population.py',
   'tests/training/test_losses.py',
+  'tests/experiments/test_population.py',
+  'tests/parallel/test_processes.py',
+  'tests/objectives/test_bounds.py',
+  'tests/training/test_certified.py',
+  'tests/experiments/test_benchmark.py',
+  'tests/experiments/test_probe.py',
   'tests/training/test_loop.py',
-  'tests/experiments/test_figure1.py',
-  'tests/training/test_step.py',
 )
 
 
