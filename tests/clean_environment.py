@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -50,4 +51,5 @@ def make_clone(path: Path) -> Path:
   path.mkdir()
   for name in ('README.md', 'LICENSE', 'setup.cfg', 'pyproject.toml', 'se_vae', 'experiments'):
     (path / name).symlink_to(ROOT / name)
+  shutil.copytree(ROOT / 'results', path / 'results')
   return path
