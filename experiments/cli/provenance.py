@@ -21,12 +21,11 @@ def commit(package: Path = Path(se_vae.__file__).parent) -> str | None:
     package: the directory of the package. None is returned unless git tracks it: an installed
       package may lie in a directory of somebody else's repository.
   """
-  try:
-    _git(package, 'ls-files', '--error-unmatch', '__init__.py')
-    changed = _git(package, 'status', '--porcelain', '--untracked-files=no', '--', *_CODE)
-    return _git(package, 'rev-parse', 'HEAD') + ('-dirty' if changed else '')
-  except (OSError, subprocess.SubprocessError):
+  head = _git(package, 'rev-parse', 'HEAD')
+  changed = _git(package, 'status', '--porcelain', '--untracked-files=no', '--', *_CODE)
+  if head is None or changed is None:
     return None
+  return head + ('-dirty' if changed else '')
 
 
 def changes(package: Path = Path(se_vae.__file__).parent) -> str | None:
@@ -35,25 +34,26 @@ def changes(package: Path = Path(se_vae.__file__).parent) -> str | None:
   Args:
     package: as for `commit`.
   """
-  try:
-    _git(package, 'ls-files', '--error-unmatch', '__init__.py')
-    return hashlib.sha256(
-      _git(package, 'diff', 'HEAD', '--', *_CODE).encode(errors='surrogateescape')
-    ).hexdigest()
-  except (OSError, subprocess.SubprocessError):
-    return None
+  diff = _git(package, 'diff', 'HEAD', '--', *_CODE)
+  return None if diff is None else hashlib.sha256(diff.encode(errors='surrogateescape')).hexdigest()
 
 
-def _git(package: Path, *arguments: str) -> str:
+def _git(package: Path, *arguments: str) -> str | None:
+  """Returns what a command of git prints, or None unless git tracks the package."""
   environment = {name: value for name, value in os.environ.items() if not name.startswith('GIT_')}
   # Without the optional locks, git writes nothing.
-  done = subprocess.run(
-    ('git', '--no-optional-locks', '-C', str(package), *arguments),
-    env=environment,
-    capture_output=True,
-    encoding='utf-8',
-    errors='surrogateescape',
-    timeout=10,
-    check=True,
-  )
+  git = ('git', '--no-optional-locks', '-C', str(package))
+  try:
+    for command in (('ls-files', '--error-unmatch', '__init__.py'), arguments):
+      done = subprocess.run(
+        (*git, *command),
+        env=environment,
+        capture_output=True,
+        encoding='utf-8',
+        errors='surrogateescape',
+        timeout=10,
+        check=True,
+      )
+  except (OSError, subprocess.SubprocessError):
+    return None
   return done.stdout.strip()

@@ -65,24 +65,22 @@ def test_the_table_has_every_name():
 
 @pytest.mark.parametrize('coupling', ['paper', 'balanced'])
 def test_se_avae_and_avae_are_their_bounds(coupling):
-  model, params = MODEL, PARAMS
-  q_a, q_b = model.encode(params, X), model.encode(params, X_ADV)
-  x_mean = model.decode(params, gaussians.sample_each(q_a, KEYS))
-  q_cycle = model.encode(params, x_mean)
+  q_a, q_b = MODEL.encode(PARAMS, X), MODEL.encode(PARAMS, X_ADV)
+  x_mean = MODEL.decode(PARAMS, gaussians.sample_each(q_a, KEYS))
+  q_cycle = MODEL.encode(PARAMS, x_mean)
   numbers = {'gamma': 2.0, 'obs_var': CONFIG.obs_var}
   both = objectives.se_avae_elbo(X, x_mean, q_a, q_b, q_cycle, **numbers, coupling=coupling)
-  metrics = means_of(model, params, config_for('se_avae', coupling=coupling))
+  metrics = means_of(MODEL, PARAMS, config_for('se_avae', coupling=coupling))
   assert_means(metrics, {**both._asdict(), 'loss': -both.elbo})
   assert_means(metrics, {'squared_w2': wasserstein.squared_w2(q_a, q_b)})
   alone = objectives.avae_elbo(X, x_mean, q_a, q_cycle, **numbers)
-  assert_means(means_of(model, params, config_for('avae')), alone._asdict())
+  assert_means(means_of(MODEL, PARAMS, config_for('avae')), alone._asdict())
 
 
 def test_no_gradient_flows_through_the_decoded_image():
   """The decoder's gradient is that of the ELBO; the encoder's is another."""
-  model, params = MODEL, PARAMS
-  plain = jitted_gradient(model, config_for('vae'), params, KEY, X)[1]
-  cycle = jitted_gradient(model, config_for('avae'), params, KEY, X)[1]
+  plain = jitted_gradient(MODEL, config_for('vae'), PARAMS, KEY, X)[1]
+  cycle = jitted_gradient(MODEL, config_for('avae'), PARAMS, KEY, X)[1]
   assert_close(cycle['decoder'], plain['decoder'], rtol=1e-5)
   assert any(
     np.abs(a - b).max() > 0.01 * np.abs(b).max()
@@ -91,22 +89,20 @@ def test_no_gradient_flows_through_the_decoded_image():
 
 
 def test_the_tc_vae_weighs_the_total_correlation():
-  model, params = MODEL, PARAMS
-  q = model.encode(params, X)
+  q = MODEL.encode(PARAMS, X)
   z = gaussians.sample_each(q, KEYS)
-  terms = objectives.tc_elbo(X, model.decode(params, z), q, z, q, obs_var=CONFIG.obs_var)
-  metrics = means_of(model, params, config_for('tc_vae'))
+  terms = objectives.tc_elbo(X, MODEL.decode(PARAMS, z), q, z, q, obs_var=CONFIG.obs_var)
+  metrics = means_of(MODEL, PARAMS, config_for('tc_vae'))
   assert_means(metrics, {**terms._asdict(), 'loss': -terms.elbo + 3.0 * terms.total_correlation})
 
 
 def test_the_lipschitz_penalty_estimates_the_jacobian_of_the_encoder_mean():
   """The mean over many keys is the squared norm, within four standard errors."""
-  model, params = MODEL, PARAMS
   config = config_for('lipschitz')
-  terms = jax.jit(lambda keys: losses.entry(config).terms(model, params, keys, X, X))
+  terms = jax.jit(lambda keys: losses.entry(config).terms(MODEL, PARAMS, keys, X, X))
   draws = [terms(jax.random.split(jax.random.key(i), BATCH)) for i in range(200)]
   norms = np.array([each['squared_jacobian_norm'] for each in draws])
-  jacobian = jax.jit(jax.vmap(jax.jacobian(lambda x: model.encode(params, x[None]).mean[0])))(X)
+  jacobian = jax.jit(jax.vmap(jax.jacobian(lambda x: MODEL.encode(PARAMS, x[None]).mean[0])))(X)
   exact = np.sum(np.square(jacobian), axis=(1, 2, 3, 4))
   assert (np.abs(norms.mean(0) - exact) < 4.0 * norms.std(0) / np.sqrt(200) + 1e-6 * exact).all()
   first = draws[0]
@@ -115,11 +111,10 @@ def test_the_lipschitz_penalty_estimates_the_jacobian_of_the_encoder_mean():
 
 
 def test_the_contrastive_loss_needs_no_decoder():
-  model, params = MODEL, PARAMS
   config = config_for('contrastive')
-  (_, metrics), gradient = jitted_gradient(model, config, params, KEY, X, X_ADV)
+  (_, metrics), gradient = jitted_gradient(MODEL, config, PARAMS, KEY, X, X_ADV)
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient['decoder']))
-  means = [np.asarray(model.encode(params, images).mean) for images in (X, X_ADV)]
+  means = [np.asarray(MODEL.encode(PARAMS, images).mean) for images in (X, X_ADV)]
   unit = [mean / np.linalg.norm(mean, axis=1, keepdims=True) for mean in means]
   logits = unit[1] @ unit[0].T / config.temperature
   attacked = np.log(np.exp(logits).sum(axis=1)) - np.diag(logits)
@@ -144,44 +139,41 @@ def test_shifted_images_are_windows_of_padded_ones():
 
 
 def test_the_contrastive_view_is_in_the_ball_around_a_shifted_image():
-  model, params = MODEL, PARAMS
   config = config_for('contrastive', radius=0.1)
   index = jnp.arange(BATCH)
-  x_adv = selection.confused_view(selection.Batch(model, config, params, KEY, X, index))
+  x_adv = selection.confused_view(selection.Batch(MODEL, config, PARAMS, KEY, X, index))
   view_key = jax.random.split(KEY)[0]
   view = selection.shifted(jax.vmap(jax.random.fold_in, (None, 0))(view_key, index), X)
   assert np.abs(x_adv - view).max() <= 0.1 + 1e-6 and 0.0 <= x_adv.min() <= x_adv.max() <= 1.0
-  confusion = selection.Confusion(model)
-  means, temperature = model.encode(params, X).mean, jnp.float32(0.5)
-  before, after = (confusion(x, params, means, index, temperature) for x in (view, x_adv))
+  confusion = selection.Confusion(MODEL)
+  means, temperature = MODEL.encode(PARAMS, X).mean, jnp.float32(0.5)
+  before, after = (confusion(x, PARAMS, means, index, temperature) for x in (view, x_adv))
   assert (after > before).all()
 
 
 def test_the_loss_of_clusters_is_a_softmax_of_cosines_with_the_axes():
-  model, params = MODEL, PARAMS
   config = config_for('clusters', temperature=0.2)
-  targets = jnp.arange(BATCH) % model.latent_dim
-  (loss, metrics), gradient = jitted_gradient(model, config, params, KEY, X, X_ADV, targets=targets)
-  means = np.asarray(model.encode(params, X_ADV).mean)
+  targets = jnp.arange(BATCH) % MODEL.latent_dim
+  (loss, metrics), gradient = jitted_gradient(MODEL, config, PARAMS, KEY, X, X_ADV, targets=targets)
+  means = np.asarray(MODEL.encode(PARAMS, X_ADV).mean)
   logits = means / np.linalg.norm(means, axis=1, keepdims=True) / 0.2
   right = logits[np.arange(BATCH), targets]
   cross_entropy = np.mean(np.log(np.exp(logits).sum(axis=1)) - right)
   np.testing.assert_allclose(metrics['cross_entropy'], cross_entropy, rtol=1e-5)
-  squared_lengths = np.sum(means**2, axis=1) / model.latent_dim
+  squared_lengths = np.sum(means**2, axis=1) / MODEL.latent_dim
   np.testing.assert_allclose(loss, cross_entropy + np.mean((squared_lengths - 1.0) ** 2), rtol=1e-5)
   assert metrics['cluster_accuracy'] == np.mean(means.argmax(axis=1) == targets)
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient['decoder']))
 
 
 def test_misassigned_images_are_in_the_ball_and_have_a_larger_loss():
-  model, params = MODEL, PARAMS
   config = config_for('clusters', radius=0.1, pgd_steps=8)
-  targets = jnp.arange(BATCH) % model.latent_dim
+  targets = jnp.arange(BATCH) % MODEL.latent_dim
   numbers = (jnp.arange(BATCH), None, targets)
-  x_adv = selection.misassigned(selection.Batch(model, config, params, KEY, X, *numbers))
+  x_adv = selection.misassigned(selection.Batch(MODEL, config, PARAMS, KEY, X, *numbers))
   assert np.abs(x_adv - X).max() <= 0.1 + 1e-6 and 0.0 <= x_adv.min() <= x_adv.max() <= 1.0
   clean, attacked = (
-    jitted_loss(model, config, params, KEY, X, x, targets=targets)[1]['cross_entropy']
+    jitted_loss(MODEL, config, PARAMS, KEY, X, x, targets=targets)[1]['cross_entropy']
     for x in (X, x_adv)
   )
   assert attacked > clean
@@ -255,10 +247,9 @@ def test_four_devices_train_as_one(name):
   ],
 )
 def test_the_selection_maximises_the_chosen_distance_in_the_chosen_ball(distance, norm):
-  model, params = MODEL, PARAMS
   config = config_for('se', selection_distance=distance, norm=norm, radius=0.3, pgd_steps=8)
-  q_a = model.encode(params, X)
-  x_adv = training.select(model, config, params, KEY, X, q_a)
+  q_a = MODEL.encode(PARAMS, X)
+  x_adv = training.select(MODEL, config, PARAMS, KEY, X, q_a)
   offset = np.asarray(x_adv - X).reshape(BATCH, -1)
   length = np.abs(offset).max(axis=1) if norm == 'linf' else np.linalg.norm(offset, axis=1)
   assert (length <= 0.3 * (1.0 + 1e-5)).all() and (length > 0.2).all()
@@ -270,15 +261,15 @@ def test_the_selection_maximises_the_chosen_distance_in_the_chosen_ball(distance
       0.5 * (a.var / b.var + b.var / a.var + (a.mean - b.mean) ** 2 * (1 / a.var + 1 / b.var) - 2.0)
     ),
   }[distance]
-  found = written(q_a, model.encode(params, x_adv)).sum(axis=1)
-  shift = training.EncodingShift(model, distance)
-  np.testing.assert_allclose(shift(x_adv, params, q_a), found, rtol=1e-4)
+  found = written(q_a, MODEL.encode(PARAMS, x_adv)).sum(axis=1)
+  shift = training.EncodingShift(MODEL, distance)
+  np.testing.assert_allclose(shift(x_adv, PARAMS, q_a), found, rtol=1e-4)
   rng = np.random.default_rng(0)
   for _ in range(5):  # random points of the ball are not nearly as far
     noise = rng.uniform(-1.0, 1.0, offset.shape)
     scale = np.abs(noise).max(1) if norm == 'linf' else np.linalg.norm(noise, axis=1)
     other = X + (0.3 * noise / scale[:, None]).reshape(X.shape).astype(np.float32)
-    assert 2.0 * shift(jnp.clip(other, 0.0, 1.0), params, q_a).mean() < found.mean()
+    assert 2.0 * shift(jnp.clip(other, 0.0, 1.0), PARAMS, q_a).mean() < found.mean()
 
 
 def test_an_unknown_distance_is_refused():
@@ -316,9 +307,8 @@ def test_a_function_trains_like_the_objective_that_it_is(num_devices):
 
 
 def test_a_functions_loss_is_minimised():
-  model, params = MODEL, PARAMS
   config = dataclasses.replace(CONFIG, objective=lambda m, p, k, x, x_adv: {'loss': x[:, 0, 0, 0]})
-  value, metrics = training.loss(model, config, params, KEY, X)
+  value, metrics = training.loss(MODEL, config, PARAMS, KEY, X)
   assert float(value) == float(metrics['loss']) == pytest.approx(float(X[:, 0, 0, 0].mean()))
   assert_same(metrics.keys(), {'loss'})
 
