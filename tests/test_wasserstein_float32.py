@@ -40,9 +40,11 @@ def test_values_and_gradients_are_finite_in_float32_at_every_extreme(family):
     """Standard deviations along two axes; when dense, turned by an angle."""
     variances = np.stack([first, second], -1)
     if family == 'diagonal':
-      return DiagonalGaussian(jnp.ones((25, 2)), jnp.asarray(np.log(variances).astype(np.float32)))
+      return DiagonalGaussian(
+        jnp.ones((25, 2), jnp.float32), jnp.asarray(np.log(variances).astype(np.float32))
+      )
     scale = np.sqrt(variances)[..., None] * [[1.0, 0.0], [0.5, 1.0]]
-    return FullGaussian(jnp.ones((25, 2)), jnp.asarray(scale.astype(np.float32)))
+    return FullGaussian(jnp.ones((25, 2), jnp.float32), jnp.asarray(scale.astype(np.float32)))
 
   def values(q_a, q_b, gamma):
     return {
@@ -74,7 +76,7 @@ def test_couplings_and_maps_are_finite_in_float32_at_every_extreme():
   cov_a, cov_b = (v[:, None, None] * identity for v in (var_a, var_b))
 
   def values(var_a, var_b, cov_a, cov_b, gamma):
-    mean = jnp.ones(2)
+    mean = jnp.ones(2, jnp.float32)
     q_a, q_b = (DiagonalGaussian(mean, jnp.log(jnp.diagonal(cov))) for cov in (cov_a, cov_b))
     moments = (mean, cov_a, mean, cov_b)
     return (
@@ -112,7 +114,7 @@ def factorised_on_a_grid(function):
   """`function(q_a, q_b, gamma)` in float32, `[61, 121, 121]`, and the grid in long double."""
   log_var_a, log_var_b = np.meshgrid(LOG_VARS, LOG_VARS, indexing='ij')
   q_a, q_b = (
-    DiagonalGaussian(jnp.zeros((121, 121, 1)), jnp.asarray(v)[..., None])
+    DiagonalGaussian(jnp.zeros((121, 121, 1), jnp.float32), jnp.asarray(v)[..., None])
     for v in (log_var_a, log_var_b)
   )
   gammas = (10.0**LOG_GAMMAS).astype(np.float32)
@@ -177,7 +179,7 @@ def test_squared_w2_keeps_its_relative_accuracy_in_float32_near_equal_variances(
   # Subtracting the standard deviations would leave three digits where they differ by 1e-4.
   log_var_b = np.full(100, -2.5, np.float32)
   log_var_a = log_var_b + np.logspace(-4, -1, 100).astype(np.float32)
-  zero = jnp.zeros((100, 1))
+  zero = jnp.zeros((100, 1), jnp.float32)
   q_a, q_b = (DiagonalGaussian(zero, jnp.asarray(v)[:, None]) for v in (log_var_a, log_var_b))
   sd_a, sd_b = (np.exp(v.astype(LONG) / 2) for v in (log_var_a, log_var_b))
   error = np.asarray(jax.jit(wasserstein.squared_w2)(q_a, q_b), LONG) / (sd_a - sd_b) ** 2 - 1

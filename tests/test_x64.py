@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import se_vae
-from se_vae import TrainConfig, attacks
+from se_vae import TrainConfig, attacks, training
 from se_vae.evaluation.linear_probe import ProbedEncoder
 from se_vae.parallel import sharding
 
@@ -70,3 +70,21 @@ def test_x64_changes_nothing(tmp_path, compute):
   assert jax.tree.structure(wide) == jax.tree.structure(narrow)
   for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(narrow), strict=True):
     np.testing.assert_array_equal(a, b, strict=isinstance(b, jax.Array))
+
+
+def test_a_step_that_a_user_compiles_takes_numbers_of_64_bits():
+  """`jit` makes Python's numbers so wide. A warning of JAX would be an error here."""
+  model, config = se_vae.make_vae(**ARGUMENTS), TrainConfig(objective='vae', num_steps=3)
+  x = np.random.default_rng(0).uniform(size=(4, 4, 4, 1)).astype(np.float32)
+
+  def step():
+    state = training.init_state(model, config, jax.random.key(0))
+    take = jax.jit(training.train_step, static_argnames='model')
+    return take(model, config, state, jax.random.key(1), x)[0]
+
+  narrow = step()
+  with jax.enable_x64(True):
+    wide = step()
+  for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(narrow), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)

@@ -201,7 +201,7 @@ def disagreement(
   """
   key, index = jax.random.key(4), jnp.arange(len(images))
   x = pixels(images)
-  zeros = jnp.zeros((len(images), model.latent_dim))
+  zeros = jnp.zeros((len(images), model.latent_dim), x.dtype)
   noise = gaussians.sample_each(DiagonalGaussian(zeros, zeros), attacks.example_keys(key, index))
   start = attacks.noise(jax.random.key(5), x, radius=config.radius)
   gradient_of = jax.value_and_grad(training.loss, argnums=2, has_aux=True)

@@ -69,8 +69,8 @@ class PlainJax:
     key, start_key, noise_key = jax.random.split(key, 3)
     x = images[indices].astype(jnp.float32) / 255.0
     radius = self.config.radius
-    start = x + jax.random.uniform(start_key, x.shape, minval=-radius, maxval=radius)
-    noise = jax.random.normal(noise_key, (len(x), self.latent_dim))
+    start = x + jax.random.uniform(start_key, x.shape, x.dtype, -radius, radius)
+    noise = jax.random.normal(noise_key, (len(x), self.latent_dim), x.dtype)
     loss, gradients = jax.value_and_grad(self._loss)(params, x, start, noise)
     updates, opt_state = self.optimizer.update(gradients, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state, key), loss

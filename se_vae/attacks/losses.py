@@ -46,7 +46,8 @@ def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Finiteness is part of it, because a row of NaN would otherwise count as class 0.
   """
-  return jnp.isfinite(logits).all(axis=-1) & (jnp.argmax(logits, axis=-1) == labels)
+  first = jnp.argmax(logits, axis=-1).astype(labels.dtype)
+  return jnp.isfinite(logits).all(axis=-1) & (first == labels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -266,7 +266,10 @@ def train_step(
     model, config, state.params, sample_key, x, x_adv, index=index, targets=targets
   )
   gradients, metrics = sharding.mean_over_devices((gradients, metrics))
-  optimizer = make_optimizer(config) if optimizer is None else optimizer
+  if optimizer is None:
+    # Where a user has set x64, `jit` makes Python's numbers 64 bits wide.
+    narrow = config if _is_wide(state.params) else jax.tree.map(_in_32_bits, config)
+    optimizer = make_optimizer(narrow)
   params, opt_state = apply_gradients(optimizer, gradients, state.opt_state, state.params)
   if config.freeze_decoder:  # an optimiser may update even where the gradient is zero
     params = {**params, 'decoder': state.params['decoder']}
@@ -279,10 +282,19 @@ def apply_gradients(
 ) -> tuple[Params, Any]:
   """Returns the parameters and the optimiser's state after a step, computed in their dtype."""
   # Where a user has set x64, optax would compute the powers of Adam in float64.
-  is_wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
-  with jax.enable_x64(is_wide):
+  with jax.enable_x64(_is_wide(params)):
     updates, opt_state = optimizer.update(gradients, opt_state, params)
   return optax.apply_updates(params, updates), opt_state
+
+
+def _is_wide(params: Params) -> bool:
+  return any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
+
+
+def _in_32_bits(number: Any) -> Any:
+  narrow = {'float64': jnp.float32, 'int64': jnp.int32}
+  dtype = getattr(number, 'dtype', None)
+  return number if str(dtype) not in narrow else number.astype(narrow[str(dtype)])
 
 
 def _warm_start(config: TrainConfig, rows: jax.Array, x: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ def wavy(x_adv, weights):
 
 @pytest.fixture
 def images():
-  x = np.array(jax.random.uniform(jax.random.key(7), SHAPE))
+  x = np.array(jax.random.uniform(jax.random.key(7), SHAPE, jnp.float32))
   x[0, 0, 0] = 0.0  # on the bounds
   x[1, 0, 0] = 1.0
   return jnp.asarray(x)
@@ -47,7 +47,7 @@ def images():
 
 @pytest.fixture
 def weights():
-  return jax.random.normal(jax.random.key(8), SHAPE)
+  return jax.random.normal(jax.random.key(8), SHAPE, jnp.float32)
 
 
 def assert_legal(x_adv, x, radius, norm):

@@ -176,8 +176,9 @@ def test_radius_0_is_the_forward_pass_up_to_rounding(name):
   layers, x = network(name), images(3)
   outputs = exact_outputs(layers, np.float64(x))
   for box in all_boxes(layers, x, 0.0, 'l2'):
-    assert ((box.lower < outputs) & (outputs < box.upper)).all()
-    np.testing.assert_allclose(box.lower, box.upper, atol=5e-4)
+    lower, upper = np.asarray(box.lower), np.asarray(box.upper)
+    assert ((lower < outputs) & (outputs < upper)).all()
+    np.testing.assert_allclose(lower, upper, atol=5e-4)
 
 
 @oracles.in_float64

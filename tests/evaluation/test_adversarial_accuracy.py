@@ -186,13 +186,13 @@ def test_progress_counts_radii_batch_by_batch():
     ({'x': np.full((2, *SHAPE), np.nan, np.float32)}, 'x: must lie in'),
     ({'labels': np.array([0, 2])}, r'labels: must lie in \[0, 2\), got \[0, 2\]'),
     ({'labels': np.array([-1, 1])}, r'labels: must lie in \[0, 2\), got \[-1, 1\]'),
-    ({'logits_fn': lambda x, *_: jnp.ones((x.shape[0], 1))}, r'K >= 2, got float32 \(2, 1\)'),
-    ({'logits_fn': lambda x, *_: jnp.ones(x.shape[0])}, r'\[B, K\].*got float32 \(2,\)'),
     (
-      {'logits_fn': lambda x, *_: jnp.ones((1, x.shape[0], 2))},
-      r'\[B, K\].*\(1, 2, 2\)',
+      {'logits_fn': lambda x, *_: np.ones((len(x), 1), np.float32)},
+      r'K >= 2, got float32 \(2, 1\)',
     ),
-    ({'logits_fn': lambda x, *_: jnp.ones((7, 2))}, r'\[B, K\].*got float32 \(7, 2\)'),
+    ({'logits_fn': lambda x, *_: np.ones(len(x), np.float32)}, r'\[B, K\].*got float32 \(2,\)'),
+    ({'logits_fn': lambda x, *_: np.ones((1, len(x), 2), np.float32)}, r'\[B, K\].*\(1, 2, 2\)'),
+    ({'logits_fn': lambda x, *_: np.ones((7, 2), np.float32)}, r'\[B, K\].*got float32 \(7, 2\)'),
     ({'num_steps': 0}, 'num_steps: must be >= 1'),
     ({'batch_size': 0}, 'batch_size: must be >= 1'),
     ({'norm': 'l1'}, 'norm: must be one of'),
@@ -208,7 +208,7 @@ def test_wrong_arguments_raise(change, message):
 def broken_when_bright(x, bad, bright):
   """Logits of class 0, but not finite ones for images that are brighter than `bright`."""
   above = jnp.max(x, axis=(1, 2, 3)) > bright
-  return jnp.where(above[:, None], bad, jnp.asarray([1.0, 0.0])[None])
+  return jnp.where(above[:, None], bad, jnp.float32([1.0, 0.0])[None])
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])

@@ -198,7 +198,7 @@ def test_encoder_means_do_not_depend_on_batches_and_devices(num_devices, batch_s
 def test_probed_encoder_is_the_probe_on_the_mean():
   model, params = model_and_params()
   probe = linear_probe.LinearProbe(
-    jnp.asarray([[1.0, 2.0, 0.0], [0.0, -1.0, 3.0]]), jnp.asarray([0.1, 0.2, 0.3])
+    jnp.float32([[1.0, 2.0, 0.0], [0.0, -1.0, 3.0]]), jnp.float32([0.1, 0.2, 0.3])
   )
   x = jnp.asarray(IMAGES / np.float32(255.0))
   mean = np.asarray(model.encode(params, x).mean)

@@ -40,7 +40,7 @@ def test_held_out_is_the_average_over_images():
   q = model.encode(params, jnp.asarray(x))
   mean, log_var = (np.asarray(array, np.float64) for array in (q.mean, q.log_var))
   noise = np.stack(
-    [jax.random.normal(jax.random.fold_in(KEY, i), (2,)) for i in range(len(IMAGES))]
+    [jax.random.normal(jax.random.fold_in(KEY, i), (2,), jnp.float32) for i in range(len(IMAGES))]
   )
   z = mean + np.exp(log_var / 2.0) * noise
   decoded, reconstructed = (model.decode(params, jnp.asarray(at, jnp.float32)) for at in (z, mean))

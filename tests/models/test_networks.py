@@ -100,7 +100,7 @@ def test_conv_decoder_mirrors_the_encoder(shape, sizes):
     found = state['intermediates']
     return [found[f'Conv_{i}']['__call__'][0] for i in range(len(channels))]
 
-  z, x = jnp.zeros((1, 3)), jnp.zeros((1, *shape))
+  z, x = (jnp.zeros((1, *size), jnp.float32) for size in ((3,), shape))
   shapes = lambda *args: [layer.shape for layer in jax.eval_shape(lambda: layers(*args))]  # noqa: E731
   decoded, encoded = (
     [(h, w, c) for _, h, w, c in shapes(*args)] for args in ((decoder, z), (encoder, x))
@@ -189,7 +189,7 @@ def test_decoded_pixels_stay_in_bounds_when_saturated(arch):
   make = networks.MLPDecoder if arch == 'mlp' else networks.ConvDecoder
   decoder = make(shape, sizes)
   params = randomised(shapes_of(decoder, 1, 3), 5, scale=100.0)
-  z = 100.0 * jax.random.normal(jax.random.key(1), (4, 3))
+  z = 100.0 * jax.random.normal(jax.random.key(1), (4, 3), jnp.float32)
   images = jax.jit(decoder.apply)(params, z)
   assert images.min() == 0.0 and images.max() == 1.0  # so that NaN fails too
 

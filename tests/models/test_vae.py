@@ -85,7 +85,7 @@ def test_equal_configurations_are_one_compilation():
     traces.append(model)
     return model.encode(params, x)
 
-  x = jnp.zeros((2, *SHAPE))
+  x = jnp.zeros((2, *SHAPE), jnp.float32)
   for _ in range(2):
     model = tiny()
     encode(model, drawn(model), x)
@@ -120,7 +120,7 @@ class RadialEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    scale = self.param('scale', nn.initializers.ones, (2,))
+    scale = self.param('scale', nn.initializers.ones, (2,), jnp.float32)
     brightness = jnp.mean(x, axis=(1, 2, 3))[:, None]
     mean = brightness * scale[None]
     return gaussians.DiagonalGaussian(mean, jnp.zeros_like(mean))
@@ -129,7 +129,7 @@ class RadialEncoder(nn.Module):
 def test_any_flax_module_will_do():
   model = vae.VAE(RadialEncoder(), networks.MLPDecoder(SHAPE, (4,)), SHAPE, 2)
   params = model.init(jax.random.key(0))
-  q = model.encode(params, jnp.full((3, *SHAPE), 0.25))
+  q = model.encode(params, jnp.full((3, *SHAPE), 0.25, jnp.float32))
   np.testing.assert_array_equal(q.mean, np.full((3, 2), 0.25))
   assert model.decode(params, q.mean).shape == (3, *SHAPE)
   assert hash(model) == hash(vae.VAE(RadialEncoder(), networks.MLPDecoder(SHAPE, (4,)), SHAPE, 2))

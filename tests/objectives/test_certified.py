@@ -32,7 +32,7 @@ def problem(seed, batch=6, dim=2):
 
 
 def bound(q_a, q_b, gamma, coupling):
-  x = jnp.zeros((len(q_a.mean), 3))
+  x = jnp.zeros((len(q_a.mean), 3), q_a.mean.dtype)
   return objectives.se_elbo(x, x, q_a, q_b, gamma=gamma, obs_var=0.1, coupling=coupling).elbo
 
 

@@ -45,7 +45,7 @@ def test_load_model(tmp_path: pathlib.Path, as_type: type) -> None:
   assert model == make_model()
   assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded))
   assert_same(jax.device_get(loaded), jax.device_get(params))
-  x = jax.random.uniform(jax.random.key(1), (5, 4, 4, 1))
+  x = jax.random.uniform(jax.random.key(1), (5, 4, 4, 1), jnp.float32)
   expected, actual = make_model().encode(params, x), model.encode(loaded, x)
   assert_same(jax.device_get(actual), jax.device_get(expected))
 

@@ -170,7 +170,7 @@ def test_selection_moves_the_encoding_within_the_ball():
     )
 
   uniform = np.random.default_rng(0).uniform(-CONFIG.radius, CONFIG.radius, x.shape)
-  start = np.clip(x + uniform, 0.0, 1.0).astype(np.float32)
+  start = np.clip(np.asarray(x) + uniform, 0.0, 1.0).astype(np.float32)
   x_adv, moved, moved_at_random, moved_by_none = select(drawn(model), x, start)
   offset = np.abs(np.asarray(x_adv, np.float64) - np.asarray(x, np.float64))
   assert offset.max() <= np.float32(CONFIG.radius) + np.spacing(np.float32(1.0))
