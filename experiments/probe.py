@@ -220,7 +220,7 @@ def run(
   with workdirs.lock(prepared.output, *probe_results.PATTERNS, name=LOCK):
     state = f'{stem.name}_{identity.digest(attacked)}'
     if (finished := identity.finished(stem.with_suffix('.json'), attacked)) is not None:
-      _remove(prepared.output, state)
+      remove_states(prepared.output, state)
       return finished
     means = train_means(prepared, prepared.model, prepared.params)
     stop.check()
@@ -236,11 +236,11 @@ def run(
     if config.joint:
       with messages.advancing_bar(f'{description}, joint', stop.check) as progress:
         options = {'progress': progress, 'state_path': stem.with_name(f'{state}.joint.state.npz')}
-        extra['joint'] = _resumed(_joint, config, prepared, means, probe, **options)
+        extra['joint'] = resumed(_joint, config, prepared, means, probe, **options)
     if config.moves:
       with messages.advancing_bar(f'{description}, latent shift', stop.check) as progress:
         options = {'progress': progress, 'state_path': stem.with_name(f'{state}.moves.state.npz')}
-        extra['moves'] = _resumed(_latent_shift, config, prepared, **options)
+        extra['moves'] = resumed(_latent_shift, config, prepared, **options)
     reconstruct_fn = linear_probe.Reconstruction(prepared.model)
     with (
       messages.advancing_bar(description, stop.check) as progress,
@@ -248,7 +248,7 @@ def run(
         f'{description}, certificates', stop.check, unit='bound'
       ) as certificate_progress,
     ):
-      outcome = _resumed(
+      outcome = resumed(
         evaluate,
         config,
         prepared.mesh,
@@ -279,21 +279,21 @@ def run(
     }
     reconstruct = functools.partial(jax.jit(reconstruct_fn), params=prepared.params)
     probe_results.write(stem, result, outcome, probe, prepared.images, prepared.labels, reconstruct)
-    _remove(prepared.output, state)
+    remove_states(prepared.output, state)
   return result
 
 
-def _resumed(function: Callable[..., Result], *args: Any, **options: Any) -> Result:
+def resumed(function: Callable[..., Result], *args: Any, **options: Any) -> Result:
   """Calls a function that goes on from a state, which is removed if it is of no use."""
   try:
     return function(*args, **options)
   except states.StateError as error:
     messages.warn(f'{error}; starting afresh')
     error.path.unlink()
-  return _resumed(function, *args, **options)
+  return resumed(function, *args, **options)
 
 
-def _remove(directory: Path, name: str) -> None:
+def remove_states(directory: Path, name: str) -> None:
   """Removes the states of a result that is finished; `name` is what their files begin with."""
   for path in directory.glob(f'{name}.*'):
     path.unlink()

@@ -8,7 +8,7 @@ is not expected to reach it. With --labels_per_class=10 it trains on 10 images o
 those that `probe` fits its own probe to with the same flag and --seed. --certified_weight adds the
 worst logits within interval bounds of the ball (Gowal et al., 2018): a ceiling for certified
 accuracy, with --probe='--certify'. Writes result.json. The same command continues a run that was
-interrupted.
+interrupted, also within its attack.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ _UNUSED = ('surrogate', 'joint', 'moves', 'strict', 'standardize', 'l2', 'labels
 
 # Results do not depend on these settings, which may differ when a run is resumed.
 _PLACES = ('workdir', 'data_dir', 'cache_dir')
+
+_ATTACK = 'attack'  # what the names of files begin with from which the attack goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,15 +225,24 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     if (before := _finished(config, workdir, dataset)) is not None:
       return before
     classifier, params = _train(config, workdir, attack.task, dataset, rows, mesh, stop)
-    outcome = probe.evaluate(
-      attack,
-      attack_mesh,
-      classifier,
-      dataset.test.images[: attack.num_examples].astype(np.float32) / 255.0,
-      dataset.test.labels[attack.task][: attack.num_examples],
-      args=params,
-      progress=lambda *_: stop.check(),
-    )
+    with (
+      messages.advancing_bar('supervised, attack', stop.check) as progress,
+      messages.advancing_bar(
+        'supervised, certificates', stop.check, unit='bound'
+      ) as certificate_progress,
+    ):
+      outcome = probe.resumed(
+        probe.evaluate,
+        attack,
+        attack_mesh,
+        classifier,
+        dataset.test.images[: attack.num_examples].astype(np.float32) / 255.0,
+        dataset.test.labels[attack.task][: attack.num_examples],
+        args=params,
+        state_path=workdir / f'{_ATTACK}.state.npz',
+        progress=progress,
+        certificate_progress=certificate_progress,
+      )
     result = {
       'step': config.num_steps,
       'checkpoint': recording.checkpoint_name(workdir, config.num_steps),
@@ -244,6 +255,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
       'devices': devices.device_kinds(mesh),
     }
     workdirs.write_json(workdir / recording.RESULT, result)
+    probe.remove_states(workdir, _ATTACK)
   return result
 
 

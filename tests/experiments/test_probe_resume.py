@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import probe, probe_settings
-from experiments.cli import messages, signals
+from experiments import probe, probe_settings, supervised
+from experiments.cli import flags, messages, signals
 from se_vae.evaluation.attacked_classifier import AttackedClassifier
 from se_vae.evaluation.states import ValueLog
 from tests.experiments.tiny_run import train
@@ -178,3 +178,23 @@ def test_a_state_that_a_kill_left_beside_its_result_is_removed(trained, record, 
   state.write_bytes(content)
   assert probe.run(config(workdir, **settings), signals.StopSignal()) == result
   assert not states(workdir)
+
+
+def test_the_attack_of_a_classifier_goes_on_too(record, tmp_path):
+  def run(name: str, stop: signals.StopSignal) -> dict:
+    attack = '--certify --radii=0,0.05 --pgd_steps=2 --num_examples=40 --batch_size=8'
+    values = {'workdir': str(tmp_path / name), 'probe': f'{attack} --check_examples=8'}
+    values |= {'dataset': 'mnist_5k', 'hidden_units': 8, 'num_layers': 1, 'latent_dim': 4}
+    values |= {'num_steps': 2, 'pgd_steps': 1, 'batch_size': 8, 'checkpoint_every': 2}
+    return supervised.run(flags.from_dict(supervised.SupervisedConfig, values), stop)
+
+  whole = run('whole', signals.StopSignal())
+  batches = record.take().batches
+  for count in (3, len(batches) - 2):
+    with pytest.raises(signals.Interrupted):
+      run('interrupted', After(record, count))
+    assert states(tmp_path / 'interrupted')
+  found = run('interrupted', signals.StopSignal())
+  assert record.batches == batches
+  assert not states(tmp_path / 'interrupted')
+  assert found == whole | {'config': whole['config'] | {'workdir': found['config']['workdir']}}
