@@ -184,7 +184,7 @@ def test_the_attack_of_a_classifier_goes_on_too(record, tmp_path):
   def run(name: str, stop: signals.StopSignal) -> dict:
     attack = '--certify --radii=0,0.05 --pgd_steps=2 --num_examples=40 --batch_size=8'
     values = {'workdir': str(tmp_path / name), 'probe': f'{attack} --check_examples=8'}
-    values |= {'dataset': 'mnist_5k', 'hidden_units': 8, 'num_layers': 1, 'latent_dim': 4}
+    values |= {'dataset': 'mnist_5k', 'hidden_units': 8, 'latent_dim': 4}
     values |= {'num_steps': 2, 'pgd_steps': 1, 'batch_size': 8, 'checkpoint_every': 2}
     return supervised.run(flags.from_dict(supervised.SupervisedConfig, values), stop)
 
