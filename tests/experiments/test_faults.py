@@ -112,6 +112,7 @@ def undisturbed(tmp_path_factory) -> Path:
     ('probe_moves', 2),
     ('probe_certify', 2),
     ('figure1', 2),
+    ('supervised', 2),
     ('sweep', 1),
   ],
 )

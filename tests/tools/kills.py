@@ -21,10 +21,15 @@ import time
 import traceback
 from pathlib import Path
 
-from experiments import figure1, pretrain, probe, probe_settings, sweep
+from experiments import figure1, pretrain, probe, probe_settings, supervised, sweep
 from experiments.cli import app, distributed, flags
 from experiments.scheduling import jobs
 from se_vae.evaluation import states
+
+
+def as_flags(settings: dict[str, object]) -> str:
+  return ' '.join(f'--{name}={value}' for name, value in settings.items())
+
 
 TINY = {'hidden_units': 16, 'pgd_steps': 2}
 TRAINING = {**TINY, 'latent_dim': 4, 'checkpoint_every': 100, 'log_every': 50}
@@ -50,6 +55,17 @@ BINARIES = {
     {**EVIDENCE, 'certify': True, 'num_examples': 200},
   ),
   'figure1': (figure1, (figure1.Figure1Config,), {'radii': '0,0.1', 'latent_dims': 4}),
+  'supervised': (
+    supervised,
+    (supervised.SupervisedConfig,),
+    {
+      **TINY,
+      'latent_dim': 4,
+      'num_steps': 600,
+      'checkpoint_every': 100,
+      'probe': as_flags({**ATTACK, 'radii': '0,0.1', 'check_examples': 16}),
+    },
+  ),
   'sweep': (
     sweep,
     (sweep.SweepConfig, pretrain.PretrainConfig),
@@ -58,9 +74,7 @@ BINARIES = {
       'num_steps': 600,
       'vary': 'seed=0,1,2',
       'parallel': 2,
-      'probe': ' '.join(
-        f'--{name}={value}' for name, value in {**ATTACK, 'radii': '0,0.1'}.items()
-      ),
+      'probe': as_flags({**ATTACK, 'radii': '0,0.1'}),
     },
   ),
 }
