@@ -46,8 +46,9 @@ def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Finiteness is part of it, because a row of NaN would otherwise count as class 0.
   """
-  first = jnp.argmax(logits, axis=-1).astype(labels.dtype)
-  return jnp.isfinite(logits).all(axis=-1) & (first == labels)
+  labels = jnp.asarray(labels)
+  highest = jnp.argmax(logits, axis=-1).astype(labels.dtype)
+  return jnp.isfinite(logits).all(axis=-1) & (highest == labels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -238,8 +238,7 @@ def run(
   window = empty_window(step_function, state, args, images) if window is None else window
   empty = jax.tree.map(np.zeros_like, window)._replace(bad_step=np.full((), -1, np.int32))
   batch_size = indices_for(step, 1).shape[1]
-  at_most = min(steps_per_row, num_steps)
-  chunk_steps = input_pipeline.steps_per_chunk(images, batch_size, at_most)
+  chunk_steps = input_pipeline.steps_per_chunk(images, batch_size, at_most=steps_per_row)
   state, window = sharding.replicate_copy(mesh, (state, window))
   with jax.enable_x64(False):  # Python's numbers are 32 bits wide, whatever the user has set
     args = sharding.replicate(mesh, jax.tree.map(jnp.asarray, args))
