@@ -50,6 +50,9 @@ LOCK = '.probe.lock'
 # Seconds to wait for a batch of an attack after a signal. A batch can take minutes, and is lost
 # then: those before it are on disk, but for those of the last ten seconds.
 _PATIENCE = 5.0
+# Of all matrix products, as JAX's setting of that name. The default of a GPU keeps 10 bits of each
+# factor (TF32), and that is another network than the one that is certified.
+PRECISION = 'highest'
 
 
 def main() -> None:
@@ -217,7 +220,10 @@ def run(
   stop.patience = _PATIENCE
   stem = prepared.output / probe_settings.file_stem(config)
   attacked = _attacked(config, prepared)
-  with workdirs.lock(prepared.output, *probe_results.PATTERNS, name=LOCK):
+  with (
+    workdirs.lock(prepared.output, *probe_results.PATTERNS, name=LOCK),
+    jax.default_matmul_precision(PRECISION),
+  ):
     state = f'{stem.name}_{identity.digest(attacked)}'
     if (finished := identity.finished(stem.with_suffix('.json'), attacked)) is not None:
       remove_states(prepared.output, state)

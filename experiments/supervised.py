@@ -230,6 +230,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
       messages.advancing_bar(
         'supervised, certificates', stop.check, unit='bound'
       ) as certificate_progress,
+      jax.default_matmul_precision(probe.PRECISION),
     ):
       outcome = probe.resumed(
         probe.evaluate,
