@@ -15,7 +15,7 @@ import pytest
 
 from experiments.cli import programs
 
-jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS') or 'cpu')
+jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
