@@ -66,15 +66,17 @@ mutants: $(READY)  ## Changes of the mathematics that no test notices, of FILES=
 	$(PIP) install cosmic-ray==8.7.0
 	$(BIN)/python -m tests.tools.mutants $(FILES)
 
+# uv compiles modules only if it is told to. When tests import them, a warning of the compiler fails.
 lowest: $(UV)  ## The tests with the lowest versions that setup.cfg allows: make lowest PYTHON=python3.11.
 	$(PYTHON) -m venv --clear .venv-lowest
-	$(UV) pip install --quiet --python=.venv-lowest --resolution=lowest-direct --editable '.[test]'
+	$(UV) pip install --quiet --compile-bytecode --python=.venv-lowest --resolution=lowest-direct --editable '.[test]'
 	.venv-lowest/bin/python -m pytest $(FAST_TESTS)
 
+# An override drops the extras that others ask of a package, so packages with extras keep their bound.
 newest: $(UV)  ## The tests with the newest versions there are, beyond what setup.cfg allows.
 	$(PYTHON) -m venv --clear .venv-unbound
-	sed -nE 's/^    ([^ ]+ >=[0-9.]+), <[0-9.]+$$/\1/p' setup.cfg > .venv-unbound/lower_bounds.txt
-	$(UV) pip install --quiet --python=.venv-unbound --override=.venv-unbound/lower_bounds.txt --editable '.[test]'
+	sed -nE 's/^    ([^ []+ >=[0-9.]+), <[0-9.]+$$/\1/p' setup.cfg > .venv-unbound/lower_bounds.txt
+	$(UV) pip install --quiet --compile-bytecode --python=.venv-unbound --override=.venv-unbound/lower_bounds.txt --editable '.[test]'
 	.venv-unbound/bin/python -m pytest $(FAST_TESTS)
 
 lock: $(UV)  ## Writes requirements.txt from setup.cfg, and keeps the versions that still fit.

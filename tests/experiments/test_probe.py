@@ -7,11 +7,12 @@ import dataclasses
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import probe, probe_settings
+from experiments import probe, probe_settings, supervised
 from experiments.benchmarks import attack_comparison
 from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
@@ -68,6 +69,24 @@ def test_the_evidence_lies_beside_the_curve(workdir, result):
 
 def prepared_images(workdir):
   return probe.prepare(probe_settings.ProbeConfig(workdir=str(workdir), num_examples=48)).images
+
+
+def test_attacks_and_certificates_are_in_full_float32(monkeypatch, config, tmp_path):
+  """A GPU would round the factors of products to 10 bits by default."""
+
+  class Reached(Exception):
+    pass
+
+  def evaluate(*_, **__):
+    raise Reached(jax.config.jax_default_matmul_precision)
+
+  monkeypatch.setattr(robustness, 'evaluate', evaluate)
+  monkeypatch.setattr(supervised, '_train', lambda *_: (linear_probe.ProbedEncoder(None), None))
+  of_probe = dataclasses.replace(config, output=str(tmp_path / 'probe'))
+  of_classifier = supervised.SupervisedConfig(workdir=str(tmp_path / 'classifier'))
+  for binary, settings in ((probe, of_probe), (supervised, of_classifier)):
+    with pytest.raises(Reached, match='highest'):
+      binary.run(settings, signals.StopSignal())
 
 
 class DuringTheAttack(signals.StopSignal):
