@@ -23,6 +23,8 @@ from se_vae.evaluation.linear_probe import LinearProbe, ProbedEncoder
 from se_vae.training import EncodingShift
 from tests.tools import chromium
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 STATIC = ROOT / 'docs' / '_static'
 RADIUS = 0.1

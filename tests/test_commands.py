@@ -2,7 +2,7 @@
 
 A comment before each block, which a rendered page does not show, says what is done with it:
 
-  <!-- run -->               it runs with the other tests
+  <!-- run -->               it runs with the long tests
   <!-- run slow -->          it runs with the slow ones
   <!-- not run: REASON -->   it does not run
 
@@ -50,6 +50,7 @@ def python(tmp_path_factory):
   return make_environment(tmp_path_factory.mktemp('environment') / 'venv')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('page', pages('run'), ids=lambda page: page.name)
 def test_commands_run(page, python, tmp_path):
   check(script(page, 'run'), python, tmp_path)
@@ -86,4 +87,4 @@ def test_make_starts_the_figure_and_the_tests():
   done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert '/python -m experiments.figure1 --workdir=runs/figure1\n' in done.stdout
-  assert '/python -m pytest -m "not slow"' in done.stdout
+  assert '/python -m pytest -m "not long and not slow"' in done.stdout

@@ -108,6 +108,7 @@ def python_of(page):
   return ''.join(re.findall(r'(?:```|<!-- )python\n(.*?)(?:```|-->)', page.read_text(), re.DOTALL))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('page', TAUGHT, ids=lambda page: page.name)
 def test_python_runs(page, tmp_path, monkeypatch):
   """With few images, few steps and no sanity checks: what a page shows takes minutes as it is.

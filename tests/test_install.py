@@ -48,6 +48,7 @@ def test_the_wheel_holds_the_library_and_its_licence(wheel):
   assert f'\nVersion: {se_vae.__version__}\n' in stated and '\nLicense: Apache-2.0\n' in stated
 
 
+@pytest.mark.long
 def test_the_wheel_works_outside_the_repository(python, tmp_path):
   code = (
     'import numpy as np\n'
@@ -73,6 +74,7 @@ def test_the_readme_runs_as_it_stands_where_the_wheel_is_installed(python, tmp_p
   assert 'checks: ' in run(python, 'readme.py', cwd=tmp_path)
 
 
+@pytest.mark.long
 def test_the_notebook_installs_the_package_where_it_is_missing(wheel, tmp_path):
   """As in Colab, from a wheel beside the notebook; where the package is, nothing happens."""
   first, *_ = (

@@ -11,6 +11,8 @@ from se_vae import TrainConfig, attacks, training
 from se_vae.evaluation.linear_probe import ProbedEncoder
 from se_vae.parallel import sharding
 
+pytestmark = pytest.mark.long
+
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 ARGUMENTS = {'image_shape': (4, 4, 1), 'latent_dim': 3, 'hidden_units': 4, 'num_layers': 1}

@@ -42,6 +42,7 @@ def test_the_coordinates_are_the_leading_eigenvectors(monkeypatch):
   np.testing.assert_allclose(vectors @ vectors.T, expected @ expected.T, atol=2e-2)
 
 
+@pytest.mark.long
 def test_clusters_of_digits_are_mostly_of_one_digit():
   split = load('mnist_5k').train
   found = spectral_clusters(split.images, 30)

@@ -18,7 +18,7 @@ from se_vae.training import input_pipeline
 from tests.data.tiny_tfds import write_tfds
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
-pytestmark = pytest.mark.usefixtures('shallow')
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures('shallow')]
 
 TINY = {
   'dataset': 'tfds:objects',

@@ -296,6 +296,7 @@ def test_wrong_arguments_raise(change, message):
     evaluate(**change)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('attack', ['standard', pytest.param('worst_case', marks=pytest.mark.slow)])
 def test_two_classes_and_l2_work(attack):
   x, _, (encoder, probe, bias) = examples()

@@ -98,6 +98,7 @@ def test_masked_gradients_are_flagged_and_misclassified_without_gradients(fake):
   assert_legal(worst.attack_log, examples()[0])
 
 
+@pytest.mark.long
 def test_a_noisy_encoder_is_flagged():
   assert {2, 10} <= failed(evaluate(noisy))
 

@@ -50,6 +50,7 @@ def test_operations_of_a_convnet_by_hand():
   assert flops.decoder_layers(model) == [2 * count for count in (3 * 2, *convolutions[::-1])]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('wide', 'compiled'),
   [
@@ -90,6 +91,7 @@ def as_users_write():
     yield
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures('as_users_write')
 @pytest.mark.parametrize(
   ('name', 'arch', 'memory_format', 'objective'),
@@ -137,6 +139,7 @@ def test_a_compiled_peer_takes_our_step():
   assert workload.first_seconds > 0.0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures('as_users_write')
 def test_another_step_is_told_from_ours(small_images):
   ours = benched(small_images, objective='vae')

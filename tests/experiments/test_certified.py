@@ -212,6 +212,7 @@ def test_a_panel_of_a_figure_has_it_too():
   assert [cell[0] for cell in table.rows[1].cells] == CERTIFIED['accuracy']
 
 
+@pytest.mark.long
 def test_compare_has_columns_where_runs_have_it(tmp_path):
   for name, probed in (('se', {'certified': CERTIFIED}), ('vae', {})):
     write_run(tmp_path / 'runs' / name)

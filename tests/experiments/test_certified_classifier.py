@@ -83,6 +83,7 @@ def certified_accuracy(workdir, weight) -> float:
   return result['certified']['accuracy'][1]
 
 
+@pytest.mark.long
 def test_training_on_the_bound_makes_certificates(tmp_path):
   assert certified_accuracy(tmp_path, 1.0) > 0.25
 
@@ -92,6 +93,7 @@ def test_training_without_the_bound_makes_none(tmp_path):
   assert certified_accuracy(tmp_path, 0.0) < 0.05
 
 
+@pytest.mark.long
 def test_without_a_weight_no_bound_is_computed(tmp_path, monkeypatch):
   monkeypatch.setattr(supervised, 'certified_loss', lambda *_: pytest.fail('bounded'))
   probe = '--radii=0 --num_examples=25 --pgd_steps=5 --check_examples=0'

@@ -10,6 +10,8 @@ from se_vae import data
 from se_vae.config import ArgumentError
 from tests.experiments.tiny_run import ATTACK, TINY, train
 
+pytestmark = pytest.mark.long
+
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 

@@ -132,6 +132,7 @@ def test_a_binary_killed_at_random_moments_leaves_the_same_bytes(
   record_property('kills', 20)
 
 
+@pytest.mark.long
 def test_sigterm_saves_within_seconds_and_the_run_ends_bitwise_equal(tmp_path, undisturbed):
   """In the middle of a window as long as the run, so that no row or checkpoint is due."""
   process = start(tmp_path, log_every=600, checkpoint_every=600)
@@ -217,6 +218,7 @@ def assert_fails_in_a_line(capsys, main: Callable[[], Any], *words: str) -> None
     assert word in last
 
 
+@pytest.mark.long
 def test_a_file_that_cannot_grow_is_an_error_in_a_line(tmp_path, capsys, undisturbed):
   """The kernel's own refusal of a write, as of a full quota: nothing half-written is left."""
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -270,6 +272,7 @@ class Vandal(signals.StopSignal):
     return super().requested()
 
 
+@pytest.mark.long
 def test_a_work_directory_that_vanishes_is_an_error_in_a_line(tmp_path, capsys, undisturbed):
   workdir = tmp_path / 'run'
   main = functools.partial(pretrain.run, config(workdir), Vandal(workdir))
@@ -329,6 +332,7 @@ def test_no_good_checkpoint_at_all_is_an_error_and_nothing_is_overwritten(
   assert sorted(path.name for path in directory.iterdir()) == before
 
 
+@pytest.mark.long
 def test_a_constant_rate_may_train_on_and_a_cosine_may_not(tmp_path):
   few = {'schedule': 'constant', 'num_steps': 50}
   longer = {**few, 'num_steps': 100}

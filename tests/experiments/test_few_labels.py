@@ -17,6 +17,8 @@ from se_vae.evaluation import linear_probe
 from se_vae.training import input_pipeline
 from tests.experiments.tiny_run import ATTACK, TINY, train
 
+pytestmark = pytest.mark.long
+
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 

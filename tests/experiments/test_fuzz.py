@@ -276,6 +276,7 @@ def drawn_by_report(run: Path) -> None:
   page.encode()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('read', 'share'),
   [(read_by_pretrain, 1.0), (read_by_others, 1.0), (read_by_report, 1.0), (drawn_by_report, 0.02)],
@@ -356,6 +357,7 @@ def params_of_model():
   return {'params': make_model().init(jax.random.key(0))}
 
 
+@pytest.mark.long
 @fuzz(0.1)
 @given(arguments=altered({**MODEL, 'arch': 'mlp', 'covariance': 'diagonal'}) | JSON)
 @example(arguments={**MODEL, 'image_shape': [4, 4]})

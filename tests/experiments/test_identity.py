@@ -86,6 +86,7 @@ def remove_all(run: Path) -> None:
   shutil.rmtree(run / 'checkpoints')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('result', ['whole', 'missing', 'damaged'])
 @pytest.mark.parametrize(
   ('damage', 'refusal'),
@@ -116,6 +117,7 @@ def test_a_result_without_its_checkpoint_is_made_again(
   attack(run)
 
 
+@pytest.mark.long
 def test_no_good_checkpoint_is_an_error_with_a_way_out(run, original):
   damage_all(run)
   with pytest.raises(ArgumentError, match='none of its 2 checkpoints is good'):
@@ -138,6 +140,7 @@ def test_a_lost_file_is_made_again_without_training(run, original, monkeypatch, 
   assert digest(run / name) == digest(original / name)
 
 
+@pytest.mark.long
 def test_a_finished_run_and_its_attack_are_not_repeated_elsewhere(run, tmp_path, monkeypatch):
   before = contents(run)
   moved = tmp_path / 'moved'

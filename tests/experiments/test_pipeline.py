@@ -73,6 +73,7 @@ def check_fit_gives_the_same(workdir: Path, params=None) -> None:
   assert [row['loss'] for row in losses] == [row['loss'] for row in rows(workdir)]
 
 
+@pytest.mark.long
 def test_fit_gives_the_parameters_of_the_binary(trained):
   check_fit_gives_the_same(trained)
 
@@ -166,6 +167,7 @@ def test_an_interrupted_run_ends_bitwise_equal(trained, tmp_path):
     np.testing.assert_array_equal(array, other[name], err_msg=name)
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_its_clusters(tmp_path, monkeypatch):
   """They come from the checkpoint, whatever clustering finds the second time."""
   straight, broken = tmp_path / 'straight', tmp_path / 'broken'
@@ -319,6 +321,7 @@ def smoothed(trained, tmp_path_factory) -> Path:
   return workdir
 
 
+@pytest.mark.long
 def test_a_run_starts_with_the_parameters_of_another_and_keeps_its_decoder(trained, smoothed):
   before, after = (
     checkpoints.load_latest(workdir / 'checkpoints', on_damage=pytest.fail).tensors
@@ -332,6 +335,7 @@ def test_a_run_starts_with_the_parameters_of_another_and_keeps_its_decoder(train
   assert rows(smoothed)[0]['loss'] < rows(trained)[1]['loss'] < rows(trained)[0]['loss']
 
 
+@pytest.mark.long
 def test_fit_smooths_as_the_binary_does(trained, smoothed):
   model, params = se_vae.load_model(trained)
   before = jax.tree.map(np.array, params)
@@ -372,6 +376,7 @@ def test_a_run_records_where_its_parameters_came_from(trained, smoothed):
     assert json.loads((smoothed / name).read_text())['source'] == expected
 
 
+@pytest.mark.long
 def test_a_run_starts_from_a_pretrained_encoder_by_its_name(tmp_path):
   name = 'mnist_mlp_vae_latent128'
   changes = {'dataset': 'mnist_5k', 'latent_dim': 128, 'hidden_units': 200}
@@ -420,6 +425,7 @@ def test_what_init_from_refuses(trained, smoothed, tmp_path):
   assert not (tmp_path / 'w').exists()
 
 
+@pytest.mark.long
 def test_a_run_of_an_older_version_goes_on(tmp_path):
   """Its settings had an absolute step size. A new run takes the same steps, but for rounding."""
   shutil.copytree(OLD, tmp_path / 'old')

@@ -21,7 +21,7 @@ from se_vae.storage import checkpoints
 from tests.training import small_runs
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
-pytestmark = pytest.mark.usefixtures('shallow')
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures('shallow')]
 
 TINY = {'hidden_units': 16, 'latent_dim': 4, 'num_steps': 20, 'log_every': 10}
 TINY |= {'checkpoint_every': 8, 'num_devices': 1, 'dataset': 'color_mnist_5k'}

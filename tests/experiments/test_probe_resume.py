@@ -17,6 +17,8 @@ from se_vae.evaluation.states import ValueLog
 from tests.experiments.tiny_run import train
 from tests.tools import kills
 
+pytestmark = pytest.mark.long
+
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 

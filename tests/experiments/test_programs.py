@@ -13,6 +13,7 @@ from experiments.cli import programs
 pytestmark = pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='needs Linux')
 
 
+@pytest.mark.long
 def test_they_are_forgotten_where_their_memory_maps_are_many(tmp_path, monkeypatch):
   maps = len(Path('/proc/self/maps').read_text().splitlines())
   limit = tmp_path / 'max_map_count'

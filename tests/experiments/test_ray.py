@@ -30,7 +30,7 @@ from ray.cluster_utils import Cluster
 RUNS = {'seed0', 'seed1'}
 FLAGS = ('--vary=seed=0,1', '--num_steps=1500', '--checkpoint_every=100')
 # Ray's own processes leave sockets to the garbage collector, and use what is deprecated.
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings('ignore')]
 
 os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
 os.environ['RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO'] = '0'

@@ -366,6 +366,7 @@ def test_a_report_needs_the_settings_of_a_run(run, content):
   assert not (run / 'report.html').exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('content', ['', '{"config": 3}'])
 def test_what_is_damaged_is_named_and_the_rest_is_shown(run, content, capsys):
   """Each kind of file in turn is damaged; a directory in its place cannot be read at all."""

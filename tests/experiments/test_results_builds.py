@@ -70,6 +70,7 @@ def built(tmp_path_factory) -> Path:
   return folder
 
 
+@pytest.mark.long
 def test_a_build_writes_rows_and_the_page(built):
   row = rows.read(built, 'smooth')
   assert row is not None and [seed['seed'] for seed in row['seeds']] == [0, 1]
@@ -85,6 +86,7 @@ def test_a_build_writes_rows_and_the_page(built):
   assert (built / 'figures' / 'curves.png').exists()
 
 
+@pytest.mark.long
 def test_the_commands_of_a_row_are_those_that_were_run(built):
   row = rows.read(built, 'smooth')
   assert row is not None
@@ -94,6 +96,7 @@ def test_the_commands_of_a_row_are_those_that_were_run(built):
   assert '--workdir=runs/results/se/seed0' in row['commands'][2]
 
 
+@pytest.mark.long
 def test_what_is_finished_is_not_done_again(built):
   def times() -> dict[Path, int]:
     found = (built.parent / 'runs').rglob('*.json')
@@ -104,6 +107,7 @@ def test_what_is_finished_is_not_done_again(built):
   assert times() == before and len(before) > 8
 
 
+@pytest.mark.long
 def test_without_names_a_build_does_what_is_missing(built, tmp_path, monkeypatch):
   folder = Path(shutil.copytree(built, tmp_path / 'results'))
   asked = []
@@ -117,6 +121,7 @@ def test_without_names_a_build_does_what_is_missing(built, tmp_path, monkeypatch
   assert asked == [[], ['plain'], ['plain', 'smooth'], ['smooth']]
 
 
+@pytest.mark.long
 def test_a_check_compares_the_means_with_what_is_expected(built, tmp_path, capsys):
   row = rows.read(built, 'plain')
   assert row is not None
@@ -137,6 +142,7 @@ def test_a_check_of_rows_without_numbers_is_refused(tmp_path):
     results.run('check', config_of(write(tmp_path, CONTENT)), signals.StopSignal())
 
 
+@pytest.mark.long
 def test_a_check_builds_anew(built, tmp_path, capsys):
   row = rows.read(built, 'plain')
   assert row is not None
@@ -164,6 +170,7 @@ def test_a_check_of_code_that_was_edited_since_is_not_taken_up(tmp_path, monkeyp
       results.run('check', config, stop)
 
 
+@pytest.mark.long
 def test_runs_of_another_revision_are_not_taken_up(built, tmp_path):
   folder = write(tmp_path, changed('revision', value=3))
   config = config_of(folder, workdir=str(built.parent / 'runs'))
@@ -179,6 +186,7 @@ def test_a_damaged_ledger_is_an_error(tmp_path):
   assert (tmp_path / building.LEDGER).read_text() == '{'
 
 
+@pytest.mark.long
 def test_a_classifier_is_a_row(tmp_path):
   content = changed(
     'rows',
@@ -201,6 +209,7 @@ def test_a_classifier_is_a_row(tmp_path):
   assert line.split(' | ')[-4:-2] == ['', '']  # neither an ELBO nor latents
 
 
+@pytest.mark.long
 def test_a_run_that_fails_stops_only_what_needs_it(built, tmp_path, capsys):
   content = changed('encoders', 'se', 'flags', value=f'{TINY} --learning_rate=1e30')
   for row in content['rows'].values():
@@ -216,6 +225,7 @@ def test_a_run_that_fails_stops_only_what_needs_it(built, tmp_path, capsys):
   assert '`make results ROWS=smooth`' in (tmp_path / 'RESULTS.md').read_text()
 
 
+@pytest.mark.long
 def test_a_build_that_is_interrupted_keeps_what_is_finished(built, tmp_path):
   content = changed('encoders', 'se', 'flags', value=f'{TINY} --gamma=2')  # not built before
   content['sections'] = [
@@ -244,6 +254,7 @@ def test_two_attacks_on_one_encoder_follow_each_other(tmp_path):
   ]
 
 
+@pytest.mark.long
 def test_seeds_that_differ_in_more_are_no_row(built):
   found = plan.Plan(page(built).manifest, built.parent / 'runs')
   outcomes = {}

@@ -26,6 +26,8 @@ from se_vae.parallel import sharding
 from se_vae.storage import checkpoints
 from se_vae.training import input_pipeline
 
+pytestmark = pytest.mark.long
+
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 SHAPE, BATCH, STEPS = (28, 28, 1), 64, 5

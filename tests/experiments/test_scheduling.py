@@ -141,6 +141,7 @@ def has_checkpoint(workdir, run: str) -> bool:
   return any((workdir / run / 'checkpoints').glob('checkpoint_*.safetensors'))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'signum', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
@@ -188,6 +189,7 @@ def test_runs_side_by_side_are_those_one_after_another_bit_for_bit(one_after_ano
   assert json.loads((tmp_path / 'sweep.json').read_text())['results'] == results
 
 
+@pytest.mark.long
 def test_a_run_that_fails_stops_no_other_and_one_that_is_killed_is_started_again(
   one_after_another, tmp_path
 ):

@@ -52,6 +52,7 @@ def swept(tmp_path_factory) -> Path:
   return workdir
 
 
+@pytest.mark.long
 def test_a_sweep_writes_its_runs_and_the_means_over_seeds(swept):
   content = json.loads((swept / 'sweep.json').read_text())
   results = content['results']
@@ -89,6 +90,7 @@ def test_a_sweep_writes_its_runs_and_the_means_over_seeds(swept):
   assert (swept / 'sweep.png').stat().st_size > 1000
 
 
+@pytest.mark.long
 def test_finished_runs_are_not_repeated_and_their_seconds_are_kept(swept, monkeypatch, capsys):
   monkeypatch.setattr(training, 'run', pytest.fail)
   monkeypatch.setattr(probe, 'fit', pytest.fail)
@@ -183,6 +185,7 @@ VARY = 'objective=vae seed=3,4'  # as in `swept`
 FIRST, SECOND = 'objectivevae_seed3', 'objectivevae_seed4'
 
 
+@pytest.mark.long
 def test_the_shards_of_a_job_array_make_one_sweep(swept, tmp_path, capsys):
   base = dataclasses.replace(BASE, workdir=str(tmp_path))
   for index, finished in ((1, {SECOND}), (0, {FIRST, SECOND})):
@@ -194,6 +197,7 @@ def test_the_shards_of_a_job_array_make_one_sweep(swept, tmp_path, capsys):
   assert (tmp_path / 'sweep.csv').read_bytes() == (swept / 'sweep.csv').read_bytes()
 
 
+@pytest.mark.long
 def test_a_run_that_another_process_works_on_is_waited_for_and_not_repeated(
   swept, tmp_path, monkeypatch, capsys
 ):
@@ -215,6 +219,7 @@ def test_a_run_that_another_process_works_on_is_waited_for_and_not_repeated(
   assert (tmp_path / 'sweep.csv').read_bytes() == (swept / 'sweep.csv').read_bytes()
 
 
+@pytest.mark.long
 def test_a_population_trains_what_runs_of_their_own_train(swept, tmp_path, capsys):
   config = dataclasses.replace(config_of(VARY), vectorize=True)
   base = dataclasses.replace(BASE, workdir=str(tmp_path))
@@ -241,6 +246,7 @@ def supervised_config(workdir: Path, **changes) -> supervised.SupervisedConfig:
   return from_dict(supervised.SupervisedConfig, {'workdir': str(workdir), **options})
 
 
+@pytest.mark.long
 def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(
   tmp_path, monkeypatch, capsys
 ):

@@ -16,7 +16,7 @@ from se_vae.config import ArgumentError
 from se_vae.storage import model_store
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
-pytestmark = pytest.mark.usefixtures('shallow')
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures('shallow')]
 
 TINY = '--latent_dim=3 --hidden_units=8 --num_steps=3'
 STAGES = ['imports and data', 'VAE', 'smoothing', 'probe', 'attack', 'checks']

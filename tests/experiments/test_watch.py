@@ -24,6 +24,8 @@ from se_vae import training
 from se_vae.data.transforms import pixels
 from se_vae.storage import checkpoints
 
+pytestmark = pytest.mark.long
+
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 TINY = {'hidden_units': 16, 'latent_dim': 4, 'pgd_steps': 2, 'num_steps': 30}

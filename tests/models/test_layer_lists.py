@@ -49,6 +49,7 @@ def test_layers_compute_what_the_network_does(module):
   np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'name',  # both rules of a convolution, for intervals and for lines, take part in the fast one
   [

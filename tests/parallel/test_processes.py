@@ -163,6 +163,7 @@ def assert_same_but_for_rounding(
     np.testing.assert_allclose(row['loss'], expected_row['loss'], rtol=1e-5)
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_and_write_everything_once(tmp_path, alone):
   elsewhere = tmp_path / 'of process 1'
   own = {}, {'workdir': elsewhere}

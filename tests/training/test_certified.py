@@ -140,6 +140,7 @@ def test_there_is_an_attack_only_where_its_bound_has_a_weight():
   assert np.abs(expected - X).max() > 0.04
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'config',
   [
@@ -156,6 +157,7 @@ def test_four_devices_train_as_one(config):
     np.testing.assert_allclose(spread[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.long
 def test_training_makes_the_certified_shift_smaller():
   """And smaller than training on selected x' does, from the same weights."""
   model, params = tiny(), drawn(tiny())

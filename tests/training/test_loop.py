@@ -177,6 +177,7 @@ def test_dispatches_of_any_length_share_one_compilation():
   assert len(TRACES) - before <= 3
 
 
+@pytest.mark.long
 def test_full_covariance_trains():
   config = dataclasses.replace(CONFIG, num_steps=30)
   windows = run(tiny(covariance='full'), config, start(tiny(covariance='full'), config))
@@ -185,6 +186,7 @@ def test_full_covariance_trains():
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(windows[-1][0]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('changes', 'config'),
   [
@@ -212,6 +214,7 @@ def test_four_devices_train_as_one(changes, config):
 SWEPT = dataclasses.replace(CONFIG, num_steps=3, relative_step_size=1.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('changes', 'sweep'),
   [

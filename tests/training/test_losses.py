@@ -218,6 +218,7 @@ def test_clusters_are_found_of_fewer_images_than_neighbours():
   assert targets.shape == images.shape[:1] and targets.max() < model.latent_dim
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'name',
   [pytest.param(name, marks=() if name in SPREAD else pytest.mark.slow) for name in OTHERS],
@@ -290,6 +291,7 @@ def mine(model, params, keys, x, x_adv):
   return {'elbo': terms.elbo, 'cost': terms.transport_cost}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('num_devices', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_function_trains_like_the_objective_that_it_is(num_devices):
   model = MODEL

@@ -102,6 +102,7 @@ def few_steps(**changes) -> training.TrainConfig:
   return dataclasses.replace(CONFIG, objective='vae', schedule='constant', num_steps=5, **changes)
 
 
+@pytest.mark.long
 def test_fit_takes_an_optimizer_in_place_of_the_named_one():
   """Also with a schedule of its own; the settings' learning rate is then not used."""
   model = tiny()

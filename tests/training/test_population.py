@@ -50,6 +50,7 @@ def singles(num_devices: int = 1):
   return [jax.device_get(fit(MODEL, config, seed=seed, mesh=mesh)) for config, seed in pairs]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('num_groups', [None, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_members_of_a_loop_are_their_single_runs_bit_for_bit(num_groups):
   """Parameters and rows: three members on three devices, on one, and on two, one of which has one.
@@ -60,6 +61,7 @@ def test_members_of_a_loop_are_their_single_runs_bit_for_bit(num_groups):
   assert_same(fit_population(MODEL, CONFIGS, seeds=SEEDS, mesh=mesh), singles())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'settings',
   [{'warm_start': True, 'pgd_steps': 1}, {'optimizer': 'sgd', 'norm': 'l2', 'ramp': 0.5}],
@@ -99,11 +101,13 @@ def test_members_at_once_agree_with_their_single_runs(num_groups):
         np.testing.assert_allclose(row[name], value, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.long
 def test_members_whose_batches_are_split_agree_with_their_single_runs_on_as_many_devices():
   found = fit_population(MODEL, CONFIGS, seeds=SEEDS, mesh=sharding.population_mesh(2, 2))
   assert_close(found, singles(2), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_members_can_start_with_given_parameters():
   model, config = tiny(), dataclasses.replace(BASE, num_steps=3, freeze_decoder=True)
   params = jax.device_get(drawn(model))

@@ -190,6 +190,7 @@ def test_no_gradient_flows_through_the_selection():
     assert_same(gradient, jax.tree.map(np.zeros_like, gradient))
 
 
+@pytest.mark.long
 def test_a_warm_start_goes_on_from_the_last_offset_of_the_same_example():
   """The store holds x' - x in 127ths of the radius; what other examples left there stays."""
   model = tiny()
