@@ -31,10 +31,7 @@ from se_vae.parallel import sharding
 DTYPE_PROMOTION = 'standard'  # optax relies on it
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')]
-# The older results need full MNIST, and runs of hours.
-TAUGHT = [
-  page for page in PAGES if '```python\n' in page.read_text() and page.stem != 'older_results'
-]
+TAUGHT = [page for page in PAGES if '```python\n' in page.read_text()]
 # Each binary and the settings that are its flags, beside those that all binaries have.
 BINARIES = {
   'benchmarks.attack_comparison': [attack_comparison.ComparisonConfig],

@@ -42,9 +42,9 @@ def test_data_that_are_not_where_the_run_had_them_have_a_way_out(tmp_path, monke
 @pytest.mark.parametrize(
   ('pattern', 'kind'),
   [
-    ('results/older/figure1.json', records.Figure),
-    ('results/older/*_probe_digit*.json', records.Probe),
-    ('results/older/sweep_gamma.json', records.Sweep),
+    ('tests/experiments/old_results/figure1.json', records.Figure),
+    ('tests/experiments/old_results/probe_*.json', records.Probe),
+    ('tests/experiments/old_results/sweep_gamma.json', records.Sweep),
     ('tests/storage/old_checkpoint/config.json', records.Run),
     ('tests/storage/old_checkpoint/result.json', records.Result),
   ],
