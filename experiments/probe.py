@@ -248,26 +248,19 @@ def run(
         options = {'progress': progress, 'state_path': stem.with_name(f'{state}.moves.state.npz')}
         extra['moves'] = resumed(_latent_shift, config, prepared, **options)
     reconstruct_fn = linear_probe.Reconstruction(prepared.model)
-    with (
-      messages.advancing_bar(description, stop.check) as progress,
-      messages.advancing_bar(
-        f'{description}, certificates', stop.check, unit='bound'
-      ) as certificate_progress,
-    ):
-      outcome = resumed(
-        evaluate,
-        config,
-        prepared.mesh,
-        linear_probe.ProbedEncoder(prepared.model),
-        prepared.images,
-        prepared.labels,
-        args=(prepared.params, probe),
-        reconstruct_fn=reconstruct_fn,
-        surrogate=surrogate,
-        state_path=stem.with_name(f'{state}.state.npz'),
-        progress=progress,
-        certificate_progress=certificate_progress,
-      )
+    outcome = attack(
+      config,
+      prepared.mesh,
+      linear_probe.ProbedEncoder(prepared.model),
+      prepared.images,
+      prepared.labels,
+      description=description,
+      stop=stop,
+      args=(prepared.params, probe),
+      reconstruct_fn=reconstruct_fn,
+      surrogate=surrogate,
+      state_path=stem.with_name(f'{state}.state.npz'),
+    )
     result = {
       **probe_results.claim(config.task, outcome),
       'train_accuracy': linear_probe.accuracy(
@@ -342,6 +335,19 @@ def _attack_options(config: ProbeConfig, mesh: jax.sharding.Mesh) -> dict[str, A
   }
 
 
+def attack(
+  *args: Any, description: str, stop: signals.StopSignal, **options: Any
+) -> robustness.Evaluation:
+  """`evaluate` with progress bars, which goes on where an earlier call was interrupted."""
+  certificates = f'{description}, certificates'
+  with (
+    messages.advancing_bar(description, stop.check) as progress,
+    messages.advancing_bar(certificates, stop.check, unit='bound') as certificate_progress,
+  ):
+    bars = {'progress': progress, 'certificate_progress': certificate_progress}
+    return resumed(evaluate, *args, **bars, **options)
+
+
 def evaluate(
   config: ProbeConfig,
   mesh: jax.sharding.Mesh,
@@ -351,19 +357,20 @@ def evaluate(
   **options: Any,
 ) -> robustness.Evaluation:
   """`robustness.evaluate` of a probed encoder with these settings, and further `options`."""
-  return robustness.evaluate(
-    classifier,
-    images,
-    labels,
-    attack=config.attack,
-    num_queries=config.num_queries,
-    relative_step_size=config.relative_step_size,
-    latents_fn=linear_probe.GaussianLatents(classifier.model),
-    check_examples=config.check_examples,
-    certify=_method(config, classifier.model) or False,
-    **_attack_options(config, mesh),
-    **options,
-  )
+  with jax.default_matmul_precision(PRECISION):
+    return robustness.evaluate(
+      classifier,
+      images,
+      labels,
+      attack=config.attack,
+      num_queries=config.num_queries,
+      relative_step_size=config.relative_step_size,
+      latents_fn=linear_probe.GaussianLatents(classifier.model),
+      check_examples=config.check_examples,
+      certify=_method(config, classifier.model) or False,
+      **_attack_options(config, mesh),
+      **options,
+    )
 
 
 def _method(config: ProbeConfig, model: vae.VAE) -> certification.Method | None:

@@ -225,25 +225,17 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     if (before := _finished(config, workdir, dataset)) is not None:
       return before
     classifier, params = _train(config, workdir, attack.task, dataset, rows, mesh, stop)
-    with (
-      messages.advancing_bar('supervised, attack', stop.check) as progress,
-      messages.advancing_bar(
-        'supervised, certificates', stop.check, unit='bound'
-      ) as certificate_progress,
-      jax.default_matmul_precision(probe.PRECISION),
-    ):
-      outcome = probe.resumed(
-        probe.evaluate,
-        attack,
-        attack_mesh,
-        classifier,
-        dataset.test.images[: attack.num_examples].astype(np.float32) / 255.0,
-        dataset.test.labels[attack.task][: attack.num_examples],
-        args=params,
-        state_path=workdir / f'{_ATTACK}.state.npz',
-        progress=progress,
-        certificate_progress=certificate_progress,
-      )
+    outcome = probe.attack(
+      attack,
+      attack_mesh,
+      classifier,
+      dataset.test.images[: attack.num_examples].astype(np.float32) / 255.0,
+      dataset.test.labels[attack.task][: attack.num_examples],
+      description='supervised, attack',
+      stop=stop,
+      args=params,
+      state_path=workdir / f'{_ATTACK}.state.npz',
+    )
     result = {
       'step': config.num_steps,
       'checkpoint': recording.checkpoint_name(workdir, config.num_steps),
