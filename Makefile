@@ -17,7 +17,9 @@ UV := .venv-uv/bin/uv
 LOCK := $(UV) pip compile setup.cfg --extra=test --extra=docs --universal --python-version=3.11 \
   --generate-hashes --no-emit-index-url --quiet --custom-compile-command='make lock' --output-file=requirements.txt
 # A worker that crashes ends the run: with a new worker in its place, pytest-xdist can wait forever.
-TESTS := --numprocesses=auto --dist=loadfile --max-worker-restart=0 tests se_vae
+XDIST := --numprocesses=auto --dist=loadfile --max-worker-restart=0
+FAST_TESTS := -m "not long and not slow" $(XDIST) tests
+ALL_TESTS := -m "not slow" $(XDIST) tests se_vae
 WORKDIR ?= runs/figure1
 RESULTS_FLAGS = $(if $(ROWS),--rows=$(ROWS)) $(if $(DATA),--data_dir=$(DATA)) $(if $(SEEDS),--seeds=$(SEEDS))
 
@@ -26,11 +28,11 @@ RESULTS_FLAGS = $(if $(ROWS),--rows=$(ROWS)) $(if $(DATA),--data_dir=$(DATA)) $(
 figure1: $(READY)  ## The paper's Figure 1 on the embedded digits, into $(WORKDIR).
 	$(BIN)/python -m experiments.figure1 --workdir=$(WORKDIR)
 
-test: $(READY)  ## The fast tests: every formula, every attack, and each binary once.
-	$(BIN)/python -m pytest -m "not long and not slow" $(TESTS)
+test: $(READY)  ## The fast tests: every formula, every attack, and training and probing end to end.
+	$(BIN)/python -m pytest $(FAST_TESTS)
 
-test-all: $(READY)  ## The long tests too: interruptions, many processes, and the Python of the pages.
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+test-all: $(READY)  ## The long tests too: every binary, interruptions, many processes, the examples of docs.
+	$(BIN)/python -m pytest $(ALL_TESTS)
 
 soak: $(READY)  ## The slow tests (kills, full disks, 10,000 fuzzed inputs of each kind), ROUNDS=1 times.
 	$(BIN)/python -m tests.tools.soak --rounds=$(or $(ROUNDS),1)
@@ -73,14 +75,14 @@ mutants: $(READY)  ## Changes of the mathematics that no test notices, of FILES=
 lowest: $(UV)  ## The tests with the lowest versions that setup.cfg allows: make lowest PYTHON=python3.11.
 	$(PYTHON) -m venv --clear .venv-lowest
 	$(UV) pip install --quiet --compile-bytecode --python=.venv-lowest --resolution=lowest-direct --editable '.[test]'
-	.venv-lowest/bin/python -m pytest -m "not slow" $(TESTS)
+	.venv-lowest/bin/python -m pytest $(ALL_TESTS)
 
 # An override drops the extras that others ask of a package, so packages with extras keep their bound.
 newest: $(UV)  ## The tests with the newest versions there are, beyond what setup.cfg allows.
 	$(PYTHON) -m venv --clear .venv-unbound
 	sed -nE 's/^    ([^ []+ >=[0-9.]+), <[0-9.]+$$/\1/p' setup.cfg > .venv-unbound/lower_bounds.txt
 	$(UV) pip install --quiet --compile-bytecode --python=.venv-unbound --override=.venv-unbound/lower_bounds.txt --editable '.[test]'
-	.venv-unbound/bin/python -m pytest -m "not slow" $(TESTS)
+	.venv-unbound/bin/python -m pytest $(ALL_TESTS)
 
 lock: $(UV)  ## Writes requirements.txt from setup.cfg, and keeps the versions that still fit.
 	$(LOCK)

@@ -35,6 +35,7 @@ def python(wheel, tmp_path_factory):
   return python
 
 
+@pytest.mark.long
 def test_the_wheel_holds_the_library_and_its_licence(wheel):
   with zipfile.ZipFile(wheel) as archive:
     names = {*archive.namelist()}

@@ -30,6 +30,8 @@ from tests.experiments.test_report import RADII, render, shown, write_probe, wri
 from tests.experiments.test_report_charts import drawn, points_of, scales
 from tests.experiments.tiny_run import train
 
+pytestmark = pytest.mark.long
+
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 CERTIFIED = {
@@ -212,7 +214,6 @@ def test_a_panel_of_a_figure_has_it_too():
   assert [cell[0] for cell in table.rows[1].cells] == CERTIFIED['accuracy']
 
 
-@pytest.mark.long
 def test_compare_has_columns_where_runs_have_it(tmp_path):
   for name, probed in (('se', {'certified': CERTIFIED}), ('vae', {})):
     write_run(tmp_path / 'runs' / name)

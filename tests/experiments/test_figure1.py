@@ -54,6 +54,7 @@ def tiny(monkeypatch) -> figure1.Preset:
   return preset
 
 
+@pytest.mark.long
 def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
   settings = figure1.Figure1Config(placement=ALONE, workdir=str(tmp_path))
   first = figure1.run(settings, signals.StopSignal())

@@ -129,6 +129,7 @@ def test_no_good_checkpoint_is_an_error_with_a_way_out(run, original):
   assert digest(run / 'result.json') == digest(original / 'result.json')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['result.json', 'config.json'])
 @pytest.mark.parametrize('content', [None, b'{'])
 def test_a_lost_file_is_made_again_without_training(run, original, monkeypatch, name, content):

@@ -369,6 +369,7 @@ def test_smoothing_a_trained_encoder_makes_it_more_robust():
   assert after_interval[0] > before_interval[1]
 
 
+@pytest.mark.long
 def test_a_run_records_where_its_parameters_came_from(trained, smoothed):
   (_, newest), *_ = checkpoints.steps(trained / 'checkpoints')
   expected = {'workdir': str(trained), 'step': 60, 'checkpoint': newest.name}

@@ -22,6 +22,8 @@ from se_vae.evaluation import linear_probe, robustness, sanity_checks
 from se_vae.storage import checkpoints, pretrained
 from tests.experiments.tiny_run import train
 
+pytestmark = pytest.mark.long
+
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 RADII = (0.0, 0.05, 0.3)
@@ -44,7 +46,6 @@ def result(config):
   return probe.run(config, signals.StopSignal())
 
 
-@pytest.mark.long
 def test_the_evidence_lies_beside_the_curve(workdir, result):
   assert [check['number'] for check in result['checks']] == list(range(1, 14))
   written = json.loads((workdir / 'robustness.json').read_text())
@@ -100,7 +101,6 @@ class DuringTheAttack(signals.StopSignal):
     return signal.SIGTERM if self.looks > 4 else None
 
 
-@pytest.mark.long
 def test_an_interrupted_attack_goes_on(config, workdir, result):
   again = dataclasses.replace(config, num_queries=19)
   with pytest.raises(signals.Interrupted):
@@ -112,7 +112,6 @@ def test_an_interrupted_attack_goes_on(config, workdir, result):
   assert not list(workdir.glob('*.state.npz'))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize('damage', [b'', b'not an attack log', None])
 def test_a_damaged_or_foreign_state_is_warned_about_and_started_afresh(
   config, workdir, result, capsys, monkeypatch, damage
@@ -140,7 +139,6 @@ def colored(tmp_path_factory):
   return paths
 
 
-@pytest.mark.long
 def test_surrogate_joint_attack_and_latent_shift_are_written_too(colored, capsys, monkeypatch):
   workdir, surrogate = colored
   config = probe_settings.ProbeConfig(
@@ -184,7 +182,6 @@ def test_surrogate_joint_attack_and_latent_shift_are_written_too(colored, capsys
     assert picture.size[0] > 2 * picture.size[1]  # two panels
 
 
-@pytest.mark.long
 @pytest.mark.parametrize('flag', ['joint', 'moves'])
 def test_a_signal_stops_the_other_attacks_too(colored, flag, monkeypatch):
   stop = signals.StopSignal()
@@ -274,7 +271,6 @@ def test_the_comparison_says_what_is_missing(workdir, monkeypatch):
     )
 
 
-@pytest.mark.long
 def test_a_pretrained_encoder_is_attacked_on_other_data_and_left_as_it_is(tmp_path):
   name = 'mnist_mlp_se_smoothed_latent128'
   config = probe_settings.ProbeConfig(
@@ -300,7 +296,6 @@ def test_a_pretrained_encoder_is_attacked_on_other_data_and_left_as_it_is(tmp_pa
       probe.run(dataclasses.replace(config, **changes), signals.StopSignal())
 
 
-@pytest.mark.long
 def test_a_pretrained_encoder_is_a_surrogate_by_its_name(config, tmp_path, monkeypatch):
   first, second = pretrained.names()[:2]
   config = dataclasses.replace(config, output=str(tmp_path / 'out'), surrogate=first)

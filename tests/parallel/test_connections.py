@@ -9,6 +9,8 @@ import pytest
 
 from se_vae.parallel import connections
 
+pytestmark = pytest.mark.long
+
 TIMEOUT = 2.0
 
 

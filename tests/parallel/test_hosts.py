@@ -102,6 +102,7 @@ def hosts() -> Iterator[Hosts]:
     hosts.remove()
 
 
+@pytest.mark.long
 def test_a_host_is_known_by_its_address_on_the_cable(hosts):
   """Not by that of its name, nor by its loopback interface, at which the other cannot reach it."""
   program = 'from se_vae.parallel import connections as c; print(c.own_address("192.0.2.1:1234"))'

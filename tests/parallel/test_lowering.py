@@ -17,6 +17,8 @@ from se_vae.models import vae
 from se_vae.parallel import sharding
 from se_vae.training import input_pipeline
 
+pytestmark = pytest.mark.long
+
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 SHAPE, BATCH = (8, 8, 1), 8
@@ -135,7 +137,6 @@ def test_a_step_averages_once_and_its_selection_not_at_all():
   assert collectives(compiled_text(training.train_steps.lower(*arguments))) == {'all-reduce': 1}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
   ('shape', 'vectorize', 'expected'),
   [
@@ -188,7 +189,6 @@ def test_a_convnet_s_attack_lowers_for_every_platform():
   )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize('arch', [pytest.param('mlp', marks=pytest.mark.slow), 'convnet'])
 def test_members_are_taken_at_once_but_on_cpu(arch):
   """Every product of the program for GPUs and TPUs is of all five members; on a CPU none is.

@@ -25,6 +25,8 @@ from se_vae.parallel import connections, processes
 from se_vae.storage import checkpoints
 from tests.experiments.test_app import exit_code
 
+pytestmark = pytest.mark.long
+
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +165,6 @@ def assert_same_but_for_rounding(
     np.testing.assert_allclose(row['loss'], expected_row['loss'], rtol=1e-5)
 
 
-@pytest.mark.long
 def test_two_processes_train_as_one_and_write_everything_once(tmp_path, alone):
   elsewhere = tmp_path / 'of process 1'
   own = {}, {'workdir': elsewhere}

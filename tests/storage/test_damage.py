@@ -268,6 +268,7 @@ KILLER = """
 """
 
 
+@pytest.mark.long
 def test_killed_writers_lose_nothing(tmp_path: pathlib.Path) -> None:
   kills = 25
   done = subprocess.run(

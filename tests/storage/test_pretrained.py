@@ -23,6 +23,7 @@ def encoded_and_decoded(model, params, images, decoded):
   return model.encode(params, images).mean, model.decode(params, model.encode(params, decoded).mean)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', pretrained.names())
 def test_every_encoder_is_small_and_tells_classes_apart(name):
   (path,) = (pretrained.workdir(name) / model_store.CHECKPOINTS).iterdir()

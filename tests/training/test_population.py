@@ -155,6 +155,7 @@ def yielded(start: training.PopulationProgress | None = None, seconds: float = 1
     yield progress._replace(states=jax.tree.map(np.array, progress.states))
 
 
+@pytest.mark.long
 def test_dispatches_end_at_rows_checkpoints_and_last_steps():
   assert [progress.step for progress in yielded()] == [1, 8, 10, 16, 17, 20, 23]
 
@@ -190,6 +191,7 @@ def test_a_member_that_is_not_finite_is_named():
   assert_same(error.value.examples, single.value.examples)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('vectorize', ['loop', 'vmap'])
 def test_the_others_are_trained_to_their_ends(vectorize):
   configs = [CONFIGS[0], DIVERGES, CONFIGS[2]]
