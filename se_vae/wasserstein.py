@@ -23,7 +23,7 @@ shape `[...]`. gamma >= 0 is a scalar, in inverse squared latent units; it may b
 entropic transport cost contains the negative entropy of the coupling (Eq. 20-21): it is not zero at
 q_a = q_b, and it may be negative. At gamma = 0 it is -H[q_a] - H[q_b]. As gamma grows, the cost
 grows without bound and `entropic_squared_w2` decreases to `squared_w2`. In float32 all this holds
-while t^2 does not overflow, which is for gamma g below 2e18.
+while t^2 does not overflow, which is for gamma g below 9e18.
 
 Shapes that do not fit raise AssertionError, also under `jit`; nothing is broadcast. A gamma whose
 value is known must be finite and >= 0, or ValueError is raised.

@@ -141,7 +141,7 @@ def _ascend(
 
 
 def _intervals(num_steps: int) -> np.ndarray:
-  """`[num_steps]`: after a step that ends at a checkpoint the steps since the last, else 0."""
+  """Steps since the last checkpoint for each step that ends at one, else 0, `[num_steps]`."""
   positions = [0.0, 0.22]
   while positions[-1] < 1.0:
     positions.append(positions[-1] + max(positions[-1] - positions[-2] - 0.03, 0.06))

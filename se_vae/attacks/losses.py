@@ -35,16 +35,19 @@ class Aim(NamedTuple):
 
 
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """The highest other logit minus the label's, `[B]`: above 0 where the classifier is wrong."""
+  """The highest other logit minus the label's, `[B]`: above 0 only where the classifier is wrong.
+
+  Where two logits are equal it is 0, and `is_correct` decides.
+  """
   is_label = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None] == labels[:, None]
   others = jnp.where(is_label, -jnp.inf, logits).max(axis=-1)
   return others - _logit(logits, labels)
 
 
 def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Bool `[B]`: all logits are finite, and the label's is the first of the highest.
+  """Whether all logits are finite and the label's is the highest, bool `[B]`.
 
-  Finiteness is part of it, because a row of NaN would otherwise count as class 0.
+  Of equal logits the first class counts. A row of NaN would otherwise count as class 0.
   """
   labels = jnp.asarray(labels)
   highest = jnp.argmax(logits, axis=-1).astype(labels.dtype)
@@ -154,7 +157,10 @@ class UntilMisclassified:
 
 @dataclasses.dataclass(frozen=True)
 class Joint:
-  """The smallest margin of several classifiers: above 0 where all of them are wrong at once.
+  """The smallest margin of several classifiers: above 0 just where all are wrong at once.
+
+  Wrong is what `is_correct` says, so that ties and logits that are not finite count as in other
+  attacks.
 
   Attributes:
     logits_fns: one for each task; `aim.labels` is `[B, T]`, and args[t] are the arguments of
@@ -165,10 +171,12 @@ class Joint:
 
   def __call__(self, x_adv: jax.Array, aim: Aim, *args: tuple[Any, ...]) -> jax.Array:
     """The smallest margin `[B]`."""
-    margins = [
-      margin(logits_fn(x_adv, *own), aim.labels[:, task])
-      for task, (logits_fn, own) in enumerate(zip(self.logits_fns, args, strict=True))
-    ]
+    margins = []
+    for task, (logits_fn, own) in enumerate(zip(self.logits_fns, args, strict=True)):
+      logits, labels = logits_fn(x_adv, *own), aim.labels[:, task]
+      found = margin(logits, labels)
+      above_0 = jnp.fmax(found, jnp.finfo(found.dtype).tiny)
+      margins.append(jnp.where(is_correct(logits, labels), found, above_0))
     return jnp.stack(margins).min(axis=0)
 
 

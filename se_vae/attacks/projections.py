@@ -116,8 +116,8 @@ def ball(
 ) -> Ball:
   """The ball about images `[B, ...]`; no image is in it if the radius is not finite and >= 0.
 
-  A traced radius cannot be refused. All that an attack returns is NaN then, and no image that looks
-  as if it had been attacked.
+  A traced radius cannot raise an error. If it is wrong, an attack returns NaN, and no image that
+  looks as if it had been attacked.
   """
   radius = jnp.asarray(radius, x.dtype)
   radius = jnp.where((radius >= 0.0) & (radius < jnp.inf), radius, jnp.nan)
@@ -125,7 +125,7 @@ def ball(
 
 
 def checked(attack: Callable[Arguments, jax.Array]) -> Callable[Arguments, jax.Array]:
-  """An attack that checks its arguments first: what is traced by its shape and dtype alone."""
+  """Returns the attack with a check of its arguments; of traced ones, of shape and dtype alone."""
   signature = inspect.signature(attack)
 
   @functools.wraps(attack)

@@ -15,7 +15,8 @@ import numpy as np
 
 from se_vae.attacks import projected_gradient, projections
 
-# The share of pixels that a square covers falls from this, halved after these shares of the search.
+# The share of the pixels that a square covers at first. It is halved after these shares of the
+# queries.
 _FIRST_SHARE = 0.8
 _HALVED_AFTER = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 

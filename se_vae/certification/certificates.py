@@ -28,8 +28,8 @@ class Method:
 
   Attributes:
     name: 'ibp' (interval bounds), 'crown_ibp' (linear bounds of the outputs, with interval bounds
-      of the inputs of ReLUs) or 'crown' (linear bounds of both). Each is at least as tight as the
-      one before it, and slower.
+      of the inputs of ReLUs) or 'crown' (linear bounds of both). Each is slower than the one before
+      it. The last two are at least as tight as the first, and 'crown' is mostly the tightest.
     slope_steps: gradient steps on the slopes of linear bounds of the outputs, which make them
       tighter (alpha-CROWN). A step takes about three times as long as a bound.
 

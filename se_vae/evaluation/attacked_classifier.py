@@ -99,7 +99,7 @@ class AttackedClassifier:
       x_adv = attack_suite.run(
         attack, key, x, aim, index, jnp.float32(radius), self.args, norm=norm, bounds=bounds
       )
-      logits = _apply(self.logits_fn, x_adv, self.args)
+      logits = apply(self.logits_fn, x_adv, self.args)
       return x_adv, is_correct(logits, aim.labels)
 
     return attack_batch, (self.x[rows], aim, rows.astype(np.int32))
@@ -128,7 +128,7 @@ class AttackedClassifier:
 
   def apply(self, function: Model, images: np.ndarray) -> np.ndarray:
     """A function of images (and of `args`) on images `[N, ...]`: `[N, ...]`."""
-    return self.in_batches(lambda x: _apply(function, x, self.args), images)
+    return self.in_batches(lambda x: apply(function, x, self.args), images)
 
   def in_batches(self, function: Callable[[Any], Any], arrays: Any) -> Any:
     """`sharding.map_batches` with these batches and devices."""
@@ -258,5 +258,6 @@ def check_images(x: np.ndarray, bounds: tuple[float, float]) -> None:
 
 
 @functools.partial(jax.jit, static_argnames='function')
-def _apply(function: Model, x: jax.Array, args: tuple[Any, ...]) -> jax.Array:
+def apply(function: Model, x: jax.Array, args: tuple[Any, ...]) -> jax.Array:
+  """A function of images and `args`, compiled once for each function."""
   return function(x, *args)

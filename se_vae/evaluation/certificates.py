@@ -1,8 +1,8 @@
 """Certificates of encoders and probes for whole test sets: what no attack can exceed.
 
-A certificate speaks about all images in a ball, found or not. Only that of a probe's accuracy needs
-labels. `certification` has the methods, and says what a bound counts. The functions share their
-arguments:
+A certificate holds for every image in a ball, whether or not an attack finds it. Only the accuracy
+of a probe needs labels. `certification` has the methods, and says what a bound counts. The
+functions share their arguments:
 
 * `model`, a VAE whose encoder has layers that `models.layer_lists` knows, and its parameters
   `params`;
@@ -40,7 +40,7 @@ from se_vae.models.layer_lists import encoder_of
 from se_vae.models.vae import VAE, Params
 from se_vae.parallel import sharding
 
-# Halvings of the interval between the two radii asked for that an example's certified radius is in.
+# Steps of bisection between the largest requested radius that is certified and the next one.
 _HALVINGS = 5
 
 

@@ -31,7 +31,7 @@ class Claim:
     curve: the reported accuracy at R radii, in any order.
     config: the reported hyper-parameters.
     logits: logits of the clean images `[N, K]`.
-    count: checks that attack do so on the first so many examples.
+    count: the checks that attack do so on the first `count` examples.
     num_steps: gradient steps of PGD.
     num_queries: forward passes of Square.
     representation: clean representations `[N, E]`, or the logits of a classifier without.

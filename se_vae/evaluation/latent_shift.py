@@ -47,8 +47,8 @@ def maximal_values(
     objective: `(x_adv, aim, *args) -> [B]`.
     x: images `[N, ...]`, float32, inside `bounds`.
     aim: what the objective knows of each of the N examples.
-    outputs: what the functions of the objective give on x, `[N, ...]`, by which `state_path` knows
-      them.
+    outputs: values `[N, ...]` of the objective's functions on x. A state is taken up only if it
+      has the same ones.
     radii: radii >= 0, in any order.
     num_steps: gradient steps of each attempt.
     restarts: attempts at each radius, each from a random start of its own.
@@ -177,8 +177,14 @@ def joint_accuracy(
       f'{labels.shape} and {len(args)}',
     )
   attacked_classifier.check_counts(batch_size=batch_size)
+  for task, (logits_fn, own) in enumerate(zip(logits_fns, args, strict=True)):
+    name = f'logits_fns[{task}]'
+    _, num_classes = attacked_classifier.check_function(name, logits_fn, x, own, logits=True)
+    if labels[:, task].min() < 0 or labels[:, task].max() >= num_classes:
+      raise ArgumentError('labels', f'must lie in [0, {num_classes}) for {name}')
   objective, aim = Joint(tuple(logits_fns)), Aim(labels.astype(np.int32))
-  mesh, args = sharding.data_mesh() if mesh is None else mesh, tuple(args)
+  mesh = sharding.data_mesh() if mesh is None else mesh
+  args = sharding.replicate(mesh, tuple(args))
   clean = sharding.map_batches(
     mesh, lambda batch: _values(objective, *batch, args), (x, aim), min(batch_size, len(x))
   )
@@ -223,8 +229,12 @@ def max_latent_shift(
   """
   mesh, x = sharding.data_mesh() if mesh is None else mesh, _images(x)
   attacked_classifier.check_counts(batch_size=batch_size)
+  args = sharding.replicate(mesh, args)
   latents = sharding.map_batches(
-    mesh, lambda images: latents_fn(images, *args), x, min(batch_size, len(x))
+    mesh,
+    lambda images: attacked_classifier.apply(latents_fn, images, args),
+    x,
+    min(batch_size, len(x)),
   )
   aim = Aim(np.zeros(len(x), np.int32), latent=latents)
   options |= {'radii': radii, 'batch_size': batch_size, 'args': args, 'mesh': mesh}

@@ -94,7 +94,7 @@ def smoothed_accuracy(
     num_selection: samples for each example from which the class is chosen.
     num_estimation: further samples, from which its probability is bounded. They limit the radius:
       with 1,000 and alpha 0.001 it is at most 2.46 sigma.
-    alpha: in (0, 1), how probable it may be that an example's radius is too large.
+    alpha: in (0, 1), the largest probability that an example's radius is too large.
     bounds: lowest and highest pixel value.
     seed: seed of the noise.
     batch_size: examples at a time.

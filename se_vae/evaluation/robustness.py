@@ -185,7 +185,8 @@ def evaluate(
     args: further arguments of `logits_fn`, `latents_fn` and `reconstruct_fn`, such as parameters.
     latents_fn: images (and `args`) to representations `[B, E]`, for attacks that aim there.
     reconstruct_fn: images (and `args`) to their reconstructions, for check 12.
-    surrogate: another classifier and its arguments. Check 8 uses its adversarial images here.
+    surrogate: another classifier and its arguments. Check 8 tests `logits_fn` on the surrogate's
+      adversarial images.
     check_examples: how many of the first examples the checks attack again; 0 for no checks.
     certify: whether to find what is certified of the same examples too, by CROWN, or CROWN-IBP for
       a large encoder (`certifiers.certifier_for`); or the method. Then `logits_fn` must be a

@@ -226,7 +226,7 @@ def healthy_gradients(claim: Claim) -> Judgement:
 
 
 def deterministic(claim: Claim) -> Judgement:
-  """The same batch gives the same bits, and another order of it the same logits."""
+  """A batch gives the same logits when repeated, and but for rounding when reordered."""
   classifier, rows = claim.classifier, claim.rows
   forward = functools.partial(classifier.apply, classifier.logits_fn)
   logits, again = claim.logits[rows], forward(classifier.x)[rows]

@@ -98,7 +98,7 @@ def avae_elbo(
   terms = bounds.elbo(x, x_mean, q, obs_var=obs_var)
   bounds.check_batch(x, 'q_cycle', q_cycle)
   pair = smooth.se_elbo(x, x_mean, q, q_cycle, gamma=gamma, obs_var=obs_var, coupling='balanced')
-  # Not the difference of the two bounds, in which a large log-likelihood would leave its rounding.
+  # The difference of the two bounds would lose digits to a large log-likelihood.
   consistency = pair.transport_cost - pair.log_prior_a - pair.log_prior_b - terms.kl
   return AVAETerms(terms.elbo - consistency, terms.log_likelihood, terms.kl, consistency)
 

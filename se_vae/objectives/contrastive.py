@@ -26,7 +26,7 @@ def info_nce(
 
   Args:
     queries: vectors `[B, D]`.
-    candidates: vectors `[M, D]`, the positives of all queries and nothing else.
+    candidates: vectors `[M, D]`; the positive of each query is one of them.
     positives: `[B]` integers in [0, M), the candidate that belongs to each query.
     temperature: a scalar > 0. It may be traced.
 

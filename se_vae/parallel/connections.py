@@ -81,7 +81,7 @@ class Silence:
     self._values = dict.fromkeys(others, '')
 
   def hear(self, process: int, value: str, now: float) -> None:
-    """Takes note of the value that a process shows. A value that it had before is silence."""
+    """Records the value that a process shows. An unchanged value counts as silence."""
     if process in self._heard and value != self._values[process]:
       self._values[process] = value
       self._heard[process] = float('inf') if value == _LEFT else now
@@ -123,7 +123,7 @@ class Watch:
       thread.start()
 
   def is_lost(self) -> bool:
-    """Returns whether a process is lost. Connections break then, as the others end."""
+    """Returns whether a process is lost. Connections then break, because the others end too."""
     return bool(self._lost)
 
   def leave(self) -> None:
@@ -133,7 +133,7 @@ class Watch:
       self._show(_LEFT)
 
   def stop(self) -> None:
-    """Stops without a word."""
+    """Stops without telling the other processes."""
     self._stopped.set()
     for thread in self._threads:
       thread.join(self._pause)

@@ -67,7 +67,7 @@ def join(
 
 
 def is_first() -> bool:
-  """Returns whether this process is the one that writes files. A single process is."""
+  """Returns whether this process writes files: process 0, or the only one."""
   return not _several() or jax.process_index() == 0
 
 

@@ -1,8 +1,8 @@
 """Training: select x', evaluate the bound, follow its gradient (paper Sec. 2.1 and 6).
 
-`selection` finds x', `losses` is the table of objectives, `step` is one training step, `loop` takes
-many of them, `population` does so for many encoders at once, and `input_pipeline` feeds both with
-batches. The settings are
+`selection` finds x', `certified` bounds the encodings of a whole ball, `losses` is the table of
+objectives, `step` is one training step, `loop` takes many of them, `population` does so for many
+encoders at once, and `input_pipeline` feeds both with batches. The settings are
 `se_vae.config.TrainConfig`.
 """
 

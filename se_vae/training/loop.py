@@ -89,7 +89,7 @@ def _metrics(
   x: jax.Array,
   examples: jax.Array,
 ) -> Metrics:
-  """The metrics of a step. Only their shapes are asked for, and JAX keeps those of each step."""
+  """Returns the metrics of a step. It is traced for their shapes alone, and JAX keeps those."""
   step = sharding.per_device(mesh, step_function, (None, None, 0, 0))
   metrics: Metrics = step(state, args, x, examples)[1]
   return metrics
@@ -262,7 +262,7 @@ def run(
       row = row_of(window)
       window = sharding.replicate_copy(mesh, empty)
     yield Progress(state, window, row)
-    # The first dispatch includes the compilation, and is followed by one of a step again.
+    # The first dispatch includes the compilation, so the second one has a single step too.
     fitting = max(1, int(steps_per_second * seconds_per_dispatch))
     dispatch_steps = processes.maximum(fitting)  # one clock for all processes
 
@@ -411,5 +411,7 @@ def first_state(
   init_key, key, _ = jax.random.split(jax.random.key(seed), 3)
   # As one program, and not as dozens of small ones to compile.
   init = jax.jit(init_state, static_argnames=('model', 'num_examples', 'optimizer'))
-  state = init(model, config, init_key, num_examples=num_examples, optimizer=optimizer)
-  return state if params is None else state._replace(params=params), key
+  state = init(
+    model, config, init_key, num_examples=num_examples, params=params, optimizer=optimizer
+  )
+  return state, key

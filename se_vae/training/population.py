@@ -90,7 +90,8 @@ def run_population(
     num_steps: the step that each member ends at.
     steps_per_row: number of steps that a row of metrics averages over.
     mesh: the devices, as of `sharding.population_mesh`. The length of its data axis must divide the
-      batch size. Where the other does not divide the number of members, some devices have one less.
+      batch size. Where the other does not divide the number of members, the last devices have fewer
+      members, or none.
     steps_per_checkpoint: a dispatch ends at every multiple of it too; None for rows alone.
     windows: the windows that were saved with the states.
     names: the members' names, for errors; their numbers if None.

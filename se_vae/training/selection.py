@@ -145,11 +145,11 @@ def furthest_encoding(batch: Batch) -> jax.Array:
 
 
 def furthest_or_certified(batch: Batch) -> jax.Array:
-  """Returns what `select` returns, or x where nothing but the bounds of whole balls is used."""
+  """Returns what `select` returns, or x if the loss does not use the selected x'."""
   config = batch.config
   if config.selection == 'pgd':
     return furthest_encoding(batch)
-  # One program serves every weight, and attacks where the result is used.
+  # The weights are traced, so the program decides when it runs whether to attack.
   is_used = jnp.minimum(config.certified_weight, config.certified_share) < 1.0
   return jax.lax.cond(is_used, lambda: furthest_encoding(batch), lambda: batch.x)
 

@@ -25,7 +25,7 @@ from se_vae.training import losses, selection
 
 Metrics = dict[str, jax.Array]
 
-# A warm start keeps one byte a pixel: 47 MB for MNIST.
+# Offsets are int8, in units of radius / 127: a byte for each pixel, 47 MB for MNIST.
 _OFFSET_STEPS = 127
 
 _FIELDS = dataclasses.fields(TrainConfig)
@@ -135,9 +135,10 @@ def init_state(
   key: jax.Array,
   *,
   num_examples: int | None = None,
+  params: Params | None = None,
   optimizer: optax.GradientTransformation | None = None,
 ) -> TrainState:
-  """Returns the state at step 0, with fresh parameters and a fresh optimiser state.
+  """Returns the state at step 0, with a fresh optimiser state.
 
   Args:
     model: the model.
@@ -145,6 +146,7 @@ def init_state(
     key: one PRNG key.
     num_examples: N, the size of the training set, which a warm start needs. With it the state has a
       place for the clusters of objective 'clusters', which `add_targets` finds.
+    params: parameters to start with; fresh ones if None.
     optimizer: in place of the one that `config` names.
 
   Raises:
@@ -155,9 +157,9 @@ def init_state(
     if num_examples is None:
       raise ArgumentError('num_examples', 'is needed for a warm start')
     shape = (num_examples, math.prod(model.image_shape))
-    offsets_key = jax.random.fold_in(key, 1)
+    offsets_key = jax.random.fold_in(key, 2)  # `model.init` splits the key into those of 0 and 1
     offsets = jax.random.randint(offsets_key, shape, -_OFFSET_STEPS, _OFFSET_STEPS + 1, jnp.int8)
-  params = model.init(key)
+  params = model.init(key) if params is None else params
   opt_state = (optimizer or make_optimizer(config)).init(params)
   targets = None
   if config.objective == 'clusters' and num_examples is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,3 +46,40 @@ def test_the_largest_shift_of_a_one_dimensional_representation_is_exact():
   )
   expected = (2.0 * 16 * np.array([0.2, 0.0, 0.1])) ** 2
   np.testing.assert_allclose(shift, np.repeat(expected[:, None], 3, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('logits', 'expected'),
+  [
+    ([0.0, 0.0], [1.0, 0.0]),  # of equal logits, the first class counts
+    ([np.inf, 0.0], [0.0, 0.0]),
+    ([np.nan, 0.0], [0.0, 0.0]),
+  ],
+)
+def test_a_joint_attack_and_an_evaluation_agree_on_what_is_wrong(logits, expected):
+  """Labels 0 and 1, each beside a classifier that is always wrong."""
+  x, wrong = np.full((1, *SHAPE), 0.5, np.float32), jnp.float32([1.0, 0.0])
+  constant = lambda x, logits: jnp.broadcast_to(logits, (len(x), 2))  # noqa: E731
+  args = ((jnp.float32(logits),), (wrong,))
+  for label, accuracy in enumerate(expected):
+    found = latent_shift.joint_accuracy(
+      (constant, constant), x, np.array([[label, 1]]), radii=(0.0,), args=args
+    )
+    assert found.accuracy == [accuracy]
+
+
+def test_labels_that_a_classifier_does_not_have_are_refused():
+  x, labels, args = examples()
+  labels = np.stack([labels, np.where(labels == 0, -1, labels)], axis=1)
+  with pytest.raises(ValueError, match=r'labels: must lie in \[0, \d\) for logits_fns\[1\]'):
+    latent_shift.joint_accuracy((linear, linear), x, labels, args=(args, args), radii=RADII)
+
+
+def test_parameters_may_lie_on_one_device_of_several():
+  """As those that `fit` returns do."""
+  x, labels, args = examples()
+  args = jax.device_put(args, jax.devices()[0])
+  options = dict(radii=(0.1,), num_steps=1, mesh=sharding.data_mesh(2))
+  joint = latent_shift.joint_accuracy((linear,), x, labels[:, None], args=(args,), **options)
+  shift = latent_shift.max_latent_shift(linear, x, args=args, **options)
+  assert joint.correct.shape == shift.shape == (1, len(x))

@@ -102,6 +102,21 @@ def few_steps(**changes) -> training.TrainConfig:
   return dataclasses.replace(CONFIG, objective='vae', schedule='constant', num_steps=5, **changes)
 
 
+def test_an_optimizer_that_keeps_parameters_keeps_those_that_it_starts_with():
+  """At a tiny rate, schedule-free SGD stays near them."""
+  model = tiny()
+  given = drawn(model)
+  after, _ = training.fit(
+    model,
+    few_steps(),
+    IMAGES,
+    batch_size=BATCH,
+    params=given,
+    optimizer=optax.contrib.schedule_free_sgd(1e-8),
+  )
+  assert_close(after, given, rtol=1e-4)
+
+
 @pytest.mark.long
 def test_fit_takes_an_optimizer_in_place_of_the_named_one():
   """Also with a schedule of its own; the settings' learning rate is then not used."""
