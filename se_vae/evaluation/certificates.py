@@ -277,7 +277,8 @@ def _latent_box(certifier: Certifier, encoder: Encoder, batch: Any) -> LatentBox
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _shift(model: VAE, certifier: Certifier, constants: Any, batch: Any) -> jax.Array:
   encoder, params = constants
-  q = model.encode(params, batch[0])
+  with jax.default_matmul_precision('highest'):  # as the bounds; the default of a GPU is TF32
+    q = model.encode(params, batch[0])
   assert isinstance(q, DiagonalGaussian)  # `encoder_of` refuses others
   box = certification.latent_box(encoder, certifier.region(*batch), certifier.method)
   return certification.latent_shift(box, q.mean, q.log_var)
