@@ -21,7 +21,7 @@ XDIST := --numprocesses=auto --dist=loadfile --max-worker-restart=0
 FAST_TESTS := -m "not long and not slow" $(XDIST) tests
 ALL_TESTS := -m "not slow" $(XDIST) tests se_vae
 WORKDIR ?= runs/figure1
-RESULTS_FLAGS = $(if $(ROWS),--rows=$(ROWS)) $(if $(DATA),--data_dir=$(DATA)) $(if $(SEEDS),--seeds=$(SEEDS))
+RESULTS_FLAGS = $(if $(ROWS),--rows=$(ROWS)) $(if $(DATA),--data_dir=$(DATA))
 
 .PHONY: figure1 test test-all results results-check cheap-result notebook docs check lint types soak mutants lowest newest lock upgrade format python clean
 
@@ -41,7 +41,7 @@ results: $(READY)  ## Builds what is missing of ROWS=a,b (all if not given), wit
 	$(BIN)/python -m experiments.results build $(RESULTS_FLAGS)
 
 results-check: $(READY)  ## Builds ROWS anew in another directory, and compares with what is expected.
-	$(BIN)/python -m experiments.results check $(RESULTS_FLAGS)
+	$(BIN)/python -m experiments.results check $(RESULTS_FLAGS) $(if $(SEEDS),--seeds=$(SEEDS))
 
 cheap-result: $(READY)  ## A row of the results that takes a minute, built anew.
 	rm -rf build/results_check

@@ -6,25 +6,25 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from experiments.reproduction import rows
 from se_vae.config import ArgumentError
 
 _COMPARISON = re.compile(r'([\w.]+) ([<>]) ([\w.]+) at (\d+(?:\.\d+)?)(?: by (\d+(?:\.\d+)?))?')
+_BySeed = dict[str | float, Mapping[int, float]]  # for each side of a comparison
+_NUMBER = re.compile(r'\d*\.?\d+')
 
 
 class Comparison(NamedTuple):
   """'left > right at radius by margin': the accuracies differ by more than the margin.
 
   Attributes:
-    left: the row that is to be higher.
-    right: the row that is to be lower; or a number.
+    left: the row that is to be higher, or a number.
+    right: the row that is to be lower, or a number.
     radius: of the attack.
     margin: 0 if none is given.
   """
 
-  left: str
+  left: str | float
   right: str | float
   radius: float
   margin: float
@@ -44,12 +44,12 @@ def parse(text: str) -> Comparison:
   if found is None:
     raise ArgumentError('results', f"a comparison is 'ROW > ROW at RADIUS', got {text!r}")
   left, sign, right, radius, margin = found.groups()
-  number = re.fullmatch(r'\d*\.?\d+', right)
+  left, right = (float(side) if _NUMBER.fullmatch(side) else side for side in (left, right))
+  if isinstance(left, float) and isinstance(right, float):
+    raise ArgumentError('results', f'a comparison needs a row, got {text!r}')
   if sign == '<':
-    if number:
-      raise ArgumentError('results', f'a number stands on the right of >, got {text!r}')
     left, right = right, left
-  return Comparison(left, float(right) if number else right, float(radius), float(margin or 0.0))
+  return Comparison(left, right, float(radius), float(margin or 0.0))
 
 
 def verdict(
@@ -67,24 +67,26 @@ def verdict(
   """
   counts, lines = [], []
   for left, right, radius, margin in comparisons:
-    number = right if isinstance(right, float) else np.nan
-    of_left, of_right = measured(left), None if isinstance(right, float) else measured(right)
-    if of_left is None or (of_right is None and not isinstance(right, float)):
+    found = {name: measured(name) for name in (left, right) if isinstance(name, str)}
+    compared = {name: row for name, row in found.items() if row is not None}
+    if len(compared) < len(found):
       return 'not measured', []
     try:
-      higher = _by_seed(of_left, radius)
-      lower = dict.fromkeys(higher, number) if of_right is None else _by_seed(of_right, radius)
+      accuracies: _BySeed = {name: _by_seed(row, radius) for name, row in compared.items()}
     except KeyError:  # a row was measured before the manifest had this radius
       return 'not measured', []
-    seeds = sorted(higher.keys() & lower.keys())
-    holds = [higher[seed] > lower[seed] + margin for seed in seeds]
+    seeds = sorted(set.intersection(*map(set, accuracies.values())))
+    numbers: _BySeed = {
+      side: dict.fromkeys(seeds, side) for side in (left, right) if isinstance(side, float)
+    }
+    sides = accuracies | numbers
+    holds = [sides[left][seed] > sides[right][seed] + margin for seed in seeds]
     counts.append((sum(holds), len(holds)))
-    name = of_left['title'] if of_right is None else f'{of_left["title"]} / {of_right["title"]}'
+    titles = ' / '.join(row['title'] for row in compared.values())
     values = ', '.join(
-      f'{higher[seed]:.3f}' + ('' if of_right is None else f' / {lower[seed]:.3f}')
-      for seed in seeds
+      ' / '.join(f'{of_row[seed]:.3f}' for of_row in accuracies.values()) for seed in seeds
     )
-    lines.append(f'{name} at {radius:g}: {values}')
+    lines.append(f'{titles} at {radius:g}: {values}')
   if not all(count for _, count in counts):
     return 'not measured', []
   if all(held == count for held, count in counts):

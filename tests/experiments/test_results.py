@@ -293,6 +293,7 @@ def test_certified_accuracies_stand_below_the_table(folder):
     (['smooth > plain at 0.1 by 0.4'], 'partly'),  # 0.6 for seed 0, 0.3 for seed 1
     (['smooth > plain at 0.1', 'plain > smooth at 0.1'], 'partly'),
     (['smooth > 0.6 at 0.1'], 'partly'),
+    (['plain < 0.3 at 0.1'], 'yes'),
     (['smooth > plain at 0'], 'no'),  # they are equal
     (['smooth > 0.79 at 0'], 'yes'),
     (['other > plain at 0'], 'not measured'),
@@ -315,6 +316,7 @@ def test_a_claim_is_judged_seed_by_seed(comparisons, expected):
 def test_a_comparison_takes_every_name_that_a_row_may_have():
   assert claims.parse('v0.1 > se.2 at 0')[:2] == ('v0.1', 'se.2')
   assert claims.parse('v0.1 > 0.2 at 0')[:2] == ('v0.1', 0.2)
+  assert claims.parse('v0.1 < 0.2 at 0')[:2] == (0.2, 'v0.1')
 
 
 def test_seeds_that_one_row_lacks_are_not_compared():
@@ -327,7 +329,7 @@ def test_seeds_that_one_row_lacks_are_not_compared():
 
 
 @pytest.mark.parametrize(
-  'text', ['a > b', 'a >= b at 0', 'a > b at 0.1.2', 'a > b at 0 and more', 'a < 0.5 at 0']
+  'text', ['a > b', 'a >= b at 0', 'a > b at 0.1.2', 'a > b at 0 and more', '0.2 < 0.5 at 0']
 )
 def test_what_is_no_comparison_is_refused(text):
   with pytest.raises(ArgumentError, match=r'comparison|number'):
