@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -111,14 +112,19 @@ def draw(path: Path, listed: Sequence[rows.Measured]) -> None:
 def _table(listed: Sequence[rows.Measured]) -> str:
   header = ('', 'encoder', 'labels', 'clean', *(f'at {radius:g}' for radius in RADII))
   certified = (f'certified at {radius:g}' for radius in RADII)
-  cells = (_cells(place, row) for place, row in enumerate(listed, 1))
+  places = itertools.count(1)  # classifiers do not compete
+  cells = (_cells('' if _has_labels(row) else str(next(places)), row) for row in listed)
   return markdown_table((*header, *certified, 'seeds', 'images', 'checks'), cells)
 
 
-def _cells(place: int, row: rows.Measured) -> Iterator[str]:
-  yield str(place)
+def _has_labels(row: rows.Measured) -> bool:
+  return row['objective'] == rows.LABELS
+
+
+def _cells(place: str, row: rows.Measured) -> Iterator[str]:
+  yield place
   yield f'[{row["title"]}]({row["link"]})' if 'link' in row else row['title']
-  yield 'yes' if row['objective'] == rows.LABELS else 'no'
+  yield 'yes' if _has_labels(row) else 'no'
   for radius in (0.0, *RADII):
     yield document.over_seeds(rows.at_radius(row, radius))
   for radius in RADII:
@@ -136,5 +142,5 @@ def _point(row: rows.Measured, radius: float) -> leaderboard_plot.Point:
     clean=float(rows.at_radius(row, 0.0).mean()),
     robust=float(rows.at_radius(row, radius).mean()),
     certified=None if certified is None else float(certified.mean()),
-    labels=row['objective'] == rows.LABELS,
+    labels=_has_labels(row),
   )
