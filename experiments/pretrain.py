@@ -58,8 +58,8 @@ class PretrainConfig:
   batch_size: int = setting(64, 'Training examples a step.', at_least=1)
   init_from: str | None = setting(
     None,
-    'Directory of a run of the same architecture, or name of a pretrained encoder, whose '
-    'parameters to start with.',
+    'Start with the parameters of this run (a directory, of the same architecture) or of this '
+    'pretrained encoder (a name).',
   )
   matmul_precision: str = setting(
     'default',

@@ -60,7 +60,10 @@ class SupervisedConfig:
   )
   radius: float = setting(0.2, 'linf radius of the attack in training.', at_least=0, at_most=1)
   growth: float = setting(
-    0.3, 'Share of the steps in which the radius grows to its size.', at_least=0, at_most=1
+    0.3,
+    'Share of the training steps during which the radius grows from 0.',
+    at_least=0,
+    at_most=1,
   )  # not 0 by default: a large radius from the start teaches nothing at all
   pgd_steps: int = setting(20, 'Gradient steps of the attack in training.', at_least=1)
   certified_weight: float = setting(

@@ -246,23 +246,23 @@ class TrainConfig:
   )
   certified_weight: float = setting(
     1.0,
-    'Share of the SE-ELBO with the bounds of selection interval or linear; the rest is that with '
-    "the x' of PGD.",
+    'Weight of the SE-ELBO with the bounds of selection interval or linear. The SE-ELBO with the '
+    "x' of PGD has the rest.",
     at_least=0,
     at_most=1,
     traced=True,
   )
   certified_radius: float | None = setting(
     None,
-    'Radius of the ball of selection interval or linear, if it is not that of PGD, radius; at '
-    'most 1 for linf.',
+    'Radius of the ball that selection interval or linear bounds; radius if not given. At most 1 '
+    'for linf.',
     at_least=0,
     traced=True,
   )
   certified_share: float = setting(
     1.0,
-    'Radius, as a share, of the smaller linf ball that selection interval or linear takes around '
-    "the x' of PGD, inside the whole ball; 1 takes the whole.",
+    'Size of the bounded ball, as a share of the whole one. Below 1, a smaller linf ball around '
+    "the x' of PGD is bounded, inside the whole one.",
     above=0,
     at_most=1,
     traced=True,
