@@ -291,7 +291,7 @@ def _finished(
   found = recording.read_result(workdir, config.num_steps, records.Supervised)
   if (
     found is None
-    or found['data']['digest'] != dataset.digest
+    or found.get('data', {}).get('digest') != dataset.digest
     or _settings(found['config']) != _settings(flags.to_dict(config))
   ):
     return None

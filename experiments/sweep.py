@@ -109,7 +109,7 @@ def run(
   mine = [each.job for each in _shard(variants, config.shard)]
   for each in variants:
     each.job.check(attacks_flag='--probe')
-  if config.vectorize:
+  if config.vectorize and mine:  # a shard may be empty
     with flags.errors_begin_with('--vectorize'):
       population.check_fit_together([job.pretraining for job in mine])
   tables = _Tables(config, base, workdir, variants)

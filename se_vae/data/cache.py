@@ -110,7 +110,8 @@ def _cache_errors(cache_dir: str) -> Iterator[None]:
 
 
 def _fingerprint(directory: str) -> str:
-  paths = (Path(where, name) for where, _, names in os.walk(directory) for name in names)
+  walk = os.walk(directory, followlinks=True)  # the folder of a class may be a link
+  paths = (Path(where, name) for where, _, names in walk for name in names)
   files = sorted((str(path.relative_to(directory)), path.stat()) for path in paths)
   stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
   return hashlib.sha256(repr(stats).encode()).hexdigest()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from se_vae import data
-from se_vae.data import tfds
+from se_vae.data import cache, tfds
 from tests.data.tiny_idx import Arrays, assert_raises, examples
 from tests.data.tiny_tfds import write_tfds
 
@@ -130,3 +130,13 @@ def test_unusable_cache_directory_is_named(prepared, tmp_path, decodings):
     cache,
   )
   assert not decodings
+
+
+def test_images_behind_a_link_are_part_of_what_a_directory_holds(tmp_path):
+  behind, linked = tmp_path / 'behind', tmp_path / 'linked'
+  behind.mkdir()
+  linked.mkdir()
+  (linked / 'class').symlink_to(behind)
+  empty = cache._fingerprint(str(linked))
+  (behind / 'image.png').write_bytes(b'pixels')
+  assert cache._fingerprint(str(linked)) != empty
