@@ -19,7 +19,7 @@ from etils import epy
 from experiments import recording, records
 from experiments.cli import app, flags, messages, workdirs
 from experiments.cli.flags import UsageError
-from se_vae.config import WITHOUT_DECODER, setting, validate
+from se_vae.config import setting, validate
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
@@ -28,7 +28,6 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from se_vae.storage import atomic_files, json_files
 
 _HELD_OUT = ('elbo', 'squared_error', 'active_latents')
-_OF_THE_DECODER = ('elbo', 'squared_error')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +90,17 @@ def run(config: CompareConfig) -> list[Encoder]:
   radii = encoders[0].probes[0]['radii']
   if config.radius not in radii:
     raise UsageError(f'--radius: must be one of {", ".join(map(str, radii))}, got {config.radius}')
+  if 0.0 not in radii:
+    raise UsageError('--probe: the figure needs clean accuracy, so the radii of probe must have 0')
   if not config.output:
     raise UsageError('--output: is required: the directory of the table and the figure')
   output = workdirs.check_directory('output', config.output)
   output.mkdir(parents=True, exist_ok=True)
-  at = radii.index(config.radius)
+  clean, at = radii.index(0.0), radii.index(config.radius)
   points = [
     pareto.Point(
       each.name,
-      clean=float(each.accuracy[:, 0].mean()),
+      clean=float(each.accuracy[:, clean].mean()),
       elbo=each.mean('elbo'),
       robust=float(each.accuracy[:, at].mean()),
       lowest=float(each.accuracy[:, at].min()),
@@ -149,10 +150,8 @@ def _encoders(config: CompareConfig) -> Iterator[Encoder]:
 
 def _held_out(result: records.Result) -> dict[str, float]:
   """The figures of held-out images, NaN where there are none or they mean nothing."""
-  figures = {key: result['test'].get(key, np.nan) for key in _HELD_OUT}
-  if result['config'].get('objective') in WITHOUT_DECODER:
-    figures |= dict.fromkeys(_OF_THE_DECODER, np.nan)
-  return figures
+  figures = recording.meaningful(result['config'].get('objective', ''), result['test'])
+  return {key: figures.get(key, np.nan) for key in _HELD_OUT}
 
 
 def _table(encoders: Sequence[Encoder], radii: Sequence[float]) -> Iterator[list[str]]:

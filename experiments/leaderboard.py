@@ -34,6 +34,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 ACTIONS = ('render', 'add')
 _PROBE = 'probe_digit_worst_case.json'
 _PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
+_ENCODERS = ('init_from', 'surrogate')  # places too, of which the last part names the encoder
 
 
 class _Trained(TypedDict):
@@ -183,11 +184,17 @@ def _commands(outcomes: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> Ite
   for binary, settings in (('pretrain', trained), (last, attacked['config'])):
     if settings is not None:
       given = [
-        f'--{name}={",".join(map(str, value)) if isinstance(value, list) else value}'
+        f'--{name}={_text(name, value)}'
         for name, value in settings.items()
         if name not in _PLACES and value is not None
       ]
       yield shlex.join(['python', '-m', f'experiments.{binary}', *given])
+
+
+def _text(name: str, value: Any) -> str:
+  if name in _ENCODERS:
+    return Path(value).name
+  return ','.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 if __name__ == '__main__':

@@ -167,7 +167,7 @@ def _train(
           _record(member, own, progress.errors[i], stopping=signum > 0)
           bar.update(done[i] - before)
       if signum:
-        raise signals.Interrupted(signum)
+        raise signals.Interrupted(signum, stop.saves)
   for member, own in zip(members, current, strict=True):
     if member.error is None:
       member.recorder.finish(own.state.params)

@@ -295,7 +295,7 @@ def _train(
       signum = processes.maximum(stop.requested() or 0)
       processes.on_first(recorder.record, progress, signum > 0)
       if signum:
-        raise signals.Interrupted(signum)
+        raise signals.Interrupted(signum, stop.saves)
       state = progress.state
   except training.NotFiniteError as error:
     processes.on_first(recorder.record_not_finite, error)
@@ -308,7 +308,9 @@ def first_state(
   config: PretrainConfig, step_function: training.TrainStep, images: np.ndarray
 ) -> tuple[training.TrainState, tuple[TrainConfig, jax.Array], training.Window, jax.Array]:
   """Returns state, further arguments and window of a run at step 0, and the key of its examiner."""
-  init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+  init_key, train_key, eval_key = jax.random.split(
+    jax.random.key(config.seed, impl='threefry2x32'), 3
+  )
   # As one program, and not as dozens of small ones to compile.
   init_state = jax.jit(training.init_state, static_argnames=('model', 'num_examples'))
   state = init_state(step_function.model, config.train, init_key, num_examples=len(images))

@@ -79,7 +79,8 @@ class ProbeConfig:
   joint: bool = setting(False, 'Attack the probes of all tasks together too, for colour sets.')
   moves: bool = setting(False, 'Measure the largest latent shift, without labels.')
   certify: bool = setting(
-    False, "Find what no attack can exceed too, and each example's certified radius."
+    False,
+    "Also find the accuracy that no attack can go below, and each example's certified radius.",
   )
   certify_method: str | None = setting(
     None,

@@ -19,6 +19,7 @@ from etils import epy
 
 from experiments import records
 from experiments.cli import messages, provenance, workdirs
+from se_vae.config import WITHOUT_DECODER
 from se_vae.storage import json_files
 
 with epy.lazy_imports():  # --help and wrong flags are answered without them
@@ -40,6 +41,9 @@ EVENTS = 'tensorboard'
 NOT_FINITE = 'not_finite.json'
 PAGES = ('reconstructions', 'samples', 'traversals')
 _FILES = (CONFIG, METRICS, RESULT, NOT_FINITE, *(f'{page}.png' for page in PAGES))
+
+# Figures of held-out images that mean nothing if the decoder was not trained.
+_OF_THE_DECODER = ('elbo', 'log_likelihood', 'squared_error')
 
 # What an event file shows: figures of a fair sample of the held-out images, and the first rows of
 # each page. More would take over a hundredth of the time that a VAE trains.
@@ -82,6 +86,12 @@ class Examiner:
     figures['active_latents'] = metrics.active_latents(means)
     pages = image_grids.pages(self.model, self.config, params, self.key, images[:10], means)
     return figures, pages
+
+
+def meaningful(objective: str, figures: dict[str, float]) -> dict[str, float]:
+  """Returns figures of held-out images, without the decoder's if `objective` does not train it."""
+  left_out = _OF_THE_DECODER if objective in WITHOUT_DECODER else ()
+  return {name: value for name, value in figures.items() if name not in left_out}
 
 
 class Recorder:

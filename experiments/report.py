@@ -206,6 +206,9 @@ class _Reader:
     rows, damage = metrics or ([], '')
     if damage:
       self.leave_out(damage)
+    test = None
+    if result is not None and finished:
+      test = recording.meaningful(config['objective'], result['test'])
     state = f'finished: {num_steps:,} steps'
     if not finished:
       unread = result is None and (path / recording.RESULT).exists()
@@ -242,7 +245,7 @@ class _Reader:
       environment,
       state,
       rows,
-      result['test'] if result is not None and finished else None,
+      test,
       [probe for probe in probes.values() if probe is not None],
       [picture for picture in drawn if picture is not None],
     )

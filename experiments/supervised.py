@@ -223,6 +223,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
     NotFiniteError: if the loss is not finite; the last good checkpoint stays.
   """
   workdir, attack, dataset, rows = prepare(config)
+  stop.patience = pretrain.PATIENCE
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
   with workdirs.lock(workdir, recording.RESULT):
     if (before := _finished(config, workdir, dataset)) is not None:
@@ -341,7 +342,7 @@ def _train(
   images, labels = dataset.train.images, dataset.train.labels[task]
   model = vae.make_vae(tuple(images.shape[1:]), **flags.to_dict(config.model))
   classifier = linear_probe.ProbedEncoder(model)
-  init_key, key = jax.random.split(jax.random.key(config.seed))
+  init_key, key = jax.random.split(jax.random.key(config.seed, impl='threefry2x32'))
   train_config = TrainConfig(  # Adam with a cosine schedule
     radius=config.radius,
     pgd_steps=config.pgd_steps,
@@ -397,9 +398,11 @@ def _train(
       state = progress.state
       step = int(state.step)
       bar.update(step - bar.n)
-      if progress.row is not None or stop.requested():
+      signum = stop.requested()
+      if progress.row is not None or signum is not None:
         checkpoints.save(directory, step, state._asdict(), metadata)
-      stop.check()
+      if signum is not None:
+        raise signals.Interrupted(signum, stop.saves)
   return classifier, state.params
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import population, pretrain, probe_settings, records
+from experiments import population, pretrain, probe_settings, recording, records
 from experiments.cli import app, devices, flags, messages, signals, workdirs
 from experiments.cli.flags import UsageError
 from experiments.scheduling import jobs, placement
@@ -250,7 +250,8 @@ def variants_of(
     own = dict(zip(varied, values, strict=True))
     directory = str(workdir / directory_name(own))
     with flags.errors_begin_with('--vary'):
-      pretraining = flags.replace(base, **own, workdir=directory, cache_dir=cache_dir)
+      given = flags.absolute(own)  # a name keeps the values as they were typed
+      pretraining = flags.replace(base, **given, workdir=directory, cache_dir=cache_dir)
     places: dict[str, Any] = {
       'workdir': directory,
       'data_dir': base.data.data_dir,
@@ -328,19 +329,23 @@ def _table(
   ends = [f'{end} at {radius}' for radius in radii for end in ('low', 'high') if with_intervals]
   yield (*own, 'seeds', *figures, *(f'at {radius}' for radius in radii), *ends, 'checks')
   for own, curve in groups:
-    held_out = (np.mean([result['held_out'][name] for result in curve.results]) for name in figures)
+    measured = [
+      recording.meaningful(result['objective'], result['held_out']) for result in curve.results
+    ]
+    held_out = (np.mean([each.get(name, np.nan) for each in measured]) for name in figures)
     intervals = curve.interval.ravel() if with_intervals else ()
     yield (
       *own.values(),
       len(curve.results),
-      *(f'{value:.1f}' for value in held_out),
+      *('-' if np.isnan(value) else f'{value:.1f}' for value in held_out),
       *(f'{value:.3f}' for value in (*curve.accuracy, *intervals)),
       curve.checks,
     )
 
 
 def _cell(value: Any) -> str:
-  return f'{value:g}' if isinstance(value, float) else str(value)
+  short = f'{value:g}' if isinstance(value, float) else ''
+  return short if short and float(short) == value else str(value)  # another text for other values
 
 
 def _label(varied: dict[str, Any]) -> str:

@@ -31,12 +31,13 @@ class StopSignal:
   """Remembers a request to stop (Ctrl-C, SIGTERM) until the binary looks for it.
 
   Args:
-    saves: whether the binary saves what it has finished when it stops.
+    saves: whether the same command goes on afterwards from what the binary has finished.
     second_ends: whether a second signal ends the process at once. A process that others stop may
       get several signals that mean the same.
 
   Attributes:
     signum: the number of the signal; None if there was none.
+    saves: whether the same command goes on afterwards.
     patience: seconds in which the binary must look. Afterwards the process ends with what was saved
       before, because a device at work cannot be interrupted.
   """
@@ -44,7 +45,7 @@ class StopSignal:
   def __init__(self, saves: bool = True, second_ends: bool = True) -> None:
     self.signum: int | None = None
     self.patience = 10.0
-    self._saves, self._second_ends = saves, second_ends
+    self.saves, self._second_ends = saves, second_ends
     self._honoured = threading.Event()
 
   def requested(self) -> int | None:
@@ -57,7 +58,7 @@ class StopSignal:
     """Raises Interrupted if there was a request."""
     signum = self.requested()
     if signum is not None:
-      raise Interrupted(signum, self._saves)
+      raise Interrupted(signum, self.saves)
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[StopSignal]:
@@ -96,9 +97,10 @@ class StopSignal:
       while listening and not self._honoured.is_set():
         remaining = began + self.patience - time.monotonic()
         if remaining <= 0.0:
+          kept = 'what was saved before stays. Run the same command again to go on.'
           print(
             f'\n{signal.Signals(signum).name}: a step takes longer than {self.patience:g} s and '
-            'was not waited for; what was saved before stays. Run the same command again to go on.',
+            f'was not waited for; {kept if self.saves else "nothing is kept"}',
             file=sys.stderr,
             flush=True,
           )

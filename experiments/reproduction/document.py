@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from experiments import recording
 from experiments.cli.messages import markdown_table
 from experiments.reproduction import claims, plan, rows
 from experiments.reproduction.manifest import Claim, Figure, Manifest, Panel, Section
 from experiments.visual import ablations, plots
-from se_vae.config import WITHOUT_DECODER
 from se_vae.storage import atomic_files
 
 FIGURES = 'figures'
@@ -123,12 +123,10 @@ class Document:
         yield over_seeds(rows.at_radius(row, radius))
       except KeyError:
         yield ''
+    held_out = [recording.meaningful(row['objective'], seed['held_out']) for seed in row['seeds']]
     for key in _HELD_OUT:
-      values = [seed['held_out'].get(key, np.nan) for seed in row['seeds']]
-      has_none = bool(np.isnan(values).any())
-      if key == 'elbo' and row['objective'] in WITHOUT_DECODER:
-        has_none = True
-      yield '' if has_none else f'{np.mean(values):.0f}'
+      mean = np.mean([figures.get(key, np.nan) for figures in held_out])
+      yield '' if np.isnan(mean) else f'{mean:.0f}'
     yield checks_of(row)
     yield f'`{row["name"]}`'
 

@@ -151,7 +151,8 @@ def _rounded(value: Any) -> Any:
   if isinstance(value, float):
     return round(value, _LONG_DIGITS)
   if isinstance(value, dict):
-    return {key: _rounded(each) for key, each in value.items()}
+    # Results are looked up by radius, such as 8 / 255.
+    return {key: each if key == 'radii' else _rounded(each) for key, each in value.items()}
   return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 

@@ -117,6 +117,9 @@ def write(
     labels: `[N]`.
     reconstruct: maps images to their reconstructions.
   """
+  # Files of another attack may be here, and must not stand beside these if writing is cut off.
+  for name in ('.json', '_images.png', '_moves.csv'):
+    stem.with_name(f'{stem.name}{name}').unlink(missing_ok=True)
   drawn = {'': result} | ({'joint_': result['joint']} if 'joint' in result else {})
   columns: dict[str, Sequence[float]] = {'radius': result['radii']}
   for prefix, found in drawn.items():

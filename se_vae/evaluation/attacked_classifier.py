@@ -186,7 +186,7 @@ def prepare(
     args=sharding.replicate(mesh, args),
     x=x,
     labels=labels,
-    key=jax.random.key(seed),
+    key=jax.random.key(seed, impl='threefry2x32'),
     num_classes=num_classes,
     norm=norm,
     bounds=bounds,

@@ -85,12 +85,13 @@ def maximal_values(
   settings |= {'norm': norm, 'bounds': tuple(bounds), 'seed': seed}
   fingerprint = states.fingerprint(settings, (x, aim.labels, args))
   args = sharding.replicate(mesh, args)
+  seed_key = jax.random.key(seed, impl='threefry2x32')
 
   def attack_batch(
     radius: float, attempt: int, batch: tuple[jax.Array, Aim, jax.Array]
   ) -> jax.Array:
     x, aim, index = batch
-    key = attack_suite.attempt_key(jax.random.key(seed), attack, radius, attempt)
+    key = attack_suite.attempt_key(seed_key, attack, radius, attempt)
     x_adv = attack_suite.run(
       attack, key, x, aim, index, jnp.float32(radius), args, norm=norm, bounds=bounds
     )

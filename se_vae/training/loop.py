@@ -408,7 +408,8 @@ def first_state(
     params: parameters to start with; fresh ones if None.
     optimizer: in place of the one that `config` names.
   """
-  init_key, key, _ = jax.random.split(jax.random.key(seed), 3)
+  # The generator is named, so that JAX's configured default cannot change the run.
+  init_key, key, _ = jax.random.split(jax.random.key(seed, impl='threefry2x32'), 3)
   # As one program, and not as dozens of small ones to compile.
   init = jax.jit(init_state, static_argnames=('model', 'num_examples', 'optimizer'))
   state = init(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from se_vae.evaluation import latent_shift
+from se_vae.evaluation import latent_shift, robustness
 from se_vae.parallel import sharding
 from tests.evaluation.linear_classifier import RADII, SHAPE, closed_form, examples, linear
 
@@ -73,6 +73,21 @@ def test_labels_that_a_classifier_does_not_have_are_refused():
   labels = np.stack([labels, np.where(labels == 0, -1, labels)], axis=1)
   with pytest.raises(ValueError, match=r'labels: must lie in \[0, \d\) for logits_fns\[1\]'):
     latent_shift.joint_accuracy((linear, linear), x, labels, args=(args, args), radii=RADII)
+
+
+def test_the_default_generator_changes_no_attack():
+  x, labels, args = examples()
+
+  def attacked():
+    options = dict(radii=(0.1,), num_steps=1, batch_size=4)
+    shift = latent_shift.max_latent_shift(linear, x, args=args, **options)
+    found = robustness.evaluate(linear, x, labels, args=args, check_examples=0, **options)
+    return shift, found.attack_log.images
+
+  expected = attacked()
+  with jax.default_prng_impl('rbg'):
+    for one, other in zip(attacked(), expected, strict=True):
+      np.testing.assert_array_equal(one, other)
 
 
 def test_parameters_may_lie_on_one_device_of_several():

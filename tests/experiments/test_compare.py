@@ -47,6 +47,19 @@ def test_the_table_has_means_over_seeds_and_half_their_range(tmp_path, capsys):
   assert (tmp_path / 'out' / 'compare.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_clean_accuracy_is_that_at_radius_0(tmp_path):
+  curve = {'accuracy': [0.7, 0.9], 'interval': [[0.6, 0.8], [0.8, 1.0]]}
+  write(tmp_path / 'runs' / 'se', radii=[0.1, 0.0], **curve)
+  points = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pareto, 'save', lambda file, found, *_: points.extend(found))
+    compare.run(config(tmp_path / 'runs', output=tmp_path / 'out'))
+  assert [(point.clean, point.robust) for point in points] == [(0.9, 0.7)]
+  write(tmp_path / 'attacked' / 'se', radii=[0.1, 0.2], **curve)
+  with pytest.raises(UsageError, match=r'--probe: .* must have 0'):
+    compare.run(config(tmp_path / 'attacked', output=tmp_path / 'out'))
+
+
 def test_an_objective_that_does_not_train_the_decoder_has_no_elbo(tmp_path):
   write(tmp_path / 'runs' / 'vae')
   write(tmp_path / 'runs' / 'contrastive')

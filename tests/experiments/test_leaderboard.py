@@ -38,7 +38,7 @@ def attacked(
     'data': {'source': 'files', 'digest': leaderboard.DATA},
     'evaluation': {'attack': 'worst_case'},
     'versions': {'jax': '0.10.2'},
-    'pretraining': to_dict(pretrain.PretrainConfig()) | {'seed': seed},
+    'pretraining': to_dict(pretrain.PretrainConfig()) | {'seed': seed, 'init_from': '/mine/vae'},
     'config': {**result['config'], 'restarts': 1},
   }
   for path, value in changes.items():
@@ -88,6 +88,7 @@ def test_an_entry_stands_on_the_page_and_in_the_figure(tmp_path):
   stored = json.loads((folder / 'leaderboard' / 'mine.json').read_text())
   assert [seed['seed'] for seed in stored['seeds']] == [0, 1]
   assert '--gamma=1.0' in stored['commands'][0] and 'workdir' not in stored['commands'][0]
+  assert '--init_from=vae ' in stored['commands'][0]
   before = text
   binary.run('render', config_of(folder))
   assert (tmp_path / 'page.md').read_text() == before

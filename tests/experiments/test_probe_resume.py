@@ -12,6 +12,7 @@ import pytest
 
 from experiments import probe, probe_settings, supervised
 from experiments.cli import flags, messages, signals
+from experiments.visual import probe_results
 from se_vae.evaluation.attacked_classifier import AttackedClassifier
 from se_vae.evaluation.states import ValueLog
 from tests.experiments.tiny_run import train
@@ -93,6 +94,21 @@ def undisturbed(trained, recorder, tmp_path_factory):
   workdir = copied(trained, tmp_path_factory.mktemp('probed') / 'run')
   probe.run(config(workdir), signals.StopSignal())
   return workdir, kills.contents(workdir), recorder.take()
+
+
+def test_files_of_a_second_attack_do_not_stand_beside_the_first_result(
+  undisturbed, tmp_path, monkeypatch
+):
+  workdir = copied(undisturbed[0], tmp_path / 'run')
+  (result,) = workdir.glob('probe_*.json')
+
+  def full(*_):
+    raise OSError('no space left')
+
+  monkeypatch.setattr(probe_results.plots, 'save', full)
+  with pytest.raises(OSError, match='no space left'):
+    probe.run(config(workdir, seed=9), signals.StopSignal())
+  assert not result.exists()
 
 
 @dataclasses.dataclass

@@ -161,6 +161,11 @@ def test_every_number_is_the_files(run):
     assert rounded == pytest.approx(json.loads(value), rel=1e-4, abs=5e-4)
 
 
+def test_an_objective_that_does_not_train_the_decoder_has_no_bound(tmp_path):
+  page = render(write_run(tmp_path / 'run', 'contrastive'))
+  assert ['Run', 'KL from the prior', 'Active latents'] in page.rows
+
+
 def test_the_page_needs_no_network(run):
   write_probe(run)
   text = render_text(run)

@@ -223,6 +223,12 @@ def test_values_that_no_row_can_have_are_refused(folder, change, message):
     results.run('render', config_of(folder), signals.StopSignal())
 
 
+def test_radii_keep_all_their_digits():
+  content = {'radii': [8 / 255], 'accuracy': [2 / 3], 'certified': {'radii': [8 / 255]}}
+  expected = {'radii': [8 / 255], 'accuracy': [0.66667], 'certified': {'radii': [8 / 255]}}
+  assert rows._rounded(content) == expected
+
+
 def test_rows_measured_at_fewer_radii_than_the_manifest_has_now_are_shown(tmp_path):
   content = changed('rows', 'plain', 'probe', value=f'{ATTACK} --radii=0,0.1,0.2')
   content['rows']['smooth']['probe'] = f'{ATTACK} --radii=0,0.1,0.2'

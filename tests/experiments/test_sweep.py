@@ -117,6 +117,16 @@ def test_every_combination_is_a_variant(tmp_path):
     assert [a.workdir for a in each.job.attacks] == [each.job.pretraining.workdir]
 
 
+def test_paths_that_vary_are_absolute_and_the_names_are_as_typed(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  vary = config_of('init_from=runs/a,runs/b gamma=0.12345678,0.12345679')
+  variants = list(sweep.variants_of(vary, BASE, tmp_path))
+  sources = [to_dict(each.job.pretraining)['init_from'] for each in variants]
+  assert sources == [str(tmp_path / 'runs' / name) for name in 'aabb']
+  assert variants[0].varied['init_from'] == 'runs/a'
+  assert len({each.job.name for each in variants}) == 4
+
+
 def test_a_variant_s_directory_has_a_name_of_its_own_below_the_work_directory(tmp_path):
   ordinary = {'gamma': 0.3, 'warm_start': True, 'dataset': 'mnist_5k', 'learning_rate': 1e-05}
   name = 'gamma0.3_warm_startTrue_datasetmnist_5k_learning_rate1e-05'

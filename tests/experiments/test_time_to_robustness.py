@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -53,6 +54,14 @@ def test_a_row_has_every_stage_and_the_curve_with_its_checks(tmp_path):
   assert list(result['cpu_seconds']) == STAGES and min(result['cpu_seconds'].values()) >= 0.0
   with pytest.raises(ArgumentError, match='must be new'):
     time_to_robustness.run(config, signals.StopSignal())
+
+
+def test_an_interruption_keeps_nothing(tmp_path):
+  stop = signals.StopSignal(saves=False)
+  stop.signum = signal.SIGTERM
+  with pytest.raises(signals.Interrupted) as interruption:
+    time_to_robustness.run(tiny(tmp_path), stop)
+  assert not interruption.value.saved
 
 
 def test_stages_are_added_up():

@@ -123,6 +123,17 @@ def test_fit_is_run_from_scratch():
   assert_same(params, expected[-1][2])
 
 
+def test_the_default_generator_changes_no_run():
+  config = dataclasses.replace(CONFIG, objective='vae', num_steps=2)
+
+  def fitted():
+    return training.fit(tiny(), config, IMAGES, seed=3, batch_size=BATCH)[0]
+
+  expected = fitted()
+  with jax.default_prng_impl('rbg'):
+    assert_same(fitted(), expected)
+
+
 def test_fit_refuses_rows_of_no_steps():
   with pytest.raises(ArgumentError, match='steps_per_row: must be >= 1, got 0'):
     training.fit(tiny(), CONFIG, IMAGES, steps_per_row=0)
