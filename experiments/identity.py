@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments import pretrain, records
-from experiments.cli import workdirs
+from experiments.cli import flags, workdirs
 
-_PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
 # Checkpoints identify encoders, and digests the data. The others change no result.
-_FREE_SETTINGS = (*_PLACES, 'pretrained', 'dataset', 'surrogate', 'strict', 'batch_size')
+_FREE_SETTINGS = (*flags.PLACES, 'pretrained', 'dataset', 'surrogate', 'strict', 'batch_size')
 _OF_CERTIFICATES = ('certify', 'certify_method', 'certify_slope_steps')
 _RENAMED = {'pgd_step_size': 'relative_step_size'}
 

@@ -33,7 +33,6 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 ACTIONS = ('render', 'add')
 _PROBE = 'probe_digit_worst_case.json'
-_PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
 _ENCODERS = ('init_from', 'surrogate')  # places too, of which the last part names the encoder
 
 
@@ -186,7 +185,7 @@ def _commands(outcomes: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> Ite
       given = [
         f'--{name}={_text(name, value)}'
         for name, value in settings.items()
-        if name not in _PLACES and value is not None
+        if name not in flags.PLACES and value is not None
       ]
       yield shlex.join(['python', '-m', f'experiments.{binary}', *given])
 

@@ -43,8 +43,7 @@ PATIENCE = 60.0
 NOT_A_RUN = 'no checkpoint of pretrain'
 
 # Settings that may differ when a run is resumed, since the trained model does not depend on them.
-_PLACES = frozenset({'workdir', 'data_dir', 'cache_dir'})
-_FREE_SETTINGS = _PLACES | {'log_every', 'checkpoint_every', 'num_devices', 'tensorboard'}
+_FREE_SETTINGS = {*flags.PLACES, 'log_every', 'checkpoint_every', 'num_devices', 'tensorboard'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,12 +307,9 @@ def first_state(
   config: PretrainConfig, step_function: training.TrainStep, images: np.ndarray
 ) -> tuple[training.TrainState, tuple[TrainConfig, jax.Array], training.Window, jax.Array]:
   """Returns state, further arguments and window of a run at step 0, and the key of its examiner."""
-  init_key, train_key, eval_key = jax.random.split(
-    jax.random.key(config.seed, impl='threefry2x32'), 3
+  state, train_key, eval_key = training.first_state(
+    step_function.model, config.train, config.seed, num_examples=len(images)
   )
-  # As one program, and not as dozens of small ones to compile.
-  init_state = jax.jit(training.init_state, static_argnames=('model', 'num_examples'))
-  state = init_state(step_function.model, config.train, init_key, num_examples=len(images))
   arguments = (config.train, train_key)
   return state, arguments, training.empty_window(step_function, state, arguments, images), eval_key
 
@@ -439,7 +435,8 @@ def _is_source(directory: str | None, source: records.Source | None) -> bool:
 
 def _check_same_everywhere(config: PretrainConfig, dataset: data.Dataset) -> None:
   """Raises ArgumentError for settings that differ between the processes."""
-  values = {name: value for name, value in flags.to_dict(config).items() if name not in _PLACES}
+  values = flags.to_dict(config)
+  values = {name: value for name, value in values.items() if name not in flags.PLACES}
   values |= {'data_dir': dataset.digest, 'versions': devices.versions()}
   if names := processes.differing(values):
     raise ArgumentError(names, 'must be the same in every process')

@@ -34,9 +34,6 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.visual import plots
   from se_vae.storage import atomic_files
 
-# Settings that the variants of a sweep share.
-_SHARED = ('workdir', 'data_dir', 'cache_dir')
-
 _CAPTION = (
   'Means over the seeds: the ELBO of held-out images, in nats, their squared error, the number of '
   'active latents, and the adversarial accuracy at each l-inf radius'
@@ -293,7 +290,7 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
   found = {}
   for item in vary.split():
     name, _, values = item.partition('=')
-    if name in _SHARED or name not in known:
+    if name in flags.PLACES or name not in known:
       raise UsageError(f'--vary: {name!r} is no setting of pretrain that can vary')
     if name in found:
       raise UsageError(f'--vary: {name} is there twice')

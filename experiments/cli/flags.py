@@ -27,6 +27,8 @@ with epy.lazy_imports():  # --help and wrong flags are answered without it
 
 Config = TypeVar('Config')
 
+# Where a binary works. No result depends on it.
+PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
 # Directories that results record. A relative one would name another place from elsewhere.
 _DIRECTORIES = ('data_dir', 'cache_dir', 'init_from', 'surrogate')
 # Those of them that take the name of a pretrained encoder too.

@@ -329,7 +329,7 @@ def fit(
     TypeError: for images that are not uint8.
   """
   check_fit(config, params, steps_per_row)
-  state, key = first_state(
+  state, key, _ = first_state(
     model, config, seed, num_examples=len(images), params=params, optimizer=optimizer
   )
   state = add_targets(state, model, config, images, seed)
@@ -397,8 +397,8 @@ def first_state(
   num_examples: int,
   params: Params | None = None,
   optimizer: optax.GradientTransformation | None = None,
-) -> tuple[TrainState, jax.Array]:
-  """Returns the state at step 0 of the run of a seed, and the key of its steps.
+) -> tuple[TrainState, jax.Array, jax.Array]:
+  """Returns the state at step 0 of the run of a seed, the key of its steps, and one for measuring.
 
   Args:
     model: the model.
@@ -409,10 +409,10 @@ def first_state(
     optimizer: in place of the one that `config` names.
   """
   # The generator is named, so that JAX's configured default cannot change the run.
-  init_key, key, _ = jax.random.split(jax.random.key(seed, impl='threefry2x32'), 3)
+  init_key, key, measuring_key = jax.random.split(jax.random.key(seed, impl='threefry2x32'), 3)
   # As one program, and not as dozens of small ones to compile.
   init = jax.jit(init_state, static_argnames=('model', 'num_examples', 'optimizer'))
   state = init(
     model, config, init_key, num_examples=num_examples, params=params, optimizer=optimizer
   )
-  return state, key
+  return state, key, measuring_key

@@ -246,7 +246,7 @@ def fit_population(
   loop.check_fit(configs[0], params, steps_per_row)
   states, args = [], []
   for config, seed in zip(configs, seeds, strict=True):
-    state, key = loop.first_state(
+    state, key, _ = loop.first_state(
       model, config, seed, num_examples=len(images), params=params, optimizer=optimizer
     )
     state = loop.add_targets(state, model, config, images, seed)

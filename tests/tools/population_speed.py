@@ -69,7 +69,7 @@ def work(objective: str, kind: str, size: int, num_devices: int) -> None:
   streams = [data.batch_stream(seed, BATCH, len(images)) for seed in range(size)]
   options = {'steps_per_row': DISPATCH[objective], 'seconds_per_dispatch': 1e3}
   if kind == 'single':
-    ((state, key),), (stream,) = firsts, streams
+    ((state, key, _),), (stream,) = firsts, streams
     mesh = sharding.data_mesh(num_devices)
     run = training.run(
       step_function, state, (config, key), images, stream, mesh=mesh, num_steps=FOREVER, **options
@@ -78,8 +78,8 @@ def work(objective: str, kind: str, size: int, num_devices: int) -> None:
   else:
     population = training.run_population(
       step_function,
-      [jax.device_get(state) for state, _ in firsts],
-      [(config, key) for _, key in firsts],
+      [jax.device_get(state) for state, *_ in firsts],
+      [(config, key) for _, key, _ in firsts],
       images,
       streams,
       num_steps=[FOREVER] * size,

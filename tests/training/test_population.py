@@ -136,13 +136,13 @@ def yielded(start: training.PopulationProgress | None = None, seconds: float = 1
     loop.first_state(MODEL, config, seed, num_examples=len(IMAGES))
     for config, seed in zip(CONFIGS, SEEDS, strict=True)
   ]
-  states, windows = [jax.device_get(state) for state, _ in firsts], None
+  states, windows = [jax.device_get(state) for state, *_ in firsts], None
   if start is not None:
     states, windows, _ = zip(*start.members(), strict=True)
   for progress in training.run_population(
     training.TrainStep(MODEL),
     states,
-    [(config, key) for config, (_, key) in zip(CONFIGS, firsts, strict=True)],
+    [(config, key) for config, (_, key, _) in zip(CONFIGS, firsts, strict=True)],
     IMAGES,
     [data.batch_stream(seed, BATCH, len(IMAGES)) for seed in SEEDS],
     num_steps=[config.num_steps for config in CONFIGS],
