@@ -190,9 +190,10 @@ def load_surrogate(
 
 def train_means(prepared: Prepared, model: vae.VAE, params: vae.Params) -> np.ndarray:
   """An encoder's means of the training images, `[N, D]`."""
-  return linear_probe.encoder_means(
-    model, params, prepared.dataset.train.images, mesh=prepared.mesh
-  )
+  with jax.default_matmul_precision(PRECISION):
+    return linear_probe.encoder_means(
+      model, params, prepared.dataset.train.images, mesh=prepared.mesh
+    )
 
 
 def fit(

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.tools import journal, soak
 
 TESTS = """
@@ -36,6 +38,7 @@ def run(folder: Path) -> int:
   return done.returncode
 
 
+@pytest.mark.long
 def test_the_record_counts_and_goes_on(tmp_path):
   (tmp_path / 'test_faults.py').write_text(TESTS)
   record = tmp_path / 'round1.jsonl'

@@ -70,6 +70,7 @@ def test_values_and_gradients_are_finite_in_float32_at_every_extreme(family):
       assert np.all(np.isfinite(leaf)), jax.tree_util.keystr(path)
 
 
+@pytest.mark.long
 def test_couplings_and_maps_are_finite_in_float32_at_every_extreme():
   var_a, var_b = (v.ravel().astype(np.float32) for v in np.meshgrid(*[EXTREME_VARIANCES] * 2))
   identity = np.eye(2, dtype=np.float32)
@@ -194,6 +195,7 @@ def test_factorised_cost_rises_with_gamma_in_float32():
   assert np.max(falls / np.maximum(1e-6, 1e-5 * np.abs(values[1:]))) < 2.4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('family', FAMILIES)
 @in_float64
 def test_gradients_in_float32_are_those_in_float64(family):

@@ -233,6 +233,7 @@ def test_bounds_in_float32_hold_for_sums_that_cancel(monkeypatch):
   assert violations(without_slack, outputs) > 0.1
 
 
+@pytest.mark.long
 def test_bounds_are_differentiable_in_the_weights():
   layers, x = network('mlp'), images(2)
 

@@ -73,6 +73,7 @@ def cases(widths):
   return tuple(map(np.array, (certified, least, attacked, clean)))
 
 
+@pytest.mark.long
 @by_widths
 def test_certified_is_at_most_exact_is_at_most_attacked(widths):
   certified, least, attacked, clean = cases(widths)

@@ -47,6 +47,7 @@ def test_every_prefix_of_an_embedded_test_set_is_fair(name, validation):
   assert_fair(data.load(name, validation=validation).test)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['mnist', 'color_mnist'])
 def test_every_prefix_of_mnist_is_fair(name, mnist_dir):
   assert_fair(data.load(name, data_dir=str(mnist_dir)).test)

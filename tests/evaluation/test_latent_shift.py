@@ -75,6 +75,7 @@ def test_labels_that_a_classifier_does_not_have_are_refused():
     latent_shift.joint_accuracy((linear, linear), x, labels, args=(args, args), radii=RADII)
 
 
+@pytest.mark.long
 def test_the_default_generator_changes_no_attack():
   x, labels, args = examples()
 

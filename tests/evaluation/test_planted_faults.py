@@ -103,6 +103,7 @@ def test_a_noisy_encoder_is_flagged():
   assert {2, 10} <= failed(evaluate(noisy))
 
 
+@pytest.mark.long
 def test_a_constant_encoder_is_flagged():
   result = evaluate(constant)
   assert {4, 12} <= failed(result)
@@ -153,6 +154,7 @@ def wrong_sign(real, attack, *operands, **options):
   return real(attack, *operands, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('fault', 'expected'),
   [

@@ -82,6 +82,7 @@ def test_abstentions_are_counted_and_are_errors():
   assert repr(result).endswith(f'{result.abstentions} abstentions)')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('batch_size', 'devices'), [(7, 1), (60, 4)])
 def test_batches_and_devices_do_not_matter(batch_size, devices):
   result = smoothed(batch_size=batch_size, mesh=sharding.data_mesh(devices))

@@ -32,6 +32,7 @@ def classifier(request):
   return model, (jax.jit(model.init)(jax.random.key(1)), probe), x, jnp.arange(8) % 3
 
 
+@pytest.mark.long
 def test_the_layers_are_those_of_the_classifier(classifier):
   model, params, x, _ = classifier
   found = jax.jit(lambda params: certification.apply(supervised.layers_of(model, params), x))
@@ -39,6 +40,7 @@ def test_the_layers_are_those_of_the_classifier(classifier):
   np.testing.assert_allclose(found(params), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_loss_is_above_that_of_any_image_in_the_ball(classifier):
   model, params, x, labels = classifier
   objective, aim = losses.CrossEntropy(ProbedEncoder(model)), losses.Aim(labels)

@@ -287,6 +287,7 @@ def test_no_data_is_answered_at_once(tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.long
 def test_importing_touches_no_backend():
   # JAX refuses another number of devices once a backend is there.
   code = (

@@ -423,6 +423,7 @@ def test_the_page_and_the_readme_are_those_of_the_rows():
   assert document.between_marks(readme, 'results', page.summary()) == readme
 
 
+@pytest.mark.long
 def test_every_row_of_the_manifest_has_settings_that_can_be_used(tmp_path):
   found = committed().manifest
   planned = plan.Plan(found, tmp_path)

@@ -36,6 +36,7 @@ def variables_of(module):
   return randomised(jax.eval_shape(module.init, jax.random.key(0), X), seed=1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'module',
   [networks.MLPEncoder(3, (6, 5)), networks.ConvEncoder(3, (4, 3)), SEQUENTIAL],

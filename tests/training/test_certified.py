@@ -40,6 +40,7 @@ def terms_of(config, x_adv, params=None):
   return losses.entry(config).terms(model, params, KEYS, X, x_adv)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('norm', 'coupling'),
   [
@@ -109,6 +110,7 @@ def test_radius_zero_is_the_bound_of_the_image_itself():
   np.testing.assert_allclose(terms['elbo'], plain['elbo'], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_huge_bounds_leave_the_objective_and_its_gradient_finite():
   """At the beginning of a run, those of the log-variances would overflow as variances."""
   model = tiny(num_layers=2)

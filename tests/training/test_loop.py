@@ -123,6 +123,7 @@ def test_fit_is_run_from_scratch():
   assert_same(params, expected[-1][2])
 
 
+@pytest.mark.long
 def test_the_default_generator_changes_no_run():
   config = dataclasses.replace(CONFIG, objective='vae', num_steps=2)
 

@@ -179,6 +179,7 @@ def test_misassigned_images_are_in_the_ball_and_have_a_larger_loss():
   assert attacked > clean
 
 
+@pytest.mark.long
 def test_a_step_takes_the_clusters_of_its_examples():
   model, config = MODEL, config_for('clusters', pgd_steps=1)
   state = start(model, config)

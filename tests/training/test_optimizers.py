@@ -128,6 +128,7 @@ def test_fit_takes_an_optimizer_in_place_of_the_named_one():
   assert_close(found, expected, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_a_frozen_decoder_stays_whatever_the_optimizer():
   """AdamW decays weights whose gradient is zero, too."""
   model = tiny()

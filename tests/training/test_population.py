@@ -88,6 +88,7 @@ def both(model, settings):
   return found, jax.device_get(expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('num_groups', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_members_at_once_agree_with_their_single_runs(num_groups):
   """Batched products are rounded differently: 4e-7 here, with room for 23 steps elsewhere."""
@@ -118,6 +119,7 @@ def test_members_can_start_with_given_parameters():
   assert len({tree['encoder']['params']['Dense_0']['kernel'].tobytes() for tree in trees}) == 3
 
 
+@pytest.mark.long
 def test_one_program_serves_all_numbers():
   model, compiled = MODEL, []
   configs = [dataclasses.replace(config, num_steps=3) for config in CONFIGS]

@@ -213,6 +213,7 @@ def test_a_warm_start_goes_on_from_the_last_offset_of_the_same_example():
   assert np.any(after.offsets[examples] != before[examples])
 
 
+@pytest.mark.long
 @strictly
 @pytest.mark.parametrize('dtype', ATTACK_DTYPES)
 def test_a_bfloat16_attack_selects_nearly_as_well(dtype):
@@ -295,6 +296,7 @@ def test_the_kl_weight_takes_beta_minus_one_times_the_kl_divergence_off_the_elbo
     assert float(same['elbo']) == float(terms['elbo']) == -float(plain)
 
 
+@pytest.mark.long
 def test_encoder_noise_is_uniform_in_the_box_and_clipped(monkeypatch):
   model, config = tiny(), dataclasses.replace(CONFIG, objective='vae', encoder_noise=0.3)
   seen = []
