@@ -38,15 +38,17 @@ class Figure1Config:
   workdir: str | None = setting(None, 'Directory of everything that this binary writes.')
   preset: str = setting('quick', 'How large a job to run.', choices=('quick', 'cpu', 'paper'))
   dataset: str | None = setting(
-    None, 'The digits, plain; the coloured ones follow.', choices=('mnist', 'mnist_5k')
+    None,
+    'Data set of panels (c) and (d). Panels (a) and (b) take the same digits in colour.',
+    choices=('mnist', 'mnist_5k'),
   )
-  data_dir: str | None = setting(None, 'Directory of the MNIST files, where --dataset=mnist.')
+  data_dir: str | None = setting(None, 'Directory of the MNIST files, with --dataset=mnist.')
   seeds: int | None = setting(
     None, 'Independent repetitions, seeds 0 to N - 1.', at_least=1, at_most=1000
   )  # every encoder is checked before the first is trained
   latent_dims: tuple[int, ...] | None = setting(None, 'Latent sizes, one curve each.', at_least=1)
   num_steps: int | None = setting(
-    None, 'Training steps of every encoder, where the preset has one number for each.', at_least=1
+    None, 'Training steps of all encoders. A preset has a number for each panel.', at_least=1
   )
   num_examples: int | None = setting(None, 'Test images to attack.', at_least=1)
   radii: tuple[float, ...] | None = setting(

@@ -49,12 +49,12 @@ class SweepConfig:
   )
   probe: str = setting('', "Flags of probe, for every variant: '--attack=worst_case --restarts=3'.")
   shard: str | None = setting(
-    None, "Do the variants i, i + n, ... alone: 'i/n', with i from 0, for a job array."
+    None, "'i/n', for job arrays: run only variants i, i + n, i + 2n and so on; the first i is 0."
   )
   vectorize: bool = setting(
     False,
-    'Train all variants in one program, as populations; --vary may name the seed and numbers that '
-    'a compiled step takes. The attacks follow as without it.',
+    'Train all variants at once in one program, as a population. --vary may then name the seed and '
+    'the numbers that a compiled step takes. The attacks run afterwards, as without it.',
   )
   placement: placement.PlacementConfig = dataclasses.field(
     default_factory=placement.PlacementConfig
