@@ -157,7 +157,11 @@ def converged(claim: Claim) -> Judgement:
 
 
 def gradient_free(claim: Claim) -> Judgement:
-  """Square misclassifies at most 0.2 points that the gradient attacks do not."""
+  """Square misclassifies at most 0.2 points that the gradient attacks do not.
+
+  The number is an upper bound: an image that Square misclassified at a smaller radius counts, since
+  the gradient attacks did not try it again.
+  """
   if claim.classifier.norm != 'linf':
     return None, f'Square is for linf, and the norm is {claim.classifier.norm}', {}
   radius, rows, log, count = claim.middle_radius, claim.robust_rows, claim.attack_log, claim.count
