@@ -58,6 +58,11 @@ def test_dlr_is_blind_to_scale_and_refuses_two_classes():
     loss(LOGITS[:, :2], Aim(LABELS % 2))
 
 
+def test_dlr_of_equal_logits_is_zero():
+  loss = losses.DLR(lambda logits: logits)
+  np.testing.assert_array_equal(loss(jnp.zeros((2, 3)), Aim(jnp.zeros(2, jnp.int32))), [0.0, 0.0])
+
+
 def test_latent_shifts_go_away_and_latent_targets_come_closer():
   x = jnp.asarray(LOGITS)
   to = Aim(LABELS, latent=x[::-1])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from se_vae.attacks.losses import Aim
 from se_vae.evaluation import latent_shift, robustness
 from se_vae.parallel import sharding
 from tests.evaluation.linear_classifier import RADII, SHAPE, closed_form, examples, linear
@@ -73,6 +74,30 @@ def test_labels_that_a_classifier_does_not_have_are_refused():
   labels = np.stack([labels, np.where(labels == 0, -1, labels)], axis=1)
   with pytest.raises(ValueError, match=r'labels: must lie in \[0, \d\) for logits_fns\[1\]'):
     latent_shift.joint_accuracy((linear, linear), x, labels, args=(args, args), radii=RADII)
+
+
+def test_restarts_and_larger_balls_only_add():
+  x = np.random.default_rng(0).uniform(size=(8, *SHAPE)).astype(np.float32)
+
+  def wavy(x):
+    return jnp.sin(27.0 * x.reshape(len(x), -1))
+
+  def shift(restarts, radii=(0.3,)):
+    return latent_shift.max_latent_shift(wavy, x, radii=radii, num_steps=1, restarts=restarts)
+
+  found = np.concatenate([shift(restarts) for restarts in (1, 2, 3, 4)])
+  assert (np.diff(found, axis=0) >= 0.0).all() and (found[-1] > found[0]).any()
+  along = shift(1, radii=np.linspace(0.05, 0.5, 10))
+  assert (np.diff(along, axis=0) >= 0.0).all()
+  assert (np.diff(along, axis=0) == 0.0).any()  # a larger ball had found less for itself
+
+
+def test_a_value_that_is_no_number_counts_as_infinite():
+  x, aim = np.full((1, *SHAPE), 0.5, np.float32), Aim(np.zeros(1, np.int32))
+  values = latent_shift.maximal_values(
+    lambda x, aim: jnp.full(len(x), jnp.nan), x, aim, np.zeros(1), radii=(0.1,), num_steps=1
+  )
+  assert values == np.inf
 
 
 @pytest.mark.long

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
 
+from se_vae import make_vae, wasserstein
 from se_vae.evaluation import linear_probe
 from se_vae.parallel import sharding
 from tests.evaluation.small_model import SHAPE, model_and_params
@@ -207,3 +209,18 @@ def test_probed_encoder_is_the_probe_on_the_mean():
   expected = np.stack([first + 0.1, 2.0 * first - second + 0.2, 3.0 * second + 0.3], axis=1)
   np.testing.assert_allclose(classifier(x, params, probe), expected, rtol=1e-5, atol=1e-6)
   assert hash(classifier) == hash(linear_probe.ProbedEncoder(model))
+
+
+@pytest.mark.parametrize('covariance', ['diagonal', 'full'])
+def test_distances_of_gaussian_latents_are_squared_w2(covariance):
+  model = make_vae(SHAPE, latent_dim=2, num_layers=1, hidden_units=4, covariance=covariance)
+  params = model.init(jax.random.key(0))
+  x = jnp.asarray(np.random.default_rng(0).uniform(size=(6, *SHAPE)), jnp.float32)
+  z, q = linear_probe.GaussianLatents(model)(x, params), model.encode(params, x)
+  if covariance == 'diagonal':
+    expected = wasserstein.squared_w2(q, jax.tree.map(lambda leaf: leaf[::-1], q))
+    np.testing.assert_allclose(jnp.sum((z - z[::-1]) ** 2, axis=1), expected, rtol=1e-4)
+  else:  # there are no such coordinates
+    np.testing.assert_array_equal(z, q.mean)
+  reconstructed = linear_probe.Reconstruction(model)(x, params)
+  np.testing.assert_allclose(reconstructed, model.decode(params, q.mean), rtol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,6 +61,16 @@ def test_the_radius_of_a_linear_classifier_is_at_most_its_distance_and_close_to_
   lowest = share - 6.5 * np.sqrt(share * (1.0 - share) / 2000.0) - 12.0 / 2000.0
   expected = SIGMA * stats.norm.ppf(np.maximum(lowest, 0.5))
   assert (result.radius >= expected - 1e-9).all()
+
+
+def test_the_bound_is_from_other_samples_than_the_class():
+  x, index = jnp.full((40, 4, 4, 1), 0.5), jnp.arange(40, dtype=jnp.int32)
+  chosen, counted = randomized_smoothing._counts(
+    linear, (1, 1, 2), jax.random.key(0), x, index, jnp.float32(SIGMA), (WEIGHTS,)
+  )
+  # On the plane each class has half of the noise, so one sample agrees with another at random.
+  differ = np.any(np.asarray(chosen) != np.asarray(counted), axis=1).sum()
+  assert abs(differ - 20) < 4.0 * np.sqrt(40 * 0.25)
 
 
 def test_the_curve_counts_what_is_right_and_far_enough():

@@ -120,6 +120,20 @@ def test_the_contrastive_loss_needs_no_decoder():
   attacked = np.log(np.exp(logits).sum(axis=1)) - np.diag(logits)
   assert_means(metrics, {'attacked_loss': attacked})
   assert metrics['loss'] == pytest.approx(metrics['clean_loss'] + metrics['attacked_loss'])
+  view = np.asarray(MODEL.encode(PARAMS, selection.shifted(KEYS, X)).mean)
+  logits = view / np.linalg.norm(view, axis=1, keepdims=True) @ unit[0].T / config.temperature
+  clean = np.log(np.exp(logits).sum(axis=1)) - np.diag(logits)
+  assert_means(metrics, {'clean_loss': clean})
+
+
+def test_the_noise_of_an_example_belongs_to_its_place_in_the_batch():
+  config = dataclasses.replace(CONFIG, objective='vae', encoder_noise=0.3)
+  places = jnp.arange(BATCH, dtype=jnp.int32)
+
+  def noisy(some):
+    return selection.noisy(selection.Batch(MODEL, config, PARAMS, KEY, X[some], places[some]))
+
+  np.testing.assert_array_equal(noisy(slice(None))[4:], noisy(slice(4, None)))
 
 
 def test_shifted_images_are_windows_of_padded_ones():
