@@ -41,8 +41,14 @@ TESTS = {
   'objectives': ['tests/objectives'],
   'attacks': ['tests/attacks'],
   'certification': ['tests/certification'],
+  'evaluation/latent_shift.py': ['tests/evaluation/test_latent_shift.py'],
+  'evaluation/linear_probe.py': ['tests/evaluation/test_linear_probe.py'],
+  'evaluation/randomized_smoothing.py': ['tests/evaluation/test_randomized_smoothing.py'],
   'evaluation/sanity_checks.py': ['tests/evaluation/test_sanity_checks.py'],
+  'evaluation/targets.py': ['tests/evaluation/test_targets.py'],
   'evaluation/verdicts.py': ['tests/evaluation/test_verdicts.py'],
+  'training/losses.py': ['tests/training/test_losses.py'],
+  'training/selection.py': ['tests/training/test_losses.py'],
 }
 # Left out: operators that float arrays refuse (shifts, bits), `is` for `==`, twins of those here.
 OPERATORS = re.compile(
