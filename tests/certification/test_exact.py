@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 
 from se_vae import attacks
 from se_vae import certification as cert
@@ -18,6 +19,10 @@ from tests.certification import exact
 
 # Two and three hidden layers of 3 to 6 units; 4 pixels, 3 classes.
 WIDTHS = ((4, 6, 5, 3), (4, 5, 4, 3, 3))
+OLD_HIGHS = tuple(map(int, scipy.__version__.split('.')[:2])) < (1, 15)
+exact_solver = pytest.mark.skipif(
+  OLD_HIGHS, reason='the HiGHS of SciPy 1.14 calls one in 300 of these problems infeasible'
+)
 by_widths = pytest.mark.parametrize(
   'widths', [pytest.param(WIDTHS[0], marks=pytest.mark.slow), WIDTHS[1]], ids=len
 )
@@ -74,6 +79,7 @@ def cases(widths):
 
 
 @pytest.mark.long
+@exact_solver
 @by_widths
 def test_certified_is_at_most_exact_is_at_most_attacked(widths):
   certified, least, attacked, clean = cases(widths)
@@ -83,6 +89,7 @@ def test_certified_is_at_most_exact_is_at_most_attacked(widths):
   assert (least < clean - 1e-3).mean() > 0.8, 'the balls are large enough to matter'
 
 
+@exact_solver
 @by_widths
 def test_each_method_is_tighter_than_the_one_before(widths):
   certified, least, _, clean = cases(widths)
