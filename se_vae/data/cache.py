@@ -42,7 +42,8 @@ def decode_once(
     directory: whose files' names, sizes and times, at any depth, identify what is decoded.
 
   Raises:
-    DataError: if the cache cannot be used, or whatever `decode` raises.
+    DataError: if the cache cannot be used, a file in `directory` cannot be looked at, or whatever
+      `decode` raises.
   """
   if cache_dir is None:
     return decode(lambda _, shape: np.empty(shape, np.uint8))
@@ -112,6 +113,10 @@ def _cache_errors(cache_dir: str) -> Iterator[None]:
 def _fingerprint(directory: str) -> str:
   walk = os.walk(directory, followlinks=True)  # the folder of a class may be a link
   paths = (Path(where, name) for where, _, names in walk for name in names)
-  files = sorted((str(path.relative_to(directory)), path.stat()) for path in paths)
+  try:
+    files = sorted((str(path.relative_to(directory)), path.stat()) for path in paths)
+  except OSError as error:  # a broken link, or a file that is removed meanwhile
+    message = f'{directory!r} has a file that cannot be read: {describe(error)}'
+    raise DataError('data_dir', message) from error
   stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
   return hashlib.sha256(repr(stats).encode()).hexdigest()

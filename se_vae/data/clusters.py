@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from se_vae.config import ArgumentError
@@ -41,9 +43,7 @@ def spectral_clusters(
   Raises:
     ArgumentError: if a number is outside its range.
   """
-  import scipy.sparse.linalg  # slow to import, as scikit-learn is
-  from scipy import sparse
-  from sklearn.cluster import KMeans
+  from sklearn.cluster import KMeans  # slow to import
   from sklearn.neighbors import NearestNeighbors
 
   for name, value, least in (
@@ -57,16 +57,43 @@ def spectral_clusters(
   points = _principal_components(images)
   search = NearestNeighbors(n_neighbors=num_neighbors, algorithm='brute').fit(points)
   graph = search.kneighbors_graph()
-  graph = graph + graph.T
-  scale = 1.0 / np.sqrt(np.asarray(graph.sum(axis=1)).ravel())
-  adjacency = sparse.diags(scale) @ graph @ sparse.diags(scale)
   first = np.random.default_rng(seed).standard_normal(len(images))
-  _, vectors = scipy.sparse.linalg.eigsh(adjacency, k=num_clusters, tol=1e-3, v0=first)
+  vectors = _leading_eigenvectors(graph + graph.T, num_clusters, first)
   lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
   coordinates = vectors / np.maximum(lengths, np.finfo(vectors.dtype).tiny)
   sample = coordinates[:: -(-len(images) // _SAMPLE)]
   k_means = KMeans(num_clusters, n_init=_STARTS, random_state=seed).fit(sample)
   return np.asarray(k_means.predict(coordinates), np.int32)
+
+
+def _leading_eigenvectors(graph: Any, count: int, first: np.ndarray) -> np.ndarray:
+  """Returns eigenvectors `[N, count]` of a graph's normalised adjacency matrix.
+
+  Args:
+    graph: weights of the edges, a sparse symmetric matrix `[N, N]`.
+    count: how many.
+    first: the vector `[N]` that the solver begins with.
+  """
+  import scipy.sparse.linalg  # slow to import
+  from scipy import sparse
+
+  roots = np.sqrt(np.asarray(graph.sum(axis=1)).ravel())
+  adjacency = sparse.diags(1.0 / roots) @ graph @ sparse.diags(1.0 / roots)
+  num_parts, part = sparse.csgraph.connected_components(graph, directed=False)
+  if num_parts == 1:
+    return np.asarray(scipy.sparse.linalg.eigsh(adjacency, k=count, tol=1e-3, v0=first)[1])
+  # Each part has an eigenvector of its own with the eigenvalue 1, the largest. Of equal eigenvalues
+  # the solver would find one, so it gets a matrix without these.
+  largest = np.argsort(-np.bincount(part), kind='stable')[:count]
+  known = (part[:, None] == largest) * roots[:, None]
+  known /= np.linalg.norm(known, axis=0)
+  if len(largest) == count:
+    return known
+  rest = scipy.sparse.linalg.LinearOperator(
+    adjacency.shape, matvec=lambda x: adjacency @ x - known @ (known.T @ x), dtype=np.float64
+  )
+  options = {'k': count - num_parts, 'tol': 1e-3, 'v0': first}
+  return np.hstack([known, scipy.sparse.linalg.eigsh(rest, **options)[1]])
 
 
 def _principal_components(images: np.ndarray) -> np.ndarray:

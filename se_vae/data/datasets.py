@@ -149,7 +149,7 @@ def load(
 
 
 def check(dataset: str, data_dir: str | None = None, image_size: int | None = None) -> None:
-  """Checks quickly, and without decoding an image, that `load` can find the data.
+  """Checks quickly that `load` can find the data. It decodes a few images at most.
 
   Args:
     dataset: as in `load`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +20,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
   Raises:
     OSError: if `path` cannot be written; the error names it.
   """
-  temporary = path.with_name(_temporary(path.name, os.getpid()))
+  # Processes of two hosts may have one number.
+  temporary = path.with_name(_temporary(path.name, f'{os.getpid()}-{secrets.token_hex(4)}'))
   try:
     with naming(path):
       with open(temporary, 'wb') as file:
@@ -72,8 +74,8 @@ def remove_leftovers(directory: Path, *patterns: str) -> None:
       path.unlink(missing_ok=True)
 
 
-def _temporary(name: str, process: int | str) -> str:
-  return f'.{name}.{process}.tmp'
+def _temporary(name: str, writer: str) -> str:
+  return f'.{name}.{writer}.tmp'
 
 
 def _sync(directory: Path) -> None:

@@ -55,7 +55,7 @@ def save_model(workdir: str | Path, params: vae.Params, **arguments: Any) -> Pat
   Raises:
     ArgumentError: if the directory belongs to a training run.
     ValueError: if `vae.make_vae` does not take the arguments, or makes a model with parameters of
-      other shapes.
+      other shapes or dtypes. float16 may stand for float32.
     CheckpointError: if the file cannot be written.
   """
   directory = Path(workdir) / CHECKPOINTS
@@ -65,9 +65,15 @@ def save_model(workdir: str | Path, params: vae.Params, **arguments: Any) -> Pat
       'workdir', f'{workdir} holds a training run, which would be lost; choose another directory'
     )
   if arguments:
-    _, expected = _make(arguments)
+    try:
+      _, expected = _make(arguments)
+    except (KeyError, TypeError) as error:
+      raise ValueError(f'make_vae does not take {arguments}: {error}') from error
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
       raise ValueError(f'the parameters are not those of make_vae with {arguments}')
+    dtypes = {str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)}
+    if wrong := dtypes - {'float16', 'float32'}:
+      raise ValueError(f'the parameters must be float32 or float16, got {", ".join(sorted(wrong))}')
   metadata = {'model': arguments or None}
   return checkpoints.save(directory, 0, {'params': params}, metadata, keep=1)
 

@@ -123,8 +123,14 @@ def export(source: str | Path, destination: str | Path) -> Path:
   Args:
     source: work directory of the run.
     destination: directory of the encoder, is made.
+
+  Raises:
+    ArgumentError: for a directory that no training run wrote.
+    CheckpointError: if there is no good checkpoint.
   """
   saved = model_store.load_saved(source)
+  if 'config' not in saved.metadata:
+    raise ArgumentError('source', f'{source} holds no training run')
   half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), saved.params)
   config: dict[str, Any] = saved.metadata['config'] | dict.fromkeys(_PLACES)
   if config.get('init_from'):

@@ -140,3 +140,11 @@ def test_images_behind_a_link_are_part_of_what_a_directory_holds(tmp_path):
   empty = cache._fingerprint(str(linked))
   (behind / 'image.png').write_bytes(b'pixels')
   assert cache._fingerprint(str(linked)) != empty
+
+
+def test_a_file_that_cannot_be_looked_at_is_an_error_in_a_line(tmp_path):
+  (tmp_path / 'images').mkdir()
+  (tmp_path / 'images' / '.#0.png').symlink_to('nowhere')
+  places = str(tmp_path / 'cache'), 'name', str(tmp_path / 'images')
+  message = "images' has a file that cannot be read: FileNotFoundError"
+  assert_raises(lambda: cache.decode_once(lambda _: {}, *places), 'data_dir', message)

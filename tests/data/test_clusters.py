@@ -42,6 +42,19 @@ def test_the_coordinates_are_the_leading_eigenvectors(monkeypatch):
   np.testing.assert_allclose(vectors @ vectors.T, expected @ expected.T, atol=2e-2)
 
 
+@pytest.mark.parametrize('num_clusters', [3, 5, 7])
+def test_groups_without_neighbours_in_others_are_not_mixed(num_clusters):
+  rng = np.random.default_rng(0)
+  images = np.concatenate([100.0 * k + rng.normal(size=(60, 2, 2, 1)) for k in range(5)])
+  found = spectral_clusters(images, num_clusters, num_neighbors=10).reshape(5, 60)
+  groups = [set(row.tolist()) for row in found]
+  if num_clusters <= 5:  # a group is in one cluster
+    assert all(len(group) == 1 for group in groups)
+  else:  # a cluster is in one group
+    assert sum(map(len, groups)) == num_clusters
+  assert set.union(*groups) == set(range(num_clusters))
+
+
 @pytest.mark.long
 def test_clusters_of_digits_are_mostly_of_one_digit():
   split = load('mnist_5k').train

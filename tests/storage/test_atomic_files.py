@@ -19,6 +19,16 @@ def test_a_file_is_replaced_when_the_block_ends(tmp_path):
   assert path.read_bytes() == b'new' and os.listdir(tmp_path) == ['file']
 
 
+def test_two_writers_do_not_mix(tmp_path):
+  path = tmp_path / 'file'
+  with atomic_files.replacing(path) as one:
+    with atomic_files.replacing(path) as other:
+      one.write(b'one')
+      other.write(b'other')
+    assert path.read_bytes() == b'other'
+  assert path.read_bytes() == b'one' and os.listdir(tmp_path) == ['file']
+
+
 @pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'full'), ValueError('no'), SystemExit(1)])
 def test_a_block_that_fails_leaves_what_was_there(tmp_path, error):
   path = tmp_path / 'file'

@@ -101,6 +101,11 @@ def test_save_model_of_other_parameters(tmp_path: pathlib.Path, params: vae.Para
     model_store.save_model(tmp_path, params, **MODEL | {'latent_dim': 9})
   with pytest.raises(ValueError, match='arch must be one of'):
     model_store.save_model(tmp_path, params, **MODEL | {'arch': 'transformer'})
+  with pytest.raises(ValueError, match=r'make_vae does not take .*image_shape'):
+    model_store.save_model(tmp_path, params, latent_dim=3)
+  with pytest.raises(ValueError, match='must be float32 or float16, got bfloat16'):
+    other = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    model_store.save_model(tmp_path, other, **MODEL)
   assert list(tmp_path.iterdir()) == []
 
 

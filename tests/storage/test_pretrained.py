@@ -76,6 +76,15 @@ def test_another_file_does_not_take_the_place_of_an_encoder(tmp_path, monkeypatc
     pretrained.find(first)
 
 
+def test_a_saved_model_is_no_run_to_export(tmp_path):
+  arguments = {'image_shape': (2, 2, 1), 'latent_dim': 3, 'num_layers': 1, 'hidden_units': 4}
+  params = vae.make_vae(**arguments).init(jax.random.key(0))
+  model_store.save_model(tmp_path / 'model', params, **arguments)
+  with pytest.raises(ArgumentError, match=r'source: .*model holds no training run'):
+    pretrained.export(tmp_path / 'model', tmp_path / 'encoder')
+  assert not (tmp_path / 'encoder').exists()
+
+
 def test_an_export_is_the_run_in_half_precision(tmp_path):
   model = vae.make_vae((2, 2, 1), latent_dim=3, num_layers=1, hidden_units=4)
   params = model.init(jax.random.key(0))
