@@ -89,16 +89,14 @@ class Document:
     return markdown_table(header, cells)
 
   def draw(self) -> list[Path]:
-    """Draws the figures whose rows were all measured at its radii, and returns their paths."""
-    drawn = []
-    for section in self.manifest.content['sections']:
-      if 'figure' in section and self._can_be_drawn(section['figure']):
-        drawn.append(self._draw(section['figure']))
-    return drawn
+    """Draws the figures that have a panel whose rows were all measured, and returns their paths."""
+    sections = self.manifest.content['sections']
+    figures = [section['figure'] for section in sections if 'figure' in section]
+    return [self._draw(figure) for figure in figures if self._measured_panels(figure)]
 
   def _section(self, section: Section) -> str:
     parts = [f'## {section["title"]}', _paragraphs(section['text'])]
-    if 'figure' in section and self._can_be_drawn(section['figure']):
+    if 'figure' in section and self._measured_panels(section['figure']):
       place = f'{self.results.name}/{FIGURES}/{section["figure"]["file"]}'
       parts.append(f'![{section["title"]}]({place})')
     shown = [self.measured[name] for name in section.get('rows', ()) if name in self.measured]
@@ -172,20 +170,24 @@ class Document:
       )
       yield markdown_table(('', 'core-minutes', 'command'), cells)
 
-  def _can_be_drawn(self, figure: Figure) -> bool:
-    shown = [self.measured.get(name) for panel in figure['panels'] for name in panel['rows']]
+  def _measured_panels(self, figure: Figure) -> list[Panel]:
+    """The panels whose rows were all measured, at the radii of the figure."""
     radii = figure.get('radii', RADII) if 'at' in figure['panels'][0] else ()
-    return all(row is not None and rows.has_radii(row, radii) for row in shown)
+
+    def is_measured(name: str) -> bool:
+      return name in self.measured and rows.has_radii(self.measured[name], radii)
+
+    return [panel for panel in figure['panels'] if all(map(is_measured, panel['rows']))]
 
   def _draw(self, figure: Figure) -> Path:
     path = self.results / FIGURES / figure['file']
     path.parent.mkdir(parents=True, exist_ok=True)
+    panels = self._measured_panels(figure)
     with atomic_files.replacing(path) as file:
-      if 'at' in figure['panels'][0]:
-        panels = [self._ablation(panel) for panel in figure['panels']]
-        ablations.save(file, panels, figure.get('radii', RADII))
+      if 'at' in panels[0]:
+        ablations.save(file, list(map(self._ablation, panels)), figure.get('radii', RADII))
       else:
-        plots.save(file, [(panel['title'], self._curves(panel)) for panel in figure['panels']])
+        plots.save(file, [(panel['title'], self._curves(panel)) for panel in panels])
     return path
 
   def _curves(self, panel: Panel) -> list[plots.Curve]:

@@ -281,6 +281,18 @@ def test_figures_are_drawn_and_shown(folder):
     assert f'results/figures/{path.name}' in page(folder).text()
 
 
+def test_a_figure_has_the_panels_whose_rows_were_measured(folder, monkeypatch):
+  content = copy.deepcopy(CONTENT)
+  panels = content['sections'][1]['figure']['panels']
+  content['rows']['other'] = content['rows']['smooth']
+  panels.append({**panels[0], 'title': 'not measured', 'rows': ['plain', 'other']})
+  write(folder.parent, content)
+  drawn = []
+  monkeypatch.setattr(document.ablations, 'save', lambda file, panels, radii: drawn.extend(panels))
+  page(folder).draw()
+  assert [panel.title for panel in drawn] == [panels[0]['title']]
+
+
 def test_certified_accuracies_stand_below_the_table(folder):
   row = measured('smooth', [0.9, 0.7])
   certified = {'method': 'crown', 'radii': [0.0, 0.1], 'accuracy': [0.9, 0.6]}
