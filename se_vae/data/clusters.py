@@ -8,8 +8,10 @@ import numpy as np
 
 from se_vae.config import ArgumentError
 
-# Neighbours are found in the space of this many principal components, which is much faster.
-_COMPONENTS = 60
+# Neighbours are found in the space of this many principal components, which is much faster. Of
+# images with more numbers than `_LARGE` the components are found by a randomised method, since the
+# exact one takes the square of their number in memory, and its cube in time.
+_COMPONENTS, _LARGE = 60, 4096
 
 # K-means sees at most this many images, which are enough to find the centres, and takes the best of
 # this many starts, which differ by several points of purity.
@@ -100,5 +102,10 @@ def _principal_components(images: np.ndarray) -> np.ndarray:
   """Returns the leading principal components of the images, float32 `[N, D]`."""
   points = images.reshape(len(images), -1).astype(np.float32)
   points -= points.mean(axis=0)
+  if points.shape[1] > _LARGE:
+    from sklearn.decomposition import PCA  # slow to import
+
+    method = PCA(min(_COMPONENTS, *points.shape), svd_solver='randomized', random_state=0)
+    return np.ascontiguousarray(method.fit_transform(points))
   _, vectors = np.linalg.eigh(points.T @ points)
   return np.ascontiguousarray(points @ vectors[:, -_COMPONENTS:])

@@ -55,6 +55,17 @@ def test_groups_without_neighbours_in_others_are_not_mixed(num_clusters):
   assert set.union(*groups) == set(range(num_clusters))
 
 
+def test_components_of_large_images_keep_their_distances(monkeypatch):
+  rng = np.random.default_rng(0)
+  images = (rng.normal(size=(50, 8)) @ rng.normal(size=(8, 300))).reshape(50, 10, 10, 3)
+  exact = clusters._principal_components(images)
+  monkeypatch.setattr(clusters, '_LARGE', 299)
+  found = clusters._principal_components(images)
+  assert found.dtype == exact.dtype == np.float32
+  gaps = [np.linalg.norm(points[:, None] - points, axis=2) for points in (found, exact)]
+  np.testing.assert_allclose(*gaps, rtol=1e-3, atol=1e-2)
+
+
 @pytest.mark.long
 def test_clusters_of_digits_are_mostly_of_one_digit():
   split = load('mnist_5k').train
