@@ -33,7 +33,6 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 
 ACTIONS = ('render', 'add')
 _PROBE = 'probe_digit_worst_case.json'
-_ENCODERS = ('init_from', 'surrogate')  # places too, of which the last part names the encoder
 
 
 class _Trained(TypedDict):
@@ -191,7 +190,7 @@ def _commands(outcomes: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> Ite
 
 
 def _text(name: str, value: Any) -> str:
-  if name in _ENCODERS:
+  if name in flags.ENCODERS:  # a place too, of which the last part names the encoder
     return Path(value).name
   return ','.join(map(str, value)) if isinstance(value, list) else str(value)
 

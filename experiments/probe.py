@@ -49,7 +49,7 @@ LOCK = '.probe.lock'
 
 # Seconds to wait for a batch of an attack after a signal. A batch can take minutes, and is lost
 # then: those before it are on disk, but for those of the last ten seconds.
-PATIENCE = 5.0
+_PATIENCE = 5.0
 # Of all matrix products, as JAX's setting of that name. The default of a GPU keeps 10 bits of each
 # factor (TF32), and that is another network than the one that is certified.
 PRECISION = 'highest'
@@ -218,7 +218,7 @@ def run(
     Interrupted: when `stop` says so; what was attacked is kept.
   """
   prepared = prepare(config)
-  stop.patience = PATIENCE
+  stop.patience = _PATIENCE
   stem = prepared.output / probe_settings.file_stem(config)
   attacked = _attacked(config, prepared)
   with (
@@ -340,7 +340,7 @@ def attack(
   *args: Any, description: str, stop: signals.StopSignal, **options: Any
 ) -> robustness.Evaluation:
   """`evaluate` with progress bars, which goes on where an earlier call was interrupted."""
-  stop.patience = PATIENCE
+  stop.patience = _PATIENCE
   certificates = f'{description}, certificates'
   with (
     messages.advancing_bar(description, stop.check) as progress,

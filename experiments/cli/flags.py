@@ -32,7 +32,7 @@ PLACES = ('workdir', 'output', 'data_dir', 'cache_dir')
 # Directories that results record. A relative one would name another place from elsewhere.
 _DIRECTORIES = ('data_dir', 'cache_dir', 'init_from', 'surrogate')
 # Those of them that take the name of a pretrained encoder too.
-_ENCODERS = ('init_from', 'surrogate')
+ENCODERS = ('init_from', 'surrogate')
 
 # The flags defined here belong to the binary that asks for them, and are listed by its --help.
 absl_flags.disclaim_key_flags()
@@ -119,7 +119,7 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
   paths = {
     name: os.path.abspath(os.path.expanduser(values[name]))
     for name in _DIRECTORIES
-    if values.get(name) and not (name in _ENCODERS and values[name] in pretrained.names())
+    if values.get(name) and not (name in ENCODERS and values[name] in pretrained.names())
   }
   kind, _, folder = str(values.get('dataset')).partition(':')
   if kind == 'folder' and folder:

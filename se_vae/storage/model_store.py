@@ -71,7 +71,7 @@ def save_model(workdir: str | Path, params: vae.Params, **arguments: Any) -> Pat
       raise ValueError(f'make_vae does not take {arguments}: {error}') from error
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
       raise ValueError(f'the parameters are not those of make_vae with {arguments}')
-    dtypes = {str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)}
+    dtypes = {np.asarray(leaf).dtype.name for leaf in jax.tree.leaves(params)}
     if wrong := dtypes - {'float16', 'float32'}:
       raise ValueError(f'the parameters must be float32 or float16, got {", ".join(sorted(wrong))}')
   metadata = {'model': arguments or None}

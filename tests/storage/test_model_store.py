@@ -103,9 +103,10 @@ def test_save_model_of_other_parameters(tmp_path: pathlib.Path, params: vae.Para
     model_store.save_model(tmp_path, params, **MODEL | {'arch': 'transformer'})
   with pytest.raises(ValueError, match=r'make_vae does not take .*image_shape'):
     model_store.save_model(tmp_path, params, latent_dim=3)
-  with pytest.raises(ValueError, match='must be float32 or float16, got bfloat16'):
-    other = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    model_store.save_model(tmp_path, other, **MODEL)
+  for dtype, name in ((jnp.bfloat16, 'bfloat16'), (np.float64, 'float64')):
+    other = jax.tree.map(lambda leaf, dtype=dtype: np.asarray(leaf).astype(dtype), params)
+    with pytest.raises(ValueError, match=f'must be float32 or float16, got {name}'):
+      model_store.save_model(tmp_path, other, **MODEL)
   assert list(tmp_path.iterdir()) == []
 
 
