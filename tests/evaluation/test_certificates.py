@@ -9,7 +9,7 @@ import pytest
 
 from se_vae import ArgumentError, GaussianLatents, LinearProbe, ProbedEncoder, evaluation
 from se_vae.certification import Method
-from se_vae.evaluation import certificates
+from se_vae.evaluation import certificates, certifiers
 from se_vae.evaluation.certificates import Certifier
 from se_vae.parallel import sharding
 from tests.evaluation.small_model import SHAPE, model_and_params
@@ -139,3 +139,14 @@ def test_arguments_are_named(labels):
     certificates.certified_accuracy(*arguments, X, labels + 3, radii=RADII)
   with pytest.raises(ArgumentError, match='num_steps'):
     certificates.certified_radius(*arguments, X, labels, most=0.1, num_steps=0)
+
+
+def test_a_certifier_keeps_the_norm_and_the_bounds_that_are_given():
+  model, params = model_and_params()
+  certifier = certifiers.certifier_for(
+    ProbedEncoder(model), (params, PROBE), SHAPE, norm='l2', bounds=(-1.0, 2.0)
+  )
+  assert (certifier.norm, certifier.bounds) == ('l2', (-1.0, 2.0))
+  certifier = Certifier(bounds=(-1.0, 2.0))
+  box = certifier.region(np.full((1, 1), 1.95, np.float32), np.array([0.2], np.float32)).box
+  np.testing.assert_allclose([box.lower.item(), box.upper.item()], [1.75, 2.0], rtol=1e-6)
