@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,18 @@ def write(root: Path, images: dict[str, np.ndarray]) -> str:
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(root / name)
   return f'folder:{root}'
+
+
+def colour_of_16_bits() -> bytes:
+  """A PNG with 4 x 5 pixels, which Pillow cannot write."""
+  header = struct.pack('>IIBBBBB', 4, 5, 16, 2, 0, 0, 0)
+  pixels = zlib.compress(5 * (b'\0' + 4 * b'\x12\xff\x12\xff\x12\xff'))
+  chunks = [(b'IHDR', header), (b'IDAT', pixels), (b'IEND', b'')]
+  packed = [
+    struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+    for kind, content in chunks
+  ]
+  return b'\x89PNG\r\n\x1a\n' + b''.join(packed)
 
 
 def gray(count: int = 6, classes: tuple[str, ...] = ('cat', 'dog')) -> dict[str, np.ndarray]:
@@ -120,6 +134,7 @@ def keep_one_image(root: Path) -> None:
     (lambda root: cut(root / 'dog' / '3.png'), ['3.png', 'cannot read']),
     (lambda root: write(root, {'dog/5.png': noise(5, 4, 3)}), ['5.png', 'gray (1) or colour']),
     (lambda root: write(root, {'cat/2.png': np.zeros((5, 4), np.uint16)}), ['2.png', '8 bits']),
+    (lambda root: (root / 'cat' / '1.png').write_bytes(colour_of_16_bits()), ['1.png', '8 bits']),
     (keep_one_image, ['too few']),
     (
       lambda root: write(root, {'train/a/0.png': noise(5, 4), 'test/b/0.png': noise(5, 4)}),
