@@ -14,7 +14,7 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,13 @@ _DIGEST = 'sha256'
 
 
 def decode_once(
-  decode: Callable[[Allocate], Arrays], cache_dir: str | None, name: str, directory: str
+  decode: Callable[[Allocate], Arrays],
+  cache_dir: str | None,
+  name: str,
+  directory: str,
+  files: Iterable[Path] | None = None,
 ) -> Arrays:
-  """Returns what `decode` gives, from the cache if it holds it for the files in `directory`.
+  """Returns what `decode` gives, from the cache if it holds it for the same files.
 
   One process decodes, and the others that want the same entry wait for it.
 
@@ -39,7 +43,9 @@ def decode_once(
     decode: takes a function that allocates a uint8 array by name and shape; returns arrays by name.
     cache_dir: directory of the cache, which is made if need be; None decodes into memory.
     name: of the entry, for people; the entry also carries a digest of `directory`.
-    directory: whose files' names, sizes and times, at any depth, identify what is decoded.
+    directory: where the files are.
+    files: whose names in `directory`, sizes and times identify what is decoded; all that are in it,
+      at any depth, if None.
 
   Raises:
     DataError: if the cache cannot be used, a file in `directory` cannot be looked at, or whatever
@@ -47,7 +53,7 @@ def decode_once(
   """
   if cache_dir is None:
     return decode(lambda _, shape: np.empty(shape, np.uint8))
-  entry = Path(cache_dir) / f'{name.replace("/", "-")}-{_fingerprint(directory)[:16]}'
+  entry = Path(cache_dir) / f'{name.replace("/", "-")}-{_fingerprint(directory, files)[:16]}'
   if (arrays := _read(entry)) is not None:
     return arrays
   with contextlib.ExitStack() as held:
@@ -110,13 +116,13 @@ def _cache_errors(cache_dir: str) -> Iterator[None]:
     raise DataError('cache_dir', f'cannot use {cache_dir!r}: {describe(error)}') from error
 
 
-def _fingerprint(directory: str) -> str:
-  walk = os.walk(directory, followlinks=True)  # the folder of a class may be a link
-  paths = (Path(where, name) for where, _, names in walk for name in names)
+def _fingerprint(directory: str, files: Iterable[Path] | None) -> str:
+  if files is None:
+    files = (Path(where, name) for where, _, names in os.walk(directory) for name in names)
   try:
-    files = sorted((str(path.relative_to(directory)), path.stat()) for path in paths)
+    stats = sorted((str(path.relative_to(directory)), path.stat()) for path in files)
   except OSError as error:  # a broken link, or a file that is removed meanwhile
     message = f'{directory!r} has a file that cannot be read: {describe(error)}'
     raise DataError('data_dir', message) from error
-  stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-  return hashlib.sha256(repr(stats).encode()).hexdigest()
+  known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+  return hashlib.sha256(repr(known).encode()).hexdigest()

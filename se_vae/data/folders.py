@@ -59,7 +59,9 @@ class ImageFolder:
   def read(self, cache_dir: str | None) -> Contents:
     """Decodes the images, or maps them from the cache."""
     size = '' if self.image_size is None else f'-{self.image_size}px'
-    arrays = cache.decode_once(self._decode, cache_dir, f'folder{size}', str(self.directory))
+    # A run may write its own files into the folder.
+    files = [path for split in self.splits.values() for path, _ in split]
+    arrays = cache.decode_once(self._decode, cache_dir, f'folder{size}', str(self.directory), files)
     splits = [Examples(arrays[f'{s}_images'], arrays[f'{s}_labels']) for s in self.splits]
     if len(splits) == 1:
       splits = [splits[0].take(rows) for rows in split_off_a_sixth(len(splits[0].images))]

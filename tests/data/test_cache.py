@@ -132,16 +132,6 @@ def test_unusable_cache_directory_is_named(prepared, tmp_path, decodings):
   assert not decodings
 
 
-def test_images_behind_a_link_are_part_of_what_a_directory_holds(tmp_path):
-  behind, linked = tmp_path / 'behind', tmp_path / 'linked'
-  behind.mkdir()
-  linked.mkdir()
-  (linked / 'class').symlink_to(behind)
-  empty = cache._fingerprint(str(linked))
-  (behind / 'image.png').write_bytes(b'pixels')
-  assert cache._fingerprint(str(linked)) != empty
-
-
 def test_a_file_that_cannot_be_looked_at_is_an_error_in_a_line(tmp_path):
   (tmp_path / 'images').mkdir()
   (tmp_path / 'images' / '.#0.png').symlink_to('nowhere')

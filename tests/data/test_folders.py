@@ -112,6 +112,32 @@ def test_colours_sizes_and_orientations(tmp_path):
   )
 
 
+def test_other_images_behind_a_link_are_another_set(tmp_path):
+  write(tmp_path / 'one', gray(classes=('cat',)))
+  write(tmp_path / 'other', gray(classes=('cat',)))
+  name = write(tmp_path / 'set', gray(classes=('dog',)))
+  digests = set()
+  for place in ('one', 'other'):
+    link = tmp_path / 'set' / 'cat'
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / place / 'cat')
+    digests.add(data.load(name, cache_dir=str(tmp_path / 'cache')).digest)
+  assert len(digests) == 2
+
+
+def test_a_run_may_write_into_its_own_set(tmp_path):
+  images = gray()
+  name = write(
+    tmp_path,
+    {f'{half}/{path}': image for half in ('train', 'test') for path, image in images.items()},
+  )
+  cache_dir = tmp_path / 'runs' / 'data'
+  for number in range(3):
+    data.load(name, cache_dir=str(cache_dir))
+    (tmp_path / 'runs' / f'metrics{number}').touch()
+  assert len([*cache_dir.glob('[!.]*')]) == 1
+
+
 def cut(path: Path) -> None:
   path.write_bytes(path.read_bytes()[:60])
 
