@@ -92,7 +92,8 @@ class Document:
     """Draws the figures that have a panel whose rows were all measured, and returns their paths."""
     sections = self.manifest.content['sections']
     figures = [section['figure'] for section in sections if 'figure' in section]
-    return [self._draw(figure) for figure in figures if self._measured_panels(figure)]
+    measured = [(figure, self._measured_panels(figure)) for figure in figures]
+    return [self._draw(figure, panels) for figure, panels in measured if panels]
 
   def _section(self, section: Section) -> str:
     parts = [f'## {section["title"]}', _paragraphs(section['text'])]
@@ -179,10 +180,9 @@ class Document:
 
     return [panel for panel in figure['panels'] if all(map(is_measured, panel['rows']))]
 
-  def _draw(self, figure: Figure) -> Path:
+  def _draw(self, figure: Figure, panels: Sequence[Panel]) -> Path:
     path = self.results / FIGURES / figure['file']
     path.parent.mkdir(parents=True, exist_ok=True)
-    panels = self._measured_panels(figure)
     with atomic_files.replacing(path) as file:
       if 'at' in panels[0]:
         ablations.save(file, list(map(self._ablation, panels)), figure.get('radii', RADII))
