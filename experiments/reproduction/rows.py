@@ -99,13 +99,15 @@ def measured(
     for key in _SHARED:
       if own[key] != first[key]:
         raise ArgumentError('seeds', f'seed {seed} has {key} {own[key]}, and others {first[key]}')
+  kinds = {kind for _, attacked in outcomes.values() for kind in attacked.get('devices', ())}
+  accelerators = sorted(kinds - {'cpu'})
   content = {
     'name': name,
     'title': title,
     'revision': revision,
     **first,
     'commands': list(commands),
-    'machine': machine(),
+    'machine': ', '.join([machine(), *accelerators]),
     'seeds': [_seed(seed, *outcome) for seed, outcome in sorted(outcomes.items())],
   }
   row = json_files.check(content, Measured)

@@ -255,6 +255,17 @@ def test_two_attacks_on_one_encoder_follow_each_other(tmp_path):
 
 
 @pytest.mark.long
+def test_the_machine_of_a_row_is_named_with_its_accelerators(built):
+  found = plan.Plan(page(built).manifest, built.parent / 'runs')
+  outcome = found.job('plain', 0).finished()
+  of_gpus = outcome.attacked[0] | {'devices': ['NVIDIA H100', 'NVIDIA H100']}
+  row = rows.measured('plain', 'Plain', 2, [], {0: (outcome.encoder, of_gpus)})
+  assert row['machine'] == f'{rows.machine()}, NVIDIA H100'
+  row = rows.measured('plain', 'Plain', 2, [], {0: (outcome.encoder, outcome.attacked[0])})
+  assert row['machine'] == rows.machine()
+
+
+@pytest.mark.long
 def test_seeds_that_differ_in_more_are_no_row(built):
   found = plan.Plan(page(built).manifest, built.parent / 'runs')
   outcomes = {}
