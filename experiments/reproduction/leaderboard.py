@@ -104,7 +104,8 @@ def page(text: str, listed: Sequence[rows.Measured]) -> str:
 
 def draw(path: Path, listed: Sequence[rows.Measured]) -> None:
   """Draws the figure: robust against clean accuracy, a panel for each radius."""
-  panels = [(f'radius {radius:g}', [_point(row, radius) for row in listed]) for radius in RADII]
+  marked = list(zip(_marks(listed), listed, strict=True))
+  panels = [(f'radius {radius:g}', [_point(*each, radius) for each in marked]) for radius in RADII]
   with atomic_files.replacing(path) as file:
     leaderboard_plot.save(file, panels)
 
@@ -112,9 +113,15 @@ def draw(path: Path, listed: Sequence[rows.Measured]) -> None:
 def _table(listed: Sequence[rows.Measured]) -> str:
   header = ('', 'encoder', 'labels', 'clean', *(f'at {radius:g}' for radius in RADII))
   certified = (f'certified at {radius:g}' for radius in RADII)
-  places = itertools.count(1)  # classifiers do not compete
-  cells = (_cells('' if _has_labels(row) else str(next(places)), row) for row in listed)
+  cells = (_cells(mark, row) for mark, row in zip(_marks(listed), listed, strict=True))
   return markdown_table((*header, *certified, 'seeds', 'images', 'checks'), cells)
+
+
+def _marks(listed: Sequence[rows.Measured]) -> Iterator[str]:
+  """The place of each entry, or a letter for classifiers, which do not compete."""
+  places, letters = itertools.count(1), itertools.count(ord('a'))
+  for row in listed:
+    yield chr(next(letters)) if _has_labels(row) else str(next(places))
 
 
 def _has_labels(row: rows.Measured) -> bool:
@@ -135,9 +142,10 @@ def _cells(place: str, row: rows.Measured) -> Iterator[str]:
   yield document.checks_of(row)
 
 
-def _point(row: rows.Measured, radius: float) -> leaderboard_plot.Point:
+def _point(mark: str, row: rows.Measured, radius: float) -> leaderboard_plot.Point:
   certified = rows.certified_at(row, radius)
   return leaderboard_plot.Point(
+    mark,
     row['title'],
     clean=float(rows.at_radius(row, 0.0).mean()),
     robust=float(rows.at_radius(row, radius).mean()),

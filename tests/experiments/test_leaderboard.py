@@ -225,7 +225,7 @@ def test_a_classifier_is_marked_and_its_attack_is_that_of_its_probe_flag(tmp_pat
   folder = write(tmp_path, CONTENT)
   classifier(tmp_path / 'a')
   binary.run('add', config_of(folder, tmp_path / 'a'))
-  assert '|  | Mine | yes |' in (tmp_path / 'page.md').read_text()  # without a place
+  assert '| a | Mine | yes |' in (tmp_path / 'page.md').read_text()  # no place
   classifier(tmp_path / 'b', probe='--attack=worst_case --pgd_steps=1')
   with pytest.raises(UsageError, match='--pgd_steps must be at least 40'):
     binary.run('add', config_of(folder, tmp_path / 'b', name='weak'))
