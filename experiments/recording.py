@@ -45,6 +45,11 @@ _FILES = (CONFIG, METRICS, RESULT, NOT_FINITE, *(f'{page}.png' for page in PAGES
 # Figures of held-out images that mean nothing if the decoder was not trained.
 _OF_THE_DECODER = ('elbo', 'log_likelihood', 'squared_error')
 
+_NO_ACTIVE_LATENT = (
+  '{}: no latent is active, so all images have about the same encoding; training needs more steps, '
+  'or a smaller --learning_rate'
+)
+
 # What an event file shows: figures of a fair sample of the held-out images, and the first rows of
 # each page. More would take over a hundredth of the time that a VAE trains.
 _WATCHED = 500
@@ -223,6 +228,8 @@ class Recorder:
   def finish(self, params: vae.Params) -> dict[str, Any]:
     """Writes the pages of images and result.json, and returns what is in it."""
     figures, pages = self._examiner.examine(jax.device_get(params))
+    if figures.get('active_latents') == 0:
+      messages.warn(_NO_ACTIVE_LATENT.format(self.workdir))
     for name, page in pages.items():
       rows = image_grids.ROWS if name == 'reconstructions' else ()
       image_grids.save(self.workdir / f'{name}.png', page, rows)

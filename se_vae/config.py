@@ -199,7 +199,10 @@ class ModelConfig:
   )
   hidden_units: int = setting(200, 'Units of each of the 4 layers of an MLP.', at_least=1)
   conv_channels: int = setting(
-    200, 'Channels of each of the 4 layers of a ConvNet; use 32 or fewer on a CPU.', at_least=1
+    200,
+    'Channels of each of the 4 layers of a ConvNet; use 32 or fewer on a CPU. 200 need a smaller '
+    'learning rate than the default, such as 0.0002.',
+    at_least=1,
   )
 
   def __post_init__(self) -> None:

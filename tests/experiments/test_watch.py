@@ -256,3 +256,12 @@ def test_a_speed_is_told_in_words_once_it_is_known(n, says):
   """Two of ten steps were done before."""
   times = messages._times(n=n, total=10, initial=2, elapsed=2.0, rate=None, unit='step')
   assert times.endswith(says) and bool(times) == bool(says)
+
+
+@pytest.mark.parametrize(('active', 'said'), [(0, True), (1, False)])
+def test_an_encoder_without_an_active_latent_is_told(tmp_path, monkeypatch, capsys, active, said):
+  figures = {'active_latents': active}
+  monkeypatch.setattr(recording.Examiner, 'examine', lambda *_: (figures, {}))
+  chosen = config(tmp_path, dataset='mnist_5k', objective='vae', num_steps=2, tensorboard=False)
+  pretrain.run(chosen, signals.StopSignal())
+  assert (f'{tmp_path}: no latent is active' in capsys.readouterr().err) == said
