@@ -30,7 +30,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   import optax
 
   from experiments.visual import probe_results
-  from se_vae import attacks, certification, data, training
+  from se_vae import attacks, certification, data, seeds, training
   from se_vae.attacks import losses
   from se_vae.evaluation import linear_probe
   from se_vae.models import layer_lists, vae
@@ -342,7 +342,7 @@ def _train(
   images, labels = dataset.train.images, dataset.train.labels[task]
   model = vae.make_vae(tuple(images.shape[1:]), **flags.to_dict(config.model))
   classifier = linear_probe.ProbedEncoder(model)
-  init_key, key = jax.random.split(jax.random.key(config.seed, impl='threefry2x32'))
+  init_key, key = jax.random.split(seeds.key_of(config.seed))
   train_config = TrainConfig(  # Adam with a cosine schedule
     radius=config.radius,
     pgd_steps=config.pgd_steps,

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from se_vae import seeds
+
 # Folded into the key, so that batches are unrelated to colours and to whatever else a caller
 # derives from `jax.random.key(seed)`.
 _BATCH_DOMAIN = 0x62617463
@@ -82,7 +84,7 @@ def _rows(
 def _fresh_permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   # JAX's generator rather than NumPy's, since NumPy does not promise the same stream in all
   # versions. It is named, so that JAX's configured default cannot change the batches.
-  key = jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), _BATCH_DOMAIN)
+  key = jax.random.fold_in(seeds.key_of(seed), _BATCH_DOMAIN)
   permutation = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
   return np.asarray(permutation, np.int32)
 

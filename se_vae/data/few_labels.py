@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from se_vae import seeds
 from se_vae.config import ArgumentError
 
 # Folded into the key, so that the draw is unrelated to batches, colours and whatever else a caller
@@ -49,7 +50,7 @@ def few_labels(
       f'must be in [1, {counts.min()}], as class {counts.argmin()} has {counts.min()} training '
       f'examples; got {labels_per_class}',
     )
-  key = jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), _LABEL_DOMAIN)
+  key = jax.random.fold_in(seeds.key_of(seed), _LABEL_DOMAIN)
   order = np.asarray(jax.random.permutation(key, len(labels)), np.int64)
   classes = labels[order]
   drawn = [order[classes == k][:labels_per_class] for k in range(num_classes)]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from se_vae import seeds
+
 # Colour id -> which of the red, green and blue channels are on. Black is left out: it hides the
 # digit.
 COLORS = np.array(
@@ -51,7 +53,7 @@ def draw_colors(count: int, data_seed: int, split_index: int) -> np.ndarray:
     int32 [N], rows of `COLORS`.
   """
   # The generator is named, so that JAX's configured default cannot change the data.
-  key = jax.random.fold_in(jax.random.key(data_seed, impl='threefry2x32'), _COLOR_DOMAIN)
+  key = jax.random.fold_in(seeds.key_of(data_seed), _COLOR_DOMAIN)
   key = jax.random.fold_in(key, split_index)
   return np.array(jax.random.randint(key, (count,), 0, len(COLORS), dtype=jnp.int32))
 

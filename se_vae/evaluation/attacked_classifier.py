@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from se_vae import seeds
 from se_vae.attacks import projections
 from se_vae.attacks.losses import Aim, Model, is_correct
 from se_vae.attacks.projections import Norm
@@ -186,7 +187,7 @@ def prepare(
     args=sharding.replicate(mesh, args),
     x=x,
     labels=labels,
-    key=jax.random.key(seed, impl='threefry2x32'),
+    key=seeds.key_of(seed),
     num_classes=num_classes,
     norm=norm,
     bounds=bounds,

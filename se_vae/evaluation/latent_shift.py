@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from se_vae import seeds
 from se_vae.attacks.losses import Aim, Joint, LatentShift, Model
 from se_vae.attacks.projections import Norm
 from se_vae.config import ArgumentError
@@ -85,7 +86,7 @@ def maximal_values(
   settings |= {'norm': norm, 'bounds': tuple(bounds), 'seed': seed}
   fingerprint = states.fingerprint(settings, (x, aim.labels, args))
   args = sharding.replicate(mesh, args)
-  seed_key = jax.random.key(seed, impl='threefry2x32')
+  seed_key = seeds.key_of(seed)
 
   def attack_batch(
     radius: float, attempt: int, batch: tuple[jax.Array, Aim, jax.Array]

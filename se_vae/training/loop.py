@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from se_vae import data
+from se_vae import data, seeds
 from se_vae.config import ArgumentError, TrainConfig
 from se_vae.data.transforms import pixels
 from se_vae.models.vae import VAE, Params
@@ -409,7 +409,7 @@ def first_state(
     optimizer: in place of the one that `config` names.
   """
   # The generator is named, so that JAX's configured default cannot change the run.
-  init_key, key, measuring_key = jax.random.split(jax.random.key(seed, impl='threefry2x32'), 3)
+  init_key, key, measuring_key = jax.random.split(seeds.key_of(seed), 3)
   # As one program, and not as dozens of small ones to compile.
   init = jax.jit(init_state, static_argnames=('model', 'num_examples', 'optimizer'))
   state = init(
