@@ -45,6 +45,12 @@ class _Member:
   steps: list[int]
   error: training.NotFiniteError | None = None
 
+  @property
+  def rests(self) -> bool:
+    """Whether it got no further than its newest checkpoint while the others went on."""
+    failed_at = recording.failed_step(self.recorder.workdir)
+    return self.steps[0] >= self.config.train.num_steps or failed_at > self.steps[0]
+
 
 def train_population(
   configs: Sequence[pretrain.PretrainConfig],
@@ -55,9 +61,9 @@ def train_population(
 
   Finished runs are not trained again. The others go on from the newest step of which all of them
   have a good checkpoint. Those that share no step go on as separate populations, one after the
-  other. Each member trains on one device, so the files are those of `experiments.pretrain` with
-  `num_devices` 1. On a CPU, call `devices.use_all_cores(batch_size * len(configs))` first. One
-  process trains a population.
+  other, and so do those that had failed or reached their end. Each member trains on one device, so
+  the files are those of `experiments.pretrain` with `num_devices` 1. On a CPU, call
+  `devices.use_all_cores(batch_size * len(configs))` first. One process trains a population.
 
   Args:
     configs: each run's settings. They may differ in the work directory, the seed, and the numbers
@@ -89,8 +95,12 @@ def train_population(
       if recorder.result(config.train.num_steps) is None:
         steps = recording.good_steps(recorder.workdir) or [0]
         unfinished.append(_Member(config, recorder, steps))
-    for step, members in _by_step(unfinished):
-      _train(members, step, dataset, stop, description)
+    resting = [member for member in unfinished if member.rests]
+    for member in resting:
+      del member.steps[1:]
+    for own in ([member for member in unfinished if member not in resting], resting):
+      for step, members in _by_step(own):
+        _train(members, step, dataset, stop, description)
   for member in unfinished:
     if member.error is not None:
       raise member.error

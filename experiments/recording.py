@@ -181,10 +181,12 @@ class Recorder:
       self._record_row(step, progress.row, tree)
     self._bar.update(step - before)
     if self._is_due(before, step) or stopping:
-      os.fsync(self._metrics.fileno())  # no row may be missing before a checkpoint
+      with atomic_files.naming(self.workdir / METRICS):
+        os.fsync(self._metrics.fileno())  # no row may be missing before a checkpoint
       if self._events is not None:
         self._events.sync()
       checkpoints.save(self.workdir / CHECKPOINTS, step, tree, self._metadata)
+      self._forget_failure(step)
 
   def _record_row(self, step: int, row: dict[str, float], tree: dict[str, Any]) -> None:
     """Writes a row of metrics, and what else falls on rows.
@@ -193,8 +195,9 @@ class Recorder:
     checkpoint. The best one is saved before the newest one: an interruption between the two changes
     neither.
     """
-    self._metrics.write(json_files.dumps({'step': step, **row}) + '\n')
-    self._metrics.flush()
+    with atomic_files.naming(self.workdir / METRICS):
+      self._metrics.write(json_files.dumps({'step': step, **row}) + '\n')
+      self._metrics.flush()
     self._bar.set_postfix(loss=f'{row["loss"]:.1f}', refresh=False)
     row_start = (step - 1) // self._log_every * self._log_every
     checkpoint_falls_in_row = self._is_due(row_start, step)
@@ -219,6 +222,11 @@ class Recorder:
     """Returns whether a checkpoint falls between two steps, the second included."""
     every = self._checkpoint_every
     return step // every > before // every or step == self._num_steps
+
+  def _forget_failure(self, step: int) -> None:
+    """Removes not_finite.json once training has passed its step, with other settings or code."""
+    if 0 < failed_step(self.workdir) <= step:
+      (self.workdir / NOT_FINITE).unlink()
 
   def record_not_finite(self, error: training.NotFiniteError) -> None:
     """Writes not_finite.json, with the step, its metrics and the examples of its batch."""
@@ -310,6 +318,15 @@ def good_steps(workdir: Path) -> list[int]:
       checkpoints.load(path)
       found.append(step)
   return found
+
+
+def failed_step(workdir: Path) -> int:
+  """Returns the step whose metrics were not finite when training ended; 0 if none is known."""
+  path = workdir / NOT_FINITE
+  try:
+    return int(json_files.read(path, records.Row)['step']) if path.exists() else 0
+  except json_files.JsonError:
+    return 0
 
 
 def load_at(workdir: Path, step: int) -> checkpoints.Checkpoint | None:

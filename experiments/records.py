@@ -144,6 +144,7 @@ class Variant(TypedDict):
 
   varied: dict[str, Any]
   seconds: float | None
+  devices: list[str]
 
 
 class Sweep(TypedDict):

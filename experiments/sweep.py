@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.visual import plots
   from se_vae.storage import atomic_files
 
+_PLACES = frozenset({'workdir', 'data_dir', 'cache_dir', 'num_devices'})
 _CAPTION = (
   'Means over the seeds: the ELBO of held-out images, in nats, their squared error, the number of '
   'active latents, and the adversarial accuracy at each l-inf radius'
@@ -81,7 +82,8 @@ def main() -> None:
   placement.use_cpu_alone_beside_slots(config.placement)
   # Each member of a population has a device of its own, however small its batch.
   examples = base.batch_size * (devices.num_cores() if config.vectorize else 1)
-  devices.use_all_cores(examples, base.num_devices)
+  asked = [base.num_devices, *_parse(config.vary).get('num_devices', ())]
+  devices.use_all_cores(examples, max(filter(None, asked), default=None))
   with signals.StopSignal().listening() as stop:
     run(config, base, stop)
 
@@ -203,8 +205,10 @@ class _Tables:
   def _write(self, *, keep_others: bool) -> dict[str, Any]:
     """Writes sweep.json, and returns its content; `keep_others` keeps variants of the file too."""
     path = self._workdir / 'sweep.json'
-    before = workdirs.read_json(path, records.Sweep) or {'results': []}
-    known = {str(result['varied']): result for result in before['results']}
+    before = workdirs.read_json(path, records.Sweep)
+    known = {}
+    if before is not None and _compared(before) == _compared(self._content):
+      known = {str(result['varied']): result for result in before['results']}
     results = []
     for name, each in self._variants.items():
       old, own = known.get(str(each.varied)), self._results.get(name)
@@ -212,7 +216,7 @@ class _Tables:
         # Who did a variant all at once knows how long that takes, and wrote it into the file.
         seconds = own['seconds'] or (old and old['seconds'])
         results.append({**own, 'seconds': seconds})
-      elif old is not None and keep_others and before.get('config') == self._content['config']:
+      elif old is not None and keep_others:
         results.append(dict(old))
     kinds = sorted({kind for result in results for kind in result['devices']})
     content = {**self._content, 'devices': kinds, 'results': results}
@@ -232,6 +236,14 @@ class _Tables:
     print(f'{text}\n{plots.checks_summary(*results)}')
 
 
+def _compared(content: Mapping[str, Any]) -> Any:
+  """The settings in sweep.json, without places, which hosts may name in their own ways."""
+  config = dict(content.get('config') or {})
+  if isinstance(pretraining := config.get('pretraining'), dict):
+    config['pretraining'] = {k: v for k, v in pretraining.items() if k not in _PLACES}
+  return config
+
+
 def variants_of(
   config: SweepConfig, base: pretrain.PretrainConfig, workdir: Path
 ) -> Iterator[Variant]:
@@ -240,7 +252,7 @@ def variants_of(
   Raises:
     UsageError: for flags that do not exist or cannot have such a value.
   """
-  attack = probe_settings.parse(config.probe)
+  attack = probe_settings.parse(config.probe, unused=('strict',))
   cache_dir = base.data.cache_dir or str(workdir.absolute() / 'data')
   varied = _parse(config.vary)
   for values in itertools.product(*varied.values()):

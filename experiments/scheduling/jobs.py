@@ -34,6 +34,16 @@ LOOK_EVERY = 2.0
 
 _LOCKS = (workdirs.LOCK, probe.LOCK)
 _SHOWN_LINES = 8
+# Errors of storage, memory and network that may pass.
+_PASSING = frozenset(
+  getattr(errno, name)
+  for name in (
+    *('EAGAIN', 'EBUSY', 'EINTR', 'EIO', 'ENOLCK', 'ENOMEM', 'EPIPE', 'EREMOTEIO', 'ESTALE'),
+    *('ECONNABORTED', 'ECONNREFUSED', 'ECONNRESET', 'ETIMEDOUT'),
+    *('EHOSTDOWN', 'EHOSTUNREACH', 'ENETDOWN', 'ENETUNREACH'),
+  )
+  if hasattr(errno, name)  # not every system has all of them
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,8 +359,9 @@ def attempt(job: AnyJob, stop: signals.StopSignal) -> Outcome:
 def _passes(error: Exception) -> bool:
   """Whether what the machine did may not happen again: numbers, files and settings stay."""
   if isinstance(error, OSError):
-    return error.errno not in (None, errno.ENOSPC, errno.EDQUOT)
-  return isinstance(error, RuntimeError) and not isinstance(error, checkpoints.CheckpointError)
+    return error.errno in _PASSING
+  lasting = (checkpoints.CheckpointError, NotImplementedError, RecursionError)
+  return isinstance(error, RuntimeError) and not isinstance(error, lasting)
 
 
 def is_tried_again(outcome: Outcome, attempts: int, retries: int) -> bool:

@@ -83,6 +83,7 @@ def run_all(
     RunsFailedError: after all others have ended, if jobs failed. They are printed before.
   """
   failed: list[tuple[jobs.AnyJob, str]] = []
+  in_logs = config.ray_address is not None
 
   def note(job: jobs.AnyJob, outcome: jobs.Outcome) -> None:
     if outcome.error is not None:
@@ -100,9 +101,8 @@ def run_all(
     resources = ray_cluster.parse_resources(config.resources_per_run or '')
     ray_cluster.run(left, config.ray_address, resources, config.retries, workdir, stop, note)
   elif left:
-    _run_here(left, config, workdir, stop, note)
+    in_logs = _run_here(left, config, workdir, stop, note)
   if failed:
-    in_logs = config.ray_address is not None or slots.parse(config.parallel) != 1
     print(jobs.failure_text(failed, logs=in_logs), file=sys.stderr)
     raise app.RunsFailedError(f'{len(failed)} of {len(every)} runs failed; the others are finished')
 
@@ -119,24 +119,29 @@ def _run_here(
   workdir: Path,
   stop: signals.StopSignal,
   report: jobs.Report,
-) -> None:
-  """Does jobs on this machine: in slots, or if one has all of it, in this process."""
+) -> bool:
+  """Does jobs on this machine: in slots, or if one has all of it, in this process.
+
+  Returns whether they were processes of their own, which have logs.
+  """
   devices_per_run = max(job.num_devices or 1 for job in left)
   own = slots.slots(config.parallel, len(left), devices_per_run)
   chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
   if len(own) == 1 and own[0].gpu is None:
     _run_in_this_process(left, config.retries, stop, report)
-  elif chosen is not None:
+    return False
+  if chosen is not None:
     processes.run(left, own, config.retries, Path(chosen), stop, report)
   else:
     compiled = jobs.compiled_programs(workdir) / platform.node()
-    compiled.mkdir(parents=True, exist_ok=True)
-    lock = compiled / '.lock'
+    lock = workdir / f'.compiled.{platform.node()}.lock'  # beside what the last one removes
     with locks.share(lock):
+      compiled.mkdir(parents=True, exist_ok=True)
       processes.run(left, own, config.retries, compiled, stop, report)
     with contextlib.suppress(locks.InUseError, OSError), locks.hold(lock):
       shutil.rmtree(compiled)  # nobody here uses them any more
       compiled.parent.rmdir()  # nor on other hosts
+  return True
 
 
 def _run_in_this_process(

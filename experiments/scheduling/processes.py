@@ -99,7 +99,7 @@ class _Scheduler:
   def run(self, stop: signals.StopSignal) -> None:
     while self._waiting or self._running:
       stop.check()
-      self._start_what_fits()
+      self._start_what_fits(stop)
       with contextlib.suppress(queue.Empty):
         self._hear(*self._news.get(timeout=0.2))
 
@@ -112,13 +112,14 @@ class _Scheduler:
     for child in self._running:
       child.process.wait()
 
-  def _start_what_fits(self) -> None:
+  def _start_what_fits(self, stop: signals.StopSignal) -> None:
     """Fills the free slots with jobs whose directories are free."""
     if not self._free or time.monotonic() < self._looked + LOOK_EVERY:
       return
     for _ in range(len(self._waiting)):
       if not self._free:
         return
+      stop.check()  # a look at many directories in use takes seconds
       job, attempt = self._waiting.popleft()
       user = job.user()
       if user is not None:

@@ -150,7 +150,11 @@ def _plugins() -> list[str]:
 
 @functools.cache
 def _count_gpus() -> int:
-  """Asks JAX in another process, which takes no memory of them."""
+  """Asks JAX in another process, which takes no memory of them.
+
+  Raises:
+    ArgumentError: if there is no answer.
+  """
   code = 'import jax; print(len(jax.devices("cuda")))'
   try:
     asked = subprocess.run(
@@ -162,5 +166,9 @@ def _count_gpus() -> int:
       timeout=_PATIENCE,
     )
     return int(asked.stdout.split()[-1])
-  except (subprocess.SubprocessError, ValueError, IndexError):
+  except subprocess.TimeoutExpired:
+    # Runs on CPU slots would all open the GPUs.
+    message = f'the GPUs did not answer in {_PATIENCE:g} s; JAX_PLATFORMS=cpu leaves them alone'
+    raise ArgumentError('parallel', message) from None
+  except (subprocess.CalledProcessError, ValueError, IndexError):
     return 0

@@ -79,7 +79,9 @@ def encoder_of(model: Any, params: Params) -> certification.Encoder:
     TypeError: for an encoder with something that has no rule, by its name.
   """
   module = getattr(model, 'encoder', None)
-  last = module.layers[-1] if isinstance(module, nn.Sequential) else module
+  last = module
+  while isinstance(last, nn.Sequential) and last.layers:
+    last = last.layers[-1]
   if not isinstance(last, (networks.MLPEncoder, networks.ConvEncoder, networks.GaussianHead)):
     raise TypeError(
       f'cannot certify {_name(last)} as an encoder: it does not end in a GaussianHead'
@@ -108,8 +110,12 @@ def _name(module: Any) -> str:
 
 
 def _sequential(module: nn.Sequential, params: Any) -> Layers:
-  parts = (_rule(part)(part, params.get(f'layers_{i}', {})) for i, part in enumerate(module.layers))
-  return sum(parts, ())
+  # Flax keeps the parameters of a module that is used again at its first place.
+  first = [
+    next(i for i, other in enumerate(module.layers) if other is part) for part in module.layers
+  ]
+  parts = zip(module.layers, first, strict=True)
+  return sum((_rule(part)(part, params.get(f'layers_{i}', {})) for part, i in parts), ())
 
 
 def _mlp_encoder(module: networks.MLPEncoder, params: Any) -> Layers:

@@ -65,12 +65,12 @@ class GaussianHead(nn.Module):
       # Not two slices: their gradients would meet in a sum of padded arrays, which is slow.
       return DiagonalGaussian(*jnp.split(outputs, 2, axis=-1))
     outputs = Dense(dim + dim * (dim + 1) // 2)(features)
-    mean, half_log_var, below = jnp.split(outputs, (dim, 2 * dim), axis=-1)
+    mean, log_var, below = jnp.split(outputs, (dim, 2 * dim), axis=-1)
     rows, columns = jnp.tril_indices(dim, -1)
     scale_tril = jnp.zeros((len(outputs), dim, dim), outputs.dtype)
     scale_tril = scale_tril.at[:, rows, columns].set(below)
     diagonal = jnp.arange(dim)
-    scale_tril = scale_tril.at[:, diagonal, diagonal].set(jnp.exp(0.5 * half_log_var))
+    scale_tril = scale_tril.at[:, diagonal, diagonal].set(jnp.exp(0.5 * log_var))
     return FullGaussian(mean, scale_tril)
 
 

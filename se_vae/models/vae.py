@@ -103,6 +103,7 @@ def make_vae(
   Raises:
     ValueError: for an unknown arch or covariance, or a size < 1.
   """
+  image_shape = (*image_shape,)  # a list cannot be hashed
   if arch not in ARCHS:
     raise ValueError(f'arch must be one of {", ".join(ARCHS)}, got {arch!r}')
   if covariance not in COVARIANCES:

@@ -166,7 +166,7 @@ def restore(found: checkpoints.Checkpoint, model: vae.VAE | None = None) -> Save
 
 def _make(arguments: Mapping[str, Any]) -> tuple[vae.VAE, vae.Params]:
   """Returns the model that `vae.make_vae` makes, and the shapes of its parameters."""
-  model = vae.make_vae(**{**arguments, 'image_shape': tuple(arguments['image_shape'])})
+  model = vae.make_vae(**arguments)
   return model, _shapes(model)
 
 

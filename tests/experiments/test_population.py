@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from experiments import population, pretrain, recording
-from experiments.cli import flags, signals
+from experiments.cli import flags, signals, workdirs
 from se_vae import training
 from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
@@ -169,6 +169,28 @@ def test_runs_that_share_no_step_go_on_for_themselves(tmp_path, singles):
     pretrain.run(second, StopAfter(2))
   population.train_population(configs(tmp_path), signals.StopSignal())
   check_same_runs(tmp_path, singles)
+
+
+@pytest.mark.parametrize('failed', [False, True])
+def test_members_that_rest_do_not_hold_back_the_others(tmp_path, singles, monkeypatch, failed):
+  """The first has ended, or failed, at a step that the others have left behind."""
+  with pytest.raises(signals.Interrupted):
+    population.train_population(
+      configs(tmp_path), StopAfterCheckpoint(tmp_path / '1' / 'checkpoints')
+    )
+  newest, before = recording.good_steps(tmp_path / '0')
+  (_, path), *_ = checkpoints.steps(tmp_path / '0' / recording.CHECKPOINTS)
+  path.unlink()
+  if failed:
+    workdirs.write_json(tmp_path / '0' / recording.NOT_FINITE, {'step': before + 1})
+  begun, load_at = [], recording.load_at
+  monkeypatch.setattr(
+    recording, 'load_at', lambda workdir, step: begun.append(step) or load_at(workdir, step)
+  )
+  population.train_population(configs(tmp_path), signals.StopSignal())
+  assert begun == ([newest] * 2 + [before] if failed else [before] * 3)
+  check_same_runs(tmp_path, singles)
+  assert not (tmp_path / '0' / recording.NOT_FINITE).exists()  # training passed that step
 
 
 def test_a_finished_run_without_a_result_gets_one(tmp_path, singles):

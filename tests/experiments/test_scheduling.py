@@ -92,6 +92,15 @@ def test_gpus_are_those_that_jax_would_use(monkeypatch):
   assert slots.gpus({'CUDA_VISIBLE_DEVICES': '2,0'}) == []
 
 
+def test_gpus_that_do_not_answer_are_not_taken_for_none(monkeypatch):
+  def hang(command, timeout, **_):
+    raise slots.subprocess.TimeoutExpired(command, timeout)
+
+  monkeypatch.setattr(slots.subprocess, 'run', hang)
+  with pytest.raises(ArgumentError, match='parallel: the GPUs did not answer in 60 s'):
+    slots._count_gpus.__wrapped__()
+
+
 def test_an_accelerator_that_is_not_shared_takes_one_run_at_a_time(four_cores, monkeypatch, capsys):
   monkeypatch.setattr(slots, '_plugins', lambda: ['tpu'])
   assert slots.has_other_accelerator({}) and not slots.has_other_accelerator(

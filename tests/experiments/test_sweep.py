@@ -101,6 +101,29 @@ def test_finished_runs_are_not_repeated_and_their_seconds_are_kept(swept, monkey
   assert json.loads((swept / 'sweep.json').read_text())['results'] == before['results']
 
 
+@pytest.mark.long
+def test_seconds_and_rows_of_other_settings_are_not_kept(swept, tmp_path, monkeypatch):
+  monkeypatch.setattr(training, 'run', pytest.fail)
+  monkeypatch.setattr(probe, 'fit', pytest.fail)
+  workdir = tmp_path / 'sweep'
+  shutil.copytree(swept, workdir)
+  before = json.loads((workdir / 'sweep.json').read_text())
+  base = dataclasses.replace(BASE, workdir=str(workdir))
+
+  def seconds(content) -> list[float | None]:
+    (workdir / 'sweep.json').write_text(json.dumps(content))
+    again = sweep.run(config_of('objective=vae seed=3,4'), base, signals.StopSignal())
+    return [result['seconds'] for result in again['results']]
+
+  expected = [result['seconds'] for result in before['results']]
+  assert any(expected) and seconds(before) == expected  # another place of the same sweep
+  config = before['config']
+  other = {**config['pretraining'], 'num_steps': 7}
+  assert seconds({**before, 'config': {**config, 'pretraining': other}}) == [None, None]
+  foreign = {**before, 'results': [{'varied': {}, 'seconds': 1.0}]}
+  assert seconds(foreign) == [None, None]  # without what a row has, the file is made anew
+
+
 def test_every_combination_is_a_variant(tmp_path):
   vary = config_of('gamma=0.5,2 warm_start=true,false')
   variants = list(sweep.variants_of(vary, BASE, tmp_path))

@@ -124,10 +124,34 @@ def test_everything_else_is_refused_by_name(module, name):
     layer_lists.layers_of(module, {'params': {'layers_0': params, 'layers_1': params, **params}})
 
 
+def test_a_layer_that_is_used_twice_has_its_parameters_twice():
+  twice = nn.Dense(4)
+  network = nn.Sequential([layer_lists.flatten, twice, nn.relu, twice, nn.Dense(2)])
+  x = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
+  variables = network.init(jax.random.key(1), x)
+  found = cert.apply(layer_lists.layers_of(network, variables), x)
+  np.testing.assert_allclose(found, network.apply(variables, x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_head_of_an_encoder_may_lie_in_a_network_within_it():
+  inner = nn.Sequential([networks.Dense(5, nn.relu), networks.GaussianHead(3)])
+  module = nn.Sequential([layer_lists.flatten, inner])
+  variables = variables_of(module)
+  model = type('Model', (), {'encoder': module})()
+  found = layer_lists.encoder_of(model, {'encoder': variables})
+  mean = cert.apply((*found.trunk, found.mean), X)
+  np.testing.assert_allclose(mean, module.apply(variables, X).mean, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
-  'encoder', [nn.Dense(3), nn.Sequential([layer_lists.flatten, nn.Dense(3)])]
+  'encoder',
+  [
+    nn.Dense(3),
+    nn.Sequential([]),
+    nn.Sequential([layer_lists.flatten, nn.Dense(3)]),
+  ],
 )
 def test_an_encoder_without_a_gaussian_is_refused(encoder):
   model = type('Model', (), {'encoder': encoder})()
-  with pytest.raises(TypeError, match='cannot certify Dense as an encoder'):
+  with pytest.raises(TypeError, match=r'cannot certify (Dense|Sequential) as an encoder'):
     layer_lists.encoder_of(model, {'encoder': {}})
