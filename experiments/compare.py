@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import recording, records
+from experiments import pretrain, recording, records
 from experiments.cli import app, flags, messages, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.config import setting, validate
@@ -140,12 +140,39 @@ def _encoders(config: CompareConfig) -> Iterator[Encoder]:
       results = [json_files.read(path / recording.RESULT, records.Result) for path in paths]
     except json_files.JsonError as error:
       raise UsageError(f'--runs: {error}') from None
+    _check_seeds(paths, file, probes, results)
     for path, probe in zip(paths, probes, strict=True):
       radii = probe['radii'] if radii is None else radii
       if probe['radii'] != radii:
         raise UsageError(f'--runs: {path / file} has radii {probe["radii"]}, and others {radii}')
     held_out = [_held_out(result) for result in results]
     yield Encoder(name, [dict(probe) for probe in probes], held_out)
+
+
+def _check_seeds(
+  paths: Sequence[Path],
+  file: str,
+  probes: Sequence[records.Probe],
+  results: Sequence[records.Result],
+) -> None:
+  """Raises UsageError unless each probe is of its run, and the runs are seeds of one encoder."""
+  attacked = [probe.get('checkpoint') for probe in probes]
+  trained = [result.get('checkpoint') for result in results]
+  for path, own, other in zip(paths, attacked, trained, strict=True):
+    if None not in (own, other) and own != other:
+      at = f'{path / file} is of {own}, and the run is at {other}'
+      raise UsageError(f'--runs: {at}; probe it again')
+  named = [name for name in trained if name is not None]
+  if len(set(named)) < len(named):
+    raise UsageError(f'--runs: {", ".join(map(str, paths))} are one run, or copies of one')
+  settings = [pretrain.settings_of_encoder(result['config']) for result in results]
+  for path, values in zip(paths, settings, strict=True):
+    names = [name for name in values if values[name] != settings[0].get(name)]
+    if names:
+      raise UsageError(
+        f'--runs: {path} and {paths[0]} have one name and are no seeds of one encoder: '
+        f'{", ".join(names)} differ'
+      )
 
 
 def _held_out(result: records.Result) -> dict[str, float]:

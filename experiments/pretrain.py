@@ -392,6 +392,15 @@ def _load_source(config: PretrainConfig, dataset: data.Dataset) -> model_store.S
   return source
 
 
+def settings_of_encoder(stored: dict[str, Any]) -> dict[str, Any]:
+  """Returns the settings that all seeds of an encoder share.
+
+  Each seed may begin with a run of its own.
+  """
+  values = settings_of_model(stored)
+  return {name: value for name, value in values.items() if name not in ('seed', 'init_from')}
+
+
 def settings_of_model(stored: dict[str, Any]) -> dict[str, Any]:
   """Returns those of a run's stored settings that the trained model depends on."""
   values = flags.absolute(flags.to_dict(stored_config(stored)))

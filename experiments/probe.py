@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from etils import epy
 
-from experiments import identity, pretrain, probe_settings, records
+from experiments import identity, pretrain, probe_settings, recording, records
 from experiments.cli import app, devices, flags, messages, provenance, signals, workdirs
 from experiments.probe_settings import ProbeConfig
 from se_vae.config import ArgumentError, ModelConfig, validate
@@ -95,6 +95,8 @@ def prepare(config: ProbeConfig) -> Prepared:
   argument, run = _encoder(config)
   if config.output and (config.workdir or config.pretrained):
     output = workdirs.check_workdir(config.output, argument='output', lock_name=LOCK)
+    if (output / recording.CONFIG).exists() and output.resolve() != run.resolve():
+      raise ArgumentError('output', f'{output} holds another run; choose another directory')
   else:
     output = workdirs.check_workdir(config.workdir, lock_name=LOCK)
   model, params, metadata, checkpoint = _load(argument, run)
@@ -146,7 +148,9 @@ def _load_dataset(config: ProbeConfig, metadata: dict[str, Any], output: Path) -
   """Loads the encoder's data, whose directories may have moved since."""
   stored = pretrain.stored_config(metadata['config']).data
   if config.dataset is not None:
-    stored = dataclasses.replace(stored, dataset=config.dataset, data_dir=None)
+    resized = config.dataset.startswith(('folder:', 'tfds:'))
+    size = stored.image_size if resized else None  # others have one size
+    stored = dataclasses.replace(stored, dataset=config.dataset, data_dir=None, image_size=size)
   data_dir, cache_dir = config.data_dir or stored.data_dir, config.cache_dir
   if not (cache_dir or config.output) and stored.cache_dir and Path(stored.cache_dir).is_dir():
     cache_dir = stored.cache_dir

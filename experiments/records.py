@@ -95,6 +95,7 @@ class Probe(Attacked):
   """The result of a probe."""
 
   config: Attack
+  checkpoint: NotRequired[str | None]
   joint: NotRequired[Joint]
   moves: NotRequired[LatentShift]
   pretraining: NotRequired[dict[str, Any]]

@@ -219,7 +219,8 @@ class _Reader:
       )
       if not_finite is not None:
         state += f'; step {not_finite["step"]:,} was not finite'
-    probes = {file: self.read(file, _load_probe) for file in sorted(path.glob('probe_*.json'))}
+    load = functools.partial(_load_probe, dataset=config['dataset'])
+    probes = {file: self.read(file, load) for file in sorted(path.glob('probe_*.json'))}
     pictures = [(path / f'{name}.png', *words) for name, words in _PICTURES.items()]
     pictures += [
       (
@@ -282,11 +283,12 @@ def _load_picture(path: Path, title: str, text: str) -> Picture:
   return report_page.picture(path.read_bytes(), title, text)
 
 
-def _load_probe(path: Path) -> Probe:
+def _load_probe(path: Path, dataset: str) -> Probe:
   content = json_files.read(path, records.Probe)
   joint, shift = content.get('joint'), content.get('moves')
   config = content['config']
   return _attacked(content, config['attack'], config.get('labels_per_class'))._replace(
+    dataset=str(config.get('dataset') or dataset),
     joint=(' and '.join(joint['tasks']), _accuracy(joint)) if joint else None,
     latent_shift=_latent_shift(shift) if shift else None,
   )
@@ -302,6 +304,7 @@ def _attacked(content: records.Attacked, attack: str, labels_per_class: int | No
   checks = [SanityCheck.from_json(check) for check in content.get('checks', ())]
   certified = content.get('certified')
   return Probe(
+    dataset='',
     task=plots.task_name(content['task'], labels_per_class),
     attack=attack,
     num_examples=content['num_examples'],

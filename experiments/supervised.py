@@ -41,7 +41,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 _UNUSED = ('surrogate', 'joint', 'moves', 'strict', 'standardize', 'l2', 'labels_per_class')
 
 # Results do not depend on these settings, which may differ when a run is resumed.
-_PLACES = ('workdir', 'data_dir', 'cache_dir')
+_FREE = ('workdir', 'data_dir', 'cache_dir', 'checkpoint_every')
 
 _ATTACK = 'attack'  # what the names of files begin with from which the attack goes on
 
@@ -299,7 +299,7 @@ def _finished(
   return found
 
 
-def _settings(stored: dict[str, Any], free: tuple[str, ...] = _PLACES) -> dict[str, Any]:
+def _settings(stored: dict[str, Any], free: tuple[str, ...] = _FREE) -> dict[str, Any]:
   """Returns stored settings but the `free` ones, with the defaults of those added since."""
   return flags.to_dict(SupervisedConfig()) | stored | dict.fromkeys(free)
 
@@ -360,7 +360,7 @@ def _train(
     opt_state = training.make_optimizer(train_config).init(params)
     return State(jnp.zeros((), jnp.int32), params, opt_state)
 
-  free = (*_PLACES, 'probe')  # the attack is no part of the training
+  free = (*_FREE, 'probe')  # the attack is no part of the training
   settings = _settings(flags.to_dict(config), free)
   metadata = {'config': settings, 'digest': dataset.digest, 'task': task}
   directory = workdir / recording.CHECKPOINTS

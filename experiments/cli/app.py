@@ -7,6 +7,7 @@ import functools
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -80,8 +81,8 @@ def _guarded(main: Callable[..., None], argv: list[str], actions: Sequence[str] 
     sys.exit(128 + interrupted.signum)
   except failures() as error:
     _fail(1, str(error))
-  except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
-    message = out_of_memory(error)
+  except (MemoryError, RuntimeError, AssertionError) as error:  # JAX's errors
+    message = out_of_memory(error) or no_platform(error)
     if message is None:
       raise
     _fail(1, message)
@@ -124,6 +125,15 @@ def out_of_memory(error: BaseException) -> str | None:
   return f'out of memory{advice}: {first_line}'
 
 
+def no_platform(error: BaseException) -> str | None:
+  """Returns what to do about an error if JAX found no device of the chosen platforms."""
+  frames = traceback.extract_tb(error.__traceback__)
+  platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+  if not platforms or not frames or not frames[-1].filename.endswith('xla_bridge.py'):
+    return None
+  return f'JAX_PLATFORMS: JAX finds no device of {platforms} here'
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
     return list(absl_flags.FLAGS([argv[0], *map(_expand_home, argv[1:])]))
@@ -134,9 +144,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _expand_home(argument: str) -> str:
-  """Returns `--flag=~/path` with the home directory, which shells leave as it is."""
+  """Returns `--flag=~/path` or `--flag=~/a,~/b` with the home directory.
+
+  Shells leave it as it is there.
+  """
   name, equals, value = argument.partition('=')
-  return f'{name}{equals}{os.path.expanduser(value)}'
+  return f'{name}{equals}{",".join(map(os.path.expanduser, value.split(",")))}'
 
 
 def _fail(code: int, message: str) -> NoReturn:

@@ -173,14 +173,17 @@ def draw(axis: Axes, curves: Sequence[Curve]) -> None:
   for curve in curves:
     color, style = _look(curve.objective, variants.index(curve.variant), len(variants))
     dots: dict[str, Any] = {'ms': 3.5, 'color': color}
-    axis.plot(curve.radii, curve.accuracy, style, marker='o', label=curve.label, **dots)
-    axis.fill_between(curve.radii, *curve.interval.T, color=color, alpha=0.2, linewidth=0)
-    if (certified := curve.certified) is not None:
+    radii, order = np.unique(curve.radii, return_index=True)  # they may have any order
+    accuracy, interval = curve.accuracy[order], curve.interval[order]
+    axis.plot(radii, accuracy, style, marker='o', label=curve.label, **dots)
+    axis.fill_between(radii, *interval.T, color=color, alpha=0.2, linewidth=0)
+    if curve.certified is not None:
+      certified = curve.certified[order]
       label = f'{curve.label}, certified'
-      axis.plot(curve.radii, certified, ':', marker='^', label=label, **dots)
+      axis.plot(radii, certified, ':', marker='^', label=label, **dots)
       label = f'{curve.label}: the truth lies here'
       band: dict[str, Any] = {'color': color, 'alpha': 0.13, 'hatch': '///', 'linewidth': 0}
-      axis.fill_between(curve.radii, certified, curve.accuracy, label=label, **band)
+      axis.fill_between(radii, certified, accuracy, label=label, **band)
 
 
 def caption(curves: Sequence[Curve]) -> list[str]:

@@ -84,7 +84,7 @@ def series(radii: Any, values: Any, low: Any, high: Any) -> Series:
   Raises:
     TypeError, ValueError: unless they are numbers, as many of each.
   """
-  points = list(zip(radii, values, low, high, strict=True))
+  points = sorted(zip(radii, values, low, high, strict=True))  # they may have any order
   return Series(*([point[column] + 0.0 for point in points] for column in range(4)))
 
 
@@ -142,9 +142,11 @@ class Table(NamedTuple):
 class Probe(NamedTuple):
   """The result of a probe, or of a supervised classifier.
 
+  `dataset` is that of the attacked images, or empty if it is that of the run.
   `joint` has the names of several tasks and their curve, `certified` the method and its curve.
   """
 
+  dataset: str
   task: str
   attack: str
   num_examples: int
@@ -270,8 +272,8 @@ def _robustness(runs: Sequence[Run]) -> list[Table]:
   shifts: dict[str, list[CurveRow]] = {}
   not_run = plots.checks_summary()  # the checks are those of the probe's own curve
   for run in runs:
-    dataset = run.config['dataset']
     for probe in run.probes:
+      dataset = probe.dataset or run.config['dataset']
       note = f'{probe.attack}, n = {probe.num_examples:,}, step {probe.step:,}'
       note = f'trained with labels, {note}' if run.supervised else note
       curve = CurveRow(run.label, run.style, note, probe.accuracy, probe.summary)

@@ -172,7 +172,7 @@ def prepare(
   check_counts(batch_size=batch_size)
   if norm not in projections.NORMS:
     raise ArgumentError('norm', f'must be one of {", ".join(projections.NORMS)}, got {norm!r}')
-  x, labels = x.astype(np.float32), labels.astype(np.int32)
+  x = x.astype(np.float32)
   check_images(x, bounds)
   _, num_classes = check_function('logits_fn', logits_fn, x, args, logits=True)
   if labels.min() < 0 or labels.max() >= num_classes:
@@ -186,7 +186,7 @@ def prepare(
     logits_fn=logits_fn,
     args=sharding.replicate(mesh, args),
     x=x,
-    labels=labels,
+    labels=labels.astype(np.int32),
     key=seeds.key_of(seed),
     num_classes=num_classes,
     norm=norm,

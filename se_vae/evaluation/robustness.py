@@ -206,8 +206,8 @@ def evaluate(
   attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, num_queries=num_queries)
   attacked_classifier.check_step_size(relative_step_size)
   path = states.check_path(state_path)
-  if check_examples < 0:
-    raise ArgumentError('check_examples', f'must be >= 0, got {check_examples}')
+  if not isinstance(check_examples, int | np.integer) or check_examples < 0:
+    raise ArgumentError('check_examples', f'must be an integer >= 0, got {check_examples!r}')
   if attack not in SUITES:
     raise ArgumentError('attack', f'must be one of {", ".join(SUITES)}, got {attack!r}')
   if not isinstance(certify, bool | Method):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import flax.errors
@@ -109,8 +110,9 @@ def make_vae(
   if covariance not in COVARIANCES:
     raise ValueError(f'covariance must be one of {COVARIANCES}, got {covariance!r}')
   sizes = (latent_dim, hidden_units, conv_channels, num_layers, *image_shape)
-  if len(image_shape) != 3 or min(sizes) < 1:
-    raise ValueError('image_shape (H, W, C), latent_dim and layer sizes must be >= 1')
+  whole = all(isinstance(size, numbers.Integral) for size in sizes)
+  if len(image_shape) != 3 or not whole or min(sizes) < 1:
+    raise ValueError('image_shape (H, W, C), latent_dim and layer sizes must be integers >= 1')
   if arch == 'mlp':
     widths = (hidden_units,) * num_layers
     encoder: nn.Module = networks.MLPEncoder(latent_dim, widths, covariance)

@@ -46,6 +46,10 @@ _CHECKPOINTS: dict[str, tuple[int, str]] = {
     6000,
     'a3bf82fba6dbb1a16b168526fff8c511846e0b07193fdf7da6b7c364c2d5e94f',
   ),
+  'mnist_convnet_clusters_latent30': (
+    6000,
+    '7aaed3e1b58cc770f9ee6d05b624e5fb61f1f30ededc79b4548edb7fc1795ae6',
+  ),
   'color_mnist_mlp_vae_latent128': (
     20000,
     'bb539939c3bfd5866c38f82f54061754129fb17a5ab75324785c146157e1101c',

@@ -260,6 +260,7 @@ def test_an_image_counts_from_the_smallest_radius_that_it_is_within(monkeypatch)
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
+    ({'labels': np.full(COUNT, 2**32)}, r'labels: must lie in \[0, 3\)'),
     ({'labels': np.full(COUNT, 3)}, r'labels: must lie in \[0, 3\)'),
     ({'labels': np.zeros(COUNT, int)}, 'labels: must be of at least two classes'),
     ({'labels': np.zeros(COUNT)}, 'x, labels: must be float and integer'),
@@ -273,7 +274,10 @@ def test_an_image_counts_from_the_smallest_radius_that_it_is_within(monkeypatch)
     ({'attack': 'best'}, 'attack: must be one of standard, worst_case'),
     ({'norm': 'l1'}, 'norm: must be one of'),
     ({'num_queries': 0}, 'num_queries: must be >= 1'),
-    ({'check_examples': -1}, 'check_examples: must be >= 0'),
+    ({'check_examples': -1}, 'check_examples: must be an integer >= 0'),
+    ({'check_examples': 2.5}, 'check_examples: must be an integer >= 0, got 2.5'),
+    ({'seed': 2**32}, r'seed: must be an integer in \[0, 2\*\*31\)'),
+    ({'seed': 1.5}, 'seed: must be an integer'),
     ({'logits_fn': lambda x, *_: jnp.ones((x.shape[0], 1))}, 'K >= 2'),
     ({'logits_fn': lambda *_: jnp.ones((1, 3))}, 'logits_fn: must give floats'),
     ({'logits_fn': lambda x, *_: jnp.ones((x.shape[0], 3, 1))}, r'logits_fn: .* K >= 2'),

@@ -109,13 +109,26 @@ def test_who_keeps_nothing_does_not_say_saved(capsys, saves, says):
 def test_a_home_directory_is_expanded_in_any_flag(monkeypatch):
   """As in --workdir=~/run, which shells hand on as it is."""
   values = absl_flags.FlagValues()
-  for name in ('workdir', 'name', 'empty'):
+  for name in ('workdir', 'name', 'empty', 'runs'):
     absl_flags.DEFINE_string(name, None, '', flag_values=values)
   monkeypatch.setattr(app.absl_flags, 'FLAGS', values)
   monkeypatch.setenv('HOME', '/home/of/test')
-  app._parse_flags(['binary', '--workdir=~/run', '--name=a~b', '--empty='])
-  found = [values[name].value for name in ('workdir', 'name', 'empty')]
-  assert found == ['/home/of/test/run', 'a~b', '']
+  app._parse_flags(['binary', '--workdir=~/run', '--name=a~b', '--empty=', '--runs=~/a,b,~/c'])
+  found = [values[name].value for name in ('workdir', 'name', 'empty', 'runs')]
+  assert found == ['/home/of/test/run', 'a~b', '', '/home/of/test/a,b,/home/of/test/c']
+
+
+def test_a_platform_that_is_not_here_is_an_error_in_a_line(tmp_path):
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.pretrain', f'--workdir={tmp_path}', '--dataset=mnist_5k'],
+    env={**os.environ, 'JAX_PLATFORMS': 'cuda'},
+    capture_output=True,
+    text=True,
+  )
+  if done.returncode == 0:
+    pytest.skip('a GPU is here')
+  assert done.stderr.splitlines()[-1].startswith('error: ') and 'Traceback' not in done.stderr
+  assert 'JAX_PLATFORMS' in done.stderr and 'cuda' in done.stderr
 
 
 # The main thread is in a call that no signal interrupts, as it is in a long dispatch.

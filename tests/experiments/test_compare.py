@@ -103,6 +103,32 @@ def test_names_of_close_points_do_not_cover_each_other():
   assert all(axis.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
 
 
+def change(path, **values) -> None:
+  path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_only_seeds_of_one_encoder_are_averaged(tmp_path):
+  for seed in (0, 1):
+    write(tmp_path / f'seed{seed}' / 'se')
+    change(tmp_path / f'seed{seed}' / 'se' / 'probe_digit.json', checkpoint=f'checkpoint_{seed}')
+    change(tmp_path / f'seed{seed}' / 'se' / 'result.json', checkpoint=f'checkpoint_{seed}')
+  options = config(tmp_path / 'seed0', tmp_path / 'seed1', output=tmp_path / 'out')
+  result = tmp_path / 'seed1' / 'se' / 'result.json'
+  own = json.loads(result.read_text())['config']
+  change(result, config=own | {'seed': 1, 'workdir': 'elsewhere', 'init_from': 'other'})
+  (found,) = compare.run(options)
+  assert len(found.probes) == 2
+  change(result, config=own | {'gamma': 7.0, 'covariance': 'full'})
+  with pytest.raises(UsageError, match=r'no seeds of one encoder: .*covariance.* differ'):
+    compare.run(options)
+  change(result, config=own, checkpoint='checkpoint_2')  # trained on since
+  with pytest.raises(UsageError, match='is of checkpoint_1, and the run is at checkpoint_2'):
+    compare.run(options)
+  twice = config(tmp_path / 'seed0', tmp_path / 'seed0', output=tmp_path / 'out')
+  with pytest.raises(UsageError, match='are one run, or copies of one'):
+    compare.run(twice)
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [

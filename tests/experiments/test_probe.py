@@ -282,6 +282,9 @@ def test_a_pretrained_encoder_is_attacked_on_other_data_and_left_as_it_is(tmp_pa
     pgd_steps=10,
     check_examples=0,
   )
+  run = tmp_path / 'run'
+  run.mkdir()
+  (run / 'config.json').write_text('{}')
   before = sorted(pretrained.workdir(name).rglob('*'))
   clean, attacked = probe.run(config, signals.StopSignal())['accuracy']
   assert clean > 0.8 and attacked > 0.5
@@ -291,6 +294,7 @@ def test_a_pretrained_encoder_is_attacked_on_other_data_and_left_as_it_is(tmp_pa
     ({'pretrained': 'resnet'}, f'pretrained: must be one of .*{name}'),
     ({'output': None}, 'pretrained: is in place of a run in workdir, and needs output'),
     ({'dataset': 'color_mnist_5k'}, 'dataset: has images of shape'),
+    ({'output': str(run)}, 'output: .*run holds another run'),
   ):
     with pytest.raises(ArgumentError, match=message):
       probe.run(dataclasses.replace(config, **changes), signals.StopSignal())

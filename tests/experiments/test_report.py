@@ -161,6 +161,15 @@ def test_every_number_is_the_files(run):
     assert rounded == pytest.approx(json.loads(value), rel=1e-4, abs=5e-4)
 
 
+def test_other_data_are_named_and_radii_are_drawn_in_order(run):
+  config = to_dict(probe_settings.ProbeConfig(workdir=str(run), dataset='folder:shapes'))
+  write_probe(run, config=config, radii=RADII[::-1])
+  loaded = report._load_probe(run / 'probe_digit.json', 'mnist')
+  assert loaded.dataset == 'folder:shapes' and loaded.accuracy.radii == sorted(RADII)
+  output = report.run(report.ReportConfig(workdir=str(run)))
+  assert 'folder:shapes, digit probe' in output.read_text()
+
+
 def test_an_objective_that_does_not_train_the_decoder_has_no_bound(tmp_path):
   page = render(write_run(tmp_path / 'run', 'contrastive'))
   assert ['Run', 'KL from the prior', 'Active latents'] in page.rows

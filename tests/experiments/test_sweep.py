@@ -279,6 +279,11 @@ def supervised_config(workdir: Path, **changes) -> supervised.SupervisedConfig:
   return from_dict(supervised.SupervisedConfig, {'workdir': str(workdir), **options})
 
 
+def test_a_supervised_run_may_go_on_with_other_checkpoints():
+  assert supervised._settings({'checkpoint_every': 5}) == supervised._settings({})
+  assert supervised._settings({'num_steps': 5}) != supervised._settings({})
+
+
 @pytest.mark.long
 def test_a_supervised_classifier_learns_and_ends_as_if_never_interrupted(
   tmp_path, monkeypatch, capsys

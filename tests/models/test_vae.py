@@ -141,6 +141,7 @@ def test_any_flax_module_will_do():
     ({'arch': 'resnet'}, "arch must be one of mlp, convnet, got 'resnet'"),
     ({'covariance': 'banded'}, "covariance must be one of .* got 'banded'"),
     ({'latent_dim': 0}, '>= 1'),
+    ({'latent_dim': 2.5}, 'integers >= 1'),
     ({'hidden_units': 0}, '>= 1'),
     ({'conv_channels': -1}, '>= 1'),
     ({'num_layers': 0}, '>= 1'),
@@ -154,6 +155,10 @@ def test_wrong_configurations_raise(change, message):
 def test_empty_images_raise():
   with pytest.raises(ValueError, match='image_shape'):
     vae.make_vae((28, 0, 1))
+
+
+def test_a_list_of_sizes_is_a_shape():
+  assert vae.make_vae([4, 3, 2]) == vae.make_vae((4, 3, 2))
 
 
 def test_a_model_is_shown_in_one_line():
