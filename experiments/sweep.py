@@ -34,7 +34,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.visual import plots
   from se_vae.storage import atomic_files
 
-_PLACES = frozenset({'workdir', 'data_dir', 'cache_dir', 'num_devices'})
+_PLACES = frozenset({*flags.PLACES, 'num_devices'})
 _CAPTION = (
   'Means over the seeds: the ELBO of held-out images, in nats, their squared error, the number of '
   'active latents, and the adversarial accuracy at each l-inf radius'

@@ -131,7 +131,8 @@ def no_platform(error: BaseException) -> str | None:
   platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
   if not platforms or not frames or not frames[-1].filename.endswith('xla_bridge.py'):
     return None
-  return f'JAX_PLATFORMS: JAX finds no device of {platforms} here'
+  cause = str(error).strip().partition('\n')[0]
+  return f'JAX_PLATFORMS: JAX finds no device of {platforms} here' + f': {cause}' * bool(cause)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import probe, probe_settings, supervised
+from experiments import pretrain, probe, probe_settings, supervised
 from experiments.benchmarks import attack_comparison
 from experiments.cli import flags, signals
 from experiments.cli.flags import UsageError
@@ -298,6 +298,17 @@ def test_a_pretrained_encoder_is_attacked_on_other_data_and_left_as_it_is(tmp_pa
   ):
     with pytest.raises(ArgumentError, match=message):
       probe.run(dataclasses.replace(config, **changes), signals.StopSignal())
+
+
+@pytest.mark.parametrize(
+  ('dataset', 'size'), [('mnist_5k', None), ('folder:pictures', 28), (None, 28)]
+)
+def test_the_size_of_images_is_that_of_sets_that_have_many(tmp_path, monkeypatch, dataset, size):
+  monkeypatch.setattr(pretrain, 'load_dataset', lambda stored, output: stored)
+  trained = {'dataset': 'folder:others', 'image_size': 28}
+  config = probe_settings.ProbeConfig(workdir=str(tmp_path), dataset=dataset)
+  stored = probe._load_dataset(config, {'config': trained}, tmp_path)
+  assert (stored.dataset, stored.image_size) == (dataset or 'folder:others', size)
 
 
 def test_a_pretrained_encoder_is_a_surrogate_by_its_name(config, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from experiments.cli import devices, messages
 from experiments.scheduling import display, jobs, placement, slots
 from se_vae.config import ArgumentError
+from se_vae.storage import checkpoints
 from tests.experiments import scheduled
 
 RUNS = {'seed0', 'seed1'}
@@ -90,6 +92,25 @@ def test_gpus_are_those_that_jax_would_use(monkeypatch):
   monkeypatch.setattr(slots.importlib.metadata, 'entry_points', lambda group: [])
   assert not slots.has_other_accelerator({})
   assert slots.gpus({'CUDA_VISIBLE_DEVICES': '2,0'}) == []
+
+
+@pytest.mark.parametrize(
+  ('error', 'again'),
+  [
+    (OSError(errno.EIO, 'storage'), True),
+    (OSError(errno.ETIMEDOUT, 'network'), True),
+    (RuntimeError('the device was lost'), True),
+    (OSError(errno.ENOSPC, 'full'), False),
+    (PermissionError(errno.EACCES, 'no right'), False),
+    (FileNotFoundError(errno.ENOENT, 'missing'), False),
+    (OSError(errno.EMFILE, 'too many open files'), False),
+    (NotImplementedError('later'), False),
+    (checkpoints.CheckpointError('damaged'), False),
+    (ValueError('a setting'), False),
+  ],
+)
+def test_errors_that_would_repeat_are_not_tried_again(error, again):
+  assert jobs._passes(error) == again
 
 
 def test_gpus_that_do_not_answer_are_not_taken_for_none(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -265,3 +266,17 @@ def test_an_encoder_without_an_active_latent_is_told(tmp_path, monkeypatch, caps
   chosen = config(tmp_path, dataset='mnist_5k', objective='vae', num_steps=2, tensorboard=False)
   pretrain.run(chosen, signals.StopSignal())
   assert (f'{tmp_path}: no latent is active' in capsys.readouterr().err) == said
+
+
+def test_a_full_disk_at_a_row_of_metrics_names_the_file(tmp_path, monkeypatch):
+  dumps = recording.json_files.dumps
+
+  def full(content, **options):
+    if not options:  # a row, as all other files are indented
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    return dumps(content, **options)
+
+  monkeypatch.setattr(recording.json_files, 'dumps', full)
+  chosen = config(tmp_path, dataset='mnist_5k', objective='vae', num_steps=10, tensorboard=False)
+  with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/metrics.jsonl'"):
+    pretrain.run(chosen, signals.StopSignal())
