@@ -95,10 +95,11 @@ def train_population(
       if recorder.result(config.train.num_steps) is None:
         steps = recording.good_steps(recorder.workdir) or [0]
         unfinished.append(_Member(config, recorder, steps))
+    going = [member for member in unfinished if not member.rests]
     resting = [member for member in unfinished if member.rests]
     for member in resting:
       del member.steps[1:]
-    for own in ([member for member in unfinished if member not in resting], resting):
+    for own in (going, resting):
       for step, members in _by_step(own):
         _train(members, step, dataset, stop, description)
   for member in unfinished:

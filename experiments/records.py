@@ -78,6 +78,7 @@ class Attack(TypedDict):
   """The settings of an attack that a report names."""
 
   attack: str
+  dataset: NotRequired[str | None]
   labels_per_class: NotRequired[int | None]
 
 

@@ -219,8 +219,7 @@ class _Reader:
       )
       if not_finite is not None:
         state += f'; step {not_finite["step"]:,} was not finite'
-    load = functools.partial(_load_probe, dataset=config['dataset'])
-    probes = {file: self.read(file, load) for file in sorted(path.glob('probe_*.json'))}
+    probes = {file: self.read(file, _load_probe) for file in sorted(path.glob('probe_*.json'))}
     pictures = [(path / f'{name}.png', *words) for name, words in _PICTURES.items()]
     pictures += [
       (
@@ -283,12 +282,12 @@ def _load_picture(path: Path, title: str, text: str) -> Picture:
   return report_page.picture(path.read_bytes(), title, text)
 
 
-def _load_probe(path: Path, dataset: str) -> Probe:
+def _load_probe(path: Path) -> Probe:
   content = json_files.read(path, records.Probe)
   joint, shift = content.get('joint'), content.get('moves')
   config = content['config']
   return _attacked(content, config['attack'], config.get('labels_per_class'))._replace(
-    dataset=str(config.get('dataset') or dataset),
+    dataset=config.get('dataset') or '',
     joint=(' and '.join(joint['tasks']), _accuracy(joint)) if joint else None,
     latent_shift=_latent_shift(shift) if shift else None,
   )

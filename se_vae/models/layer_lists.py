@@ -111,11 +111,11 @@ def _name(module: Any) -> str:
 
 def _sequential(module: nn.Sequential, params: Any) -> Layers:
   # Flax keeps the parameters of a module that is used again at its first place.
-  first = [
-    next(i for i, other in enumerate(module.layers) if other is part) for part in module.layers
-  ]
-  parts = zip(module.layers, first, strict=True)
-  return sum((_rule(part)(part, params.get(f'layers_{i}', {})) for part, i in parts), ())
+  first: dict[int, int] = {}
+  for i, part in enumerate(module.layers):
+    first.setdefault(id(part), i)
+  parts = ((part, params.get(f'layers_{first[id(part)]}', {})) for part in module.layers)
+  return sum((_rule(part)(part, own) for part, own in parts), ())
 
 
 def _mlp_encoder(module: networks.MLPEncoder, params: Any) -> Layers:

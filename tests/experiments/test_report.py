@@ -164,7 +164,7 @@ def test_every_number_is_the_files(run):
 def test_other_data_are_named_and_radii_are_drawn_in_order(run):
   config = to_dict(probe_settings.ProbeConfig(workdir=str(run), dataset='folder:shapes'))
   write_probe(run, config=config, radii=RADII[::-1])
-  loaded = report._load_probe(run / 'probe_digit.json', 'mnist')
+  loaded = report._load_probe(run / 'probe_digit.json')
   assert loaded.dataset == 'folder:shapes' and loaded.accuracy.radii == sorted(RADII)
   output = report.run(report.ReportConfig(workdir=str(run)))
   assert 'folder:shapes, digit probe' in output.read_text()

@@ -69,7 +69,10 @@ def test_load_model_without_checkpoint(tmp_path: pathlib.Path) -> None:
   [
     (None, "KeyError 'model'"),
     ([1], 'describes no model'),
-    ({'latent_dim': 2}, "'image_shape'"),
+    (
+      {'latent_dim': 2},
+      "TypeError make_vae() missing 1 required positional argument: 'image_shape'",
+    ),
     (MODEL | {'image_shape': 4}, 'TypeError'),
     (MODEL | {'arch': 'transformer'}, 'transformer'),
     (MODEL | {'colour': 'red'}, 'colour'),
