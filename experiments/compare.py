@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import pretrain, recording, records
+from experiments import identity, pretrain, recording, records
 from experiments.cli import app, flags, messages, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.config import setting, validate
@@ -133,7 +133,7 @@ def _encoders(config: CompareConfig) -> Iterator[Encoder]:
         found.setdefault(path.name, []).append(path)
   if not found:
     raise UsageError(f'--runs: no run in {", ".join(config.runs)} has a {file}')
-  radii = None
+  first: tuple[Path, records.Probe] | None = None
   for name, paths in sorted(found.items()):
     try:
       probes = [json_files.read(path / file, records.Probe) for path in paths]
@@ -142,11 +142,29 @@ def _encoders(config: CompareConfig) -> Iterator[Encoder]:
       raise UsageError(f'--runs: {error}') from None
     _check_seeds(paths, file, probes, results)
     for path, probe in zip(paths, probes, strict=True):
-      radii = probe['radii'] if radii is None else radii
-      if probe['radii'] != radii:
-        raise UsageError(f'--runs: {path / file} has radii {probe["radii"]}, and others {radii}')
+      first = (path, probe) if first is None else first
+      _check_attack(path / file, probe, first[0] / file, first[1])
     held_out = [_held_out(result) for result in results]
     yield Encoder(name, [dict(probe) for probe in probes], held_out)
+
+
+def _check_attack(path: Path, probe: records.Probe, first: Path, other: records.Probe) -> None:
+  """Raises UsageError unless two results are of one attack on the same images."""
+  own, others = _attack(probe), _attack(other)
+  if names := [name for name in own | others if own.get(name) != others.get(name)]:
+    values = '; '.join(f'{name} {own.get(name)} and {others.get(name)}' for name in names)
+    raise UsageError(f'--runs: {path} and {first} are of different attacks: {values}')
+
+
+def _attack(probe: records.Probe) -> dict[str, Any]:
+  """Returns what results that stand side by side have in common; the seed may differ."""
+  config = {**probe['config'], 'certify': False}  # certificates do not change what an attack finds
+  settings = {
+    name: value for name, value in identity.settings({'config': config}).items() if name != 'seed'
+  }
+  data = {'digest': probe['data']['digest']} if 'data' in probe else {}
+  counts = {'radii': probe['radii'], 'num_examples': probe['num_examples']}
+  return settings | data | counts
 
 
 def _check_seeds(
@@ -160,8 +178,8 @@ def _check_seeds(
   trained = [result.get('checkpoint') for result in results]
   for path, own, other in zip(paths, attacked, trained, strict=True):
     if None not in (own, other) and own != other:
-      at = f'{path / file} is of {own}, and the run is at {other}'
-      raise UsageError(f'--runs: {at}; probe it again')
+      made = f'{path / file} was made from {own}, but the run now has {other}'
+      raise UsageError(f'--runs: {made}; probe it again')
   named = [name for name in trained if name is not None]
   if len(set(named)) < len(named):
     raise UsageError(f'--runs: {", ".join(map(str, paths))} are one run, or copies of one')

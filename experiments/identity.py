@@ -39,8 +39,8 @@ def finished(path: Path, attack: dict[str, Any]) -> dict[str, Any] | None:
 def digest(attack: dict[str, Any]) -> str:
   """Returns a short digest of the settings of an attack."""
   # Certificates do not change what an attack finds.
-  settings = _settings({'config': attack['config'] | {'certify': False}})
-  return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+  values = settings({'config': attack['config'] | {'certify': False}})
+  return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
 def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -48,7 +48,7 @@ def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
   return (
     encoders(before) == encoders(now)
     and before['data']['digest'] == now['data']['digest']
-    and _settings(before) == _settings(now)
+    and settings(before) == settings(now)
   )
 
 
@@ -62,7 +62,7 @@ def _encoders_of_old_results(attack: dict[str, Any]) -> tuple[Any, ...]:
   return training, attack['step'], attack.get('surrogate')
 
 
-def _settings(attack: dict[str, Any]) -> dict[str, Any]:
+def settings(attack: dict[str, Any]) -> dict[str, Any]:
   """Returns those of a probe's settings that its result depends on, by their names of now.
 
   Those of certificates are none if there are no certificates, and `labels_per_class` is none if the

@@ -150,9 +150,10 @@ def _entry(config: LeaderboardConfig, found: manifest.Manifest, results: Path) -
     raise UsageError(f'--workdir: {error}') from None
   if config.link:
     entry['link'] = config.link
-  wrong = list(leaderboard.faults(entry))
-  if wrong:
-    raise UsageError(f'--workdir, --title, --link: {"; ".join(wrong)}')
+  for wrong in leaderboard.faults_of_names(entry):
+    raise UsageError(f'--{wrong}')
+  if faults := list(leaderboard.faults(entry)):
+    raise UsageError(f'--workdir: {"; ".join(faults)}')
   return entry
 
 

@@ -198,8 +198,7 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   """
   if processes.is_first():
     workdir = workdirs.check_workdir(config.workdir, workdirs.PRETRAIN)
-    path = workdir / recording.CONFIG
-    begun = workdirs.read_json(path, records.Run, lambda run: stored_config(run['config']))
+    begun = _begun(workdir)
     if begun is not None:
       _check_same_settings(begun, config)
   dataset = load_dataset(config.data, config.workdir)
@@ -248,8 +247,22 @@ def run(
 
 
 def finished(config: PretrainConfig) -> dict[str, Any] | None:
-  """Returns the result's JSON if the run has come to its end; None otherwise."""
-  return recording.Recorder(config.workdir).result(config.train.num_steps)
+  """Returns the result's JSON if a run with these settings has come to its end; None otherwise."""
+  recorder = recording.Recorder(config.workdir)
+  result, begun = recorder.result(config.train.num_steps), _begun(recorder.workdir)
+  if result is None or begun is None:
+    return None
+  try:
+    _check_same_settings(begun, config)
+  except ArgumentError:
+    return None  # `run` refuses these settings
+  return result
+
+
+def _begun(workdir: Path) -> records.Run | None:
+  """Returns the good config.json of the run in a directory; None if there is none."""
+  path = workdir / recording.CONFIG
+  return workdirs.read_json(path, records.Run, lambda run: stored_config(run['config']))
 
 
 def _train(

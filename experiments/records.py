@@ -99,7 +99,7 @@ class Probe(Attacked):
   checkpoint: NotRequired[str | None]
   joint: NotRequired[Joint]
   moves: NotRequired[LatentShift]
-  pretraining: NotRequired[dict[str, Any]]
+  data: NotRequired[Data]
 
 
 class FinishedProbe(Curve):

@@ -106,7 +106,7 @@ def _build(
   stop: signals.StopSignal,
 ) -> None:
   """Builds what is missing of rows, and writes the file of each row and the page."""
-  written = []
+  written: list[str] = []
 
   def done(name: str, row: rows.Measured) -> None:
     written.append(name)
@@ -116,9 +116,18 @@ def _build(
   building.claim(planned.workdir, {'revision': planned.manifest.content['revision']})
   try:
     building.build(config.placement, planned, chosen, stop, done)
-  finally:
-    if written:
-      render(planned.manifest, results)
+  except (app.RunsFailedError, signals.Interrupted):
+    try:  # an error here must not hide the one above
+      _render_if(written, planned.manifest, results)
+    except UsageError as error:
+      messages.warn(str(error))
+    raise
+  _render_if(written, planned.manifest, results)
+
+
+def _render_if(written: list[str], found: manifest.Manifest, results: Path) -> None:
+  if written:
+    render(found, results)
 
 
 def _check(
@@ -127,7 +136,7 @@ def _check(
   """Builds rows in a directory of their own, and compares; returns whether all agree."""
   without = [name for name in chosen if not planned.manifest.rows[name].get('expected')]
   if without:
-    raise UsageError(f'--rows: {", ".join(without)}: nothing is expected of rows not yet measured')
+    raise UsageError(f'--rows: {", ".join(without)}: these rows have no expected numbers yet')
   measured: dict[str, rows.Measured] = {}
   building.check(planned, chosen)
   ledger = {
@@ -136,7 +145,11 @@ def _check(
     'changes': provenance.changes(),  # '-dirty' alone does not tell two states of the code apart
   }
   building.claim(planned.workdir, ledger)
-  building.build(config.placement, planned, chosen, stop, measured.__setitem__)
+  try:
+    building.build(config.placement, planned, chosen, stop, measured.__setitem__)
+  except app.RunsFailedError:
+    _compare(planned.manifest, measured)
+    raise
   building.claim(planned.workdir, {**ledger, 'checked': True})
   return _compare(planned.manifest, measured)
 

@@ -6,7 +6,7 @@ The network is the encoder's, up to its means, with a linear layer on top: what 
 attacks, trained as one on PGD's images (Madry et al., 2018). A smooth encoder, which sees no label,
 is not expected to reach it. With --labels_per_class=10 it trains on 10 images of each class alone,
 those that `probe` fits its own probe to with the same flag and --seed. --certified_weight adds the
-worst logits within interval bounds of the ball (Gowal et al., 2018): a ceiling for certified
+worst logits within interval bounds of the ball (Gowal et al., 2018): a comparison for certified
 accuracy, with --probe='--certify'. Writes result.json. The same command continues a run that was
 interrupted, also within its attack.
 """

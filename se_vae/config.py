@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -42,6 +43,8 @@ Objective: TypeAlias = str | Callable[..., Any]
 _SMOOTH = ('se', 'se_avae')
 _FOR = {
   'coupling': _SMOOTH,
+  'attack_dtype': _SMOOTH,
+  'selection_distance': _SMOOTH,
   'ramp': ('avae', 'contrastive', 'clusters', *_SMOOTH),
   'selection': ('se',),
   'kl_weight': ('vae', 'tc_vae'),
@@ -50,6 +53,8 @@ _FOR = {
   'temperature': ('contrastive', 'clusters'),
   'clusters_of': ('clusters',),
 }
+# What a function in place of an objective uses too.
+_FOR_ANY = ('ramp', 'attack_dtype', 'selection_distance')
 
 
 class ArgumentError(ValueError):
@@ -105,34 +110,45 @@ def setting(
 def validate(config: Any) -> None:
   """Checks every field of a dataclass of settings against its limits.
 
-  Limits apply to each item of a tuple, and None is within all limits. Every number must be one that
-  JAX's 32-bit arrays hold. Fields that are dataclasses of settings themselves are checked too.
+  Limits apply to each item of a tuple. Every number must be one that JAX's 32-bit arrays hold.
+  Fields that are dataclasses of settings themselves are checked too.
 
   Raises:
-    ArgumentError: for the first field that is outside its limits, or no integer where it must be.
+    ArgumentError: for the first field that is outside its limits, or of another type.
   """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
+    types = set(re.findall(r'\w+', str(field.type)))
     if dataclasses.is_dataclass(value):
       validate(value)
-    elif value == ():
+    elif value is None and 'None' in types:
+      continue
+    elif isinstance(value, tuple) != ('tuple' in types):
+      raise ArgumentError(
+        field.name, f'must be {"a tuple" if "tuple" in types else "one value"}; got {value!r}'
+      )
+    elif isinstance(value, tuple) and not value:
       raise ArgumentError(field.name, 'needs at least one value')
     else:
       for item in value if isinstance(value, tuple) else (value,):
-        message = _violation(item, field.metadata)
-        if re.search(r'\bint\b', str(field.type)) and isinstance(item, float):
-          message = 'an integer'
+        message = _violation(item, types, field.metadata)
         if message is not None:
           raise ArgumentError(field.name, f'must be {message}; got {item!r}')
 
 
-def _violation(value: Any, limits: Any) -> str | None:
-  """Returns the limit that the value violates, in words, or None."""
-  if value is None:
+def _violation(value: Any, types: set[str], limits: Any) -> str | None:
+  """Returns the type or limit that the value violates, in words, or None."""
+  if callable(value) and 'Objective' in types:
     return None
-  if limits['choices'] is not None and value not in limits['choices'] and not callable(value):
+  if limits['choices'] is not None and value not in limits['choices']:
     return f'one of {", ".join(limits["choices"])}'
-  if isinstance(value, float) and not math.isfinite(value):
+  # NumPy's scalars are numbers of these kinds too.
+  if 'int' in types and not isinstance(value, numbers.Integral):
+    return 'an integer'
+  if 'float' in types and not isinstance(value, numbers.Real):
+    return 'a number'
+  is_float = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
+  if is_float and not math.isfinite(value):
     return 'finite'
   if limits['at_least'] is not None and value < limits['at_least']:
     return f'>= {limits["at_least"]}'
@@ -140,11 +156,20 @@ def _violation(value: Any, limits: Any) -> str | None:
     return f'> {limits["above"]}'
   if limits['at_most'] is not None and value > limits['at_most']:
     return f'<= {limits["at_most"]}'
-  if isinstance(value, float) and value and not _SMALLEST_FLOAT <= abs(value) <= _LARGEST_FLOAT:
+  if is_float and value and not _SMALLEST_FLOAT <= abs(value) <= _LARGEST_FLOAT:
     return f'of a size between {_SMALLEST_FLOAT:.1e} and {_LARGEST_FLOAT:.1e}, as float32 holds'
-  if isinstance(value, int) and abs(value) > _LARGEST_INT:
+  if isinstance(value, numbers.Integral) and abs(int(value)) > _LARGEST_INT:
     return f'<= {_LARGEST_INT}'
   return None
+
+
+def check_counts(**counts: int) -> None:
+  """Raises ArgumentError, naming the argument, unless each of these is an integer >= 1."""
+  for name, count in counts.items():
+    if not isinstance(count, numbers.Integral):
+      raise ArgumentError(name, f'must be an integer, got {count!r}')
+    if count < 1:
+      raise ArgumentError(name, f'must be >= 1, got {count}')
 
 
 def documented(config_type: Class) -> Class:
@@ -217,7 +242,7 @@ class TrainConfig:
   The paper says that training uses SGD, and gives neither a learning rate nor a schedule. Adam with
   a cosine schedule, the default here, is this project's choice. The paper has the objective `se`
   with the coupling `paper`, beside `vae`, and the linf ball and the distance `squared_w2` for the
-  selection; what else there is to choose from is not in it.
+  selection. All other choices are additions of this project.
 
   Example:
     >>> TrainConfig(norm='l1')
@@ -365,6 +390,6 @@ class TrainConfig:
     if self.norm == 'l2' and self.certified_share != 1.0:
       raise ArgumentError('certified_share', "needs norm 'linf'")
     for name, objectives in _FOR.items():
-      is_for = self.objective in objectives or (name == 'ramp' and callable(self.objective))
+      is_for = self.objective in objectives or (name in _FOR_ANY and callable(self.objective))
       if not is_for and getattr(self, name) != defaults[name]:
         raise ArgumentError(name, f'needs objective {" or ".join(map(repr, objectives))}')

@@ -18,6 +18,7 @@ from typing import TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 LOG_2PI = math.log(2.0 * math.pi)
 _SERIES_ORDER = 18  # 1/18! is below the resolution of float64
@@ -239,6 +240,20 @@ def check_floating(**arrays: jax.Array) -> None:
   for name, array in arrays.items():
     if not jnp.issubdtype(array.dtype, jnp.floating):
       raise AssertionError(f'{name} must be floating point, got {array.dtype}')
+
+
+def check_scalar(name: str, value: jax.typing.ArrayLike, *, positive: bool = False) -> None:
+  """Raises AssertionError unless the value is a scalar and real.
+
+  Raises ValueError if it is known, and not finite, not >= 0, or not > 0 where it must be positive.
+  """
+  if jnp.ndim(value) != 0 or jnp.iscomplexobj(value):
+    raise AssertionError(f'{name} must be a scalar and real, got {value}')
+  if isinstance(value, jax.core.Tracer):
+    return
+  known = float(np.asarray(value))
+  if not 0.0 <= known < math.inf or (positive and known == 0.0):
+    raise ValueError(f'{name} must be finite and {">" if positive else ">="} 0, got {value}')
 
 
 def check_pair(q_a: Gaussian, q_b: Gaussian) -> None:

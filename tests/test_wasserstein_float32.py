@@ -288,3 +288,18 @@ def test_full_coupling_is_accurate_in_float32_relative_to_the_covariances(condit
     # The square root of a covariance is good to the root of rounding along its least axis. The
     # largest error at condition 1 depends on the processor: 11.4 units where there is no AVX-512.
     assert np.max(error / size) < (20.0 + condition**0.5) * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize('gamma', [1.0, 100.0, 1000.0])
+def test_costs_in_float16_do_not_overflow(gamma):
+  def costs(dtype):
+    a, b = (
+      DiagonalGaussian(jnp.full(2, m, dtype), jnp.full(2, v, dtype))
+      for m, v in ((0, 0), (0.01, 0.1))
+    )
+    cost = wasserstein.entropic_transport_cost(a, b, gamma=gamma)
+    coupling = wasserstein.entropic_coupling(jnp.exp(a.log_var), jnp.exp(b.log_var), gamma)
+    return np.stack([cost, wasserstein.entropic_squared_w2(a, b, gamma), *coupling])
+
+  half = np.finfo(np.float16).eps
+  np.testing.assert_allclose(costs(jnp.float16), costs(jnp.float32), rtol=20 * half, atol=4 * half)

@@ -191,6 +191,7 @@ def test_batches_of_several_axes_are_loops(family):
   oracles.assert_batches_are_loops(every_function, q_a, q_b)
 
 
+@pytest.mark.long
 @in_float64
 def test_factorised_derivatives_match_finite_differences():
   (_, q_a), (_, q_b) = pair('diagonal', 80, 2)
@@ -228,6 +229,7 @@ def full_cases():
   }
 
 
+@pytest.mark.long
 @in_float64
 def test_full_covariance_derivatives_match_finite_differences():
   def every_function(mean_a, cov_a, mean_b, cov_b, gamma):
@@ -249,6 +251,7 @@ def test_full_covariance_derivatives_match_finite_differences():
   check(*moment_arguments(*cases['generic']), 20.0)
 
 
+@pytest.mark.long
 @in_float64
 def test_derivatives_in_the_scale_match_finite_differences():
   def every_function(q_a, q_b, gamma):

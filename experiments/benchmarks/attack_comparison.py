@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import probe, probe_settings
@@ -65,7 +66,8 @@ def main() -> None:
   """Entry point."""
   config = flags.from_flags(ComparisonConfig)
   devices.use_all_cores(config.batch_size)
-  with signals.StopSignal(saves=False).listening() as stop:
+  exact = jax.default_matmul_precision(probe.PRECISION)
+  with signals.StopSignal(saves=False).listening() as stop, exact:
     result = run(config, stop)
   print(f'{"radius":>8}' + ''.join(f'{name:>20}' for name in result['accuracy']))
   for i, radius in enumerate(config.radii):

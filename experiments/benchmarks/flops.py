@@ -16,9 +16,12 @@ from se_vae.models import networks
 from se_vae.models.vae import VAE
 from se_vae.training import TrainConfig
 
+# The objectives whose steps are counted. Others encode, decode or attack more.
+COUNTED = ('vae', 'se')
+
 
 def train_step(model: VAE, config: TrainConfig, batch_size: int) -> int:
-  """Returns the operations of one training step.
+  """Returns the operations of one training step, for the objectives that are COUNTED.
 
   The encodings of x, and of x' for 'se', go forward and backward, but for the gradient in the image
   itself; so does the decoder, wholly, for its gradient goes on to the encoder. The selection is L

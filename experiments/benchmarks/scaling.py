@@ -2,9 +2,10 @@
 
   python -m experiments.benchmarks.scaling
 
-Prints the Markdown tables of docs/scale.md: what a step takes, and for each chip the predicted time
-of a step when a batch is split over 1 to 1,024 devices, when every device has as many examples,
-and when every device trains runs of its own. `cost_model` has the model. Nothing is measured.
+Prints Markdown tables: what a step takes, where splitting a batch stops paying (these two are in
+docs/scale.md), and for each chip the predicted time of a step when a batch is split over 1 to 1,024
+devices, when every device has as many examples, and when every device trains runs of its own.
+`cost_model` has the model. Nothing is measured.
 """
 
 from __future__ import annotations

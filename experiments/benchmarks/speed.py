@@ -129,7 +129,8 @@ class BenchmarkConfig:
 def main() -> None:
   """Entry point."""
   config = flags.from_flags(BenchmarkConfig)
-  devices.use_all_cores(max(*config.batch_sizes, *config.conv_batch_sizes))
+  largest = (*config.batch_sizes, *config.conv_batch_sizes, *config.growth_batch_sizes)
+  devices.use_all_cores(max(*largest, worst_case.BATCH_SIZE))
   with signals.StopSignal(saves=False).listening() as stop:
     run(config, stop)
 
@@ -295,6 +296,7 @@ def _startup(workdir: Path, repeats: int, stop: signals.StopSignal) -> dict[str,
       for binary in _BINARIES:
         began = time.perf_counter()
         shown = subprocess.run([*_command(binary), '--help'], capture_output=True, check=False)
+        stop.check()  # Ctrl-C reaches the other process too
         if b'--workdir' not in shown.stdout:
           raise OSError(f'experiments.{binary} --help shows no flags')
         seconds.setdefault(f'{binary} --help', []).append(time.perf_counter() - began)
@@ -302,7 +304,7 @@ def _startup(workdir: Path, repeats: int, stop: signals.StopSignal) -> dict[str,
       cache = f'--compilation_cache_dir={directory}/cache{repeat}'
       for name, flag in zip(names, ([], [cache], [cache]), strict=True):
         run = Path(directory) / f'{name}{repeat}'
-        taken = _first_step(run, flag)
+        taken = _first_step(run, flag, stop)
         seconds.setdefault(f'first step, {name}', []).append(taken)
         progress.update()
         stop.check()
@@ -313,7 +315,7 @@ def _command(binary: str) -> list[str]:
   return [sys.executable, '-m', f'experiments.{binary}']
 
 
-def _first_step(workdir: Path, extra: Sequence[str]) -> float:
+def _first_step(workdir: Path, extra: Sequence[str], stop: signals.StopSignal) -> float:
   """Returns the seconds until the metrics of the first training step are on disk."""
   flags = [f'--workdir={workdir}', '--num_steps=1', '--log_every=1', *extra]
   metrics, began = workdir / 'metrics.jsonl', time.perf_counter()
@@ -322,6 +324,7 @@ def _first_step(workdir: Path, extra: Sequence[str]) -> float:
   ) as process:
     while not (metrics.exists() and metrics.stat().st_size):
       if process.poll() is not None:
+        stop.check()
         raise OSError(f'experiments.pretrain ended with exit code {process.returncode}')
       time.sleep(0.005)
     seconds = time.perf_counter() - began
@@ -363,9 +366,15 @@ def _step(row: dict[str, Any]) -> list[str]:
     row['name'],
     _range(1e3 * seconds),
     _range(1e3 * np.array(row['cpu_seconds'])),
-    f'{operations / 1e9:.3g}',
-    _range(operations / seconds / 1e9),
-    _percent(row['share']),
+    *(
+      ('', '', '')
+      if operations is None
+      else (
+        f'{operations / 1e9:.3g}',
+        _range(operations / seconds / 1e9),
+        _percent(row['share']),
+      )
+    ),
     '' if row['temp_bytes'] is None else f'{row["temp_bytes"] / 2**20:.1f}',
     f'{row["first_seconds"]:.1f}',
   ]

@@ -11,10 +11,13 @@ work directory, which must be new: a stage that was finished before would take n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from etils import epy
@@ -57,6 +60,10 @@ class RobustnessConfig:
   )
 
 
+# Flags of probe that are for its files and its other curves.
+_UNUSED = ('pretrained', 'output', 'dataset', 'cache_dir', 'surrogate', 'joint', 'moves', 'strict')
+
+
 class Stopwatch:
   """Seconds of the stages of a program.
 
@@ -94,7 +101,7 @@ def run(config: RobustnessConfig, stop: signals.StopSignal) -> dict[str, Any]:
 
   Raises:
     ArgumentError: for wrong settings, or a work directory that is not new.
-    Interrupted: when `stop` says so.
+    Interrupted: when `stop` says so; nothing is kept.
   """
   watch = Stopwatch()
   validate(config)
@@ -113,13 +120,20 @@ def run(config: RobustnessConfig, stop: signals.StopSignal) -> dict[str, Any]:
   given = of_training | of_smoothed | {'init_from': vae_dir}
   smooth = _parse(pretrain.PretrainConfig, 'smooth', config.smooth, given)
   attack = _parse(probe_settings.ProbeConfig, 'probe', config.probe, of_all | of_smoothed)
+  for name in _UNUSED:
+    if getattr(attack, name) != getattr(probe_settings.ProbeConfig, name):
+      raise UsageError(f'--probe: --{name} changes nothing here')
+  if vae.model != smooth.model:
+    raise UsageError('--smooth: the networks must be those of --vae')
 
   devices.use_all_cores(max(vae.batch_size, attack.batch_size), config.num_devices)
   dataset = pretrain.prepare(vae)
+  with flags.errors_begin_with('--smooth'):
+    pretrain.check_batch_size(smooth.batch_size, dataset)
   with flags.errors_begin_with('--probe'):
     probe.check_fits(attack, dataset, smooth.model)
   watch.end('imports and data')
-  with workdirs.lock(workdir):
+  with workdirs.lock(workdir), _nothing_kept(vae_dir, smoothed_dir):
     pretrain.run(vae, stop, 'VAE')
     watch.end('VAE')
     pretrain.run(smooth, stop, 'smoothing')
@@ -164,18 +178,31 @@ def run(config: RobustnessConfig, stop: signals.StopSignal) -> dict[str, Any]:
   return result
 
 
+@contextlib.contextmanager
+def _nothing_kept(*directories: Path) -> Iterator[None]:
+  """Removes directories at an interruption, so that the same command can start again."""
+  try:
+    yield
+  except signals.Interrupted:
+    for directory in directories:
+      shutil.rmtree(directory, ignore_errors=True)
+    raise
+
+
 def _parse(config_type: type[Config], flag: str, text: str, given: dict[str, Any]) -> Config:
   """Returns the settings of another binary from the flags in a text, and those that are given.
 
   Raises:
     UsageError: for a flag that is wrong, or given too.
   """
-  names = {word.lstrip('-').partition('=')[0].removeprefix('no') for word in shlex.split(text)}
+  with flags.errors_begin_with(f'--{flag}'):
+    given_words = shlex.split(text)
+  names = {word.lstrip('-').partition('=')[0].removeprefix('no') for word in given_words}
   if taken := sorted(names & given.keys()):
     raise UsageError(f'--{flag}: --{taken[0]} is set by this binary')
   values = {name: value for name, value in given.items() if value is not None}
   words = [f'--{name}={value}' for name, value in values.items()]
-  return flags.parse(config_type, shlex.join([*shlex.split(text), *words]), f'--{flag}')
+  return flags.parse(config_type, shlex.join([*given_words, *words]), f'--{flag}')
 
 
 def _rows(*columns: dict[str, float]) -> Iterator[list[str]]:

@@ -28,6 +28,9 @@ from se_vae.training import TrainConfig, input_pipeline
 _ROWS = 1000
 _ROOFLINE_SECONDS = 0.1
 
+# The objectives with an attack in each step.
+_SELECTING = ('se', 'se_avae', 'contrastive', 'clusters')
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -46,9 +49,9 @@ class Case:
   def name(self) -> str:
     """The case's name in the tables."""
     size = f'ConvNet {self.conv_channels}' if self.arch == 'convnet' else f'MLP {self.hidden_units}'
-    attack = ''
-    if self.objective == 'se':
-      attack = f', L {self.pgd_steps}' if self.selection == 'pgd' else f', {self.selection}'
+    attack = f', L {self.pgd_steps}' if self.objective in _SELECTING else ''
+    if self.selection != 'pgd':
+      attack = f', {self.selection}'
     kind = f'{size} {self.objective.upper()}'
     return f'{kind}, batch {self.batch_size}, latent {self.latent_dim}{attack}'
 
@@ -163,7 +166,10 @@ class Benched:
         carry = compiled(*carry, *arrays, np.int32(min(chunk_steps, steps - start)))
       jax.block_until_ready(carry)
 
-    operations = flops.train_step(self.model, self.config, self.case.batch_size)
+    is_counted = self.case.objective in flops.COUNTED
+    operations = (
+      flops.train_step(self.model, self.config, self.case.batch_size) if is_counted else None
+    )
     memory = compiled.memory_analysis()
     temp_bytes = None if memory is None else memory.temp_size_in_bytes
     return Workload(self.case.name, run, operations, temp_bytes, first_seconds)

@@ -15,12 +15,14 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 import se_vae
 from experiments.benchmarks import torch_classifier, torch_twin
 from experiments.benchmarks.workloads import Stopwatch, Timing
 from experiments.cli import devices
+from experiments.probe import PRECISION
 from se_vae import data
 from se_vae.config import ArgumentError
 from se_vae.data.transforms import pixels
@@ -28,7 +30,7 @@ from se_vae.evaluation import linear_probe, robustness
 from se_vae.models.vae import VAE, Params
 
 ENCODER = 'mnist_mlp_se_smoothed_latent128'
-_BATCH_SIZE = 250
+BATCH_SIZE = 250
 _SEED = 0
 
 
@@ -97,7 +99,7 @@ def compare(
     torch_process: where AutoAttack runs.
     after_each: called after each attack; may raise to stop.
   """
-  some = dataclasses.replace(budget, num_examples=min(budget.num_examples, _BATCH_SIZE))
+  some = dataclasses.replace(budget, num_examples=min(budget.num_examples, BATCH_SIZE))
   sides = attacks(torch_process)
   results: dict[str, dict[str, Any]] = {}
   for name, attack in sides.items():  # compiles what there is to compile
@@ -137,21 +139,22 @@ def target() -> Target:
 def _ours(budget: Budget) -> Found:
   model, params, probe, x, labels = target()
   stopwatch = Stopwatch()
-  found = robustness.evaluate(
-    linear_probe.ProbedEncoder(model),
-    x[: budget.num_examples],
-    labels[: budget.num_examples],
-    radii=(budget.radius,),
-    attack='worst_case',
-    num_steps=budget.num_steps,
-    num_queries=budget.num_queries,
-    seed=_SEED,
-    batch_size=_BATCH_SIZE,
-    args=(params, probe),
-    latents_fn=linear_probe.GaussianLatents(model),
-    check_examples=0,
-    mesh=devices.mesh_for(_BATCH_SIZE),
-  )
+  with jax.default_matmul_precision(PRECISION):
+    found = robustness.evaluate(
+      linear_probe.ProbedEncoder(model),
+      x[: budget.num_examples],
+      labels[: budget.num_examples],
+      radii=(budget.radius,),
+      attack='worst_case',
+      num_steps=budget.num_steps,
+      num_queries=budget.num_queries,
+      seed=_SEED,
+      batch_size=BATCH_SIZE,
+      args=(params, probe),
+      latents_fn=linear_probe.GaussianLatents(model),
+      check_examples=0,
+      mesh=devices.mesh_for(BATCH_SIZE),
+    )
   timing = stopwatch.read()
   passes = found.attack_log.forwards + found.attack_log.gradients
   return Found(float(found.curve.accuracy[0]), float(passes.mean()), timing)
@@ -181,8 +184,8 @@ def _autoattack(budget: Budget, num_threads: int) -> Found:
 
   hook = network.register_forward_pre_hook(count)
   stopwatch = Stopwatch()
-  for start in range(0, budget.num_examples, _BATCH_SIZE):
-    some = slice(start, min(start + _BATCH_SIZE, budget.num_examples))
+  for start in range(0, budget.num_examples, BATCH_SIZE):
+    some = slice(start, min(start + BATCH_SIZE, budget.num_examples))
     images = torch.from_numpy(np.moveaxis(x[some], -1, 1).copy())
     classes = torch.from_numpy(labels[some].astype(np.int64))
     found = attack(images, classes)

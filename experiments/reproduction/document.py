@@ -161,6 +161,7 @@ class Document:
     names = [name for name in self.manifest.rows if name not in self.measured]
     if names:
       yield '## Not measured yet'
+      yield 'The cost is that of a row built alone. Rows that share encoders cost less together.'
       cells = (
         (
           self.manifest.rows[name]['title'],

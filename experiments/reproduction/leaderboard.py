@@ -29,7 +29,8 @@ _NO_TITLE = re.compile(r'[|\[\]<>\x00-\x1f]')
 
 
 def faults(row: rows.Measured) -> Iterator[str]:
-  """What keeps a row off the leaderboard, a line each."""
+  """What keeps a row off the leaderboard, a line each: its title and link, and then its runs."""
+  yield from faults_of_names(row)
   if row['data'] != DATA:
     yield 'the data must be MNIST'
   if row['validation']:
@@ -43,13 +44,17 @@ def faults(row: rows.Measured) -> Iterator[str]:
       yield f'--{name} must be at least {least}, not {row["settings"].get(name)}'
   if row['settings'].get('relative_step_size') is not None:
     yield '--relative_step_size must not be given'
-  if _NO_TITLE.search(row['title']):
-    yield 'the title must have none of | [ ] < > and no line break in it'
-  if not re.fullmatch(r'(https://[^\s()|]+)?', row.get('link', '')):
-    yield 'the link must be an address that begins with https://'
   for seed in row['seeds']:
     for fault in _faults_of_seed(seed):
       yield f'seed {seed["seed"]}: {fault}'
+
+
+def faults_of_names(row: rows.Measured) -> Iterator[str]:
+  """What is wrong with a row's title and link, a line each."""
+  if _NO_TITLE.search(row['title']):
+    yield 'title: must have none of | [ ] < > and no line break in it'
+  if not re.fullmatch(r'(https://[^\s()|]+)?', row.get('link', '')):
+    yield 'link: must be an address that begins with https://'
 
 
 def _faults_of_seed(seed: rows.Seed) -> Iterator[str]:

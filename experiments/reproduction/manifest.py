@@ -194,7 +194,10 @@ def _faults(manifest: Manifest) -> Iterator[str]:
   for name in (*manifest.encoders, *manifest.rows):
     if not re.fullmatch(r'[A-Za-z_][\w.]*', name, re.ASCII) or name in _RESERVED:
       reserved = ', '.join(_RESERVED)
-      yield f'{name!r} is no name: a letter, then letters, digits, _ and ., none of {reserved}'
+      yield (
+        f'{name!r} is not a valid name: use a letter, then letters, digits, _ or .; {reserved} are '
+        'reserved'
+      )
   for name, encoder in manifest.encoders.items():
     yield from _own_flags(f'encoder {name}', encoder['flags'])
     before, seen = encoder.get('init_from'), {name}
@@ -266,7 +269,7 @@ def _own_flags(owner: str, text: str) -> Iterator[str]:
   for flag in given:
     name = flag.partition('=')[0].lstrip('-')
     if flag.startswith('-') and name in _SET_BY_THE_PLAN:
-      yield f'{owner}: --{name} comes by itself, and is no flag of the manifest'
+      yield f'{owner}: --{name} is set automatically; remove it'
 
 
 def _unknown_keys(content: Content) -> Iterator[str]:

@@ -181,7 +181,7 @@ def draw(axis: Axes, curves: Sequence[Curve]) -> None:
       certified = curve.certified[order]
       label = f'{curve.label}, certified'
       axis.plot(radii, certified, ':', marker='^', label=label, **dots)
-      label = f'{curve.label}: the truth lies here'
+      label = f'{curve.label}: the true accuracy is in this band'
       band: dict[str, Any] = {'color': color, 'alpha': 0.13, 'hatch': '///', 'linewidth': 0}
       axis.fill_between(radii, certified, accuracy, label=label, **band)
 

@@ -250,7 +250,7 @@ def panel(title: str, curves: Sequence[plots.Curve]) -> Table:
     rows.append(CurveRow(curve.label, style, note, numbers, curve.checks))
     if curve.certified is not None:
       values = curve.certified.tolist()
-      rows.append(_certified(rows[-1], note, series(numbers.radii, values, values, values)))
+      rows.append(_certified(rows[-1], note, series(curve.radii.tolist(), values, values, values)))
   return _accuracy_table(title, rows)
 
 

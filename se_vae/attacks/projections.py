@@ -17,6 +17,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from se_vae import seeds
+
 Arguments = ParamSpec('Arguments')
 Norm = Literal['linf', 'l2']
 NORMS: tuple[str, ...] = ('linf', 'l2')
@@ -90,8 +92,8 @@ class Ball:
       # As `jax.random.ball` draws, which takes three times as long to compile: in a ball of n
       # dimensions the length to the power of n is uniform.
       key_direction, key_length = jax.random.split(key)
-      direction = random(jax.random.normal, key_direction, shape, dtype)
-      length = random(jax.random.uniform, key_length, (), dtype) ** (1.0 / math.prod(shape))
+      direction = seeds.draw(jax.random.normal, key_direction, shape, dtype)
+      length = seeds.draw(jax.random.uniform, key_length, (), dtype) ** (1.0 / math.prod(shape))
       return direction * (length / jnp.sqrt(jnp.sum(direction**2)))
 
     return self.project(self.x + self.radius * jax.vmap(draw)(keys))
@@ -100,15 +102,8 @@ class Ball:
     """Uniform draws from the corners of the box or from the sphere `[B, ...]`, then clipped."""
     generator = jax.random.rademacher if self.norm == 'linf' else jax.random.normal
     shape, dtype = self.x.shape[1:], self.x.dtype
-    offsets = jax.vmap(lambda key: random(generator, key, shape, dtype))(keys)
+    offsets = jax.vmap(lambda key: seeds.draw(generator, key, shape, dtype))(keys)
     return self.step(self.x, offsets, step_size=self.radius)
-
-
-def random(generator: Callable[..., Any], key: jax.Array, size: Any, dtype: Any) -> jax.Array:
-  """A draw from a distribution of `jax.random`, the same whatever `jax_enable_x64` is."""
-  with jax.enable_x64(dtype == jnp.float64):
-    drawn: jax.Array = generator(key, size, dtype=dtype)
-  return drawn
 
 
 def ball(
@@ -132,8 +127,9 @@ def checked(attack: Callable[Arguments, jax.Array]) -> Callable[Arguments, jax.A
   def checking(*args: Arguments.args, **kwargs: Arguments.kwargs) -> jax.Array:
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
+    bound.arguments['bounds'] = (*bound.arguments['bounds'],)  # a list cannot be hashed
     _check(**bound.arguments)
-    return attack(*args, **kwargs)
+    return attack(*bound.args, **bound.kwargs)
 
   return checking
 

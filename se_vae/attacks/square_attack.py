@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from se_vae import seeds
 from se_vae.attacks import projected_gradient, projections
 
 # The share of the pixels that a square covers at first. It is halved after these shares of the
@@ -65,7 +66,7 @@ def square(
   sides = jnp.asarray(_sides(num_queries, height, width))
 
   def signs(example_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return projections.random(jax.random.rademacher, example_key, shape, x.dtype)
+    return seeds.draw(jax.random.rademacher, example_key, shape, x.dtype)
 
   def to_image(pixels: jax.Array) -> jax.Array:
     """Values that broadcast to (H, W, C), as one example of x."""

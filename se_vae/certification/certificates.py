@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,8 @@ class Method:
   def __post_init__(self) -> None:
     if self.name not in METHODS:
       raise ValueError(f'name must be one of {", ".join(METHODS)}, got {self.name!r}')
-    if self.slope_steps < 0:
-      raise ValueError(f'slope_steps must be >= 0, got {self.slope_steps}')
+    if not isinstance(self.slope_steps, numbers.Integral) or self.slope_steps < 0:
+      raise ValueError(f'slope_steps must be an integer >= 0, got {self.slope_steps!r}')
 
   def __str__(self) -> str:
     return f'{self.name}, {self.slope_steps} slope steps' if self.slope_steps else self.name

@@ -1,4 +1,4 @@
-"""The set of inputs that a certificate speaks about: a ball about x, cut with the pixel box."""
+"""The set of inputs that a certificate is about: a ball about x, cut with the pixel box."""
 
 from __future__ import annotations
 

@@ -66,8 +66,6 @@ def _rows(
   batch_size: int,
   num_examples: int,
 ) -> np.ndarray:
-  if not 0 <= seed < 2**31:
-    raise ValueError(f'seed must be in [0, 2**31), got {seed}')
   if step < 0 or num_steps < 0:
     raise ValueError(f'step and num_steps must not be negative, got {step} and {num_steps}')
   if not 1 <= batch_size <= num_examples:

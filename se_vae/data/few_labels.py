@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from se_vae import seeds
-from se_vae.config import ArgumentError
+from se_vae.config import ArgumentError, check_counts
 
 # Folded into the key, so that the draw is unrelated to batches, colours and whatever else a caller
 # derives from `jax.random.key(seed)`.
@@ -37,20 +37,19 @@ def few_labels(
     int64 `[K * M]`, or `[N]` for all: ascending rows of the training split.
 
   Raises:
-    ArgumentError: if a class has fewer examples, or the seed is out of range.
+    ArgumentError: if a class has fewer examples, or a number is out of range.
   """
-  if not 0 <= seed < 2**31:
-    raise ArgumentError('seed', f'must be in [0, 2**31), got {seed}')
+  key = jax.random.fold_in(seeds.key_of(seed), _LABEL_DOMAIN)
   if labels_per_class is None:
     return np.arange(len(labels), dtype=np.int64)
+  check_counts(labels_per_class=labels_per_class)
   counts = np.bincount(labels, minlength=num_classes)
-  if not 1 <= labels_per_class <= counts.min():
+  if labels_per_class > counts.min():
     raise ArgumentError(
       'labels_per_class',
       f'must be in [1, {counts.min()}], as class {counts.argmin()} has {counts.min()} training '
       f'examples; got {labels_per_class}',
     )
-  key = jax.random.fold_in(seeds.key_of(seed), _LABEL_DOMAIN)
   order = np.asarray(jax.random.permutation(key, len(labels)), np.int64)
   classes = labels[order]
   drawn = [order[classes == k][:labels_per_class] for k in range(num_classes)]

@@ -88,7 +88,7 @@ class ImageFolder:
 
     try:
       with Image.open(path, formats=('PNG', 'JPEG')) as file:
-        # Pillow reads 16 bits a channel of a colour image as 8, and tells so in its raw mode alone.
+        # Pillow reads 16 bits a channel of a colour image as 8, and only its raw mode shows this.
         if file.mode not in _MODES or any(';16' in str(tile[3]) for tile in file.tile):
           raise ValueError(f'it has not 8 bits a channel (mode {file.mode})')
         kind = 'L' if file.mode in _GRAY_MODES else 'RGB'

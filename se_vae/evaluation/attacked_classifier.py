@@ -16,12 +16,14 @@ from se_vae import seeds
 from se_vae.attacks import projections
 from se_vae.attacks.losses import Aim, Model, is_correct
 from se_vae.attacks.projections import Norm
-from se_vae.config import ArgumentError
+from se_vae.config import ArgumentError, check_counts
 from se_vae.evaluation import attack_suite
 from se_vae.evaluation.attack_suite import Attack
 from se_vae.evaluation.states import ValueLog
 from se_vae.evaluation.targets import Targets
 from se_vae.parallel import sharding
+
+_HINT = '; se_vae.pixels makes floats of uint8 images'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class AttackedClassifier:
     mesh: the devices.
     targets: what targeted attacks aim at.
     on_batch: called after each batch; may raise to stop.
-    log: keeps the answers of `robust`, which does not compute those that are in it.
+    log: stores the results of `robust`; stored results are not computed again.
   """
 
   logits_fn: Model
@@ -67,7 +69,7 @@ class AttackedClassifier:
   def attack(
     self, attack: Attack, radius: float, attempt: int, rows: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Runs one attempt of an attack on the examples `rows`, of which there must be some.
+    """Runs one attempt of an attack on the examples `rows`, at least one.
 
     Returns:
       The images `[len(rows), ...]`, and whether the classifier is right on each, bool.
@@ -159,11 +161,10 @@ def prepare(
     ArgumentError: for arguments that contradict each other or are out of range, and for logits or
       representations of clean images that are not finite.
   """
-  x, labels = np.asarray(x), np.asarray(labels)
-  if not np.issubdtype(x.dtype, np.floating) or not np.issubdtype(labels.dtype, np.integer):
-    raise ArgumentError(
-      ('x', 'labels'), f'must be float and integer, got {x.dtype} and {labels.dtype}'
-    )
+  x, labels, bounds = np.asarray(x), np.asarray(labels), (*bounds,)
+  if not jnp.issubdtype(x.dtype, jnp.floating) or not jnp.issubdtype(labels.dtype, jnp.integer):
+    message = f'must be float and integer, got {x.dtype} and {labels.dtype}'
+    raise ArgumentError(('x', 'labels'), message + _HINT * (x.dtype == np.uint8))
   if x.ndim < 2 or len(x) == 0 or labels.shape != x.shape[:1]:
     raise ArgumentError(
       ('x', 'labels'), f'must be [N, ...] and [N], with N >= 1, got {x.shape} and {labels.shape}'
@@ -213,15 +214,6 @@ def check_radii(radii: Sequence[float]) -> None:
   most = np.finfo(np.float32).max  # attacks compute in float32
   if found.ndim != 1 or not len(found) or not ((found >= 0.0) & (found <= most)).all():
     raise ArgumentError('radii', f'must be finite and >= 0, at least one in a list, got {radii}')
-
-
-def check_counts(**counts: int) -> None:
-  """Raises ArgumentError, naming the argument, unless each of these is an integer >= 1."""
-  for name, count in counts.items():
-    if not isinstance(count, int | np.integer):
-      raise ArgumentError(name, f'must be an integer, got {count!r}')
-    if count < 1:
-      raise ArgumentError(name, f'must be >= 1, got {count}')
 
 
 def check_function(

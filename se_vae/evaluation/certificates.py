@@ -24,12 +24,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from se_vae import certification
 from se_vae.certification import Encoder, LatentBox, Method
-from se_vae.config import ArgumentError
+from se_vae.config import ArgumentError, check_counts
 from se_vae.evaluation import attacked_classifier, certifiers
 from se_vae.evaluation.certifiers import LINF_CROWN, Certifier
 from se_vae.evaluation.linear_probe import LinearProbe
@@ -194,7 +195,7 @@ def certified_radius(
   Returns:
     `[N]` in [0, most], or -1 where not even the image itself is certified.
   """
-  attacked_classifier.check_counts(num_steps=num_steps)
+  check_counts(num_steps=num_steps)
   is_certified = _margin_is_positive(model, params, probe, x, labels, (most,), certifier)
   return certifiers.largest_radius(is_certified, len(x), (0.0, most), num_steps=num_steps)
 
@@ -314,11 +315,11 @@ def _full(radius: float, x: np.ndarray) -> np.ndarray:
 def _checked(x: np.ndarray, radii: Sequence[float], certifier: Certifier) -> np.ndarray:
   """Returns the images in float32; raises ArgumentError for unusable ones, radii or batches."""
   x = np.asarray(x)
-  if x.ndim < 2 or not np.issubdtype(x.dtype, np.floating):
+  if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
     raise ArgumentError('x', f'must be float images [N, ...], got {x.dtype} {x.shape}')
   attacked_classifier.check_images(x, certifier.bounds)
   attacked_classifier.check_radii(radii)
-  attacked_classifier.check_counts(batch_size=certifier.batch_size)
+  check_counts(batch_size=certifier.batch_size)
   return x.astype(np.float32)
 
 

@@ -46,6 +46,11 @@ class Certifier:
   batch_size: int = 32
   mesh: Mesh | None = None
 
+  def __post_init__(self) -> None:
+    if not isinstance(self.method, Method):
+      raise ArgumentError('method', f'must be a certification.Method, got {self.method!r}')
+    object.__setattr__(self, 'bounds', (*self.bounds,))  # a list cannot be hashed
+
   def region(self, x: jax.Array, radius: jax.Array) -> certification.Region:
     """Returns the ball of each image `[B, ...]` with its radius `[B]`."""
     return certification.ball(x, radius, norm=self.norm, bounds=self.bounds)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from se_vae import seeds
 from se_vae.attacks.losses import Aim, Joint, LatentShift, Model
 from se_vae.attacks.projections import Norm
-from se_vae.config import ArgumentError
+from se_vae.config import ArgumentError, check_counts
 from se_vae.evaluation import attack_suite, attacked_classifier, states
 from se_vae.evaluation.metrics import AdversarialAccuracy
 from se_vae.parallel import sharding
@@ -71,9 +71,10 @@ def maximal_values(
     ArgumentError: for bad radii or counts, images outside the bounds, or a bad `state_path`.
     StateError: for a state that is damaged or belongs to another call.
   """
+  bounds = (*bounds,)  # a list cannot be hashed
   attacked_classifier.check_images(x, bounds)
   attacked_classifier.check_radii(radii)
-  attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts)
+  check_counts(num_steps=num_steps, restarts=restarts)
   path = states.check_path(state_path)
   mesh = sharding.data_mesh() if mesh is None else mesh
   # The name is part of the random draws.
@@ -121,7 +122,7 @@ def maximal_values(
 def _images(x: np.ndarray) -> np.ndarray:
   """The images in float32; raises ArgumentError unless they are floats `[N, ...]`, at least one."""
   x = np.asarray(x)
-  if x.ndim < 2 or not x.size or not np.issubdtype(x.dtype, np.floating):
+  if x.ndim < 2 or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
     message = f'must be float images [N, ...], at least one, got {x.dtype} {x.shape}'
     raise ArgumentError('x', message)
   return x.astype(np.float32)
@@ -178,7 +179,7 @@ def joint_accuracy(
       f'must be [N, {len(logits_fns)}] and {len(logits_fns)} tuples, one for each classifier, got '
       f'{labels.shape} and {len(args)}',
     )
-  attacked_classifier.check_counts(batch_size=batch_size)
+  check_counts(batch_size=batch_size)
   for task, (logits_fn, own) in enumerate(zip(logits_fns, args, strict=True)):
     name = f'logits_fns[{task}]'
     _, num_classes = attacked_classifier.check_function(name, logits_fn, x, own, logits=True)
@@ -230,7 +231,7 @@ def max_latent_shift(
     StateError: for a state that is damaged or belongs to another call.
   """
   mesh, x = sharding.data_mesh() if mesh is None else mesh, _images(x)
-  attacked_classifier.check_counts(batch_size=batch_size)
+  check_counts(batch_size=batch_size)
   args = sharding.replicate(mesh, args)
   latents = sharding.map_batches(
     mesh,

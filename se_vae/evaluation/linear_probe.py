@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 import warnings
 from typing import Any
 
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from se_vae.config import ArgumentError
+from se_vae.attacks.losses import is_correct
+from se_vae.config import ArgumentError, check_counts
 from se_vae.data.transforms import pixels
 from se_vae.gaussians import DiagonalGaussian
 from se_vae.models.vae import VAE, Params
@@ -170,7 +172,7 @@ def fit_probe(
   from threadpoolctl import threadpool_limits
 
   means, labels = np.asarray(means), np.asarray(labels)
-  is_matrix = means.ndim == 2 and means.size > 0 and np.issubdtype(means.dtype, np.floating)
+  is_matrix = means.ndim == 2 and means.size > 0 and jnp.issubdtype(means.dtype, jnp.floating)
   if (
     not is_matrix or labels.shape != means.shape[:1] or not np.issubdtype(labels.dtype, np.integer)
   ):
@@ -179,9 +181,10 @@ def fit_probe(
       f'must be floats [N, D] and integers [N], got {means.dtype} {means.shape} and '
       f'{labels.dtype} {labels.shape}',
     )
+  check_counts(num_classes=num_classes, max_iter=max_iter)
   if num_classes < 2:
     raise ArgumentError('num_classes', f'must be >= 2, got {num_classes}')
-  if not 0.0 < l2 < np.inf:
+  if not isinstance(l2, numbers.Real) or not 0.0 < l2 < np.inf:
     raise ArgumentError('l2', f'must be finite and > 0, got {l2}')
   if not np.isfinite(means).all():
     raise ArgumentError('means', 'must be finite: the encoder has diverged')
@@ -208,8 +211,8 @@ def fit_probe(
       with threadpool_limits(1):
         classifier.fit((means - center) / scale, labels)
     except ConvergenceWarning as error:
-      message = f'must be larger: the probe did not converge in {max_iter} iterations'
-      raise ArgumentError('l2', message) from error
+      message = f'one must be larger: the probe did not converge in {max_iter} iterations'
+      raise ArgumentError(('l2', 'max_iter'), message) from error
   coefficients, intercept = classifier.coef_, classifier.intercept_
   if binary:
     coefficients = np.concatenate([-coefficients, coefficients]) / 2.0
@@ -220,5 +223,6 @@ def fit_probe(
 
 
 def accuracy(probe: LinearProbe, means: np.ndarray, labels: np.ndarray) -> float:
-  """Share of examples `[N, D]` whose largest logit is that of their label, in [0, 1]."""
-  return float(np.mean(np.argmax(np.asarray(probe.logits(jnp.asarray(means))), axis=-1) == labels))
+  """Share of examples `[N, D]` with finite logits, of which the label's is the largest."""
+  correct = is_correct(probe.logits(jnp.asarray(means)), jnp.asarray(labels))
+  return float(np.asarray(correct).mean())

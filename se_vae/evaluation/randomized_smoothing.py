@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from se_vae import attacks
 from se_vae.attacks.losses import Model
-from se_vae.config import ArgumentError
+from se_vae.config import ArgumentError, check_counts
 from se_vae.evaluation import attacked_classifier
 from se_vae.evaluation.metrics import AdversarialAccuracy
 
@@ -105,7 +105,7 @@ def smoothed_accuracy(
   Raises:
     ArgumentError: for an argument out of range, or clean logits that are not finite.
   """
-  attacked_classifier.check_counts(num_selection=num_selection, num_estimation=num_estimation)
+  check_counts(num_selection=num_selection, num_estimation=num_estimation)
   if not 0.0 < sigma < np.inf:
     raise ArgumentError('sigma', f'must be finite and > 0, got {sigma}')
   if not 0.0 < alpha < 1.0:

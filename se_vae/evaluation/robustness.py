@@ -22,7 +22,7 @@ from se_vae.attacks import losses
 from se_vae.attacks.losses import Model
 from se_vae.attacks.projections import Norm
 from se_vae.certification import Method
-from se_vae.config import SUITES, ArgumentError
+from se_vae.config import SUITES, ArgumentError, check_counts
 from se_vae.evaluation import (
   attack_suite,
   attacked_classifier,
@@ -77,13 +77,13 @@ def adversarial_accuracy(
     num_steps: gradient steps of each attempt.
     restarts: attempts at each radius, each from a random start of its own.
     relative_step_size: step size as a share of the radius; 2.5 / num_steps if None.
-    progress: called after each batch with the number of finished radii and of all.
+    progress: called after each batch and at the end with the number of finished radii and of all.
     **options: `norm`, `bounds`, `seed`, `batch_size`, `args` and `mesh` of `evaluate`.
 
   Raises:
     ArgumentError: for an argument out of range, or clean logits that are not finite.
   """
-  attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts)
+  check_counts(num_steps=num_steps, restarts=restarts)
   attacked_classifier.check_step_size(relative_step_size)
   classifier, _ = attacked_classifier.prepare(logits_fn, x, labels, radii=radii, **options)
   suite = attack_suite.standard(
@@ -94,6 +94,7 @@ def adversarial_accuracy(
     report = functools.partial(progress, i, len(radii))
     reporting = dataclasses.replace(classifier, on_batch=report)
     robust[i, reporting.robust(suite.attacks, float(radius), np.arange(len(x)))] = True
+  progress(len(radii), len(radii))
   return AdversarialAccuracy(np.asarray(radii, np.float64), robust)
 
 
@@ -194,7 +195,7 @@ def evaluate(
     mesh: devices to spread a batch over; all of them if None.
     state_path: npz file that keeps the attack log, for an evaluation that is interrupted and
       started again. The bounds of certificates and the answers of checks are kept beside it, in
-      files with the suffixes `.certificates.npz` and `.checks.npz` in the place of its own.
+      files of the same name that end in `.certificates.npz` and `.checks.npz`.
     progress: called after each batch with the number of finished attempts and of all.
     certificate_progress: called in its place while certificates are found, with the number of
       finished bounds and of all.
@@ -203,7 +204,7 @@ def evaluate(
     ArgumentError: for an argument out of range, or clean logits that are not finite.
     StateError: for a state that is damaged or belongs to another evaluation.
   """
-  attacked_classifier.check_counts(num_steps=num_steps, restarts=restarts, num_queries=num_queries)
+  check_counts(num_steps=num_steps, restarts=restarts, num_queries=num_queries)
   attacked_classifier.check_step_size(relative_step_size)
   path = states.check_path(state_path)
   if not isinstance(check_examples, int | np.integer) or check_examples < 0:

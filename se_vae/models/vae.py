@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from typing import Any
 
 import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from se_vae.config import ARCHS, COVARIANCES
+from se_vae.config import ARCHS, COVARIANCES, ArgumentError, check_counts
 from se_vae.gaussians import Gaussian
 from se_vae.models import networks
 
@@ -102,17 +102,23 @@ def make_vae(
     covariance: the encoder's, 'diagonal' (the paper's) or 'full'.
 
   Raises:
-    ValueError: for an unknown arch or covariance, or a size < 1.
+    ValueError: for an unknown arch or covariance, or a size < 1, which is an ArgumentError.
   """
-  image_shape = (*image_shape,)  # a list cannot be hashed
   if arch not in ARCHS:
     raise ValueError(f'arch must be one of {", ".join(ARCHS)}, got {arch!r}')
   if covariance not in COVARIANCES:
     raise ValueError(f'covariance must be one of {COVARIANCES}, got {covariance!r}')
-  sizes = (latent_dim, hidden_units, conv_channels, num_layers, *image_shape)
-  whole = all(isinstance(size, numbers.Integral) for size in sizes)
-  if len(image_shape) != 3 or not whole or min(sizes) < 1:
-    raise ValueError('image_shape (H, W, C), latent_dim and layer sizes must be integers >= 1')
+  check_counts(
+    latent_dim=latent_dim,
+    hidden_units=hidden_units,
+    conv_channels=conv_channels,
+    num_layers=num_layers,
+  )
+  if np.shape(image_shape) != (3,):
+    raise ArgumentError('image_shape', f'must be (H, W, C), got {image_shape}')
+  image_shape = (*image_shape,)  # a list cannot be hashed
+  for size in image_shape:
+    check_counts(image_shape=size)
   if arch == 'mlp':
     widths = (hidden_units,) * num_layers
     encoder: nn.Module = networks.MLPEncoder(latent_dim, widths, covariance)

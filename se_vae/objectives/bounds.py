@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from se_vae import gaussians
 from se_vae.gaussians import Gaussian
@@ -44,20 +43,29 @@ def gaussian_log_likelihood(
     AssertionError: if the shapes differ, or obs_var is not a scalar.
     ValueError: if the value of obs_var is known, and it is not finite or not > 0.
   """
+  error = squared_error(x, x_mean)
+  gaussians.check_scalar('obs_var', obs_var, positive=True)
+  obs_var = jnp.asarray(obs_var, x_mean.dtype)
+  num_pixels = math.prod(x.shape[1:])
+  log_scale = gaussians.LOG_2PI + jnp.log(obs_var)
+  return -0.5 * (error / obs_var + num_pixels * log_scale)
+
+
+def squared_error(x: jax.Array, x_mean: jax.Array) -> jax.Array:
+  """Returns ||x - x_mean||^2 of each example `[B]`.
+
+  Args:
+    x: floating point, `[B, ...]`.
+    x_mean: the same shape.
+
+  Raises:
+    AssertionError: if the shapes differ, or for arrays that are not floating point.
+  """
   gaussians.check_floating(x=x, x_mean=x_mean)
   if x.shape != x_mean.shape or x.ndim < 1:
     raise AssertionError(
       f'x and x_mean must have one shape [B, ...], got {x.shape}, {x_mean.shape}'
     )
-  _check_obs_var(obs_var)
-  obs_var = jnp.asarray(obs_var, x_mean.dtype)
-  num_pixels = math.prod(x.shape[1:])
-  log_scale = gaussians.LOG_2PI + jnp.log(obs_var)
-  return -0.5 * (squared_error(x, x_mean) / obs_var + num_pixels * log_scale)
-
-
-def squared_error(x: jax.Array, x_mean: jax.Array) -> jax.Array:
-  """Returns ||x - x_mean||^2 of each example `[B]`, for x and x_mean of one shape `[B, ...]`."""
   # XLA's CPU backend vectorises along the last axis, which has length 1 in grey images.
   flat = (x.shape[0], math.prod(x.shape[1:]))
   return jnp.sum((x.reshape(flat) - x_mean.reshape(flat)) ** 2, axis=-1)
@@ -98,10 +106,3 @@ def check_batch(x: jax.Array, name: str, q: Gaussian) -> None:
   gaussians.check_gaussian(q)
   if q.mean.ndim != 2 or q.mean.shape[0] != x.shape[0]:
     raise AssertionError(f'{name} needs means [{len(x)}, D], as x has, got {q.mean.shape}')
-
-
-def _check_obs_var(obs_var: jax.typing.ArrayLike) -> None:
-  if jnp.ndim(obs_var) != 0 or jnp.iscomplexobj(obs_var):
-    raise AssertionError(f'obs_var must be a scalar and real, got {obs_var}')
-  if not isinstance(obs_var, jax.core.Tracer) and not 0.0 < float(np.asarray(obs_var)) < math.inf:
-    raise ValueError(f'obs_var must be finite and > 0, got {obs_var}')

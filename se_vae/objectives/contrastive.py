@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from se_vae import gaussians
+
 
 def info_nce(
   queries: jax.Array,
@@ -31,7 +33,8 @@ def info_nce(
     temperature: a scalar > 0. It may be traced.
 
   Raises:
-    AssertionError: if shapes do not fit.
+    AssertionError: if shapes do not fit, or the temperature is not a scalar.
+    ValueError: if the temperature is known, and it is not finite or not > 0.
   """
   if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
     raise AssertionError(
@@ -39,6 +42,7 @@ def info_nce(
     )
   if positives.shape != queries.shape[:1]:
     raise AssertionError(f'positives must be [{len(queries)}], got {positives.shape}')
+  gaussians.check_scalar('temperature', temperature, positive=True)
   logits = _unit(queries) @ _unit(candidates).T / temperature
   log_probabilities = jax.nn.log_softmax(logits, axis=-1)
   return -jnp.take_along_axis(log_probabilities, positives[:, None], axis=-1)[:, 0]

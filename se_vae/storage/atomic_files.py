@@ -20,7 +20,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
   Raises:
     OSError: if `path` cannot be written; the error names it.
   """
-  # Processes of two hosts may have one number.
+  # Processes of two hosts may have the same process id.
   temporary = path.with_name(_temporary(path.name, f'{os.getpid()}-{secrets.token_hex(4)}'))
   try:
     with naming(path):

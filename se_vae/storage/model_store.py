@@ -64,6 +64,8 @@ def save_model(workdir: str | Path, params: vae.Params, **arguments: Any) -> Pat
     raise ArgumentError(
       'workdir', f'{workdir} holds a training run, which would be lost; choose another directory'
     )
+  # JSON knows none of NumPy's numbers.
+  arguments = jax.tree.map(lambda v: v.item() if isinstance(v, np.generic) else v, arguments)
   if arguments:
     try:
       _, expected = _make(arguments)

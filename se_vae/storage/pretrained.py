@@ -89,7 +89,7 @@ def _load(name: str) -> checkpoints.Checkpoint:
   path = directory / f'checkpoint_{step:08d}_{digest}.safetensors'
   found = checkpoints.load(path)
   if others := [other.name for _, other in checkpoints.steps(directory) if other != path]:
-    raise checkpoints.CheckpointError(f'{directory}: {others[0]} is none of this package')
+    raise checkpoints.CheckpointError(f'{directory}: {others[0]} does not belong to this package')
   return found
 
 

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from se_vae import data, seeds
-from se_vae.config import ArgumentError, TrainConfig
+from se_vae.config import ArgumentError, TrainConfig, check_counts
 from se_vae.data.transforms import pixels
 from se_vae.models.vae import VAE, Params
 from se_vae.parallel import processes, sharding
@@ -323,12 +323,20 @@ def fit(
     The parameters, and a row of metrics for every `steps_per_row` steps, each with its last step.
 
   Raises:
-    ArgumentError: for a frozen decoder without `params`, which would stay as it was drawn; for
-      steps_per_row < 1.
+    ArgumentError: for a frozen decoder without `params`, which would stay as it was drawn; for a
+      batch_size or steps_per_row < 1; for a mesh with other axes than those of `data_mesh`.
     NotFiniteError: if a metric is not finite.
     TypeError: for images that are not uint8.
   """
-  check_fit(config, params, steps_per_row)
+  mesh = sharding.data_mesh(1) if mesh is None else mesh
+  check_fit(
+    config,
+    params,
+    mesh,
+    axes=(sharding.DATA_AXIS,),
+    batch_size=batch_size,
+    steps_per_row=steps_per_row,
+  )
   state, key, _ = first_state(
     model, config, seed, num_examples=len(images), params=params, optimizer=optimizer
   )
@@ -342,7 +350,7 @@ def fit(
     lambda step, count: data.batch_indices(seed, step, count, batch_size, len(images)),
     num_steps=config.num_steps,
     steps_per_row=steps_per_row,
-    mesh=sharding.data_mesh(1) if mesh is None else mesh,
+    mesh=mesh,
   ):
     params = progress.state.params
     if progress.row is not None:
@@ -350,12 +358,21 @@ def fit(
   return params, rows
 
 
-def check_fit(config: TrainConfig, params: Params | None, steps_per_row: int) -> None:
-  """Raises ArgumentError for arguments that `fit` cannot use."""
+def check_fit(
+  config: TrainConfig,
+  params: Params | None,
+  mesh: Mesh,
+  *,
+  axes: tuple[str, ...],
+  batch_size: int,
+  steps_per_row: int,
+) -> None:
+  """Raises ArgumentError for arguments that `fit` cannot use, and for a mesh with other axes."""
   if config.freeze_decoder and params is None:
     raise ArgumentError('params', 'is needed for freeze_decoder: its decoder is kept')
-  if steps_per_row < 1:
-    raise ArgumentError('steps_per_row', f'must be >= 1, got {steps_per_row}')
+  check_counts(batch_size=batch_size, steps_per_row=steps_per_row)
+  if mesh.axis_names != axes:
+    raise ArgumentError('mesh', f'needs the axes {axes}, got {mesh.axis_names}')
 
 
 def add_targets(

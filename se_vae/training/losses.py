@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from se_vae import gaussians, objectives, wasserstein
+from se_vae import gaussians, objectives, seeds, wasserstein
 from se_vae.config import TrainConfig
 from se_vae.models.vae import VAE, Params
 from se_vae.parallel import sharding
@@ -127,10 +127,13 @@ def lipschitz(
   q = model.encode(params, x)
   x_mean = model.decode(params, gaussians.sample_each(q, keys))
   terms = objectives.elbo(x, x_mean, q, obs_var=config.obs_var)
-  draw = functools.partial(jax.random.rademacher, shape=q.mean.shape[1:], dtype=q.mean.dtype)
+
+  def signs(key: jax.Array) -> jax.Array:
+    return seeds.draw(jax.random.rademacher, key, q.mean.shape[1:], q.mean.dtype)
+
   sign_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
   norm = objectives.squared_jacobian_norm(
-    lambda x: model.encode(params, x).mean, x, jax.vmap(draw)(sign_keys)
+    lambda x: model.encode(params, x).mean, x, jax.vmap(signs)(sign_keys)
   )
   loss = -terms.elbo + config.jacobian_weight * norm
   return {'loss': loss, **terms._asdict(), 'squared_jacobian_norm': norm, **_error(x, x_mean)}
@@ -139,7 +142,7 @@ def lipschitz(
 def contrastive(
   model: VAE, params: Params, keys: jax.Array, x: jax.Array, x_adv: jax.Array, config: TrainConfig
 ) -> Terms:
-  """Adversarial contrastive learning in the small (Kim et al., 2020). The decoder is not used."""
+  """A small form of adversarial contrastive learning (Kim et al., 2020), without the decoder."""
   means = sharding.whole_batch(model.encode(params, x).mean)
   loss = functools.partial(
     objectives.info_nce,

@@ -243,17 +243,26 @@ def fit_population(
     TypeError: for images that are not uint8.
   """
   check_population(configs, seeds)
-  loop.check_fit(configs[0], params, steps_per_row)
+  if mesh is None:
+    mesh = sharding.population_mesh(min(len(seeds), jax.local_device_count()))
+  loop.check_fit(
+    configs[0],
+    params,
+    mesh,
+    axes=(sharding.POPULATION_AXIS, sharding.DATA_AXIS),
+    batch_size=batch_size,
+    steps_per_row=steps_per_row,
+  )
   states, args = [], []
+  targets: dict[int, jax.Array | None] = {}  # members of one seed have the same clusters
   for config, seed in zip(configs, seeds, strict=True):
     state, key, _ = loop.first_state(
       model, config, seed, num_examples=len(images), params=params, optimizer=optimizer
     )
-    state = loop.add_targets(state, model, config, images, seed)
-    states.append(jax.device_get(state))
+    if seed not in targets:
+      targets[seed] = loop.add_targets(state, model, config, images, seed).targets
+    states.append(jax.device_get(state._replace(targets=targets[seed])))
     args.append((config, key))
-  if mesh is None:
-    mesh = sharding.population_mesh(min(len(seeds), jax.local_device_count()))
   rows: list[list[dict[str, float]]] = [[] for _ in seeds]
   progress = None
   for progress in run_population(

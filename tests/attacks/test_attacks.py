@@ -200,6 +200,14 @@ def test_wrong_arguments_raise(images, change, error, message):
     attacks.pgd(objective, jax.random.key(0), x, **arguments)
 
 
+def test_bounds_may_be_a_list(images):
+  results = [
+    attacks.pgd(flat, jax.random.key(0), images, radius=0.1, num_steps=1, bounds=bounds)
+    for bounds in ([0.0, 1.0], (0.0, 1.0))
+  ]
+  np.testing.assert_array_equal(*results)
+
+
 # ---------------------------------------------------------------------------------------------
 # The other attacks: one table, the same demands
 # ---------------------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ def test_each_method_is_tighter_than_the_one_before(widths):
   assert excess[3] < 0.1
 
 
+@pytest.mark.long
 @oracles.in_float64
 def test_bounds_are_those_of_the_paper_of_crown():
   rng = np.random.default_rng(2)

@@ -162,7 +162,7 @@ def test_progress_counts_radii_batch_by_batch():
   x, labels, args = wavy_problem()
   seen = []
   measure(wavy, x, labels, args, batch_size=7, progress=lambda *pair: seen.append(pair), **WEAK)
-  assert seen == [(done, 4) for done in range(4) for _ in range(3)]
+  assert seen == [*((done, 4) for done in range(4) for _ in range(3)), (4, 4)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -197,6 +197,7 @@ def test_progress_counts_radii_batch_by_batch():
     ({'num_steps': 0}, 'num_steps: must be >= 1'),
     ({'batch_size': 0}, 'batch_size: must be >= 1'),
     ({'norm': 'l1'}, 'norm: must be one of'),
+    ({'x': np.zeros((2, *SHAPE), np.uint8)}, 'got uint8 and int64; se_vae.pixels makes floats of'),
   ],
 )
 def test_wrong_arguments_raise(change, message):

@@ -137,6 +137,10 @@ def test_arguments_are_named(labels):
     certificates.certified_accuracy(*arguments, X, labels[1:], radii=RADII)
   with pytest.raises(ArgumentError, match='labels'):
     certificates.certified_accuracy(*arguments, X, labels + 3, radii=RADII)
+  with pytest.raises(ArgumentError, match=r"method: must be a certification\.Method, got 'ibp'"):
+    Certifier(method='ibp')
+  with pytest.raises(ValueError, match='slope_steps must be an integer >= 0'):
+    Method('crown', 2.5)
   with pytest.raises(ArgumentError, match='num_steps'):
     certificates.certified_radius(*arguments, X, labels, most=0.1, num_steps=0)
 
@@ -147,6 +151,7 @@ def test_a_certifier_keeps_the_norm_and_the_bounds_that_are_given():
     ProbedEncoder(model), (params, PROBE), SHAPE, norm='l2', bounds=(-1.0, 2.0)
   )
   assert (certifier.norm, certifier.bounds) == ('l2', (-1.0, 2.0))
+  assert hash(Certifier(bounds=[-1.0, 2.0])) == hash(Certifier(bounds=(-1.0, 2.0)))
   certifier = Certifier(bounds=(-1.0, 2.0))
   box = certifier.region(np.full((1, 1), 1.95, np.float32), np.array([0.2], np.float32)).box
   np.testing.assert_allclose([box.lower.item(), box.upper.item()], [1.75, 2.0], rtol=1e-6)

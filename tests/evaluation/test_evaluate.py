@@ -33,6 +33,7 @@ def honest(attack):
   return evaluate(attack=attack, latents_fn=latents)
 
 
+@pytest.mark.long
 def test_worst_case_is_the_closed_form_of_a_linear_encoder_and_probe():
   result = honest('worst_case')
   np.testing.assert_array_equal(result.curve.correct, closed_form())

@@ -15,6 +15,7 @@ from tests.evaluation.linear_classifier import RADII, SHAPE, closed_form, exampl
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 
+@pytest.mark.long
 def test_a_joint_attack_is_no_stronger_than_either_alone():
   x, labels, (encoder, probe, bias) = examples()
   second = (encoder, -probe, -bias)

@@ -165,6 +165,9 @@ def test_labels_out_of_range_raise(bad):
     ({'l2': 0.0}, 'l2: must be finite and > 0'),
     ({'l2': np.nan}, 'l2: must be finite and > 0'),
     ({'l2': np.inf}, 'l2: must be finite and > 0'),
+    ({'l2': None}, 'l2: must be finite and > 0, got None'),
+    ({'num_classes': None}, 'num_classes: must be an integer, got None'),
+    ({'max_iter': 2.5}, 'max_iter: must be an integer, got 2.5'),
   ],
 )
 def test_wrong_arguments_raise(change, message):
@@ -175,7 +178,7 @@ def test_wrong_arguments_raise(change, message):
 
 def test_fit_that_does_not_converge_raises():
   means, labels = clusters(3)
-  with pytest.raises(ValueError, match=r'l2: must be larger: .* not converge in 2 iterations'):
+  with pytest.raises(ValueError, match=r'l2, max_iter: .* not converge in 2 iterations'):
     linear_probe.fit_probe(means, labels, 3, standardize=True, max_iter=2)
 
 
@@ -224,3 +227,8 @@ def test_distances_of_gaussian_latents_are_squared_w2(covariance):
     np.testing.assert_array_equal(z, q.mean)
   reconstructed = linear_probe.Reconstruction(model)(x, params)
   np.testing.assert_allclose(reconstructed, model.decode(params, q.mean), rtol=1e-6)
+
+
+def test_logits_that_are_not_numbers_are_wrong():
+  broken = linear_probe.LinearProbe(jnp.full((3, 2), jnp.nan), jnp.zeros(2))
+  assert linear_probe.accuracy(broken, np.ones((4, 3), np.float32), np.zeros(4, int)) == 0.0

@@ -174,7 +174,7 @@ def test_the_figure_shades_what_is_between_the_certified_and_the_attacked_curve(
   np.testing.assert_array_equal(curve.certified, CERTIFIED['accuracy'])
   plots.draw(axis, [curve])
   _, labels = axis.get_legend_handles_labels()
-  assert labels == ['SE', 'SE, certified', 'SE: the truth lies here']
+  assert labels == ['SE', 'SE, certified', 'SE: the true accuracy is in this band']
   _, band = axis.collections
   vertices = band.get_paths()[0].vertices
   for values in (CERTIFIED['accuracy'], certified['accuracy']):

@@ -122,7 +122,9 @@ def test_only_seeds_of_one_encoder_are_averaged(tmp_path):
   with pytest.raises(UsageError, match=r'no seeds of one encoder: .*covariance.* differ'):
     compare.run(options)
   change(result, config=own, checkpoint='checkpoint_2')  # trained on since
-  with pytest.raises(UsageError, match='is of checkpoint_1, and the run is at checkpoint_2'):
+  with pytest.raises(
+    UsageError, match='was made from checkpoint_1, but the run now has checkpoint_2'
+  ):
     compare.run(options)
   twice = config(tmp_path / 'seed0', tmp_path / 'seed0', output=tmp_path / 'out')
   with pytest.raises(UsageError, match='are one run, or copies of one'):
@@ -151,8 +153,33 @@ def test_damaged_files_and_other_radii_are_named(tmp_path):
   write(tmp_path / 'runs' / 'se')
   other = {'radii': [0.0, 0.2], 'accuracy': [0.9, 0.1], 'interval': [[0.8, 1.0], [0.0, 0.2]]}
   write(tmp_path / 'runs' / 'vae', **other)
-  with pytest.raises(UsageError, match=r'vae/probe_digit.json has radii \[0.0, 0.2\]'):
+  with pytest.raises(
+    UsageError, match=r'vae/probe_digit.json .* radii \[0.0, 0.2\] and \[0.0, 0.05'
+  ):
     compare.run(config(tmp_path / 'runs', output=tmp_path / 'out', radius=0.0))
   (tmp_path / 'runs' / 'vae' / 'probe_digit.json').write_text('{}')
   with pytest.raises(UsageError, match=r'vae/probe_digit.json: damaged'):
     compare.run(config(tmp_path / 'runs', output=tmp_path / 'out'))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'num_examples': 7}, 'different attacks: num_examples 7 and'),
+    ({'data': {'source': 'elsewhere', 'digest': 'other'}}, 'different attacks: digest other and'),
+    ({'config': {'pgd_steps': 1}}, 'different attacks: pgd_steps 1 and'),
+    ({'config': {'seed': 5, 'workdir': 'elsewhere'}}, None),
+  ],
+)
+def test_different_attacks_are_not_compared(tmp_path, changes, message):
+  for name in ('se', 'vae'):
+    write(tmp_path / 'runs' / name)
+  path = tmp_path / 'runs' / 'vae' / 'probe_digit.json'
+  own = json.loads(path.read_text())
+  change(path, **changes | {'config': own['config'] | changes.get('config', {})})
+  options = config(tmp_path / 'runs', output=tmp_path / 'out')
+  if message is None:
+    assert len(compare.run(options)) == 2
+  else:
+    with pytest.raises(UsageError, match=message):
+      compare.run(options)

@@ -297,12 +297,12 @@ def test_a_figure(tmp_path):
     results.append({**write_probe(run), **identity})
   directory = str(tmp_path)
   text = report.run(report.ReportConfig(workdir=directory)).read_text()
-  assert 'holds no finished figure' in text and 'mnist_mlp_vae' in text
+  assert 'is a folder of runs without' in text and 'mnist_mlp_vae' in text
   panels = [dataclasses.asdict(figure1.PANELS[2])]
   figure = tmp_path / 'figure1.json'
   figure.write_text(json.dumps({'panels': panels, 'results': results, 'optimizer': 'Adam, ours'}))
   text = report.run(report.ReportConfig(workdir=directory)).read_text()
-  assert 'holds no finished figure' not in text
+  assert 'is a folder of runs without' not in text
   assert '(c) MNIST, digit task, MLP' in text and 'Adam, ours' in text
   page = Page(text)
   first = page.rows.index(page.row('Radius')) + 1
@@ -313,7 +313,7 @@ def test_a_figure(tmp_path):
 def test_a_sweep_is_no_unfinished_figure(run):
   (run.parent / 'sweep.json').write_text('{}')
   text = render_text(run.parent)
-  assert 'holds no finished figure' not in text and 'finished: 300 steps' in text
+  assert 'is a folder of runs without' not in text and 'finished: 300 steps' in text
 
 
 def write_supervised(directory: Path, **changes) -> dict:

@@ -138,7 +138,7 @@ def test_a_check_compares_the_means_with_what_is_expected(built, tmp_path, capsy
 
 
 def test_a_check_of_rows_without_numbers_is_refused(tmp_path):
-  with pytest.raises(UsageError, match='smooth: nothing is expected'):
+  with pytest.raises(UsageError, match='smooth: these rows have no expected numbers yet'):
     results.run('check', config_of(write(tmp_path, CONTENT)), signals.StopSignal())
 
 
@@ -282,3 +282,37 @@ def test_each_seed_has_radii_of_its_own():
   assert rows.at_radius(row, 0.1).tolist() == [0.1, 0.8]
   with pytest.raises(KeyError):
     rows.at_radius(row, 0.2)
+
+
+@pytest.mark.long
+def test_runs_of_other_flags_are_not_taken_for_those_of_now(built, tmp_path, capsys):
+  folder = write(tmp_path, changed('encoders', 'vae', 'flags', value=f'{TINY} --obs_var=7'))
+  runs = shutil.copytree(built.parent / 'runs', tmp_path / 'runs')
+  with pytest.raises(app.RunsFailedError):
+    results.run(
+      'build', config_of(folder, rows=('plain',), workdir=str(runs)), signals.StopSignal()
+    )
+  assert 'obs_var was 0.1, now 7.0' in capsys.readouterr().err
+  assert rows.read(folder, 'plain') is None
+
+
+@pytest.mark.parametrize('action', ['build', 'check'])
+def test_the_end_of_a_build_is_told_whatever_comes_of_the_page(
+  action, tmp_path, monkeypatch, capsys
+):
+  content = changed('rows', 'plain', 'expected', value={0.0: 0.5})
+  folder = write(tmp_path, content)
+  (tmp_path / 'README.md').write_text('It has no marks.')
+
+  def build(where, planned, chosen, stop, done):
+    done('plain', measured('plain'))
+    raise app.RunsFailedError('not finished: smooth')
+
+  monkeypatch.setattr(results.building, 'build', build)
+  with pytest.raises(app.RunsFailedError, match='not finished: smooth'):
+    results.run(action, config_of(folder, rows=('plain',)), signals.StopSignal())
+  told = capsys.readouterr()
+  if action == 'build':
+    assert 'README.md' in told.err
+  else:
+    assert '| plain | 0 | 0.500' in told.out

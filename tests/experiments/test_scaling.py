@@ -218,9 +218,10 @@ def test_memory_of_a_device_by_hand():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_the_page_has_the_tables():
+def test_the_page_has_the_first_two_tables():
   page = Path(__file__).parents[2] / 'docs' / 'scale.md'
-  assert scaling.tables(scaling.ScalingConfig()) in page.read_text()
+  first_two = scaling.tables(scaling.ScalingConfig()).split('### ')[1:3]
+  assert '### '.join(first_two).strip() in page.read_text()
 
 
 def test_settings_out_of_range_are_named():

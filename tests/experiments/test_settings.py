@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags as absl_flags
 
@@ -40,6 +41,16 @@ def test_defaults_are_within_their_limits():
   [
     ({'count': 0}, 'count: must be >= 1; got 0'),
     ({'count': 2.5}, 'count: must be an integer; got 2.5'),
+    ({'count': np.float32(2.0)}, 'count: must be an integer; got np.float32(2.0)'),
+    ({'count': np.int64(0)}, 'count: must be >= 1; got np.int64(0)'),
+    ({'count': np.int64(2**31)}, 'count: must be <= 2147483647; got np.int64(2147483648)'),
+    ({'count': None}, 'count: must be an integer; got None'),
+    ({'count': (1, 2)}, 'count: must be one value; got (1, 2)'),
+    ({'rate': '1'}, "rate: must be a number; got '1'"),
+    ({'rate': np.float32('nan')}, 'rate: must be finite; got np.float32(nan)'),
+    ({'kind': None}, 'kind: must be one of red, blue; got None'),
+    ({'values': 0.5}, 'values: must be a tuple; got 0.5'),
+    ({'values': [0.5]}, 'values: must be a tuple; got [0.5]'),
     ({'rate': 0.0}, 'rate: must be > 0; got 0.0'),
     ({'rate': 1.5}, 'rate: must be <= 1; got 1.5'),
     ({'rate': float('nan')}, 'rate: must be finite; got nan'),
@@ -62,6 +73,27 @@ def test_values_outside_their_limits_are_named(change, message):
     validate(Example(**change))
   assert str(error.value) == message
   assert flags.name_flags(error.value) == f'--{message}'
+
+
+def test_numbers_of_numpy_are_numbers():
+  validate(Example(count=np.int64(5), rate=np.float32(0.5), values=tuple(np.linspace(0, 1, 3))))
+  configs = [TrainConfig(gamma=gamma, pgd_steps=np.int64(5)) for gamma in np.logspace(0.0, 2.0, 3)]
+  assert [config.gamma for config in configs] == [1.0, 10.0, 100.0]
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'objective': 5}, 'objective: must be one of'),
+    ({'norm': max}, 'norm: must be one of linf, l2'),  # a function is an objective alone
+    ({'objective': 'clusters', 'attack_dtype': 'bfloat16'}, 'attack_dtype: needs objective'),
+    ({'objective': 'vae', 'selection_distance': 'mean_distance'}, 'selection_distance: needs'),
+  ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings, message):
+  with pytest.raises(ArgumentError, match=message):
+    TrainConfig(**settings)
+  TrainConfig(objective=max, attack_dtype='bfloat16', selection_distance='mean_distance')
 
 
 def test_more_steps_need_a_constant_rate_and_no_ramp():

@@ -62,6 +62,11 @@ def test_an_interruption_keeps_nothing(tmp_path):
   with pytest.raises(signals.Interrupted) as interruption:
     time_to_robustness.run(tiny(tmp_path), stop)
   assert not interruption.value.saved
+  assert not list((tmp_path / 'runs').glob('*/*'))
+  again = signals.StopSignal(saves=False)
+  again.signum = signal.SIGTERM
+  with pytest.raises(signals.Interrupted):  # and not that the directory must be new
+    time_to_robustness.run(tiny(tmp_path), again)
 
 
 def test_stages_are_added_up():
@@ -85,6 +90,11 @@ def test_without_checks_the_attack_is_the_last_stage(tmp_path):
     ({'probe': '--workdir=there'}, '--probe: --workdir is set by this binary'),
     ({'vae': '--objective=none'}, '--vae: --objective: must be one of'),
     ({'smooth': '--gamma=-1'}, '--smooth: --gamma: must be >= 0'),
+    ({'vae': "--objective='vae"}, '--vae: No closing quotation'),
+    ({'smooth': f'{TINY} --latent_dim=5'}, '--smooth: the networks must be those of --vae'),
+    ({'smooth': f'{TINY} --batch_size=4001'}, '--smooth: --batch_size: must be'),
+    ({'probe': '--joint'}, '--probe: --joint changes nothing here'),
+    ({'probe': '--output=there'}, '--probe: --output changes nothing here'),
     ({'probe': '--num_examples=1001'}, '--probe: --num_examples: must be at most the 1000'),
   ],
 )

@@ -140,8 +140,8 @@ def test_any_flax_module_will_do():
   [
     ({'arch': 'resnet'}, "arch must be one of mlp, convnet, got 'resnet'"),
     ({'covariance': 'banded'}, "covariance must be one of .* got 'banded'"),
-    ({'latent_dim': 0}, '>= 1'),
-    ({'latent_dim': 2.5}, 'integers >= 1'),
+    ({'latent_dim': 0}, 'latent_dim: must be >= 1, got 0'),
+    ({'latent_dim': 2.5}, 'latent_dim: must be an integer, got 2.5'),
     ({'hidden_units': 0}, '>= 1'),
     ({'conv_channels': -1}, '>= 1'),
     ({'num_layers': 0}, '>= 1'),
@@ -155,6 +155,9 @@ def test_wrong_configurations_raise(change, message):
 def test_empty_images_raise():
   with pytest.raises(ValueError, match='image_shape'):
     vae.make_vae((28, 0, 1))
+  for shape in (28, (28, 28), (28, 28, None)):
+    with pytest.raises(ValueError, match='image_shape: must be'):
+      vae.make_vae(shape)
 
 
 def test_a_list_of_sizes_is_a_shape():

@@ -36,6 +36,21 @@ def test_numbers_out_of_range_are_refused():
       objectives.log_normalizer(gamma, 2)
 
 
+def test_a_temperature_out_of_range_is_refused():
+  for temperature in (0.0, -1.0, np.nan):
+    with pytest.raises(ValueError, match='temperature must be finite and > 0'):
+      objectives.info_nce(X, X, positives=np.arange(4), temperature=temperature)
+  with pytest.raises(AssertionError, match='temperature must be a scalar'):
+    objectives.info_nce(X, X, positives=np.arange(4), temperature=np.ones(4))
+
+
+def test_the_squared_error_is_of_floats_of_one_shape():
+  with pytest.raises(AssertionError, match='must have one shape'):
+    objectives.squared_error(X, X.T)
+  with pytest.raises(AssertionError, match='x must be floating point, got uint8'):
+    objectives.squared_error(X.astype(np.uint8), X)
+
+
 @pytest.mark.parametrize('jit', (False, True))
 def test_shapes_that_do_not_fit_are_refused(jit):
   wrap = (lambda f: jax.jit(lambda *x: f(*x))) if jit else (lambda f: f)

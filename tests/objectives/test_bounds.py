@@ -285,6 +285,7 @@ def test_decoder_gradient_is_that_of_the_elbo(family):
     np.testing.assert_allclose(a, b, **EXACT)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('family', FAMILIES)
 @in_float64
 def test_first_and_second_derivatives_match_finite_differences(family):

@@ -97,6 +97,7 @@ def test_the_papers_coupling_is_a_balanced_one_in_other_units(family, gamma):
   np.testing.assert_allclose(balanced, paper, rtol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('family', DIAGONAL_AND_SLOW_FULL)
 @in_float64
 def test_first_and_second_derivatives_match_finite_differences(family):

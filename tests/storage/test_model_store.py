@@ -73,7 +73,7 @@ def test_load_model_without_checkpoint(tmp_path: pathlib.Path) -> None:
       {'latent_dim': 2},
       "TypeError make_vae() missing 1 required positional argument: 'image_shape'",
     ),
-    (MODEL | {'image_shape': 4}, 'TypeError'),
+    (MODEL | {'image_shape': 4}, 'ArgumentError image_shape: must be (H, W, C), got 4'),
     (MODEL | {'arch': 'transformer'}, 'transformer'),
     (MODEL | {'colour': 'red'}, 'colour'),
     (MODEL | {'latent_dim': '2'}, 'describes no model'),
@@ -97,6 +97,12 @@ def test_save_model(tmp_path: pathlib.Path, params: vae.Params) -> None:
   model, loaded = model_store.load_model(tmp_path)
   assert model == make_model()
   assert_same(jax.device_get(loaded), jax.device_get(params))
+
+
+def test_numbers_of_numpy_are_saved(tmp_path: pathlib.Path, params: vae.Params) -> None:
+  arguments = MODEL | {'latent_dim': np.int64(MODEL['latent_dim'])}
+  model_store.save_model(tmp_path, params, **arguments)
+  assert model_store.load_model(tmp_path)[0] == make_model()
 
 
 def test_save_model_of_other_parameters(tmp_path: pathlib.Path, params: vae.Params) -> None:

@@ -72,7 +72,7 @@ def test_another_file_does_not_take_the_place_of_an_encoder(tmp_path, monkeypatc
   with pytest.raises(checkpoints.CheckpointError, match='cannot be read'):
     pretrained.find(first)
   shutil.copy(own, place)
-  with pytest.raises(checkpoints.CheckpointError, match='is none of this package'):
+  with pytest.raises(checkpoints.CheckpointError, match='does not belong to this package'):
     pretrained.find(first)
 
 

@@ -135,9 +135,18 @@ def test_the_default_generator_changes_no_run():
     assert_same(fitted(), expected)
 
 
-def test_fit_refuses_rows_of_no_steps():
-  with pytest.raises(ArgumentError, match='steps_per_row: must be >= 1, got 0'):
-    training.fit(tiny(), CONFIG, IMAGES, steps_per_row=0)
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'steps_per_row': 0}, 'steps_per_row: must be >= 1, got 0'),
+    ({'steps_per_row': 2.5}, 'steps_per_row: must be an integer, got 2.5'),
+    ({'batch_size': None}, 'batch_size: must be an integer, got None'),
+    ({'mesh': sharding.population_mesh(1)}, r"mesh: needs the axes \('data',\), got"),
+  ],
+)
+def test_fit_names_the_argument_that_is_wrong(arguments, message):
+  with pytest.raises(ArgumentError, match=message):
+    training.fit(tiny(), CONFIG, IMAGES, **arguments)
 
 
 def test_finished_run_yields_nothing():

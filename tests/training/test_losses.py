@@ -359,3 +359,11 @@ def test_clusters_of_brightness_do_not_see_colours():
   assert_same(clusters(gray * colors), clusters(gray, clusters_of='pixels'))
   by_pixels = clusters(gray * colors, clusters_of='pixels')
   assert np.any(by_pixels != clusters(gray * colors))
+
+
+def test_the_signs_of_the_jacobian_penalty_do_not_depend_on_x64():
+  config = config_for('lipschitz', jacobian_weight=30.0)
+  expected = means_of(MODEL, PARAMS, config)
+  with jax.enable_x64(True):
+    found = means_of(MODEL, PARAMS, config)
+  np.testing.assert_allclose(found['loss'], expected['loss'], rtol=1e-5)

@@ -238,6 +238,8 @@ def test_members_that_do_not_fit_together_are_refused(configs, seeds, message):
 def test_fit_s_own_arguments_are_checked():
   with pytest.raises(ArgumentError, match='steps_per_row: must be >= 1, got 0'):
     fit_population(MODEL, CONFIGS, seeds=SEEDS, steps_per_row=0)
+  with pytest.raises(ArgumentError, match=r"mesh: needs the axes \('population', 'data'\)"):
+    fit_population(MODEL, CONFIGS, seeds=SEEDS, mesh=sharding.data_mesh(1))
   frozen = dataclasses.replace(BASE, freeze_decoder=True)
   with pytest.raises(ArgumentError, match='params: is needed for freeze_decoder'):
     fit_population(MODEL, [frozen], seeds=[0])
@@ -261,3 +263,17 @@ def test_states_of_different_steps_are_refused():
         mesh=sharding.population_mesh(1),
       )
     )
+
+
+@pytest.mark.long
+def test_members_of_one_seed_have_their_clusters_from_one_search(monkeypatch):
+  config = dataclasses.replace(BASE, objective='clusters', num_steps=2, gamma=1.0)
+  searched, search = [], data.spectral_clusters
+
+  def counting(images, num_clusters, **options):
+    searched.append(options['seed'])
+    return search(images, num_clusters, **options)
+
+  monkeypatch.setattr(data, 'spectral_clusters', counting)
+  fit_population(MODEL, [config] * 3, seeds=[0, 1, 0])
+  assert searched == [0, 1]
