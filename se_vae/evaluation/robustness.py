@@ -286,45 +286,59 @@ def evaluate(
     'found': states.fingerprint({}, (log.radius, log.attack)),
   }
   if certifier is not None:
-    settings = {name: config[name] for name in ('norm', 'bounds', 'radii')}
     config |= {'certified_by': dataclasses.asdict(certifier.method)}
-    settings |= config['certified_by']
-    # What attacks have found is not used here, so that check 13 can compare the two.
-    assert isinstance(logits_fn, ProbedEncoder)  # or there would be no certifier
-    params, probe = args
-    with _beside(path, '.certificates.npz', classifier, settings, logits) as bounds_log:
-      certificate = certificates.certify(
-        logits_fn.model,
-        params,
-        probe,
-        classifier.x,
-        classifier.labels,
-        radii=radii,
-        certifier=certifier,
-        log=bounds_log,
-        progress=certificate_progress or (lambda *_: report()),
-      )
+    told = certificate_progress or (lambda *_: report())
+    certificate = _certificate(classifier, certifier, radii, config, path, logits, told)
   if not check_examples:
     return Evaluation(curve, log, (), config, certificate)
-  claim = Claim(
-    classifier=classifier,
-    suite=suite,
-    attack_log=log,
-    curve=curve,
-    config=config,
-    logits=logits,
-    count=min(check_examples, len(logits)),
-    num_steps=num_steps,
-    num_queries=num_queries,
-    representation=representation,
-    reconstruct_fn=reconstruct_fn,
-    surrogate=surrogate,
-    certificate=certificate,
-  )
   with _beside(path, '.checks.npz', classifier, asked, outputs) as answers:
-    classifier = dataclasses.replace(classifier, on_batch=report, log=answers)
-    checks = sanity_checks.run_checks(dataclasses.replace(claim, classifier=classifier))
+    claim = Claim(
+      classifier=dataclasses.replace(classifier, on_batch=report, log=answers),
+      suite=suite,
+      attack_log=log,
+      curve=curve,
+      config=config,
+      logits=logits,
+      count=min(check_examples, len(logits)),
+      num_steps=num_steps,
+      num_queries=num_queries,
+      representation=representation,
+      reconstruct_fn=reconstruct_fn,
+      surrogate=surrogate,
+      certificate=certificate,
+    )
+    checks = sanity_checks.run_checks(claim)
   return Evaluation(curve, log, checks, config, certificate)
+
+
+def _certificate(
+  classifier: AttackedClassifier,
+  certifier: certifiers.Certifier,
+  radii: Sequence[float],
+  config: dict[str, Any],
+  path: Path | None,
+  logits: np.ndarray,
+  progress: Progress,
+) -> Certificate:
+  """What is certified of the examples, with the bounds beside the attack log.
+
+  What attacks have found is not used, so that check 13 can compare the two.
+  """
+  assert isinstance(classifier.logits_fn, ProbedEncoder)  # or there would be no certifier
+  settings = {name: config[name] for name in ('norm', 'bounds', 'radii')} | config['certified_by']
+  params, probe = classifier.args
+  with _beside(path, '.certificates.npz', classifier, settings, logits) as log:
+    return certificates.certify(
+      classifier.logits_fn.model,
+      params,
+      probe,
+      classifier.x,
+      classifier.labels,
+      radii=radii,
+      certifier=certifier,
+      log=log,
+      progress=progress,
+    )
 
 
 def _attack_all(

@@ -2,25 +2,28 @@
 
 `selection` finds x', `certified` bounds the encodings of a whole ball, `losses` is the table of
 objectives, `step` is one training step, `loop` takes many of them, `population` does so for many
-encoders at once, and `input_pipeline` feeds both with batches. The settings are
-`se_vae.config.TrainConfig`.
+encoders at once, `input_pipeline` feeds both with batches, and `fitting` trains in memory, as for a
+notebook. The settings are `se_vae.config.TrainConfig`.
 """
 
 from se_vae.config import TrainConfig
+from se_vae.training.fitting import (
+  add_targets,
+  check_targets,
+  first_state,
+  fit,
+  fit_population,
+)
 from se_vae.training.loop import (
   NotFiniteError,
   Progress,
   StepFunction,
   Window,
-  add_targets,
-  check_targets,
   empty_window,
-  first_state,
-  fit,
   run,
   train_steps,
 )
-from se_vae.training.population import PopulationProgress, fit_population, run_population
+from se_vae.training.population import PopulationProgress, run_population
 from se_vae.training.selection import EncodingShift, select
 from se_vae.training.step import (
   TrainState,

@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from se_vae import data
-from se_vae.config import ArgumentError, TrainConfig
-from se_vae.models.vae import VAE, Params
 from se_vae.parallel import sharding
 from se_vae.training import input_pipeline, loop
-from se_vae.training.step import TrainStep, differing_programs
-
-Result = tuple[Params, list[dict[str, float]]]
 
 
 class PopulationProgress(NamedTuple):
@@ -153,156 +146,6 @@ def run_population(
     yield PopulationProgress(step, stacked_states, stacked_windows, rows, list(errors))
     # The first dispatch includes the compilation, and is followed by one of a step again.
     dispatch_steps = max(1, int(steps_per_second * seconds_per_dispatch))
-
-
-@overload
-def fit_population(
-  model: VAE,
-  configs: Sequence[TrainConfig],
-  images: np.ndarray,
-  *,
-  seeds: Sequence[int],
-  params: Params | None = None,
-  optimizer: optax.GradientTransformation | None = None,
-  batch_size: int = 64,
-  steps_per_row: int = 100,
-  mesh: Mesh | None = None,
-  vectorize: sharding.Vectorize = 'auto',
-  return_errors: Literal[False] = False,
-) -> list[Result]: ...
-
-
-@overload
-def fit_population(
-  model: VAE,
-  configs: Sequence[TrainConfig],
-  images: np.ndarray,
-  *,
-  seeds: Sequence[int],
-  params: Params | None = None,
-  optimizer: optax.GradientTransformation | None = None,
-  batch_size: int = 64,
-  steps_per_row: int = 100,
-  mesh: Mesh | None = None,
-  vectorize: sharding.Vectorize = 'auto',
-  return_errors: Literal[True],
-) -> list[Result | loop.NotFiniteError]: ...
-
-
-def fit_population(
-  model: VAE,
-  configs: Sequence[TrainConfig],
-  images: np.ndarray,
-  *,
-  seeds: Sequence[int],
-  params: Params | None = None,
-  optimizer: optax.GradientTransformation | None = None,
-  batch_size: int = 64,
-  steps_per_row: int = 100,
-  mesh: Mesh | None = None,
-  vectorize: sharding.Vectorize = 'auto',
-  return_errors: bool = False,
-) -> Any:
-  """Trains many models side by side in memory: what `fit` gives for each pair of config and seed.
-
-  One program is compiled for all of them.
-
-  Example:
-    >>> from se_vae import make_vae
-    >>> images = np.zeros((8, 2, 2, 1), np.uint8)
-    >>> model = make_vae((2, 2, 1), latent_dim=3, hidden_units=4, num_layers=1)
-    >>> configs = [TrainConfig(num_steps=5, gamma=gamma) for gamma in (1.0, 10.0)]
-    >>> results = fit_population(model, configs, images, seeds=[0, 0], batch_size=4)
-    >>> [(rows[-1]['step'], len(rows)) for params, rows in results]
-    [(5, 1), (5, 1)]
-
-  Args:
-    model: the model.
-    configs: each member's settings. They may differ in the numbers that a compiled step takes, such
-      as gamma, obs_var, radius, learning_rate and num_steps.
-    images: the training set `[N, H, W, C]`, uint8.
-    seeds: each member's seed, of its initialisation, the order of its batches and its noise.
-    params: parameters that all members start with; fresh ones of its own for each if None.
-    optimizer: in place of the one that the configs name; it then sets the learning rate too.
-    batch_size: examples a step of a member, at most N.
-    steps_per_row: number of steps that a row of metrics averages over.
-    mesh: the devices, as of `sharding.population_mesh`; one for each member if None, as far as this
-      process has them.
-    vectorize: how a device takes its members: 'loop' one after the other, 'vmap' all at once,
-      'auto' in a loop on a CPU and all at once elsewhere.
-    return_errors: put the error of a member whose metrics are not finite into the place of its
-      result, and train the others to their ends, rather than raise it at once.
-
-  Returns:
-    For each member its parameters, in host memory, and its rows of metrics.
-
-  Raises:
-    ArgumentError: for configs that need different programs, naming the settings; if there are no
-      members, or not as many seeds as configs; and as `fit`.
-    NotFiniteError: for the first member with a metric that is not finite, by number and seed.
-    TypeError: for images that are not uint8.
-  """
-  check_population(configs, seeds)
-  if mesh is None:
-    mesh = sharding.population_mesh(min(len(seeds), jax.local_device_count()))
-  loop.check_fit(
-    configs[0],
-    params,
-    mesh,
-    axes=(sharding.POPULATION_AXIS, sharding.DATA_AXIS),
-    batch_size=batch_size,
-    steps_per_row=steps_per_row,
-  )
-  states, args = [], []
-  targets: dict[int, jax.Array | None] = {}  # members of one seed have the same clusters
-  for config, seed in zip(configs, seeds, strict=True):
-    state, key, _ = loop.first_state(
-      model, config, seed, num_examples=len(images), params=params, optimizer=optimizer
-    )
-    if seed not in targets:
-      targets[seed] = loop.add_targets(state, model, config, images, seed).targets
-    states.append(jax.device_get(state._replace(targets=targets[seed])))
-    args.append((config, key))
-  rows: list[list[dict[str, float]]] = [[] for _ in seeds]
-  progress = None
-  for progress in run_population(
-    TrainStep(model, optimizer),
-    states,
-    args,
-    images,
-    [data.batch_stream(seed, batch_size, len(images)) for seed in seeds],
-    num_steps=[config.num_steps for config in configs],
-    steps_per_row=steps_per_row,
-    mesh=mesh,
-    names=[f'member {i} (seed {seed})' for i, seed in enumerate(seeds)],
-    vectorize=vectorize,
-  ):
-    for error in progress.errors:
-      if error is not None and not return_errors:
-        raise error
-    for own, row in zip(rows, progress.rows, strict=True):
-      if row is not None:
-        own.append({'step': progress.step, **row})
-  assert progress is not None  # every run has a step
-  params_of = [member.state.params for member in progress.members()]
-  trained = zip(progress.errors, params_of, rows, strict=True)
-  return [(own_params, own) if error is None else error for error, own_params, own in trained]
-
-
-def check_population(configs: Sequence[TrainConfig], seeds: Sequence[int]) -> None:
-  """Raises ArgumentError unless one program can train these members."""
-  if not configs:
-    raise ArgumentError('configs', 'needs at least one member')
-  if len(seeds) != len(configs):
-    message = f'needs one for each of the {len(configs)} configs, got {len(seeds)}'
-    raise ArgumentError('seeds', message)
-  if names := differing_programs(configs):
-    values = '; '.join(f'{name} {_distinct(configs, name)}' for name in names)
-    raise ArgumentError(names, f'must be the same in the whole population, got {values}')
-
-
-def _distinct(configs: Sequence[TrainConfig], name: str) -> str:
-  return ', '.join(dict.fromkeys(repr(getattr(config, name)) for config in configs))
 
 
 def _common_step(states: Sequence[Any]) -> int:

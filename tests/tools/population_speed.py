@@ -21,7 +21,6 @@ import jax
 from se_vae import data, training
 from se_vae.models import vae
 from se_vae.parallel import sharding
-from se_vae.training import loop
 
 SECONDS, TURNS, BATCH, FOREVER = 1.0, 12, 64, 10**7
 # Steps of a dispatch, the same for all ways: about half a second for four members.
@@ -63,7 +62,7 @@ def work(objective: str, kind: str, size: int, num_devices: int) -> None:
   step_function = training.TrainStep(vae.make_vae((28, 28, 1)))
   config = training.TrainConfig(objective=objective, num_steps=FOREVER)
   firsts = [
-    loop.first_state(step_function.model, config, seed, num_examples=len(images))
+    training.first_state(step_function.model, config, seed, num_examples=len(images))
     for seed in range(size)
   ]
   streams = [data.batch_stream(seed, BATCH, len(images)) for seed in range(size)]

@@ -13,7 +13,6 @@ import pytest
 from se_vae import data, training
 from se_vae.config import ArgumentError
 from se_vae.parallel import sharding
-from se_vae.training import loop
 from tests.training.small_runs import (
   BATCH,
   CONFIG,
@@ -135,7 +134,7 @@ def test_one_program_serves_all_numbers():
 def yielded(start: training.PopulationProgress | None = None, seconds: float = 1e3):
   """What `run_population` yields, in host memory, from the start or from another's members."""
   firsts = [
-    loop.first_state(MODEL, config, seed, num_examples=len(IMAGES))
+    training.first_state(MODEL, config, seed, num_examples=len(IMAGES))
     for config, seed in zip(CONFIGS, SEEDS, strict=True)
   ]
   states, windows = [jax.device_get(state) for state, *_ in firsts], None
