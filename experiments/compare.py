@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epy
 
-from experiments import identity, pretrain, recording, records
+from experiments import identity, pretrain, probe_settings, recording, records
 from experiments.cli import app, flags, messages, workdirs
 from experiments.cli.flags import UsageError
 from se_vae.config import setting, validate
@@ -27,6 +27,8 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
   from experiments.visual import pareto, plots
   from se_vae.storage import atomic_files, json_files
 
+# Settings of a probe that leave its curve as it is.
+_WITHOUT_EFFECT = {'certify': False, 'check_examples': None, 'joint': None, 'moves': None}
 _HELD_OUT = ('elbo', 'squared_error', 'active_latents')
 
 
@@ -151,18 +153,21 @@ def _encoders(config: CompareConfig) -> Iterator[Encoder]:
 def _check_attack(path: Path, probe: records.Probe, first: Path, other: records.Probe) -> None:
   """Raises UsageError unless two results are of one attack on the same images."""
   own, others = _attack(probe), _attack(other)
-  if names := [name for name in own | others if own.get(name) != others.get(name)]:
-    values = '; '.join(f'{name} {own.get(name)} and {others.get(name)}' for name in names)
+  # Old results do not say of which data they are.
+  if names := [name for name in own.keys() & others.keys() if own[name] != others[name]]:
+    values = '; '.join(f'{name} {own[name]} and {others[name]}' for name in sorted(names))
     raise UsageError(f'--runs: {path} and {first} are of different attacks: {values}')
 
 
 def _attack(probe: records.Probe) -> dict[str, Any]:
   """Returns what results that stand side by side have in common; the seed may differ."""
-  config = {**probe['config'], 'certify': False}  # certificates do not change what an attack finds
+  config = {**flags.to_dict(probe_settings.ProbeConfig()), **probe['config'], **_WITHOUT_EFFECT}
+  if config['attack'] == 'standard':
+    config['num_queries'] = None
   settings = {
     name: value for name, value in identity.settings({'config': config}).items() if name != 'seed'
   }
-  data = {'digest': probe['data']['digest']} if 'data' in probe else {}
+  data = {'data': probe['data']['digest']} if 'data' in probe else {}
   counts = {'radii': probe['radii'], 'num_examples': probe['num_examples']}
   return settings | data | counts
 

@@ -18,6 +18,7 @@ from experiments import recording, records
 from experiments.cli import app, devices, distributed, flags, signals, workdirs
 from se_vae.config import (
   PRECISIONS,
+  SMOOTH,
   ArgumentError,
   DataConfig,
   ModelConfig,
@@ -115,6 +116,9 @@ def stored_config(values: dict[str, Any]) -> PretrainConfig:
   values = dict(values)
   values.pop('device_data_limit', None)  # the training set is always read from the host now
   step_size = values.pop('pgd_step_size', None)  # was absolute
+  if values.get('objective', TrainConfig.objective) not in SMOOTH:
+    for name in ('attack_dtype', 'selection_distance'):  # were ignored
+      values.pop(name, None)
   try:
     config = flags.from_dict(PretrainConfig, values)
     if step_size is None or not config.train.radius:
@@ -240,7 +244,7 @@ def run(
   recorder = recording.Recorder(config.workdir)
   with recorder, jax.default_matmul_precision(config.matmul_precision):
     processes.on_first(recorder.lock)
-    result = processes.on_first(recorder.result, config.train.num_steps) or {}
+    result = processes.on_first(finished, config) or {}
     if processes.maximum(bool(result)):
       return result
     return _train(config, dataset, recorder, stop, description)
@@ -249,8 +253,9 @@ def run(
 def finished(config: PretrainConfig) -> dict[str, Any] | None:
   """Returns the result's JSON if a run with these settings has come to its end; None otherwise."""
   recorder = recording.Recorder(config.workdir)
-  result, begun = recorder.result(config.train.num_steps), _begun(recorder.workdir)
-  if result is None or begun is None:
+  result = recorder.result(config.train.num_steps)
+  begun = None if result is None else _begun(recorder.workdir)
+  if begun is None:
     return None
   try:
     _check_same_settings(begun, config)

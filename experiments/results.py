@@ -116,10 +116,10 @@ def _build(
   building.claim(planned.workdir, {'revision': planned.manifest.content['revision']})
   try:
     building.build(config.placement, planned, chosen, stop, done)
-  except (app.RunsFailedError, signals.Interrupted):
+  except BaseException:
     try:  # an error here must not hide the one above
       _render_if(written, planned.manifest, results)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
       messages.warn(str(error))
     raise
   _render_if(written, planned.manifest, results)
@@ -148,7 +148,8 @@ def _check(
   try:
     building.build(config.placement, planned, chosen, stop, measured.__setitem__)
   except app.RunsFailedError:
-    _compare(planned.manifest, measured)
+    if measured:
+      _compare(planned.manifest, measured)
     raise
   building.claim(planned.workdir, {**ledger, 'checked': True})
   return _compare(planned.manifest, measured)

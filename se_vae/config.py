@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -40,12 +41,12 @@ Class = TypeVar('Class', bound=type)
 Objective: TypeAlias = str | Callable[..., Any]
 
 # The objectives that a setting is for; with all others it keeps its default.
-_SMOOTH = ('se', 'se_avae')
+SMOOTH = ('se', 'se_avae')
 _FOR = {
-  'coupling': _SMOOTH,
-  'attack_dtype': _SMOOTH,
-  'selection_distance': _SMOOTH,
-  'ramp': ('avae', 'contrastive', 'clusters', *_SMOOTH),
+  'coupling': SMOOTH,
+  'attack_dtype': SMOOTH,
+  'selection_distance': SMOOTH,
+  'ramp': ('avae', 'contrastive', 'clusters', *SMOOTH),
   'selection': ('se',),
   'kl_weight': ('vae', 'tc_vae'),
   'encoder_noise': ('vae',),
@@ -111,16 +112,20 @@ def validate(config: Any) -> None:
   """Checks every field of a dataclass of settings against its limits.
 
   Limits apply to each item of a tuple. Every number must be one that JAX's 32-bit arrays hold.
-  Fields that are dataclasses of settings themselves are checked too.
+  Fields that are dataclasses of settings themselves are checked too. Scalars of NumPy and JAX
+  become Python's numbers, and paths become text, so that settings can be stored as JSON.
 
   Raises:
     ArgumentError: for the first field that is outside its limits, or of another type.
   """
   for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
+    value = _plain(getattr(config, field.name))
+    object.__setattr__(config, field.name, value)  # configs are frozen
     types = set(re.findall(r'\w+', str(field.type)))
     if dataclasses.is_dataclass(value):
       validate(value)
+    elif not field.metadata:
+      raise ArgumentError(field.name, f'must be a {field.type}; got {value!r}')
     elif value is None and 'None' in types:
       continue
     elif isinstance(value, tuple) != ('tuple' in types):
@@ -136,19 +141,30 @@ def validate(config: Any) -> None:
           raise ArgumentError(field.name, f'must be {message}; got {item!r}')
 
 
+def _plain(value: Any) -> Any:
+  if isinstance(value, tuple):
+    return tuple(map(_plain, value))
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
+  is_scalar = getattr(value, 'shape', None) == () and hasattr(value, 'item')
+  return value.item() if is_scalar else value
+
+
 def _violation(value: Any, types: set[str], limits: Any) -> str | None:
   """Returns the type or limit that the value violates, in words, or None."""
   if callable(value) and 'Objective' in types:
     return None
   if limits['choices'] is not None and value not in limits['choices']:
     return f'one of {", ".join(limits["choices"])}'
-  # NumPy's scalars are numbers of these kinds too.
-  if 'int' in types and not isinstance(value, numbers.Integral):
+  if 'bool' in types and not isinstance(value, bool):
+    return 'True or False'
+  if 'str' in types and not isinstance(value, str):
+    return 'text'
+  if 'int' in types and type(value) is not int:
     return 'an integer'
-  if 'float' in types and not isinstance(value, numbers.Real):
+  if 'float' in types and type(value) not in (int, float):
     return 'a number'
-  is_float = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
-  if is_float and not math.isfinite(value):
+  if isinstance(value, float) and not math.isfinite(value):
     return 'finite'
   if limits['at_least'] is not None and value < limits['at_least']:
     return f'>= {limits["at_least"]}'
@@ -156,9 +172,9 @@ def _violation(value: Any, types: set[str], limits: Any) -> str | None:
     return f'> {limits["above"]}'
   if limits['at_most'] is not None and value > limits['at_most']:
     return f'<= {limits["at_most"]}'
-  if is_float and value and not _SMALLEST_FLOAT <= abs(value) <= _LARGEST_FLOAT:
+  if isinstance(value, float) and value and not _SMALLEST_FLOAT <= abs(value) <= _LARGEST_FLOAT:
     return f'of a size between {_SMALLEST_FLOAT:.1e} and {_LARGEST_FLOAT:.1e}, as float32 holds'
-  if isinstance(value, numbers.Integral) and abs(int(value)) > _LARGEST_INT:
+  if type(value) is int and abs(value) > _LARGEST_INT:
     return f'<= {_LARGEST_INT}'
   return None
 
@@ -311,8 +327,8 @@ class TrainConfig:
   norm: str = setting('linf', 'Norm of the ball of the selection.', choices=NORMS)
   selection_distance: str = setting(
     'squared_w2',
-    "What the selection maximises between the encodings of x and x'. mean_distance is the squared "
-    'distance of their means.',
+    "What the selection of se and se_avae maximises between the encodings of x and x'. "
+    'mean_distance is the squared distance of their means.',
     choices=SELECTION_DISTANCES,
   )
   pgd_steps: int = setting(20, 'Gradient steps L of the selection.', at_least=1)
@@ -327,7 +343,9 @@ class TrainConfig:
     "Start each example's selection where its selection an epoch ago ended, and not at random.",
   )
   attack_dtype: str = setting(
-    'float32', 'Precision of the encoder within the selection.', choices=ATTACK_DTYPES
+    'float32',
+    'Precision of the encoder within the selection of se and se_avae.',
+    choices=ATTACK_DTYPES,
   )
   optimizer: str = setting('adam', 'Optimizer; the paper uses SGD.', choices=OPTIMIZERS)
   momentum: float = setting(0.9, 'Momentum of sgd.', at_least=0, at_most=1, traced=True)
@@ -377,7 +395,7 @@ class TrainConfig:
     for name in ('radius', 'certified_radius'):
       if self.norm == 'linf' and (getattr(self, name) or 0.0) > 1.0:
         raise ArgumentError(name, f"must be <= 1 for norm 'linf'; got {getattr(self, name)}")
-    selects = self.objective in _SMOOTH or callable(self.objective)
+    selects = self.objective in SMOOTH or callable(self.objective)
     if self.warm_start and not (selects and self.radius > 0.0):
       raise ArgumentError('warm_start', "needs objective 'se' or 'se_avae', and a radius > 0")
     attacks = self.selection == 'pgd' or min(self.certified_weight, self.certified_share) < 1.0

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import chex
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

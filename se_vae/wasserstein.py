@@ -32,7 +32,6 @@ value is known must be finite and >= 0, or ValueError is raised.
 from __future__ import annotations
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 

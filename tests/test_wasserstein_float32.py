@@ -301,5 +301,16 @@ def test_costs_in_float16_do_not_overflow(gamma):
     coupling = wasserstein.entropic_coupling(jnp.exp(a.log_var), jnp.exp(b.log_var), gamma)
     return np.stack([cost, wasserstein.entropic_squared_w2(a, b, gamma), *coupling])
 
+  def gradient(dtype):
+    a, b = jnp.zeros(2, dtype), jnp.full(2, 0.1, dtype)
+
+    def cost(mean, log_var):
+      q_a, q_b = DiagonalGaussian(jnp.zeros_like(a), a), DiagonalGaussian(mean, log_var)
+      return wasserstein.entropic_transport_cost(q_a, q_b, gamma=gamma)
+
+    return np.stack(jax.grad(cost, argnums=(0, 1))(0.01 * jnp.ones_like(b), b))
+
   half = np.finfo(np.float16).eps
+  # A log-variance's derivative has terms of the size of gamma.
+  np.testing.assert_allclose(gradient(jnp.float16), gradient(jnp.float32), atol=4 * half * gamma)
   np.testing.assert_allclose(costs(jnp.float16), costs(jnp.float32), rtol=20 * half, atol=4 * half)

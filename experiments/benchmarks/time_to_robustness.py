@@ -122,9 +122,9 @@ def run(config: RobustnessConfig, stop: signals.StopSignal) -> dict[str, Any]:
   attack = _parse(probe_settings.ProbeConfig, 'probe', config.probe, of_all | of_smoothed)
   for name in _UNUSED:
     if getattr(attack, name) != getattr(probe_settings.ProbeConfig, name):
-      raise UsageError(f'--probe: --{name} changes nothing here')
-  if vae.model != smooth.model:
-    raise UsageError('--smooth: the networks must be those of --vae')
+      raise UsageError(f'--probe: --{name} cannot be used here')
+  if (vae.model, vae.data) != (smooth.model, smooth.data):
+    raise UsageError('--smooth: networks and data must be those of --vae')
 
   devices.use_all_cores(max(vae.batch_size, attack.batch_size), config.num_devices)
   dataset = pretrain.prepare(vae)
@@ -180,10 +180,10 @@ def run(config: RobustnessConfig, stop: signals.StopSignal) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _nothing_kept(*directories: Path) -> Iterator[None]:
-  """Removes directories at an interruption, so that the same command can start again."""
+  """Removes directories after an error or an interruption, so that the command can start again."""
   try:
     yield
-  except signals.Interrupted:
+  except BaseException:
     for directory in directories:
       shutil.rmtree(directory, ignore_errors=True)
     raise

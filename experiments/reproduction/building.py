@@ -152,6 +152,10 @@ def _row(planned: Plan, name: str) -> rows.Measured | None:
   """A row from the files of its runs; None unless all are finished."""
   row, outcomes = planned.manifest.rows[name], {}
   for seed in row['seeds']:
+    # Also those that it starts from: their flags may have changed since.
+    encoders = [planned.pretraining(each, seed) for each in planned.manifest.encoders_of(name)]
+    if not all(map(pretrain.finished, encoders)):
+      return None
     try:
       outcome = planned.job(name, seed).finished()
     except ArgumentError:  # an encoder that it starts from failed

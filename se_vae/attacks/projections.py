@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from se_vae import seeds
+from se_vae.config import ArgumentError
 
 Arguments = ParamSpec('Arguments')
 Norm = Literal['linf', 'l2']
@@ -127,7 +129,7 @@ def checked(attack: Callable[Arguments, jax.Array]) -> Callable[Arguments, jax.A
   def checking(*args: Arguments.args, **kwargs: Arguments.kwargs) -> jax.Array:
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    bound.arguments['bounds'] = (*bound.arguments['bounds'],)  # a list cannot be hashed
+    bound.arguments['bounds'] = as_bounds(bound.arguments['bounds'])
     _check(**bound.arguments)
     return attack(*bound.args, **bound.kwargs)
 
@@ -149,8 +151,9 @@ def _check(
   if jnp.ndim(radius) != 0 or jnp.iscomplexobj(radius):
     raise AssertionError(f'radius must be a scalar and real, got {radius}')
   for name in ('num_steps', 'num_queries'):
-    if others.get(name, 1) < 1:
-      raise ValueError(f'{name} must be >= 1, got {others[name]}')
+    count = others.get(name, 1)
+    if not isinstance(count, numbers.Integral) or count < 1:
+      raise ValueError(f'{name} must be an integer >= 1, got {count}')
   check_norm_and_bounds(norm, bounds)
   if _is_known(radius) and not 0.0 <= float(np.asarray(radius)) < math.inf:
     raise ValueError(f'radius must be finite and >= 0, got {radius}')
@@ -161,13 +164,26 @@ def _check(
       raise ValueError(f'x must lie in the bounds {bounds}, got values from {least} to {most}')
 
 
-def check_norm_and_bounds(norm: str, bounds: tuple[float, float]) -> None:
+def check_norm_and_bounds(norm: str, bounds: Sequence[float]) -> None:
   """Raises ValueError for an unknown norm, or bounds that are not (lowest, highest)."""
   if norm not in NORMS:
     raise ValueError(f'norm must be one of {", ".join(NORMS)}, got {norm!r}')
-  lowest, highest = bounds
+  as_bounds(bounds)
+
+
+def as_bounds(bounds: Sequence[float]) -> tuple[float, float]:
+  """Returns the lowest and the highest pixel value as Python's numbers, which can be hashed.
+
+  Raises:
+    ArgumentError: unless they are two numbers, the smaller one first.
+  """
+  try:
+    lowest, highest = map(float, bounds)
+  except (TypeError, ValueError):
+    raise ArgumentError('bounds', f'must be (lowest, highest), got {bounds}') from None
   if not lowest < highest:
-    raise ValueError(f'bounds must be (lowest, highest), got {bounds}')
+    raise ArgumentError('bounds', f'must be (lowest, highest), got {bounds}')
+  return lowest, highest
 
 
 def _is_known(value: Any) -> bool:

@@ -161,7 +161,7 @@ def prepare(
     ArgumentError: for arguments that contradict each other or are out of range, and for logits or
       representations of clean images that are not finite.
   """
-  x, labels, bounds = np.asarray(x), np.asarray(labels), (*bounds,)
+  x, labels, bounds = np.asarray(x), np.asarray(labels), projections.as_bounds(bounds)
   if not jnp.issubdtype(x.dtype, jnp.floating) or not jnp.issubdtype(labels.dtype, jnp.integer):
     message = f'must be float and integer, got {x.dtype} and {labels.dtype}'
     raise ArgumentError(('x', 'labels'), message + _HINT * (x.dtype == np.uint8))
@@ -243,8 +243,6 @@ def check_step_size(relative_step_size: float | None) -> None:
 
 def check_images(x: np.ndarray, bounds: tuple[float, float]) -> None:
   """Raises ArgumentError unless there are images, all inside the bounds."""
-  if not bounds[0] < bounds[1]:
-    raise ArgumentError('bounds', f'must be (lowest, highest), got {bounds}')
   if not x.size or not (x.min() >= bounds[0] and x.max() <= bounds[1]):  # NaN is outside too
     found = f'[{x.min()}, {x.max()}]' if x.size else 'none'
     raise ArgumentError('x', f'must lie in {bounds}, got {found}')

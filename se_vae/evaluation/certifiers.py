@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from se_vae import certification
-from se_vae.attacks.projections import Norm
+from se_vae.attacks.projections import Norm, as_bounds
 from se_vae.certification import Method
 from se_vae.config import ArgumentError
 from se_vae.evaluation.linear_probe import ProbedEncoder
@@ -49,7 +49,7 @@ class Certifier:
   def __post_init__(self) -> None:
     if not isinstance(self.method, Method):
       raise ArgumentError('method', f'must be a certification.Method, got {self.method!r}')
-    object.__setattr__(self, 'bounds', (*self.bounds,))  # a list cannot be hashed
+    object.__setattr__(self, 'bounds', as_bounds(self.bounds))
 
   def region(self, x: jax.Array, radius: jax.Array) -> certification.Region:
     """Returns the ball of each image `[B, ...]` with its radius `[B]`."""

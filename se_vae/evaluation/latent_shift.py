@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from se_vae import seeds
 from se_vae.attacks.losses import Aim, Joint, LatentShift, Model
-from se_vae.attacks.projections import Norm
+from se_vae.attacks.projections import Norm, as_bounds
 from se_vae.config import ArgumentError, check_counts
 from se_vae.evaluation import attack_suite, attacked_classifier, states
 from se_vae.evaluation.metrics import AdversarialAccuracy
@@ -71,7 +71,7 @@ def maximal_values(
     ArgumentError: for bad radii or counts, images outside the bounds, or a bad `state_path`.
     StateError: for a state that is damaged or belongs to another call.
   """
-  bounds = (*bounds,)  # a list cannot be hashed
+  bounds = as_bounds(bounds)
   attacked_classifier.check_images(x, bounds)
   attacked_classifier.check_radii(radii)
   check_counts(num_steps=num_steps, restarts=restarts)

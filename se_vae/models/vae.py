@@ -102,12 +102,14 @@ def make_vae(
     covariance: the encoder's, 'diagonal' (the paper's) or 'full'.
 
   Raises:
-    ValueError: for an unknown arch or covariance, or a size < 1, which is an ArgumentError.
+    ArgumentError: for an unknown arch or covariance, or a size that is not an integer >= 1.
   """
   if arch not in ARCHS:
-    raise ValueError(f'arch must be one of {", ".join(ARCHS)}, got {arch!r}')
+    raise ArgumentError('arch', f'must be one of {", ".join(ARCHS)}, got {arch!r}')
   if covariance not in COVARIANCES:
-    raise ValueError(f'covariance must be one of {COVARIANCES}, got {covariance!r}')
+    raise ArgumentError(
+      'covariance', f'must be one of {", ".join(COVARIANCES)}, got {covariance!r}'
+    )
   check_counts(
     latent_dim=latent_dim,
     hidden_units=hidden_units,

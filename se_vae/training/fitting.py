@@ -67,7 +67,8 @@ def fit(
 
   Raises:
     ArgumentError: for a frozen decoder without `params`, which would stay as it was drawn; for a
-      batch_size or steps_per_row < 1; for a mesh with other axes than those of `data_mesh`.
+      batch_size that is not in [1, N], or steps_per_row < 1; for a mesh with other axes than those
+      of `data_mesh`.
     NotFiniteError: if a metric is not finite.
     TypeError: for images that are not uint8.
   """
@@ -79,6 +80,7 @@ def fit(
     axes=(sharding.DATA_AXIS,),
     batch_size=batch_size,
     steps_per_row=steps_per_row,
+    num_examples=len(images),
   )
   state, key, _ = first_state(
     model, config, seed, num_examples=len(images), params=params, optimizer=optimizer
@@ -198,6 +200,7 @@ def fit_population(
     axes=(sharding.POPULATION_AXIS, sharding.DATA_AXIS),
     batch_size=batch_size,
     steps_per_row=steps_per_row,
+    num_examples=len(images),
   )
   states, args = [], []
   targets: dict[int, jax.Array | None] = {}  # members of one seed have the same clusters
@@ -243,11 +246,14 @@ def check_fit(
   axes: tuple[str, ...],
   batch_size: int,
   steps_per_row: int,
+  num_examples: int,
 ) -> None:
   """Raises ArgumentError for arguments that `fit` cannot use, and for a mesh with other axes."""
   if config.freeze_decoder and params is None:
     raise ArgumentError('params', 'is needed for freeze_decoder: its decoder is kept')
   check_counts(batch_size=batch_size, steps_per_row=steps_per_row)
+  if batch_size > num_examples:
+    raise ArgumentError('batch_size', f'must be <= {num_examples}, the images, got {batch_size}')
   if mesh.axis_names != axes:
     raise ArgumentError('mesh', f'needs the axes {axes}, got {mesh.axis_names}')
 

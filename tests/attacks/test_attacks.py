@@ -182,7 +182,8 @@ def test_radius_and_relative_step_size_do_not_recompile(images, weights):
 @pytest.mark.parametrize(
   ('change', 'error', 'message'),
   [
-    ({'num_steps': 0}, ValueError, 'num_steps must be >= 1'),
+    ({'num_steps': 0}, ValueError, 'num_steps must be an integer >= 1, got 0'),
+    ({'num_steps': 2.5}, ValueError, 'num_steps must be an integer >= 1, got 2.5'),
     ({'norm': 'l1'}, ValueError, 'norm must be one of'),
     ({'bounds': (1.0, 0.0)}, ValueError, 'bounds'),
     ({'radius': jnp.ones(3)}, AssertionError, 'radius must be a scalar'),
@@ -200,12 +201,16 @@ def test_wrong_arguments_raise(images, change, error, message):
     attacks.pgd(objective, jax.random.key(0), x, **arguments)
 
 
-def test_bounds_may_be_a_list(images):
-  results = [
+def test_bounds_may_be_any_pair_of_numbers(images):
+  expected, *results = (
     attacks.pgd(flat, jax.random.key(0), images, radius=0.1, num_steps=1, bounds=bounds)
-    for bounds in ([0.0, 1.0], (0.0, 1.0))
-  ]
-  np.testing.assert_array_equal(*results)
+    for bounds in ((0.0, 1.0), [0, 1], np.array([0.0, 1.0]), jnp.array([0.0, 1.0]))
+  )
+  for result in results:
+    np.testing.assert_array_equal(result, expected)
+  for bounds in (None, 1.0, (0.0,), 'ab'):
+    with pytest.raises(ValueError, match='bounds: must be '):
+      attacks.pgd(flat, jax.random.key(0), images, radius=0.1, num_steps=1, bounds=bounds)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -443,5 +448,5 @@ def test_an_objective_may_be_of_another_precision_than_the_images(images, run):
 
 
 def test_square_names_the_count_that_it_refuses(images):
-  with pytest.raises(ValueError, match='num_queries must be >= 1, got 0'):
+  with pytest.raises(ValueError, match='num_queries must be an integer >= 1, got 0'):
     square_attack.square(flat, jax.random.key(0), images, radius=0.1, num_queries=0)

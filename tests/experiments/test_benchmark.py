@@ -187,6 +187,14 @@ def test_the_binary_measures_what_it_is_asked_for(tmp_path, capsys):
   assert '| MLP 8 SE, batch 16, latent 3, L 1 |' in tables and 'all-reduce' in tables
 
 
+def test_operations_that_are_not_counted_are_not_shown():
+  row = {'name': 'x', 'seconds': [0.1], 'cpu_seconds': [0.1], 'operations': None, 'share': None}
+  cells = speed._step(row | {'temp_bytes': None, 'first_seconds': 1.0})
+  assert len(cells) == len(speed._STEP_HEADER) and cells[3:7] == [''] * 4
+  case = workloads.Case('mlp', 'contrastive', 4, 3, 2, 8, 8)
+  assert case.name == 'MLP 8 CONTRASTIVE, batch 4, latent 3, L 2'
+
+
 def test_peers_are_timed_in_processes_of_their_own(tmp_path):
   pytest.importorskip('torch')
   config = speed.BenchmarkConfig(

@@ -214,6 +214,13 @@ def test_a_panel_of_a_figure_has_it_too():
   assert [cell[0] for cell in table.rows[1].cells] == CERTIFIED['accuracy']
 
 
+def test_radii_of_a_certified_curve_may_have_any_order():
+  result = {'radii': [0.1, 0.0], 'accuracy': [0.5, 0.9], 'interval': [[0.5, 0.5], [0.9, 0.9]]}
+  result['certified'] = {'method': 'crown', 'radii': [0.1, 0.0], 'accuracy': [0.2, 0.85]}
+  table = report_page.panel('MNIST', [plots.Curve('se', [result])])
+  assert [[cell[0] for cell in row.cells] for row in table.rows] == [[0.9, 0.5], [0.85, 0.2]]
+
+
 def test_compare_has_columns_where_runs_have_it(tmp_path):
   for name, probed in (('se', {'certified': CERTIFIED}), ('vae', {})):
     write_run(tmp_path / 'runs' / name)

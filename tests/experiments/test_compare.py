@@ -166,14 +166,16 @@ def test_damaged_files_and_other_radii_are_named(tmp_path):
   ('changes', 'message'),
   [
     ({'num_examples': 7}, 'different attacks: num_examples 7 and'),
-    ({'data': {'source': 'elsewhere', 'digest': 'other'}}, 'different attacks: digest other and'),
+    ({'data': {'source': 'here', 'digest': 'other'}}, 'different attacks: data other and same'),
     ({'config': {'pgd_steps': 1}}, 'different attacks: pgd_steps 1 and'),
+    ({'config': {'attack': 'worst_case'}}, 'different attacks: attack worst_case and standard'),
     ({'config': {'seed': 5, 'workdir': 'elsewhere'}}, None),
+    ({'config': {'check_examples': 7, 'joint': True, 'num_queries': 3, 'certify': True}}, None),
   ],
 )
 def test_different_attacks_are_not_compared(tmp_path, changes, message):
   for name in ('se', 'vae'):
-    write(tmp_path / 'runs' / name)
+    write(tmp_path / 'runs' / name, data={'source': 'here', 'digest': 'same'})
   path = tmp_path / 'runs' / 'vae' / 'probe_digit.json'
   own = json.loads(path.read_text())
   change(path, **changes | {'config': own['config'] | changes.get('config', {})})

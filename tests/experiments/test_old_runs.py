@@ -62,3 +62,10 @@ def test_a_saved_model_is_no_run_to_probe(tmp_path):
   save_model(tmp_path, params, **arguments)
   with pytest.raises(ArgumentError, match=r'workdir: .* is a directory of se_vae\.save_model, not'):
     probe.prepare(probe_settings.ProbeConfig(workdir=str(tmp_path)))
+
+
+def test_settings_that_were_ignored_are_ignored():
+  stored = {'objective': 'vae', 'attack_dtype': 'bfloat16', 'selection_distance': 'symmetric_kl'}
+  assert pretrain.stored_config(stored).train.attack_dtype == 'float32'
+  stored['objective'] = 'se'
+  assert pretrain.stored_config(stored).train.attack_dtype == 'bfloat16'

@@ -288,12 +288,11 @@ def test_each_seed_has_radii_of_its_own():
 def test_runs_of_other_flags_are_not_taken_for_those_of_now(built, tmp_path, capsys):
   folder = write(tmp_path, changed('encoders', 'vae', 'flags', value=f'{TINY} --obs_var=7'))
   runs = shutil.copytree(built.parent / 'runs', tmp_path / 'runs')
-  with pytest.raises(app.RunsFailedError):
-    results.run(
-      'build', config_of(folder, rows=('plain',), workdir=str(runs)), signals.StopSignal()
-    )
-  assert 'obs_var was 0.1, now 7.0' in capsys.readouterr().err
-  assert rows.read(folder, 'plain') is None
+  for name in ('plain', 'smooth'):  # of this encoder, and of one that starts from it
+    with pytest.raises(app.RunsFailedError):
+      results.run('build', config_of(folder, rows=(name,), workdir=str(runs)), signals.StopSignal())
+    assert 'obs_var was 0.1, now 7.0' in capsys.readouterr().err
+    assert rows.read(folder, name) is None
 
 
 @pytest.mark.parametrize('action', ['build', 'check'])
@@ -305,7 +304,7 @@ def test_the_end_of_a_build_is_told_whatever_comes_of_the_page(
   (tmp_path / 'README.md').write_text('It has no marks.')
 
   def build(where, planned, chosen, stop, done):
-    done('plain', measured('plain'))
+    done('plain', measured('plain', [0.5, 0.2]))
     raise app.RunsFailedError('not finished: smooth')
 
   monkeypatch.setattr(results.building, 'build', build)

@@ -220,8 +220,19 @@ def test_memory_of_a_device_by_hand():
 
 def test_the_page_has_the_first_two_tables():
   page = Path(__file__).parents[2] / 'docs' / 'scale.md'
-  first_two = scaling.tables(scaling.ScalingConfig()).split('### ')[1:3]
-  assert '### '.join(first_two).strip() in page.read_text()
+  printed, text = scaling.tables(scaling.ScalingConfig()), page.read_text()
+  assert '### '.join(printed.split('### ')[1:3]).strip() in text
+  for number, cell in (
+    ('735 to 925 times', '(735.2)'),
+    ('735 to 925 times', '(925.1)'),
+    ('at 12.7 times', '(12.7)'),
+    ('2.9 times as fast', '(2.88)'),
+    ('5.1 times as fast', '(5.05)'),
+    ('10.4 times', '(10.40)'),
+    ('at most 1.7 times', '(1.7)'),
+    ('at most 141 MB/s', '| 141 |'),
+  ):
+    assert number in ' '.join(text.split()) and cell in printed, number
 
 
 def test_settings_out_of_range_are_named():

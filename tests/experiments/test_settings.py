@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags as absl_flags
@@ -31,6 +32,12 @@ class Example:
   values: tuple[float, ...] = setting((0.5, 1.0), 'Some values.', at_least=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Other:
+  flag: bool = setting(False, 'A switch.')
+  name: str = setting('x', 'A name.')
+
+
 def test_defaults_are_within_their_limits():
   for config_type in (Example, *BINARIES.values(), figure1.Figure1Config, distributed.Cluster):
     validate(config_type())
@@ -41,14 +48,16 @@ def test_defaults_are_within_their_limits():
   [
     ({'count': 0}, 'count: must be >= 1; got 0'),
     ({'count': 2.5}, 'count: must be an integer; got 2.5'),
-    ({'count': np.float32(2.0)}, 'count: must be an integer; got np.float32(2.0)'),
-    ({'count': np.int64(0)}, 'count: must be >= 1; got np.int64(0)'),
-    ({'count': np.int64(2**31)}, 'count: must be <= 2147483647; got np.int64(2147483648)'),
+    ({'count': np.float32(2.0)}, 'count: must be an integer; got 2.0'),
+    ({'count': np.int64(0)}, 'count: must be >= 1; got 0'),
+    ({'count': np.int64(2**31)}, 'count: must be <= 2147483647; got 2147483648'),
     ({'count': None}, 'count: must be an integer; got None'),
     ({'count': (1, 2)}, 'count: must be one value; got (1, 2)'),
     ({'rate': '1'}, "rate: must be a number; got '1'"),
-    ({'rate': np.float32('nan')}, 'rate: must be finite; got np.float32(nan)'),
+    ({'rate': np.float32('nan')}, 'rate: must be finite; got nan'),
     ({'kind': None}, 'kind: must be one of red, blue; got None'),
+    ({'count': True}, 'count: must be an integer; got True'),
+    ({'rate': True}, 'rate: must be a number; got True'),
     ({'values': 0.5}, 'values: must be a tuple; got 0.5'),
     ({'values': [0.5]}, 'values: must be a tuple; got [0.5]'),
     ({'rate': 0.0}, 'rate: must be > 0; got 0.0'),
@@ -75,10 +84,43 @@ def test_values_outside_their_limits_are_named(change, message):
   assert flags.name_flags(error.value) == f'--{message}'
 
 
-def test_numbers_of_numpy_are_numbers():
-  validate(Example(count=np.int64(5), rate=np.float32(0.5), values=tuple(np.linspace(0, 1, 3))))
-  configs = [TrainConfig(gamma=gamma, pgd_steps=np.int64(5)) for gamma in np.logspace(0.0, 2.0, 3)]
-  assert [config.gamma for config in configs] == [1.0, 10.0, 100.0]
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'flag': 'no'}, "flag: must be True or False; got 'no'"),
+    ({'flag': None}, 'flag: must be True or False; got None'),
+    ({'name': 5}, 'name: must be text; got 5'),
+    ({'name': None}, 'name: must be text; got None'),
+  ],
+)
+def test_switches_and_text_are_of_their_types(change, message):
+  with pytest.raises(ArgumentError) as error:
+    validate(Other(**change))
+  assert str(error.value) == message
+
+
+def test_scalars_of_numpy_and_jax_become_numbers(tmp_path):
+  config = TrainConfig(
+    gamma=np.logspace(0.0, 2.0, 3)[1],
+    radius=jnp.float32(0.25),
+    pgd_steps=np.int64(5),
+    warm_start=np.bool_(True),
+  )
+  plain = TrainConfig(gamma=10.0, radius=0.25, pgd_steps=5, warm_start=True)
+  assert config == plain
+  stored = flags.to_dict(pretrain.PretrainConfig(train=config, workdir=str(tmp_path)))
+  assert json.loads(json_files.dumps(stored)) == json.loads(
+    json_files.dumps(flags.to_dict(pretrain.PretrainConfig(train=plain, workdir=str(tmp_path))))
+  )
+  example, other = Example(values=tuple(np.linspace(0.0, 1.0, 3))), Other(name=tmp_path)
+  validate(example)
+  validate(other)
+  assert [type(value) for value in example.values] == [float] * 3 and other.name == str(tmp_path)
+
+
+def test_groups_of_settings_are_settings():
+  with pytest.raises(ArgumentError, match="train: must be a TrainConfig; got 'x'"):
+    pretrain.PretrainConfig(train='x')
 
 
 @pytest.mark.parametrize(
@@ -93,7 +135,14 @@ def test_numbers_of_numpy_are_numbers():
 def test_settings_that_would_be_ignored_are_refused(settings, message):
   with pytest.raises(ArgumentError, match=message):
     TrainConfig(**settings)
-  TrainConfig(objective=max, attack_dtype='bfloat16', selection_distance='mean_distance')
+
+
+@pytest.mark.parametrize('objective', ['se', 'se_avae', max])
+def test_settings_of_the_selection_are_for_those_that_select_by_distance(objective):
+  config = TrainConfig(
+    objective=objective, attack_dtype='bfloat16', selection_distance='mean_distance'
+  )
+  assert config.attack_dtype == 'bfloat16'
 
 
 def test_more_steps_need_a_constant_rate_and_no_ramp():

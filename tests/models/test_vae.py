@@ -138,8 +138,8 @@ def test_any_flax_module_will_do():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'arch': 'resnet'}, "arch must be one of mlp, convnet, got 'resnet'"),
-    ({'covariance': 'banded'}, "covariance must be one of .* got 'banded'"),
+    ({'arch': 'resnet'}, "arch: must be one of mlp, convnet, got 'resnet'"),
+    ({'covariance': 'banded'}, "covariance: must be one of .* got 'banded'"),
     ({'latent_dim': 0}, 'latent_dim: must be >= 1, got 0'),
     ({'latent_dim': 2.5}, 'latent_dim: must be an integer, got 2.5'),
     ({'hidden_units': 0}, '>= 1'),

@@ -108,7 +108,7 @@ def test_numbers_of_numpy_are_saved(tmp_path: pathlib.Path, params: vae.Params) 
 def test_save_model_of_other_parameters(tmp_path: pathlib.Path, params: vae.Params) -> None:
   with pytest.raises(ValueError, match='are not those of make_vae'):
     model_store.save_model(tmp_path, params, **MODEL | {'latent_dim': 9})
-  with pytest.raises(ValueError, match='arch must be one of'):
+  with pytest.raises(ValueError, match='arch: must be one of'):
     model_store.save_model(tmp_path, params, **MODEL | {'arch': 'transformer'})
   with pytest.raises(ValueError, match=r'make_vae does not take .*image_shape'):
     model_store.save_model(tmp_path, params, latent_dim=3)

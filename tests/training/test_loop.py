@@ -141,7 +141,11 @@ def test_the_default_generator_changes_no_run():
     ({'steps_per_row': 0}, 'steps_per_row: must be >= 1, got 0'),
     ({'steps_per_row': 2.5}, 'steps_per_row: must be an integer, got 2.5'),
     ({'batch_size': None}, 'batch_size: must be an integer, got None'),
-    ({'mesh': sharding.population_mesh(1)}, r"mesh: needs the axes \('data',\), got"),
+    ({'batch_size': len(IMAGES) + 1}, 'batch_size: must be <= '),
+    (
+      {'batch_size': BATCH, 'mesh': sharding.population_mesh(1)},
+      r"mesh: needs the axes \('data',\), got",
+    ),
   ],
 )
 def test_fit_names_the_argument_that_is_wrong(arguments, message):
