@@ -301,13 +301,16 @@ def test_the_end_of_a_build_is_told_whatever_comes_of_the_page(
 ):
   content = changed('rows', 'plain', 'expected', value={0.0: 0.5})
   folder = write(tmp_path, content)
-  (tmp_path / 'README.md').write_text('It has no marks.')
+
+  def render(*_):
+    raise UsageError('--results: README.md: it has no marks')
 
   def build(where, planned, chosen, stop, done):
     done('plain', measured('plain', [0.5, 0.2]))
     raise app.RunsFailedError('not finished: smooth')
 
   monkeypatch.setattr(results.building, 'build', build)
+  monkeypatch.setattr(results, 'render', render)
   with pytest.raises(app.RunsFailedError, match='not finished: smooth'):
     results.run(action, config_of(folder, rows=('plain',)), signals.StopSignal())
   told = capsys.readouterr()
