@@ -54,6 +54,18 @@ def tiny(monkeypatch) -> figure1.Preset:
   return preset
 
 
+def test_a_panel_has_the_curves_of_its_encoders_and_its_task():
+  common = {'latent_dim': 64, 'radii': [0.0], 'interval': [[0.0, 1.0]], 'checks': []}
+  names = [(e, t, o) for e in ('a', 'b') for t in ('digit', 'color') for o in ('vae', 'se')]
+  results = [
+    common | {'encoders': e, 'task': t, 'objective': o, 'accuracy': [i / 10]}
+    for i, (e, t, o) in enumerate(names)
+  ]
+  curves = figure1.curves_of(figure1.Panel('A panel', 'a', 'color'), results)
+  found = [(curve.objective, curve.accuracy.tolist()) for curve in curves]
+  assert found == [('vae', [0.2]), ('se', [0.3])]
+
+
 @pytest.mark.long
 def test_figure1_end_to_end_and_again(tiny, tmp_path, monkeypatch, capsys):
   settings = figure1.Figure1Config(placement=ALONE, workdir=str(tmp_path))

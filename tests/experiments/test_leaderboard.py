@@ -254,3 +254,19 @@ def test_the_committed_page_is_that_of_the_entries():
     assert row['data'] == leaderboard.DATA and row['attack'] == 'worst_case', row['name']
     assert min(seed['num_examples'] for seed in row['seeds']) >= leaderboard.LEAST_IMAGES
     assert document.checks_of(row) != 'not run'
+
+
+def test_the_figure_has_the_points_of_the_table(tmp_path, monkeypatch):
+  row = measured('smooth', [0.9, 0.7, 0.4], [0.8, 0.5, 0.2])
+  for seed in row['seeds']:
+    seed |= {'radii': RADII, 'certified': {'radii': RADII, 'accuracy': [0.6, 0.3, 0.1]}}
+  drawn = []
+  monkeypatch.setattr(
+    leaderboard.leaderboard_plot, 'save', lambda file, panels: drawn.extend(panels)
+  )
+  leaderboard.draw(tmp_path / 'figure.png', [row])
+  found = [
+    (title, point.mark, round(point.clean, 6), round(point.robust, 6), round(point.certified, 6))
+    for title, (point,) in drawn
+  ]
+  assert found == [('radius 0.1', '1', 0.85, 0.6, 0.3), ('radius 0.2', '1', 0.85, 0.3, 0.1)]
