@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from etils import epy
 
@@ -117,10 +118,14 @@ def parse(text: str, *, unused: tuple[str, ...] = ()) -> ProbeConfig:
   for name in ('workdir', 'dataset', 'data_dir', 'cache_dir'):
     if getattr(config, name) is not None:
       raise UsageError(f'--probe: --{name} is a flag of its own here')
-  for name in ('output', 'pretrained', *unused):
-    if getattr(config, name) != getattr(ProbeConfig, name):
-      raise UsageError(f'--probe: --{name} changes nothing here')
+  for name in given(config, ('output', 'pretrained', *unused)):
+    raise UsageError(f'--probe: --{name} changes nothing here')
   return config
+
+
+def given(config: ProbeConfig, names: Sequence[str]) -> list[str]:
+  """Those of the named settings that are not at their defaults."""
+  return [name for name in names if getattr(config, name) != getattr(ProbeConfig, name)]
 
 
 def file_stem(config: ProbeConfig) -> str:

@@ -362,19 +362,15 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
 
 def _step(row: dict[str, Any]) -> list[str]:
   seconds, operations = np.array(row['seconds']), row['operations']
+  counted = ['', '', '']
+  if operations is not None:
+    rate = _range(operations / seconds / 1e9)
+    counted = [f'{operations / 1e9:.3g}', rate, _percent(row['share'])]
   return [
     row['name'],
     _range(1e3 * seconds),
     _range(1e3 * np.array(row['cpu_seconds'])),
-    *(
-      ('', '', '')
-      if operations is None
-      else (
-        f'{operations / 1e9:.3g}',
-        _range(operations / seconds / 1e9),
-        _percent(row['share']),
-      )
-    ),
+    *counted,
     '' if row['temp_bytes'] is None else f'{row["temp_bytes"] / 2**20:.1f}',
     f'{row["first_seconds"]:.1f}',
   ]

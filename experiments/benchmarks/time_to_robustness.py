@@ -120,9 +120,8 @@ def run(config: RobustnessConfig, stop: signals.StopSignal) -> dict[str, Any]:
   given = of_training | of_smoothed | {'init_from': vae_dir}
   smooth = _parse(pretrain.PretrainConfig, 'smooth', config.smooth, given)
   attack = _parse(probe_settings.ProbeConfig, 'probe', config.probe, of_all | of_smoothed)
-  for name in _UNUSED:
-    if getattr(attack, name) != getattr(probe_settings.ProbeConfig, name):
-      raise UsageError(f'--probe: --{name} cannot be used here')
+  for name in probe_settings.given(attack, _UNUSED):
+    raise UsageError(f'--probe: --{name} cannot be used here')
   if (vae.model, vae.data) != (smooth.model, smooth.data):
     raise UsageError('--smooth: networks and data must be those of --vae')
 

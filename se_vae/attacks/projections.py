@@ -154,7 +154,7 @@ def _check(
     count = others.get(name, 1)
     if not isinstance(count, numbers.Integral) or count < 1:
       raise ValueError(f'{name} must be an integer >= 1, got {count}')
-  check_norm_and_bounds(norm, bounds)
+  _check_norm(norm)
   if _is_known(radius) and not 0.0 <= float(np.asarray(radius)) < math.inf:
     raise ValueError(f'radius must be finite and >= 0, got {radius}')
   if _is_known(x):
@@ -166,9 +166,13 @@ def _check(
 
 def check_norm_and_bounds(norm: str, bounds: Sequence[float]) -> None:
   """Raises ValueError for an unknown norm, or bounds that are not (lowest, highest)."""
+  _check_norm(norm)
+  as_bounds(bounds)
+
+
+def _check_norm(norm: str) -> None:
   if norm not in NORMS:
     raise ValueError(f'norm must be one of {", ".join(NORMS)}, got {norm!r}')
-  as_bounds(bounds)
 
 
 def as_bounds(bounds: Sequence[float]) -> tuple[float, float]:
