@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 from etils import epy
 
@@ -81,7 +80,9 @@ def run(action: str, config: ResultsConfig, stop: signals.StopSignal) -> bool:
   found = manifest.load(results / manifest.MANIFEST)
   chosen = _chosen(config, found)
   workdir = Path(config.workdir or ('runs/results_check' if action == 'check' else 'runs/results'))
-  shown = _first_seeds(found, chosen, config.seeds) if config.seeds is not None else found
+  shown = found
+  if config.seeds is not None:
+    shown = found.with_seeds({name: found.rows[name]['seeds'][: config.seeds] for name in chosen})
   planned = plan.Plan(shown, workdir, config.data_dir)
   check_radii(plan.Plan(found, workdir))
   if action == 'render':
@@ -107,15 +108,23 @@ def _build(
 ) -> None:
   """Builds what is missing of rows, and writes the file of each row and the page."""
   written: list[str] = []
+  page = document.Document(planned.manifest, results)
+  kept = {name: row for name in chosen if (row := page.in_part(name)) is not None}
+  missing = {
+    name: [seed for seed in planned.manifest.rows[name]['seeds'] if seed not in rows.seeds_of(row)]
+    for name, row in kept.items()
+  }
 
   def done(name: str, row: rows.Measured) -> None:
+    row = rows.joined(kept[name], row) if name in kept else row
     written.append(name)
     print(f'{rows.write(results, row)}: finished')
 
-  building.check(planned, chosen)
+  left = dataclasses.replace(planned, manifest=planned.manifest.with_seeds(missing))
+  building.check(left, chosen)
   building.claim(planned.workdir, {'revision': planned.manifest.content['revision']})
   try:
-    building.build(config.placement, planned, chosen, stop, done)
+    building.build(config.placement, left, chosen, stop, done)
   except BaseException:
     try:  # an error here must not hide the one above
       _render_if(written, planned.manifest, results)
@@ -218,13 +227,6 @@ def _missing(found: manifest.Manifest, results: Path) -> list[str]:
   except json_files.JsonError as error:
     raise UsageError(f'--results: {error}') from None
   return [name for name in found.rows if name not in measured or document.is_older(measured[name])]
-
-
-def _first_seeds(found: manifest.Manifest, chosen: list[str], count: int) -> manifest.Manifest:
-  """The manifest with the first seeds of the chosen rows alone."""
-  own = {name: {**found.rows[name], 'seeds': found.rows[name]['seeds'][:count]} for name in chosen}
-  content: Any = {**found.content, 'rows': {**found.rows, **own}}
-  return manifest.Manifest(content)
 
 
 def _listed(planned: plan.Plan, chosen: list[str]) -> str:

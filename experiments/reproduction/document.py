@@ -17,7 +17,7 @@ from experiments.cli.messages import markdown_table
 from experiments.reproduction import claims, plan, rows
 from experiments.reproduction.manifest import Claim, Figure, Manifest, Panel, Section
 from experiments.visual import ablations, plots
-from se_vae.storage import atomic_files
+from se_vae.storage import atomic_files, json_files
 
 FIGURES = 'figures'
 
@@ -52,14 +52,25 @@ class Document:
   def _titled(self, row: rows.Measured) -> rows.Measured:
     """The row with the title of now, and a mark if code or commands of now give other numbers."""
     entry = self.manifest.rows[row['name']]
-    planned = plan.Plan(self.manifest, Path('.')).shown()
-    changed = (
-      row['revision'] < self.manifest.content['revision']
-      or row['commands'] != planned.commands(row['name'], entry['seeds'][0])
-      or [seed['seed'] for seed in row['seeds']] != entry['seeds']
-    )
-    titled: Any = {**row, 'title': f'{entry["title"]}{_OLDER if changed else ""}'}
+    is_current = self._is_of_now(row) and rows.seeds_of(row) == entry['seeds']
+    titled: Any = {**row, 'title': f'{entry["title"]}{"" if is_current else _OLDER}'}
     return titled
+
+  def _is_of_now(self, row: rows.Measured) -> bool:
+    """Whether the code and the commands of now give the numbers of a row, whatever its seeds."""
+    planned = plan.Plan(self.manifest, Path('.')).shown()
+    commands = planned.commands(row['name'], rows.seeds_of(row)[0])
+    return row['revision'] >= self.manifest.content['revision'] and row['commands'] == commands
+
+  def in_part(self, name: str) -> rows.Measured | None:
+    """The row if its file has some seeds of the manifest, and lacks others; else None."""
+    try:
+      row = rows.read(self.results, name)
+    except json_files.JsonError:  # all is built anew
+      return None
+    if row is None or not self._is_of_now(row):
+      return None
+    return row if set(rows.seeds_of(row)) < set(self.manifest.rows[name]['seeds']) else None
 
   def text(self) -> str:
     """The whole page, in Markdown. Sections of which nothing is measured are left out."""

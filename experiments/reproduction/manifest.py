@@ -155,6 +155,12 @@ class Manifest:
     named = (self.rows[row].get(name) for name in ('encoder', 'surrogate'))
     return list(dict.fromkeys(each for name in named if name for each in self.chain(str(name))))
 
+  def with_seeds(self, seeds: Mapping[str, list[int]]) -> Manifest:
+    """The manifest with other seeds for some rows, by name."""
+    changed = {name: {**self.rows[name], 'seeds': own} for name, own in seeds.items()}
+    content: Any = {**self.content, 'rows': {**self.rows, **changed}}
+    return Manifest(content)
+
   def minutes(self, rows: Iterator[str] | list[str]) -> float:
     """Core-minutes of building rows from nothing, with all seeds."""
     rows = list(rows)

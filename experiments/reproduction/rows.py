@@ -115,6 +115,30 @@ def measured(
   return row
 
 
+def joined(before: Measured, now: Measured) -> Measured:
+  """Returns a row that has the seeds of two measurements, which share none.
+
+  Args:
+    before: one measurement.
+    now: the other one.
+
+  Raises:
+    ArgumentError: if they differ in more than the seeds.
+  """
+  old, new = dict(before), dict(now)
+  for key in _SHARED:
+    if old[key] != new[key]:
+      raise ArgumentError(
+        'rows',
+        f'{now["name"]}: its new seeds have {key} {new[key]}, and those in its file {old[key]}; '
+        'remove the file to measure all seeds',
+      )
+  machines = dict.fromkeys((before['machine'], now['machine']))
+  seeds = sorted([*before['seeds'], *now['seeds']], key=lambda seed: seed['seed'])
+  first = before if seeds[0] in before['seeds'] else now  # its commands are shown
+  return {**first, 'machine': '; '.join(machines), 'seeds': seeds}
+
+
 def _shared(attacked: dict[str, Any]) -> dict[str, Any]:
   """What the result of a seed has of `_SHARED`."""
   config, trained = attacked['config'], attacked.get('pretraining')
@@ -226,6 +250,11 @@ def _check_values(row: Measured) -> None:
             f'seed {seed["seed"]}: accuracies must be in [0, 1] and within their intervals, '
             f'got {value:g} in [{low:g}, {high:g}]'
           )
+
+
+def seeds_of(row: Measured) -> list[int]:
+  """The seeds for which a row was measured."""
+  return [seed['seed'] for seed in row['seeds']]
 
 
 def at_radius(row: Measured, radius: float) -> np.ndarray:

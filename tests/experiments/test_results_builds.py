@@ -23,6 +23,7 @@ from tests.experiments.test_results import (
   config_of,
   measured,
   page,
+  save,
   write,
 )
 
@@ -119,6 +120,46 @@ def test_without_names_a_build_does_what_is_missing(built, tmp_path, monkeypatch
   results.run('build', config_of(folder), signals.StopSignal())
   results.run('build', config_of(folder, rows=('smooth',)), signals.StopSignal())
   assert asked == [[], ['plain'], ['plain', 'smooth'], ['smooth']]
+
+
+@pytest.mark.long
+def test_a_seed_that_is_added_to_a_row_is_built_alone(built, tmp_path):
+  folder = write(tmp_path, CONTENT)
+  before = rows.read(built, 'plain')
+  assert before is not None
+  rows.write(folder, {**before, 'machine': 'another machine', 'seeds': before['seeds'][:1]})
+  assert results.run('build', config_of(folder, rows=('plain',)), signals.StopSignal())
+  row = rows.read(folder, 'plain')
+  assert row is not None
+  assert row['seeds'][0] == before['seeds'][0]
+  assert row['seeds'][1]['accuracy'] == before['seeds'][1]['accuracy']
+  assert row['commands'] == before['commands']
+  assert row['machine'] == f'another machine; {before["machine"]}'
+  assert sorted(path.name for path in (tmp_path / 'runs' / 'vae').iterdir()) == ['seed1']
+  assert '†' not in (tmp_path / 'RESULTS.md').read_text()
+
+
+def test_seeds_of_other_data_do_not_join_a_row():
+  one, other = measured('plain', [0.9, 0.1]), measured('plain', [0.8, 0.2], [0.7, 0.1])
+  other['seeds'] = other['seeds'][1:]
+  assert rows.seeds_of(rows.joined(other, one)) == [0, 1]
+  with pytest.raises(ArgumentError, match='new seeds have data def, and those in its file abc'):
+    rows.joined(one, {**other, 'data': 'def'})
+
+
+@pytest.mark.parametrize(
+  ('changes', 'in_part'),
+  [({}, True), ({'revision': 1}, False), ({'commands': ['other']}, False)],
+)
+def test_seeds_of_older_code_are_not_kept(tmp_path, changes, in_part):
+  folder = write(tmp_path, CONTENT)
+  save(folder, measured('plain', [0.9, 0.1]))
+  row = rows.read(folder, 'plain')
+  assert row is not None
+  rows.write(folder, {**row, **changes})
+  assert (page(folder).in_part('plain') is not None) == in_part
+  save(folder, measured('plain', [0.9, 0.1], [0.8, 0.2]))
+  assert page(folder).in_part('plain') is None and page(folder).in_part('smooth') is None
 
 
 @pytest.mark.long
