@@ -442,8 +442,16 @@ def _check_same_settings(saved: records.Run, config: PretrainConfig) -> None:
   longer = is_free and config.train.num_steps > stored['num_steps']
   if longer:
     changed.remove('num_steps')
-  if 'init_from' in changed and _is_source(config.init_from, saved.get('source')):
-    changed.remove('init_from')
+  if (source := saved.get('source')) is not None:
+    held = _checkpoints_of(config.init_from)
+    if source['checkpoint'] in held:  # perhaps by another path
+      changed = [name for name in changed if name != 'init_from']
+    elif held and 'init_from' not in changed:
+      raise ArgumentError(
+        'init_from',
+        f'{config.init_from} no longer has the encoder that the run in {config.workdir} started '
+        'from; remove that run, or choose another workdir',
+      )
   if changed:
     values = '; '.join(f'{name} was {stored[name]}, now {now[name]}' for name in changed)
     raise ArgumentError(
@@ -452,12 +460,12 @@ def _check_same_settings(saved: records.Run, config: PretrainConfig) -> None:
     )
 
 
-def _is_source(directory: str | None, source: records.Source | None) -> bool:
-  """Returns whether a directory holds the checkpoint that a run has started with."""
-  if directory is None or source is None:
-    return False
-  found = checkpoints.steps(pretrained.find(directory) / recording.CHECKPOINTS)
-  return source['checkpoint'] in (path.name for _, path in found)
+def _checkpoints_of(place: str | None) -> list[str]:
+  """Returns the names of the checkpoints of a run that `init_from` names, if it has any."""
+  if place is None:
+    return []
+  found = checkpoints.steps(pretrained.find(place) / recording.CHECKPOINTS)
+  return [path.name for _, path in found]
 
 
 def _check_same_everywhere(config: PretrainConfig, dataset: data.Dataset) -> None:

@@ -399,6 +399,23 @@ def test_a_run_starts_from_a_pretrained_encoder_by_its_name(tmp_path):
     pretrain.prepare(flags.replace(settings, init_from='x', workdir=str(tmp_path / 'new')))
 
 
+@pytest.mark.long
+def test_a_run_whose_source_was_trained_anew_is_refused(trained, smoothed, tmp_path):
+  """Else an encoder would pass for one that was smoothed from the new source."""
+  settings = config(smoothed, init_from=str(trained), freeze_decoder=True)
+  kept = shutil.move(trained / 'checkpoints', tmp_path / 'kept')
+  try:
+    assert pretrain.finished(settings) is not None  # a source that was removed is not missed
+    shutil.copytree(smoothed / 'checkpoints', trained / 'checkpoints')
+    assert pretrain.finished(settings) is None
+    with pytest.raises(ArgumentError, match=r'init_from: .* no longer has the encoder that'):
+      pretrain.prepare(settings)
+  finally:
+    shutil.rmtree(trained / 'checkpoints', ignore_errors=True)
+    shutil.move(kept, trained / 'checkpoints')
+  assert pretrain.finished(settings) is not None
+
+
 def test_what_init_from_refuses(trained, smoothed, tmp_path):
   smoothing = {'workdir': str(smoothed), 'freeze_decoder': True}
   settings = config(tmp_path / 'w', init_from=str(trained))
