@@ -72,8 +72,8 @@ class PreparedSet:
     directory: where the set is.
     image: the name of the feature with the images.
     label: the name of the feature with the labels.
-    splits: 'train', and 'test' where there is such a split -> the split of the set that serves as
-      it. Without 'test' the last sixth of the training split is the test split.
+    splits: 'train', and 'test' where a split has test images with labels -> the split of the set
+      that serves as it. Without 'test' the last sixth of the training split is the test split.
     is_array_record: whether the set can be read without TensorFlow.
     image_size: S, to take the central square of every image as S x S pixels; None takes them whole.
   """
@@ -131,16 +131,9 @@ def open_prepared(directory: str, image_size: int | None) -> PreparedSet:
     label = _find_feature(info.features, tfds.features.ClassLabel, 'label', directory)
     if info.features[image].np_dtype != np.uint8:
       raise DataError('data_dir', f'the images in {directory!r} are not 8-bit')
-    splits = {'train': 'train'}
-    held_out = [split for split in ('test', 'validation') if split in info.splits]
-    if held_out:
-      splits['test'] = held_out[0]
-    for split in splits.values():
-      if split not in info.splits:
-        raise DataError('data_dir', f'{directory!r} has no split {split!r}')
-      for path in info.splits[split].filepaths:
-        if not os.path.isfile(path):
-          raise DataError('data_dir', f'{os.fspath(path)!r} is missing')
+    if 'train' not in info.splits:
+      raise DataError('data_dir', f"{directory!r} has no split 'train'")
+    _check_files(info, 'train')
     formats = [file_format.value for file_format in info.available_file_formats()]
     is_array_record = 'array_record' in formats
     if not is_array_record and not _has_tensorflow():
@@ -149,7 +142,11 @@ def open_prepared(directory: str, image_size: int | None) -> PreparedSet:
         f'reading {directory!r} ({", ".join(formats)}) needs TensorFlow; install it,'
         " or prepare the set with file_format='array_record'",
       )
+    splits = {'train': 'train'}
     prepared = PreparedSet(builder, directory, image, label, splits, is_array_record, image_size)
+    held_out = (split for split in ('test', 'validation') if split in info.splits)
+    if (test := next((name for name in held_out if _has_labels(prepared, name)), None)) is not None:
+      prepared = dataclasses.replace(prepared, splits={**splits, 'test': test})
     if is_array_record and image_size is None and None in info.features[image].shape:
       _compare_sizes(prepared)
   return prepared
@@ -222,6 +219,20 @@ def _find_feature(features: Mapping[str, Any], kind: type, preferred: str, where
       ' need exactly one',
     )
   return names[0]
+
+
+def _check_files(info: Any, split: str) -> None:
+  """Raises DataError if a split lacks a file."""
+  for path in info.splits[split].filepaths:
+    if not os.path.isfile(path):
+      raise DataError('data_dir', f'{os.fspath(path)!r} is missing')
+
+
+def _has_labels(prepared: PreparedSet, split: str) -> bool:
+  """Whether the examples of a split have labels. Competitions keep those of their test split."""
+  _check_files(prepared.builder.info, split)
+  first = next(iter(_examples(prepared, split)), None)
+  return first is None or int(first[prepared.label]) >= 0
 
 
 def _compare_sizes(prepared: PreparedSet) -> None:

@@ -77,6 +77,26 @@ def test_tfds_name_with_other_features_and_a_validation_split(tmp_path):
   assert_raises(lambda: data.check('tfds:objects:1.9.0', str(tmp_path)), 'objects:1.9.0')
 
 
+@pytest.mark.parametrize(
+  ('others', 'chosen', 'sizes'),
+  [
+    ({'validation': [0, 1]}, ' (its validation split as test)', (12, 2)),
+    ({}, ' (a sixth of its train split as test)', (10, 2)),
+    ({'validation': [-1, -1]}, ' (a sixth of its train split as test)', (10, 2)),
+  ],
+)
+def test_tfds_test_split_without_labels_is_not_used(tmp_path, others, chosen, sizes):
+  images = np.random.default_rng(0).integers(0, 256, (12, 3, 4, 3), dtype=np.uint8)
+  splits = {'train': (images, [0, 1] * 6), 'test': (images[:5], [-1] * 5)}
+  splits |= {name: (images[: len(labels)], labels) for name, labels in others.items()}
+  write_tfds(tmp_path, splits, name='contest', version='1.0.0', image_shape=(3, 4, 3))
+  data.check('tfds:contest', str(tmp_path))
+  dataset = data.load('tfds:contest', data_dir=str(tmp_path))
+  assert dataset.source == f'TFDS contest:1.0.0{chosen}'
+  assert (len(dataset.train.images), len(dataset.test.images)) == sizes
+  assert dataset.test.labels['label'].min() >= 0
+
+
 def test_tfds_newest_version_is_read(tmp_path):
   for version in ('1.9.0', '1.10.0'):
     xy = examples()
