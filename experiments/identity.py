@@ -65,8 +65,8 @@ def _encoders_of_old_results(attack: dict[str, Any]) -> tuple[Any, ...]:
 def settings(attack: dict[str, Any]) -> dict[str, Any]:
   """Returns those of a probe's settings that its result depends on, by their names of now.
 
-  Those of certificates are none if there are no certificates, and `labels_per_class` is none if the
-  probe is fitted to all labels, as in results of earlier versions.
+  Settings of certificates are left out if no certificate was asked for, and `labels_per_class` if
+  the probe is fitted to all labels, because results of earlier versions do not have it.
   """
   named = {_RENAMED.get(name, name): value for name, value in attack['config'].items()}
   free = _FREE_SETTINGS if named.get('certify') else (*_FREE_SETTINGS, *_OF_CERTIFICATES)

@@ -44,13 +44,13 @@ class _Trained(TypedDict):
 
 
 class _Pretrained(_Trained):
-  """The same of pretrain."""
+  """The settings of pretrain that an entry needs."""
 
   objective: str
 
 
 class _Classifier(_Trained):
-  """The same of supervised; `probe` has the flags of its attack."""
+  """The settings of supervised that an entry needs; `probe` has the flags of its attack."""
 
   probe: str
 

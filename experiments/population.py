@@ -92,7 +92,7 @@ def train_population(
     for config in configs:
       recorder = held.enter_context(recording.Recorder(config.workdir))
       recorder.lock()
-      if recorder.result(config.train.num_steps) is None:
+      if pretrain.finished(config) is None:
         steps = recording.good_steps(recorder.workdir) or [0]
         unfinished.append(_Member(config, recorder, steps))
     going = [member for member in unfinished if not member.rests]

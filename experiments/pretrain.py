@@ -40,7 +40,7 @@ with epy.lazy_imports():  # --help and wrong flags are answered without them
 # Seconds to wait for a dispatch once a signal has come; a dispatch takes about one.
 PATIENCE = 60.0
 
-# What a checkpoint is that other programs wrote.
+# The fault of a checkpoint that another program wrote.
 NOT_A_RUN = 'no checkpoint of pretrain'
 
 # Settings that may differ when a run is resumed, since the trained model does not depend on them.
@@ -208,10 +208,11 @@ def prepare(config: PretrainConfig) -> data.Dataset:
   dataset = load_dataset(config.data, config.workdir)
   check_batch_size(config.batch_size, dataset)
   training.check_targets(config.train, config.model.latent_dim, len(dataset.train.images))
-  if processes.is_first() and begun is not None:
-    dataset.check_is_that_of(begun['data']['digest'])
-  if processes.is_first() and not checkpoints.steps(workdir / recording.CHECKPOINTS):
-    _load_source(config, dataset)
+  if processes.is_first():
+    if begun is not None:
+      dataset.check_is_that_of(begun['data']['digest'])
+    if not checkpoints.steps(workdir / recording.CHECKPOINTS):
+      _load_source(config, dataset)
   mesh = devices.mesh_for(config.batch_size, config.num_devices)
   shape = dataset.train.images.shape[1:]
   devices.check_memory(config.model, shape, mesh)
@@ -252,11 +253,11 @@ def run(
 
 def finished(config: PretrainConfig) -> dict[str, Any] | None:
   """Returns the result's JSON if a run with these settings has come to its end; None otherwise."""
-  recorder = recording.Recorder(config.workdir)
-  result = recorder.result(config.train.num_steps)
-  begun = None if result is None else _begun(recorder.workdir)
+  workdir = Path(str(config.workdir))
+  result = recording.read_result(workdir, config.train.num_steps, records.Result)
+  begun = None if result is None else _begun(workdir)
   if begun is None:
-    return None
+    return None  # without config.json both are written again
   try:
     _check_same_settings(begun, config)
   except ArgumentError:

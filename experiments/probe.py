@@ -180,8 +180,6 @@ def load_surrogate(
   """
   if config.surrogate is None:
     return None
-  if not config.check_examples:
-    raise ArgumentError('surrogate', 'is for a check; needs check_examples above 0')
   surrogate = _load('surrogate', pretrain.encoder_directory('surrogate', config.surrogate))
   if surrogate.path.name == checkpoint:
     raise ArgumentError('surrogate', 'is the encoder that is attacked; name another one')
@@ -444,6 +442,8 @@ def check_fits(
   if model is not None:
     shape = tuple(dataset.train.images.shape[1:])
     _method(config, vae.make_vae(shape, **flags.to_dict(model)))
+  if config.surrogate is not None and not config.check_examples:
+    raise ArgumentError('surrogate', 'is for a check; needs check_examples above 0')
   if config.certify_method and not config.certify:
     raise ArgumentError('certify_method', 'needs certify')
   if config.certify_slope_steps and (not config.certify or config.certify_method == 'ibp'):

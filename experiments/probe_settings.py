@@ -28,7 +28,7 @@ MOST_RESTARTS = 10_000  # every attempt is listed before the first
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-  """The flags of this binary."""
+  """The flags of `experiments.probe`."""
 
   workdir: str | None = setting(None, 'Directory of a pretraining run.')
   pretrained: str | None = setting(

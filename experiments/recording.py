@@ -126,12 +126,6 @@ class Recorder:
     """
     self._check_place = self._held.enter_context(workdirs.lock(self.workdir, *_FILES))
 
-  def result(self, num_steps: int) -> dict[str, Any] | None:
-    """Returns the result of a run that has come to its end, or None if it has to be made."""
-    result = read_result(self.workdir, num_steps, records.Result)
-    # Without config.json both are written again.
-    return result if workdirs.read_json(self.workdir / CONFIG, records.Run) is not None else None
-
   def start(
     self,
     step: int,

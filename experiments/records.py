@@ -159,7 +159,6 @@ class Sweep(TypedDict):
 class Supervised(Attacked):
   """result.json of supervised."""
 
-  step: int
   checkpoint: NotRequired[str | None]
   config: dict[str, Any]
   evaluation: Attack

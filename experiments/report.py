@@ -197,8 +197,8 @@ class _Reader:
     if config['objective'] == report_page.SUPERVISED:
       attacked = self.read(path / recording.RESULT, _load_classifier)
       state = f'finished: {config["num_steps"]:,} steps'
-      results = [] if attacked is None else [attacked]
-      return Run(label, style, config, environment, state, [], None, results, [])
+      shown = [] if attacked is None else [attacked]
+      return Run(label, style, config, environment, state, probes=shown)
     result = self.read(path / recording.RESULT, lambda file: json_files.read(file, records.Result))
     num_steps = config['num_steps']
     finished = result is not None and result['step'] == num_steps
@@ -214,41 +214,32 @@ class _Reader:
       unread = result is None and (path / recording.RESULT).exists()
       state = 'no result that can be read' if unread else 'not finished'
       state += f': {int(rows[-1]["step"]) if rows else 0:,} of {num_steps:,} steps'
-      not_finite = self.read(
-        path / recording.NOT_FINITE, lambda file: json_files.read(file, records.Row)
-      )
-      if not_finite is not None:
-        state += f'; step {not_finite["step"]:,} was not finite'
+      state += self._not_finite(path)
     probes = {file: self.read(file, _load_probe) for file in sorted(path.glob('probe_*.json'))}
-    pictures = [(path / f'{name}.png', *words) for name, words in _PICTURES.items()]
-    pictures += [
-      (
-        file.with_name(f'{file.stem}_images.png'),
-        f'Adversarial images, {probe.task} probe, {probe.attack} attack',
-        _ADVERSARIAL,
-      )
-      for file, probe in probes.items()
-      if probe is not None
-    ]
+    found = {file: probe for file, probe in probes.items() if probe is not None}
+    pictures = self._pictures(path, found, finished)
+    return Run(label, style, config, environment, state, rows, test, list(found.values()), pictures)
+
+  def _not_finite(self, path: Path) -> str:
+    """At which step a run has stopped because a metric was not finite; empty if it has not."""
+    row = self.read(path / recording.NOT_FINITE, lambda file: json_files.read(file, records.Row))
+    return '' if row is None else f'; step {row["step"]:,} was not finite'
+
+  def _pictures(self, path: Path, probes: dict[Path, Probe], finished: bool) -> list[Picture]:
+    """The pictures of a run, and of the attacks on its probes."""
+    wanted = [(path / f'{name}.png', *words) for name, words in _PICTURES.items()]
+    for file, probe in probes.items():
+      title = f'Adversarial images, {probe.task} probe, {probe.attack} attack'
+      wanted.append((file.with_name(f'{file.stem}_images.png'), title, _ADVERSARIAL))
     drawn = [
       self.read(
         file,
         functools.partial(_load_picture, title=title, text=text),
         expected=finished and file.stem in _PICTURES,
       )
-      for file, title, text in pictures
+      for file, title, text in wanted
     ]
-    return Run(
-      label,
-      style,
-      config,
-      environment,
-      state,
-      rows,
-      test,
-      [probe for probe in probes.values() if probe is not None],
-      [picture for picture in drawn if picture is not None],
-    )
+    return [picture for picture in drawn if picture is not None]
 
 
 def _load_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -182,7 +182,7 @@ def check_radii(planned: plan.Plan) -> None:
       asked += [(row, r) for panel in panels for row in panel['rows'] for r in figure_radii]
   for name, radius in asked:
     if name not in attacked:
-      raise UsageError(f'--results: {name} is no row')
+      raise UsageError(f'--results: a claim names {name}, but {name} is no row')
     if radius not in attacked[name]:
       raise UsageError(f'--results: row {name} is not attacked at radius {radius:g}')
 

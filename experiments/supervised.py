@@ -42,6 +42,7 @@ _UNUSED = ('surrogate', 'joint', 'moves', 'strict', 'standardize', 'l2', 'labels
 
 # Results do not depend on these settings, which may differ when a run is resumed.
 _FREE = ('workdir', 'data_dir', 'cache_dir', 'checkpoint_every')
+_FREE_IN_TRAINING = (*_FREE, 'probe')  # the attack comes after it
 
 _ATTACK = 'attack'  # what the names of files begin with from which the attack goes on
 
@@ -360,8 +361,7 @@ def _train(
     opt_state = training.make_optimizer(train_config).init(params)
     return State(jnp.zeros((), jnp.int32), params, opt_state)
 
-  free = (*_FREE, 'probe')  # the attack is no part of the training
-  settings = _settings(flags.to_dict(config), free)
+  settings = _settings(flags.to_dict(config), _FREE_IN_TRAINING)
   metadata = {'config': settings, 'digest': dataset.digest, 'task': task}
   directory = workdir / recording.CHECKPOINTS
   template = jax.eval_shape(init, init_key)._asdict()
@@ -369,15 +369,8 @@ def _train(
   if found is None:
     state = jax.jit(init)(init_key)
   else:
-    saved = found.metadata
-    # Checkpoints of before do not tell their task.
-    before = {**_settings(saved['config'], free), 'task': saved.get('task', task)}
-    now = {**settings, 'task': task}
-    changed = [f'{k} was {before.get(k)}, now {now[k]}' for k in now if before.get(k) != now[k]]
-    if changed:
-      message = f'was started with other settings ({"; ".join(changed)}); choose another one'
-      raise ArgumentError('workdir', f'the run in {workdir} {message}')
-    dataset.check_is_that_of(saved['digest'])
+    _check_same_training(found.metadata, metadata, workdir)
+    dataset.check_is_that_of(found.metadata['digest'])
     state = State(**found.restore(template))
 
   def indices_for(step: int, num_steps: int) -> np.ndarray:
@@ -404,6 +397,21 @@ def _train(
       if signum is not None:
         raise signals.Interrupted(signum, stop.saves)
   return classifier, state.params
+
+
+def _check_same_training(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+  """Raises ArgumentError unless a checkpoint has the settings and the task of now."""
+  wanted = {**now['config'], 'task': now['task']}
+  # Checkpoints of earlier versions do not name their task.
+  found = {**_settings(saved['config'], _FREE_IN_TRAINING), 'task': saved.get('task', now['task'])}
+  changed = [
+    f'{name} was {found.get(name)}, now {value}'
+    for name, value in wanted.items()
+    if found.get(name) != value
+  ]
+  if changed:
+    message = f'was started with other settings ({"; ".join(changed)}); choose another one'
+    raise ArgumentError('workdir', f'the run in {workdir} {message}')
 
 
 if __name__ == '__main__':

@@ -224,7 +224,7 @@ class _Tables:
     return content
 
   def _write_tables(self, results: list[dict[str, Any]]) -> None:
-    groups = list(_over_seeds(results))
+    groups = list(_grouped(results))
     (attack,) = next(iter(self._variants.values())).job.attacks  # the same for all of them
     task = plots.task_name(attack.task, attack.labels_per_class)
     with atomic_files.replacing(self._workdir / 'sweep.png') as file:
@@ -317,7 +317,7 @@ def _parse(vary: str | None) -> dict[str, tuple[Any, ...]]:
   return found
 
 
-def _over_seeds(results: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], plots.Curve]]:
+def _grouped(results: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], plots.Curve]]:
   """The varied settings but the seed, each with the curve of the variants that share them."""
   groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
   for result in results:

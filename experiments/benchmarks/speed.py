@@ -45,7 +45,7 @@ from se_vae.config import ARCHS, OBJECTIVES, SELECTIONS, ArgumentError, setting,
 with epy.lazy_imports():  # --help and wrong flags are answered without them
   import numpy as np
 
-  from experiments.benchmarks import peers, torch_twin, workloads, worst_case
+  from experiments.benchmarks import peers, workloads, worst_case
   from se_vae import data
   from se_vae.storage import atomic_files
 
@@ -167,7 +167,7 @@ def run(config: BenchmarkConfig, stop: signals.StopSignal) -> dict[str, Any]:
       'worst_case': attacked,
       'startup': startup,
       'config': flags.to_dict(config),
-      'versions': devices.versions() | torch_twin.versions(*_OPTIONAL),
+      'versions': devices.versions(*_OPTIONAL),
       'devices': devices.device_kinds(),
       'cores': devices.num_cores(),
     }

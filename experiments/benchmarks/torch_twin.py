@@ -7,10 +7,8 @@ comparison of attacks.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import importlib.metadata
 import itertools
 import math
 import os
@@ -51,15 +49,6 @@ def load(num_threads: int, argument: str = 'peers') -> Any:
     raise ArgumentError(argument, f'PyTorch needs `pip install torch`: {error}') from None
   torch.set_num_threads(num_threads)
   return torch
-
-
-def versions(*packages: str) -> dict[str, str]:
-  """Returns the versions of those packages that are installed."""
-  found = {}
-  for package in packages:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      found[package] = importlib.metadata.version(package)
-  return found
 
 
 def can_compile() -> bool:

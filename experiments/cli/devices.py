@@ -220,10 +220,10 @@ def _cores_worth(batch_size: int, most: int) -> int:
   return _even_split(batch_size, max(1, min(most, batch_size // _SMALLEST_SHARE)))
 
 
-def versions() -> dict[str, str]:
-  """The versions that a result may depend on."""
+def versions(*others: str) -> dict[str, str]:
+  """The versions that a result may depend on, and those of other packages that are installed."""
   found = {'python': platform.python_version()}
-  for package in _PACKAGES:
+  for package in (*_PACKAGES, *others):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[package] = importlib.metadata.version(package)
   return found

@@ -30,7 +30,7 @@ def radii(planned: Plan, name: str) -> tuple[float, ...]:
   row = planned.manifest.rows[name]
   if 'encoder' in row:
     return planned.attack(name, row['seeds'][0]).radii
-  return probe_settings.parse(row['probe'], unused=()).radii
+  return probe_settings.parse(row['probe']).radii
 
 
 def check(planned: Plan, chosen: list[str]) -> None:
@@ -53,8 +53,6 @@ def check(planned: Plan, chosen: list[str]) -> None:
     attack = planned.attack(name, seed)
     with flags.errors_begin_with(f'row {name}'):
       probe.check_fits(attack, dataset, pretraining.model)
-      if attack.surrogate is not None and not attack.check_examples:
-        raise ArgumentError('surrogate', 'is for a check; needs check_examples above 0')
 
 
 def claim(workdir: Path, ledger: dict[str, Any]) -> None:
@@ -96,32 +94,44 @@ def build(
     Interrupted: when `stop` has a signal.
     RunsFailedError: if rows are not finished, after all that can be.
   """
-  unfinished = []
-  for group in _groups(planned.manifest, chosen):
-    left = list(group)
-
-    def collect(names: Iterable[str], left: list[str] = left) -> None:
-      for name in names:
-        if name in left and (row := _row(planned, name)) is not None:
-          left.remove(name)
-          done(name, row)
-
-    def report(
-      job: jobs.AnyJob, outcome: jobs.Outcome, collect: Callable[..., None] = collect
-    ) -> None:
-      collect([job.name.partition(',')[0]] if outcome.attacked else [])
-
-    failed = False
-    for wave in planned.waves(group):
-      try:
-        ready = list(_ready(wave)) if failed else wave
-        placement.run_all(ready, where, planned.workdir, stop, report)
-      except app.RunsFailedError:
-        failed = True
-    collect(group)
-    unfinished += left
+  unfinished = [
+    name
+    for group in _groups(planned.manifest, chosen)
+    for name in _build_group(where, planned, group, stop, done)
+  ]
   if unfinished:
     raise app.RunsFailedError(f'not finished: {", ".join(unfinished)}; the other rows are')
+
+
+def _build_group(
+  where: placement.PlacementConfig,
+  planned: Plan,
+  group: list[str],
+  stop: signals.StopSignal,
+  done: Done,
+) -> list[str]:
+  """Does what is missing of some rows; returns those that are not finished."""
+  left = list(group)
+
+  def collect(names: Iterable[str]) -> None:
+    for name in names:
+      if name in left and (row := _row(planned, name)) is not None:
+        left.remove(name)
+        done(name, row)
+
+  def report(job: jobs.AnyJob, outcome: jobs.Outcome) -> None:
+    if outcome.attacked:
+      collect([job.name.partition(',')[0]])
+
+  failed = False
+  for wave in planned.waves(group):
+    try:
+      ready = list(_ready(wave)) if failed else wave
+      placement.run_all(ready, where, planned.workdir, stop, report)
+    except app.RunsFailedError:
+      failed = True
+  collect(group)
+  return left
 
 
 def _ready(wave: list[jobs.AttackedJob]) -> Iterator[jobs.AttackedJob]:

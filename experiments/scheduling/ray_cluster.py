@@ -39,6 +39,7 @@ from experiments.scheduling.jobs import (
   ending,
   from_json,
   is_tried_again,
+  waiting,
 )
 from se_vae.config import ArgumentError
 
@@ -103,11 +104,10 @@ def run(
     Interrupted: when `stop` says so.
   """
   _check_devices(jobs, resources)
-  with _connected(address), _marked(workdir, jobs) as expected, contextlib.ExitStack() as held:
+  with _connected(address), _marked(workdir, jobs) as expected:
     _check_nodes(resources, expected)
-    display = Display(len(jobs), 0)
-    held.callback(display.close)
-    _run_tasks(jobs, resources, retries, expected, stop, report, display)
+    with contextlib.closing(Display(len(jobs), 0)) as display:
+      _run_tasks(jobs, resources, retries, expected, stop, report, display)
   shutil.rmtree(compiled_programs(workdir), ignore_errors=True)
 
 
@@ -175,14 +175,12 @@ def _work(
   devices.use_all_cores(job.batch_size, job.num_devices)
   with (job.workdir / LOG).open('a', buffering=1) as log, _copied_to(log):
     print(f'{job.name} on {platform.node()}, process {os.getpid()}', file=sys.stderr)
-    told = False
     try:
       with signals.StopSignal(second_ends=False).listening() as stop:
         outcome = attempt(job, stop)
-        while outcome.user is not None:  # such as the process of a node that is dying
-          if not told:
-            print(f'{job.workdir} is in use by {outcome.user}; waiting for it', file=sys.stderr)
-          told = True
+        if outcome.user is not None:  # such as the process of a node that is dying
+          print(waiting(job, outcome.user), file=sys.stderr)
+        while outcome.user is not None:
           stop.check()
           time.sleep(LOOK_EVERY)
           outcome = attempt(job, stop)
@@ -327,7 +325,8 @@ def _check_nodes(resources: dict[str, float], expected: dict[str, Any]) -> None:
     and all(node['Resources'].get(name, 0.0) >= amount for name, amount in wanted.items())
   ]
   if not able:
-    raise ArgumentError('resources_per_run', 'no node of the cluster has as much')
+    amounts = ', '.join(f'{name}={amount:g}' for name, amount in resources.items())
+    raise ArgumentError('resources_per_run', f'no node of the cluster has {amounts}; ask for less')
   looks = [
     ray.remote(difference)
     .options(

@@ -167,10 +167,10 @@ class Run(NamedTuple):
   config: dict[str, Any]
   environment: dict[str, Any]
   state: str
-  rows: list[dict[str, float]]
-  test: dict[str, float] | None
-  probes: list[Probe]
-  pictures: list[Picture]
+  rows: Sequence[dict[str, float]] = ()
+  test: dict[str, float] | None = None
+  probes: Sequence[Probe] = ()
+  pictures: Sequence[Picture] = ()
 
   @property
   def supervised(self) -> bool:

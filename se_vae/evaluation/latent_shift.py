@@ -97,7 +97,7 @@ def maximal_values(
     x_adv = attack_suite.run(
       attack, key, x, aim, index, jnp.float32(radius), args, norm=norm, bounds=bounds
     )
-    return _values(objective, x_adv, aim, args)
+    return attacked_classifier.apply(objective, x_adv, (aim, *args))
 
   def report(before: int, done: int) -> None:
     progress(before + done, total)
@@ -126,11 +126,6 @@ def _images(x: np.ndarray) -> np.ndarray:
     message = f'must be float images [N, ...], at least one, got {x.dtype} {x.shape}'
     raise ArgumentError('x', message)
   return x.astype(np.float32)
-
-
-@functools.partial(jax.jit, static_argnames='objective')
-def _values(objective: Model, x_adv: jax.Array, aim: Aim, args: tuple[Any, ...]) -> jax.Array:
-  return objective(x_adv, aim, *args)
 
 
 def joint_accuracy(
@@ -189,7 +184,10 @@ def joint_accuracy(
   mesh = sharding.data_mesh() if mesh is None else mesh
   args = sharding.replicate(mesh, tuple(args))
   clean = sharding.map_batches(
-    mesh, lambda batch: _values(objective, *batch, args), (x, aim), min(batch_size, len(x))
+    mesh,
+    lambda batch: attacked_classifier.apply(objective, batch[0], (batch[1], *args)),
+    (x, aim),
+    min(batch_size, len(x)),
   )
   options |= {'radii': radii, 'batch_size': batch_size, 'args': args, 'mesh': mesh}
   margins = maximal_values(objective, x, aim, clean, **options)

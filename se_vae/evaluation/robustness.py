@@ -261,7 +261,7 @@ def evaluate(
       num_queries=num_queries,
       **steps,
     )
-  config: dict[str, Any] = {
+  searched: dict[str, Any] = {
     'attack': attack,
     'attacks': {row.name: {'steps': row.num_steps, 'tries': row.restarts} for row in suite.attacks},
     'relative_step_size': relative_step_size,
@@ -272,25 +272,23 @@ def evaluate(
   }
   representation = logits if latents_fn is None else classifier.targets.latents
   outputs = logits if latents_fn is None else np.hstack([logits, representation])
-  log = _attack_all(classifier, suite, outputs, config, path, progress)
+  log = _attack_all(classifier, suite, outputs, searched, path, progress)
   radii_asked = np.asarray(radii, np.float64)
   curve = AdversarialAccuracy(radii_asked, log.robust(radii_asked))
   report = functools.partial(progress, log.done, log.done)
-  certificate = None
-  # What the checks ask for depends on these, and not on certificates.
-  asked = {
-    **config,
+  config, certificate = searched, None
+  if certifier is not None:
+    config = searched | {'certified_by': dataclasses.asdict(certifier.method)}
+    on_bounds = certificate_progress or (lambda *_: report())
+    certificate = _certificate(classifier, certifier, radii, config, path, logits, on_bounds)
+  if not check_examples:
+    return Evaluation(curve, log, (), config, certificate)
+  asked = searched | {
     'check_examples': check_examples,
     'num_steps': num_steps,
     'num_queries': num_queries,
     'found': states.fingerprint({}, (log.radius, log.attack)),
   }
-  if certifier is not None:
-    config |= {'certified_by': dataclasses.asdict(certifier.method)}
-    told = certificate_progress or (lambda *_: report())
-    certificate = _certificate(classifier, certifier, radii, config, path, logits, told)
-  if not check_examples:
-    return Evaluation(curve, log, (), config, certificate)
   with _beside(path, '.checks.npz', classifier, asked, outputs) as answers:
     claim = Claim(
       classifier=dataclasses.replace(classifier, on_batch=report, log=answers),

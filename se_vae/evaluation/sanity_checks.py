@@ -293,7 +293,7 @@ def informative(claim: Claim) -> Judgement:
   if not figures['active_dimensions'] >= 1:
     defects.append('no active dimension')
   if not 1e-3 <= figures['latent_scale'] <= 1e3:
-    defects.append('latent scale')
+    defects.append('the latent scale is not in [0.001, 1000]')
   if not figures.get('squared_error', 0.0) <= figures.get('variance', np.inf):
     defects.append('reconstructions are worse than the mean image')
   text = ', '.join(f'{name.replace("_", " ")} {value:.4g}' for name, value in figures.items())

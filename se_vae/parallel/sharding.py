@@ -32,7 +32,6 @@ Vectorize: TypeAlias = Literal['auto', 'loop', 'vmap']
 _BATCH_VALUES = 2**21
 
 Tree = TypeVar('Tree')
-Value = TypeVar('Value')
 
 
 def data_mesh(num_devices: int | None = None) -> Mesh:

@@ -118,8 +118,7 @@ def save(
     atomic_files.make_directory(path.parent)
     # Only one process writes at a time, so these are of killed ones.
     atomic_files.remove_leftovers(path.parent, 'checkpoint_*')
-    with atomic_files.replacing(path) as file:
-      file.write(data)
+    atomic_files.write(path, data)
   except OSError as error:
     raise CheckpointError(f'{path}: cannot be written: {error.strerror or error}') from error
   _prune(path, step, keep)

@@ -297,8 +297,8 @@ def test_11_measures_l2():
   [
     ({'clean_accuracy': 0.1}, 'clean accuracy is that of a constant'),
     ({'scale': 0.01}, 'no active dimension'),
-    ({'scale': 1e-6}, 'no active dimension; latent scale'),
-    ({'scale': 1e6}, 'latent scale'),
+    ({'scale': 1e-6}, 'no active dimension; the latent scale is not in [0.001, 1000]'),
+    ({'scale': 1e6}, 'the latent scale is not in [0.001, 1000]'),
     ({'error': 1.0}, 'reconstructions are worse than the mean image'),
     ({'error': np.nan}, 'reconstructions are worse than the mean image'),
   ],

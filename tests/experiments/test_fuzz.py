@@ -241,7 +241,7 @@ def read_by_pretrain(run: Path) -> None:
   if begun is not None:
     config = flags.from_dict(pretrain.PretrainConfig, settings)
     pretrain._check_same_settings(begun, config)
-  result = recording.Recorder(str(run)).result(300)
+  result = recording.read_result(run, 300, records.Result)
   if result is not None:
     ', '.join(f'{name} {value:.4g}' for name, value in result['test'].items())
   recording._drop_rows_after(run / 'metrics.jsonl', 200)

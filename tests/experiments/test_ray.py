@@ -243,7 +243,7 @@ def test_a_node_that_does_not_share_the_storage_is_told_in_a_line(cluster, tmp_p
 def test_what_no_node_has_is_told_in_a_line(cluster, tmp_path):
   flags = (f'--ray_address={cluster.address}', '--resources_per_run=gpu=1')
   line, _ = refused(tmp_path, *flags)
-  assert line == 'error: --resources_per_run: no node of the cluster has as much'
+  assert line == 'error: --resources_per_run: no node of the cluster has cpu=1, gpu=1; ask for less'
 
 
 @pytest.fixture
