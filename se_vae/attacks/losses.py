@@ -39,7 +39,10 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Where two logits are equal it is 0, and `is_correct` decides.
   """
-  is_label = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None] == labels[:, None]
+  # The dtype of the labels may be too narrow for the classes.
+  is_label = (
+    jnp.arange(logits.shape[-1], dtype=jnp.int32)[None] == labels.astype(jnp.int32)[:, None]
+  )
   others = jnp.where(is_label, -jnp.inf, logits).max(axis=-1)
   return others - _logit(logits, labels)
 
@@ -50,8 +53,8 @@ def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
   Of equal logits the first class counts. A row of NaN would otherwise count as class 0.
   """
   labels = jnp.asarray(labels)
-  highest = jnp.argmax(logits, axis=-1).astype(labels.dtype)
-  return jnp.isfinite(logits).all(axis=-1) & (highest == labels)
+  highest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return jnp.isfinite(logits).all(axis=-1) & (highest == labels.astype(jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)

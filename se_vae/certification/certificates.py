@@ -106,11 +106,12 @@ def output_box(layers: Layers, region: Region, method: Method = CROWN) -> Box:
     [[-0.8]] [[-0.2]]
 
   Raises:
-    TypeError: for something that is no layer, by its name.
+    TypeError: for something that is no layer, by its name, or layers of another dtype than the
+      region's.
     AssertionError: if the shapes of neighbouring layers do not fit.
   """
   layers = tuple(layers)
-  check(layers, region.box.lower.shape[1:])
+  _check(layers, region)
   known = _known(layers, region, method)
   if method.name == 'ibp':
     return known[-1]
@@ -165,11 +166,16 @@ def margins(layers: Layers, region: Region, labels: jax.Array, method: Method = 
   Args:
     layers: from inputs to logits `[B, K]`, as `encoder.means(probe)`.
     region: of inputs.
-    labels: `[B]` integers in [0, K).
+    labels: `[B]` integers in [0, K). The bound is NaN for any other.
     method: how bounds are found. For 'ibp', each logit is bounded for itself up to the last layer.
+
+  Raises:
+    TypeError: for something that is no layer, layers of another dtype than the region's, or labels
+      that are no integers.
+    AssertionError: if the shapes of neighbouring layers do not fit.
   """
   worst = worst_logits(layers, region, labels, method)
-  return -jnp.max(jnp.where(_one_hot(labels, worst.shape[1]), -jnp.inf, worst), axis=1)
+  return _against_the_largest(-worst, labels)
 
 
 @functools.partial(jax.jit, static_argnames='method')
@@ -194,7 +200,7 @@ def worst_logits(
     method: as in `margins`.
   """
   layers = tuple(layers)
-  (num_classes,) = check(layers, region.box.lower.shape[1:])
+  (num_classes,) = _check(layers, region)
   known = _known(layers, region, method)
   unit = jnp.eye(num_classes, dtype=region.box.lower.dtype)
   is_label = _one_hot(labels, num_classes)
@@ -211,7 +217,29 @@ def worst_logits(
 
 def _one_hot(labels: jax.Array, num_classes: int) -> jax.Array:
   """Returns whether each class is the label, bool `[B, K]`."""
-  return labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)[None]
+  if not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise TypeError(f'labels must be integers, got {labels.dtype}')
+  # The dtype of the labels may be too narrow for the classes.
+  return labels.astype(jnp.int32)[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]
+
+
+def _against_the_largest(differences: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns the least of the differences `[B, K]` to other classes; NaN without such a label."""
+  is_label = _one_hot(labels, differences.shape[1])
+  least = jnp.min(jnp.where(is_label, jnp.inf, differences), axis=1)
+  return jnp.where(is_label.any(axis=1), least, jnp.nan)
+
+
+def _check(layers: Layers, region: Region) -> tuple[int, ...]:
+  """Returns the shape of an output; raises TypeError or AssertionError for layers that do not fit.
+
+  The slack for rounding is that of one dtype.
+  """
+  shape, dtype = check(layers, region.box.lower.shape[1:]), region.box.lower.dtype
+  others = {leaf.dtype for leaf in jax.tree.leaves(layers)} - {dtype}
+  if others:
+    raise TypeError(f'layers must have the dtype of the region, {dtype}, got {others.pop()}')
+  return shape
 
 
 def box_margins(box: Box, probe: Dense, labels: jax.Array) -> jax.Array:

@@ -117,8 +117,8 @@ def ball(
 
   Args:
     x: clean inputs `[B, ...]`, inside `bounds`.
-    radius: a scalar or `[B]`, >= 0, traced. Where it is not finite or not >= 0, every bound is NaN,
-      and nothing is certified.
+    radius: a scalar or `[B]`, >= 0, traced. Where it is not finite or not >= 0, or an input is
+      outside `bounds`, every bound is NaN, and nothing is certified.
     norm: 'linf' or 'l2', of x' - x over all pixels of an example.
     bounds: lowest and highest pixel value.
 
@@ -133,7 +133,8 @@ def ball(
   check_norm_and_bounds(norm, bounds)
   lowest, highest = bounds
   radius = jnp.broadcast_to(jnp.asarray(radius, x.dtype), len(x))
-  radius = jnp.where((radius >= 0.0) & (radius < jnp.inf), radius, jnp.nan)
+  is_inside = ((x >= lowest) & (x <= highest)).reshape(len(x), -1).all(axis=1)
+  radius = jnp.where(is_inside & (radius >= 0.0) & (radius < jnp.inf), radius, jnp.nan)
   widths = radius.reshape((-1,) + (1,) * (x.ndim - 1))
   box = Box(jnp.maximum(x - widths, lowest), jnp.minimum(x + widths, highest))
   return Region(box) if norm == 'linf' else Region(box, x, radius)

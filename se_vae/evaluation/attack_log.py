@@ -25,7 +25,8 @@ class AttackLog:
     forwards: `[N]`, forward passes spent on the example, without those that come with a gradient.
     gradients: `[N]`, gradients spent on the example.
     images: `[N, ...]`, the adversarial image; the clean image of a robust example.
-    outputs: `[N, ...]`, the clean logits, with the representations if there are any.
+    outputs: `[N + M, ...]`, the clean logits, with the representations if there are any, and after
+      them those of M images of noise.
   """
 
   names: tuple[str, ...]
@@ -73,7 +74,7 @@ class AttackLog:
 
   @classmethod
   def load(cls, path: Path, fingerprint: str, outputs: np.ndarray) -> AttackLog:
-    """Reads what `save` wrote, for a classifier that gives these `outputs` on the clean images.
+    """Reads what `save` wrote, for a classifier that gives these `outputs`.
 
     Raises:
       StateError: if the file is damaged, or belongs to another evaluation.

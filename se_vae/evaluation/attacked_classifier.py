@@ -23,6 +23,9 @@ from se_vae.evaluation.states import ValueLog
 from se_vae.evaluation.targets import Targets
 from se_vae.parallel import sharding
 
+# The number of images of noise on which functions are compared with those of a state.
+_ELSEWHERE = 8
+
 _HINT = '; se_vae.pixels makes floats of uint8 images'
 
 
@@ -133,6 +136,16 @@ class AttackedClassifier:
     """A function of images (and of `args`) on images `[N, ...]`: `[N, ...]`."""
     return self.in_batches(lambda x: apply(function, x, self.args), images)
 
+  def outputs_elsewhere(self, *functions: Model) -> np.ndarray:
+    """What functions give side by side on a few images of noise, the same ones in every call.
+
+    Functions that agree on clean images may differ elsewhere, as where one rounds its input.
+    """
+    count = min(_ELSEWHERE, len(self.x))
+    noise = np.random.default_rng(0).uniform(*self.bounds, (count, *self.x.shape[1:]))
+    found = [self.apply(function, noise.astype(np.float32)) for function in functions]
+    return np.nan_to_num(np.hstack(found))
+
   def in_batches(self, function: Callable[[Any], Any], arrays: Any) -> Any:
     """`sharding.map_batches` with these batches and devices."""
     return sharding.map_batches(self.mesh, function, arrays, self.batch_size)
@@ -208,12 +221,13 @@ def prepare(
   return classifier, logits
 
 
-def check_radii(radii: Sequence[float]) -> None:
-  """Raises ArgumentError unless there are radii, all finite and >= 0."""
+def check_radii(radii: Sequence[float], name: str = 'radii') -> None:
+  """Raises ArgumentError, for the argument `name`, unless there are radii, all finite and >= 0."""
   found = np.asarray(radii)
   most = np.finfo(np.float32).max  # attacks compute in float32
-  if found.ndim != 1 or not len(found) or not ((found >= 0.0) & (found <= most)).all():
-    raise ArgumentError('radii', f'must be finite and >= 0, at least one in a list, got {radii}')
+  are_numbers = found.ndim == 1 and len(found) and found.dtype.kind in 'iuf'
+  if not are_numbers or not ((found >= 0.0) & (found <= most)).all():
+    raise ArgumentError(name, f'must be finite and >= 0, at least one in a list, got {radii}')
 
 
 def check_function(

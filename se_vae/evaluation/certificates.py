@@ -11,8 +11,8 @@ functions share their arguments:
 * `radii` >= 0, in any order, or one `radius`;
 * `certifier`: ball, method, batches.
 
-They raise TypeError for an encoder with other layers, by name, and ArgumentError for bad radii,
-counts or labels, or images outside the bounds.
+They raise TypeError for another model or an encoder with other layers, by name, and ArgumentError
+for a probe, radii, counts, labels or images that do not fit.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def latent_box(
   Returns:
     Boxes of NumPy arrays `[N, D]`, sound in floating point.
   """
-  x = _checked(x, (radius,), certifier)
-  return certifier.map(_latent_box, encoder_of(model, params), (x, _full(radius, x)))
+  encoder, x = _checked(model, params, x, (radius,), certifier, 'radius')
+  return certifier.map(_latent_box, encoder, (x, _full(radius, x)))
 
 
 def certified_latent_shift(
@@ -104,16 +104,17 @@ def certified_latent_shift(
     (2, 5)
 
   Returns:
-    `[R, N]`; not smaller at a larger radius.
+    `[R, N]`; not smaller at a larger radius, and infinite where no bound is found.
   """
-  x = _checked(x, radii, certifier)
-  constants, function = (encoder_of(model, params), params), functools.partial(_shift, model)
+  encoder, x = _checked(model, params, x, radii, certifier)
+  constants, function = (encoder, params), functools.partial(_shift, model)
 
   def bounds(radius: float) -> np.ndarray:
     return np.asarray(certifier.map(function, constants, (x, _full(radius, x))))
 
   # A ball holds all smaller ones, so a bound at a larger radius holds at the smaller ones too.
-  return _along_radii(np.fmin, bounds, radii)
+  found = _along_radii(np.fmin, bounds, radii)
+  return np.where(np.isnan(found), np.inf, found)
 
 
 def certified_margins(
@@ -129,16 +130,18 @@ def certified_margins(
   """Returns lower bounds of the margin, the label's logit minus the largest other, over each ball.
 
   Returns:
-    `[R, N]`; not larger at a larger radius. An image is certified where it is > 0.
+    `[R, N]`; not larger at a larger radius, and -infinity where no bound is found. An image is
+    certified where it is > 0.
   """
-  x = _checked(x, radii, certifier)
+  encoder, x = _checked(model, params, x, radii, certifier)
   labels = _checked_labels(labels, x, probe)
-  constants = (encoder_of(model, params), probe)
+  constants = (encoder, _layer_of(probe, encoder))
 
   def bounds(radius: float) -> np.ndarray:
     return np.asarray(certifier.map(_margins, constants, (x, labels, _full(radius, x))))
 
-  return _along_radii(np.fmax, bounds, radii)
+  found = _along_radii(np.fmax, bounds, radii)
+  return np.where(np.isnan(found), -np.inf, found)
 
 
 def certified_accuracy(
@@ -196,7 +199,9 @@ def certified_radius(
     `[N]` in [0, most], or -1 where not even the image itself is certified.
   """
   check_counts(num_steps=num_steps)
-  is_certified = _margin_is_positive(model, params, probe, x, labels, (most,), certifier)
+  is_certified = _margin_is_positive(
+    model, params, probe, x, labels, (most,), certifier, name='most'
+  )
   return certifiers.largest_radius(is_certified, len(x), (0.0, most), num_steps=num_steps)
 
 
@@ -248,12 +253,16 @@ def _margin_is_positive(
   radii: Sequence[float],
   certifier: Certifier,
   *,
+  name: str = 'radii',
   map_batches: Callable[..., Any] = sharding.map_batches,
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-  """Returns a function of examples `[M]` and a radius for each: whether each is certified there."""
-  x = _checked(x, radii, certifier)
+  """Returns a function of examples `[M]` and a radius for each: whether each is certified there.
+
+  `name` is that of the argument with the radii.
+  """
+  encoder, x = _checked(model, params, x, radii, certifier, name)
   labels = _checked_labels(labels, x, probe)
-  constants = encoder_of(model, params), probe
+  constants = encoder, _layer_of(probe, encoder)
 
   def is_certified(rows: np.ndarray, radius: np.ndarray) -> np.ndarray:
     # Whatever the number of examples left, batches have one shape, so this compiles once.
@@ -287,9 +296,9 @@ def _shift(model: VAE, certifier: Certifier, constants: Any, batch: Any) -> jax.
 
 @functools.partial(jax.jit, static_argnums=0)
 def _margins(certifier: Certifier, constants: Any, batch: Any) -> jax.Array:
-  encoder, probe = constants
+  encoder, last = constants
   x, labels, radius = batch
-  region, last = certifier.region(x, radius), certification.Dense(probe.weights, probe.bias)
+  region = certifier.region(x, radius)
   if not certifier.every_probe:
     return certification.margins(encoder.means(last), region, labels, certifier.method)
   box = certification.output_box(encoder.means(), region, certifier.method)
@@ -309,18 +318,50 @@ def _along_radii(
 
 
 def _full(radius: float, x: np.ndarray) -> np.ndarray:
-  return np.full(len(x), radius, np.float32)
+  return np.full(len(x), radius, x.dtype)
 
 
-def _checked(x: np.ndarray, radii: Sequence[float], certifier: Certifier) -> np.ndarray:
-  """Returns the images in float32; raises ArgumentError for unusable ones, radii or batches."""
-  x = np.asarray(x)
-  if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ArgumentError('x', f'must be float images [N, ...], got {x.dtype} {x.shape}')
+def _checked(
+  model: VAE,
+  params: Params,
+  x: np.ndarray,
+  radii: Sequence[float],
+  certifier: Certifier,
+  name: str = 'radii',
+) -> tuple[Encoder, np.ndarray]:
+  """Returns the encoder and the images, of one dtype, which is float32 unless parameters are wider.
+
+  Raises:
+    ArgumentError: for unusable images, radii (by the `name` of their argument) or batches.
+    TypeError: for an encoder that cannot be certified.
+  """
+  x, encoder = np.asarray(x), encoder_of(model, params)
+  if x.shape[1:] != model.image_shape or not jnp.issubdtype(x.dtype, jnp.floating):
+    wanted = ', '.join(map(str, model.image_shape))
+    raise ArgumentError('x', f'must be float images [N, {wanted}], got {x.dtype} {x.shape}')
   attacked_classifier.check_images(x, certifier.bounds)
-  attacked_classifier.check_radii(radii)
+  attacked_classifier.check_radii(radii, name)
   check_counts(batch_size=certifier.batch_size)
-  return x.astype(np.float32)
+  widest = functools.reduce(jnp.promote_types, _dtypes(encoder), np.dtype(np.float32))
+  dtype = jax.dtypes.canonicalize_dtype(widest)
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), encoder), x.astype(dtype)
+
+
+def _layer_of(probe: LinearProbe, encoder: Encoder) -> certification.Dense:
+  """Returns a probe as a layer, of the encoder's dtype; raises ArgumentError if it does not fit."""
+  if type(probe) is not LinearProbe:  # a subclass may compute another thing
+    raise ArgumentError('probe', f'must be a LinearProbe, got {type(probe).__name__}')
+  num_latents, (dtype, *_) = len(encoder.mean.bias), _dtypes(encoder)
+  if len(probe.weights) != num_latents:
+    raise ArgumentError(
+      'probe', f'must take {num_latents} latents as the encoder has, got {len(probe.weights)}'
+    )
+  weights, bias = (jnp.asarray(leaf, dtype) for leaf in (probe.weights, probe.bias))
+  return certification.Dense(weights, bias)
+
+
+def _dtypes(encoder: Encoder) -> list[np.dtype]:
+  return [leaf.dtype for leaf in jax.tree.leaves(encoder)]
 
 
 def _checked_labels(labels: np.ndarray, x: np.ndarray, probe: LinearProbe) -> np.ndarray:

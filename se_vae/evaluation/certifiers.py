@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from se_vae import certification
 from se_vae.attacks.projections import Norm, as_bounds
 from se_vae.certification import Method
-from se_vae.config import ArgumentError
+from se_vae.config import NORMS, ArgumentError
 from se_vae.evaluation.linear_probe import ProbedEncoder
 from se_vae.models.layer_lists import encoder_of
 from se_vae.parallel import sharding
@@ -50,6 +50,8 @@ class Certifier:
     if not isinstance(self.method, Method):
       raise ArgumentError('method', f'must be a certification.Method, got {self.method!r}')
     object.__setattr__(self, 'bounds', as_bounds(self.bounds))
+    if self.norm not in NORMS:
+      raise ArgumentError('norm', f'must be one of {", ".join(NORMS)}, got {self.norm!r}')
 
   def region(self, x: jax.Array, radius: jax.Array) -> certification.Region:
     """Returns the ball of each image `[B, ...]` with its radius `[B]`."""

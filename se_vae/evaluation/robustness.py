@@ -272,6 +272,8 @@ def evaluate(
   }
   representation = logits if latents_fn is None else classifier.targets.latents
   outputs = logits if latents_fn is None else np.hstack([logits, representation])
+  functions = [logits_fn] if latents_fn is None else [logits_fn, latents_fn]
+  outputs = np.vstack([outputs, classifier.outputs_elsewhere(*functions)])
   log = _attack_all(classifier, suite, outputs, searched, path, progress)
   radii_asked = np.asarray(radii, np.float64)
   curve = AdversarialAccuracy(radii_asked, log.robust(radii_asked))
@@ -349,7 +351,7 @@ def _attack_all(
 ) -> AttackLog:
   """Runs every attempt of every attack at every radius on the examples left; can be resumed.
 
-  The clean `outputs` `[N, ...]` begin with the logits.
+  `outputs` `[N + M, ...]` have the logits of the N clean images first.
   """
   fingerprint = _fingerprint(classifier, config)
   if state_path is not None and state_path.exists():
@@ -357,7 +359,8 @@ def _attack_all(
   else:
     names = ('clean', *(attack.name for attack in suite.attacks))
     log = AttackLog.empty(names, classifier.x, outputs)
-    logits, labels = outputs[:, : classifier.num_classes], classifier.labels
+    logits = outputs[: len(classifier.x), : classifier.num_classes]
+    labels = classifier.labels
     correct = np.asarray(losses.is_correct(jnp.asarray(logits), jnp.asarray(labels)))
     wrong = np.flatnonzero(~correct)
     log.record(wrong, classifier.x[wrong], radius=np.zeros(len(wrong)), attack=0, restart=0)
@@ -424,7 +427,7 @@ def _beside(
   outputs: np.ndarray,
 ) -> states.ValueLog:
   """A log in a file beside that of the attack log, if there is one."""
-  path = None if path is None else path.with_suffix(suffix)
+  path = None if path is None else path.with_name(f'{path.name.removesuffix(".npz")}{suffix}')
   return states.ValueLog(path, _fingerprint(classifier, settings), outputs)
 
 

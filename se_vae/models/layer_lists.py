@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from se_vae import certification
 from se_vae.certification import Layer
 from se_vae.models import cpu_ops, networks
-from se_vae.models.vae import Params
+from se_vae.models.vae import VAE, Params
 
 Layers = tuple[Layer, ...]
 
@@ -71,13 +71,15 @@ def encoder_of(model: Any, params: Params) -> certification.Encoder:
     (200, 3)
 
   Args:
-    model: with an attribute `encoder`, a network for `layers_of` that ends in a diagonal
-      `GaussianHead`.
+    model: a `VAE` whose encoder is a network for `layers_of` that ends in a diagonal
+      `GaussianHead`. A subclass must not have an `encode` of its own.
     params: its parameters, `{'encoder': ..., ...}`.
 
   Raises:
-    TypeError: for an encoder with something that has no rule, by its name.
+    TypeError: for another model, and for an encoder with something that has no rule, by its name.
   """
+  if getattr(type(model), 'encode', None) is not VAE.encode:
+    raise TypeError(f'cannot certify {_name(model)}: its encode may be more than its encoder')
   module = getattr(model, 'encoder', None)
   last = module
   while isinstance(last, nn.Sequential) and last.layers:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from se_vae import ArgumentError, GaussianLatents, LinearProbe, ProbedEncoder, e
 from se_vae.certification import Method
 from se_vae.evaluation import certificates, certifiers
 from se_vae.evaluation.certificates import Certifier
+from se_vae.models import vae
 from se_vae.parallel import sharding
 from tests.evaluation.small_model import SHAPE, model_and_params
 
@@ -143,6 +146,86 @@ def test_arguments_are_named(labels):
     Method('crown', 2.5)
   with pytest.raises(ArgumentError, match='num_steps'):
     certificates.certified_radius(*arguments, X, labels, most=0.1, num_steps=0)
+  with pytest.raises(ArgumentError, match='most: must be finite'):
+    certificates.certified_radius(*arguments, X, labels, most=-1.0)
+  with pytest.raises(ArgumentError, match='radius: must be finite'):
+    certificates.latent_box(model, params, X, radius=-0.1)
+  with pytest.raises(ArgumentError, match='radii: must be finite'):
+    certificates.certified_latent_shift(model, params, X, radii=['0.1'])
+  with pytest.raises(ArgumentError, match="norm: must be one of linf, l2, got 'l1'"):
+    Certifier(norm='l1')
+  with pytest.raises(ArgumentError, match='probe: must take 2 latents as the encoder has, got 3'):
+    other = LinearProbe(np.zeros((3, 3), np.float32), np.zeros(3, np.float32))
+    certificates.certified_accuracy(model, params, other, X, labels, radii=RADII)
+
+
+@pytest.mark.parametrize('shape', [(1, 3, 4), (12,), (3, 4, 1, 1), (4, 3, 1)])
+def test_images_of_another_shape_are_refused(labels, shape):
+  """An MLP flattens them all, in another order."""
+  x = X.reshape(COUNT, *shape)
+  with pytest.raises(ArgumentError, match=r'x: must be float images \[N, 3, 4, 1\], got float32'):
+    certificates.certified_accuracy(*model_and_params(), PROBE, x, labels, radii=RADII)
+
+
+def test_models_and_probes_that_compute_more_are_refused(labels):
+  class Normalised(vae.VAE):
+    def encode(self, params, x):
+      return super().encode(params, 4.0 * (x - 0.5))
+
+  class Negated(LinearProbe):
+    def logits(self, means):
+      return -super().logits(means)
+
+  model, params = model_and_params()
+  other = Normalised(
+    **{field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+  )
+  for bound in (certificates.latent_box, certificates.certified_latent_shift):
+    options = {'radius': 0.1} if bound is certificates.latent_box else {'radii': RADII}
+    with pytest.raises(TypeError, match='cannot certify Normalised: its encode may be more'):
+      bound(other, params, X, **options)
+  with pytest.raises(ArgumentError, match='certify: cannot certify Normalised'):
+    certifiers.certifier_for(ProbedEncoder(other), (params, PROBE), SHAPE)
+  with pytest.raises(ArgumentError, match='probe: must be a LinearProbe, got Negated'):
+    probe = Negated(PROBE.weights, PROBE.bias)
+    certificates.certified_radius(model, params, probe, X, labels, most=0.1)
+
+
+@pytest.mark.parametrize('method', ['ibp', 'crown'])
+def test_half_precision_is_certified_in_float32(method):
+  """Squares of its weights would underflow, and with them what an l2 ball can move."""
+  model = vae.make_vae((1, 1, 4), latent_dim=1, hidden_units=1, num_layers=1)
+  params = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, jnp.float16),
+    jax.eval_shape(model.init, jax.random.key(0)),
+  )
+  layers = params['encoder']['params']
+  layers['Dense_0']['kernel'] += jnp.float16(1e-4)
+  layers['Dense_0']['bias'] += jnp.float16(1.0)
+  layers['GaussianHead_0']['Dense_0']['kernel'] += jnp.float16(1.0)
+  # The logits cross where the hidden unit falls by 4e-5: at an l2 distance of 0.2.
+  x = np.full((1, 1, 1, 4), 0.5, np.float32)
+  mean = np.asarray(model.encode(params, x).mean)
+  probe = LinearProbe(np.float32([[1.0, 0.0]]), np.float32([0.0, mean.item() - 4e-5]))
+  certifier = Certifier(norm='l2', method=Method(method))
+  found = certificates.certified_radius(
+    model, params, probe, x, np.array([0]), most=1.0, certifier=certifier
+  )
+  assert 0.1 < found < 0.201
+
+
+def test_where_float32_overflows_no_bound_is_infinitely_loose(labels):
+  model, params = model_and_params()
+  params = jax.tree.map(lambda leaf: leaf * np.float32(1e25), params)
+  shift = certificates.certified_latent_shift(model, params, X, radii=RADII)
+  margins = certificates.certified_margins(model, params, PROBE, X, labels, radii=RADII)
+  assert (shift == np.inf).all() and (margins == -np.inf).all()
+
+
+def test_bounds_of_larger_radii_hold_at_smaller_ones():
+  bounds = {0.1: np.array([3.0, np.nan]), 0.2: np.array([2.0, 1.0])}
+  found = certificates._along_radii(np.fmin, bounds.__getitem__, (0.2, 0.1))
+  np.testing.assert_array_equal(found, [[2.0, 1.0], [2.0, 1.0]])
 
 
 def test_a_certifier_keeps_the_norm_and_the_bounds_that_are_given():
