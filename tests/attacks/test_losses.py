@@ -108,3 +108,11 @@ def test_joint_is_positive_only_where_all_are_wrong():
   both = [~np.asarray(losses.is_correct(LOGITS, labels[:, task])) for task in range(2)]
   np.testing.assert_array_equal(np.asarray(values) > 0.0, both[0] & both[1])
   assert (both[0] != both[1]).any() and (both[0] & both[1]).any()
+
+
+@pytest.mark.parametrize('dtype', [jnp.uint8, jnp.int8, jnp.int32])
+def test_labels_may_be_narrower_than_the_number_of_classes(dtype):
+  logits = jnp.zeros((2, 300)).at[:, 256].set(5.0).at[0, 100].set(7.0)
+  labels = jnp.array([100, 0], dtype)
+  np.testing.assert_allclose(losses.margin(logits, labels), [-2.0, 5.0])
+  np.testing.assert_array_equal(losses.is_correct(logits, labels), [True, False])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from se_vae.evaluation import attack_suite, attacked_classifier
+from se_vae.attacks import losses
+from se_vae.evaluation import attack_suite, attacked_classifier, robustness, verdicts
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.parallel import sharding
 from tests.evaluation.linear_classifier import (
@@ -180,6 +182,107 @@ def test_a_state_belongs_to_what_the_functions_compute(tmp_path):
   for other in (closed(1.001), closed(1.0, offset=0.001)):
     with pytest.raises(ValueError, match='belongs to another computation'):
       evaluate(**other, **options)
+
+
+def test_a_state_belongs_to_its_labels(tmp_path):
+  options = dict(state_path=tmp_path / 'state.npz', check_examples=0, radii=(0.0, 0.05))
+  evaluate(**options)
+  with pytest.raises(ValueError, match='belongs to another computation'):
+    evaluate(labels=(examples()[1] + 1) % 3, **options)
+
+
+def test_a_state_belongs_to_what_the_functions_compute_off_the_images(tmp_path):
+  """A classifier that rounds its input computes the same where the input is round."""
+
+  def rounding(x, *args):
+    return linear(jnp.round(16.0 * x) / 16.0, *args)
+
+  options = dict(state_path=tmp_path / 'state.npz', check_examples=0, radii=(0.0, 0.05))
+  options['x'] = np.round(16.0 * examples()[0]) / np.float32(16.0)
+  evaluate(**options)
+  with pytest.raises(ValueError, match='belongs to another computation'):
+    evaluate(rounding, **options)
+
+
+def test_states_with_dots_in_their_names_are_apart(tmp_path):
+  for radius in (0.05, 0.1):
+    evaluate(state_path=tmp_path / f'at_{radius}', check_examples=5, radii=(radius,))
+  found = {path.name for path in tmp_path.iterdir()}
+  assert found == {'at_0.05', 'at_0.05.checks.npz', 'at_0.1', 'at_0.1.checks.npz'}
+
+
+def test_the_attacks_of_the_worst_case_suite():
+  suite = attack_suite.worst_case(
+    linear,
+    latents,
+    classes=3,
+    num_classes=5,
+    norm='linf',
+    num_steps=7,
+    restarts=4,
+    num_queries=9,
+    relative_step_size=0.3,
+  )
+  found = {attack.name: attack for attack in suite.attacks}
+  names = ('cross_entropy', 'margin', 'dlr')
+  tries = {'noise': 1, 'extreme_noise': 1, 'fgsm': 1, 'square': 1}
+  tries |= {'candidates': 5 + 2}  # five grey images, and one of each other class
+  tries |= {'apgd_targeted': 4, 'latent_centroid': 2, 'latent_encoding': 2, 'latent_w2': 4}
+  tries |= {f'{kind}_{name}': 4 for kind in ('pgd', 'apgd') for name in names}
+  assert {name: attack.restarts for name, attack in found.items()} == tries
+  assert suite.doubled == (*(f'apgd_{name}' for name in names), 'apgd_targeted')
+  assert {found[f'pgd_{name}'].relative_step_size for name in names} == {0.3}
+  assert {found[f'apgd_{name}'].num_steps for name in names} == {7}
+  assert found['square'].num_steps == 9
+  towards, away = losses.LatentTarget(latents), losses.LatentShift(latents)
+  starts = [found[f'latent_{name}'].start_objective for name in ('centroid', 'encoding', 'w2')]
+  assert starts == [towards, towards, away]
+
+
+def test_apgd_starts_where_pgd_on_the_start_objective_ends():
+  attack = attack_suite.APGD(
+    name='apgd',
+    num_steps=3,
+    objective=lambda x, aim: jnp.zeros(len(x)),  # flat: the attack stays where it starts
+    start_objective=lambda x, aim: x.sum(axis=1),
+  )
+  x, options = jnp.full((2, 3), 0.5), {'norm': 'linf', 'bounds': (0.0, 1.0), 'args': (None,)}
+  x_adv = attack(jax.random.key(0), x, radius=0.1, index=jnp.arange(2), **options)
+  np.testing.assert_allclose(x_adv, x + 0.1, rtol=1e-6)
+
+
+def test_every_attempt_has_random_draws_of_its_own():
+  keys = [
+    attack_suite.attempt_key(jax.random.key(0), attack_suite.Noise(name=name), radius, attempt)
+    for name in 'ab'
+    for radius in (0.1, 0.2)
+    for attempt in (0, 1)
+  ]
+  assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in keys}) == 8
+
+
+def test_an_evaluation_passes_unless_a_check_fails():
+  checks = [
+    verdicts.SanityCheck(number, 'name', verdict, 'figure', {})
+    for number, verdict in enumerate(('pass', 'skipped', 'fail'))
+  ]
+  assert robustness.Evaluation(None, None, tuple(checks[:2]), {}).passed
+  assert not robustness.Evaluation(None, None, tuple(checks), {}).passed
+
+
+def test_the_config_says_what_was_run_and_checks_take_as_many_examples_as_asked():
+  result = evaluate(check_examples=10, radii=(0.0, 0.05), latents_fn=latents)
+  assert result.config['attacks'] == {'pgd_cross_entropy': {'steps': 10, 'tries': 1}}
+  assert result.checks[2].values['accuracy'][0] == result.curve.correct[0, :10].mean()
+  assert result.checks[5].values['count'] == 10
+
+
+def test_the_diameter_of_a_pixel_box():
+  x, labels, args = examples()
+  options = dict(radii=(0.1,), args=args, bounds=(-1.0, 1.0))
+  for norm, expected in (('linf', 2.0), ('l2', 8.0)):  # 2 sqrt(16)
+    found, _ = attacked_classifier.prepare(linear, x, labels, norm=norm, **options)
+    assert found.diameter == pytest.approx(expected)
 
 
 def test_interrupted_checks_ask_for_no_answer_twice(tmp_path, monkeypatch):

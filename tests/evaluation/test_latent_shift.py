@@ -125,3 +125,11 @@ def test_parameters_may_lie_on_one_device_of_several():
   joint = latent_shift.joint_accuracy((linear,), x, labels[:, None], args=(args,), **options)
   shift = latent_shift.max_latent_shift(linear, x, args=args, **options)
   assert joint.correct.shape == shift.shape == (1, len(x))
+
+
+def test_bounds_of_the_pixels_are_those_that_are_given():
+  x = np.full((1, *SHAPE), 1.5, np.float32)
+  shift = latent_shift.max_latent_shift(
+    lambda x: x.sum(axis=(1, 2)), x, radii=(0.1,), num_steps=5, bounds=(0.0, 2.0)
+  )
+  np.testing.assert_allclose(shift, [[1.6**2]], rtol=1e-5)  # 16 pixels, each 0.1 up or down

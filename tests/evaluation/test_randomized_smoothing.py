@@ -158,3 +158,21 @@ def test_logits_that_are_not_finite_are_of_no_class():
 def test_wrong_arguments_are_named(change, message):
   with pytest.raises(ArgumentError, match=message):
     smoothed(**change)
+
+
+def test_bounds_of_the_pixels_and_batches_are_those_that_are_given():
+  calls = []
+  smoothed_accuracy(
+    lambda x: jnp.stack([x[:, 0], 1.0 - x[:, 0]], axis=1),
+    np.full((3, 1), 1.5, np.float32),
+    np.zeros(3, int),
+    radii=(0.0,),
+    sigma=0.1,
+    num_selection=2,
+    num_estimation=2,
+    bounds=(0.0, 2.0),
+    batch_size=1,
+    mesh=sharding.data_mesh(1),
+    on_batch=lambda: calls.append(1),
+  )
+  assert len(calls) == 3

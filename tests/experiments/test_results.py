@@ -12,7 +12,7 @@ import yaml
 from experiments import results
 from experiments.cli import signals
 from experiments.cli.flags import UsageError
-from experiments.reproduction import claims, document, manifest, plan, rows
+from experiments.reproduction import building, claims, document, manifest, plan, rows
 from se_vae.config import ArgumentError
 from se_vae.storage import json_files
 from tests.experiments.scheduled import ALONE
@@ -73,6 +73,16 @@ CONTENT = {
       },
     },
   ],
+}
+
+
+CLASSIFIER = {
+  'title': 'A classifier',
+  'supervised': '--num_steps=2',
+  'probe': '',
+  'seeds': [0],
+  'minutes': 1,
+  'tolerance': 0.1,
 }
 
 
@@ -378,6 +388,8 @@ def test_what_is_no_comparison_is_refused(text):
     (changed('rows', 'plain', 'probe', value='--output=x'), '--output is set automatically'),
     (changed('sections', 0, 'figure', 'file', value='../up.png'), 'no name of a PNG'),
     (changed('sections', 0, 'claims', 0, 'holds_if', value=[]), 'needs comparisons'),
+    (CONTENT | {'summary': ['other']}, 'summary: other is no row'),
+    (changed('rows', 'plain', value=CLASSIFIER | {'surrogate': 'vae'}), 'has no surrogate'),
     (changed('encoders', 'vae', 'flags', value='--title="a'), 'encoder vae: No closing quotation'),
     (changed('sections', 0, 'figure', 'panels', value=[]), 'needs panels'),
     (
@@ -459,3 +471,71 @@ def test_measured_rows_are_what_the_manifest_expects():
       away = np.abs(rows.at_radius(row, float(radius)) - expected)
       assert away.max() <= entry['tolerance'], name
     assert all(seed['commit'] and 'dirty' not in str(seed['commit']) for seed in row['seeds']), name
+
+
+# Rows of several seeds, and commands.
+
+
+@pytest.mark.parametrize('before_is_first', [True, False])
+def test_a_joined_row_shows_the_commands_of_its_first_seed(before_is_first):
+  one, other = measured('plain', [0.9, 0.1]), measured('plain', [0.8, 0.2], [0.7, 0.1])
+  other['seeds'], one['commands'], other['commands'] = other['seeds'][1:], ['of 0'], ['of 1']
+  found = rows.joined(one, other) if before_is_first else rows.joined(other, one)
+  assert found['commands'] == ['of 0'] and rows.seeds_of(found) == [0, 1]
+
+
+def test_a_row_has_a_radius_if_all_seeds_have_it():
+  row = measured('plain', [0.9, 0.1], [0.8, 0.2])
+  row['seeds'][1]['radii'] = [0.0, 0.2]
+  assert rows.has_radii(row, [0.0]) and not rows.has_radii(row, [0.1])
+
+
+@pytest.mark.parametrize(
+  ('place', 'value'),
+  [
+    (('radii',), [0.0, 0.2]),
+    (('task',), 'color'),
+    (('data', 'digest'), 'other'),
+    (('evaluation', 'attack'), 'standard'),
+    (('config', 'pgd_steps'), 1),
+    (('pretraining', 'validation'), True),
+  ],
+)
+def test_seeds_that_differ_in_more_than_the_seed_are_no_row(place, value):
+  attacked = {
+    'config': {'pgd_steps': 40},
+    'pretraining': {'objective': 'vae', 'dataset': 'mnist', 'validation': False},
+    'task': 'digit',
+    'data': {'digest': 'a'},
+    'evaluation': {'attack': 'worst_case'},
+    'radii': [0.0, 0.1],
+    'accuracy': [0.9, 0.1],
+    'interval': [[0.0, 1.0]] * 2,
+    'num_examples': 9,
+    'checks': [],
+    'versions': {},
+  }
+  other = copy.deepcopy(attacked)
+  *parents, last = place
+  inner = other
+  for name in parents:
+    inner = inner[name]
+  inner[last] = value
+  row = rows.measured('r', 'R', 1, [], {0: ({}, attacked), 1: ({}, copy.deepcopy(attacked))})
+  assert rows.seeds_of(row) == [0, 1]
+  with pytest.raises(ArgumentError, match='seed 1 has'):
+    rows.measured('r', 'R', 1, [], {0: ({}, attacked), 1: ({}, other)})
+
+
+def test_commands_name_the_directory_of_the_data(tmp_path):
+  content = changed('encoders', 'vae', 'flags', value='--dataset=mnist --num_steps=1')
+  found = manifest.load(write(tmp_path, content) / 'manifest.yaml')
+  planned = plan.Plan(found, tmp_path, data_dir=str(tmp_path))
+  assert all(f'--data_dir={tmp_path}' in command for command in planned.commands('plain', 0))
+  assert '--data_dir' not in planned.commands('smooth', 0)[-1]  # embedded digits
+
+
+def test_rows_without_a_section_are_built_last(tmp_path):
+  content = changed('sections', 0, 'rows', value=['plain'])
+  found = manifest.load(write(tmp_path, content) / 'manifest.yaml')
+  assert list(building._groups(found, ['smooth', 'plain'])) == [['plain'], ['smooth']]

@@ -12,7 +12,8 @@ import sys
 
 import pytest
 
-from experiments.cli import devices, messages
+from experiments import probe
+from experiments.cli import devices, messages, workdirs
 from experiments.scheduling import display, jobs, placement, slots
 from se_vae.config import ArgumentError
 from se_vae.storage import checkpoints
@@ -373,3 +374,17 @@ def test_a_log_gets_a_line_for_each_run(capsys):
   shown.ended('seed 0: finished in 3 s')
   shown.close()
   assert capsys.readouterr().err == '[1/2] seed 0: finished in 3 s\n'
+
+
+@pytest.mark.parametrize('name', [workdirs.LOCK, probe.LOCK])
+def test_a_run_that_is_trained_or_attacked_has_a_user(tmp_path, name):
+  assert jobs._user([tmp_path]) is None
+  with workdirs.lock(tmp_path, name=name):
+    assert str(jobs._user([tmp_path])).startswith('process ')
+
+
+def test_a_run_is_tried_again_as_often_as_asked():
+  again = jobs.Outcome(error='e', again=True)
+  assert [jobs.is_tried_again(again, number, 2) for number in (1, 2, 3)] == [True, True, False]
+  assert not jobs.is_tried_again(again, 1, 0)
+  assert not jobs.is_tried_again(jobs.Outcome(error='e'), 1, 2)

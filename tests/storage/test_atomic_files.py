@@ -68,3 +68,15 @@ def test_a_new_directory_is_entered_durably_in_each_of_its_parents(tmp_path, mon
   assert sorted(synced) == [str(tmp_path), str(tmp_path / 'a')]
   atomic_files.make_directory(tmp_path / 'a' / 'b')
   assert (tmp_path / 'a' / 'b').is_dir() and len(synced) == 2
+
+
+def test_all_bytes_are_synced_before_the_file_gets_its_name(tmp_path, monkeypatch):
+  sizes, real = [], os.fsync
+
+  def fsync(descriptor):
+    sizes.append(os.fstat(descriptor).st_size)
+    real(descriptor)
+
+  monkeypatch.setattr(os, 'fsync', fsync)
+  atomic_files.write(tmp_path / 'file', b'12345')
+  assert sizes[0] == 5

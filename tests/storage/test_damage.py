@@ -256,7 +256,9 @@ KILLER = """
     writer = os.fork()
     if not writer:
       write_for_ever(last)
-    time.sleep(random.uniform(0.02, 0.08))
+    while not any(step > last for step, _ in checkpoints.steps(directory)):
+      time.sleep(0.001)  # however slow the machine is
+    time.sleep(random.uniform(0.0, 0.06))
     os.kill(writer, signal.SIGKILL)
     assert os.waitpid(writer, 0)[1] == signal.SIGKILL
     left += len(list(directory.glob('.*.tmp')))

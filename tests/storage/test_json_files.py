@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import pytest
 
@@ -111,3 +111,14 @@ def test_a_huge_file_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
 
 def test_a_byte_order_mark_is_passed_over():
   assert json_files.loads(b'\xef\xbb\xbf{"a": 1}', dict[str, int]) == {'a': 1}
+
+
+class Curve(TypedDict):
+  radii: Annotated[list[float], json_files.SAME_LENGTH]
+  accuracy: Annotated[list[float], json_files.SAME_LENGTH]
+
+
+def test_lists_that_belong_together_have_one_length():
+  assert json_files.check({'radii': [0.1], 'accuracy': [0.5]}, Curve)
+  with pytest.raises(json_files.JsonError, match='different lengths'):
+    json_files.check({'radii': [0.1], 'accuracy': []}, Curve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 
@@ -46,3 +47,21 @@ def test_who_waits_gets_the_lock_after_the_owner(tmp_path):
 def test_a_lock_that_cannot_be_written_is_an_os_error(tmp_path):
   with pytest.raises(FileNotFoundError), locks.hold(tmp_path / 'missing' / '.lock'):
     pytest.fail('held')
+
+
+def test_a_shared_lock_keeps_an_owner_out(tmp_path):
+  path = tmp_path / '.lock'
+  with locks.share(path), locks.share(path), pytest.raises(locks.InUseError):
+    locks.hold(path).__enter__()
+  with locks.hold(path):
+    pass
+
+
+def test_a_lock_that_is_looked_at_is_not_taken(tmp_path):
+  """`check_free` shares it for a moment."""
+  path = tmp_path / '.lock'
+  with path.open('a+') as file:
+    fcntl.flock(file, fcntl.LOCK_SH)
+    threading.Timer(0.03, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+    with locks.hold(path):
+      pass

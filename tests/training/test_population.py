@@ -13,6 +13,7 @@ import pytest
 from se_vae import data, training
 from se_vae.config import ArgumentError
 from se_vae.parallel import sharding
+from se_vae.training import loop
 from tests.training.small_runs import (
   BATCH,
   CONFIG,
@@ -276,3 +277,18 @@ def test_members_of_one_seed_have_their_clusters_from_one_search(monkeypatch):
   monkeypatch.setattr(data, 'spectral_clusters', counting)
   fit_population(MODEL, [config] * 3, seeds=[0, 1, 0])
   assert searched == [0, 1]
+
+
+@pytest.mark.parametrize('vectorize', ['loop', 'vmap'])
+def test_members_are_taken_as_asked(monkeypatch, vectorize):
+  real, seen = loop.train_steps, set()
+
+  def train_steps(*args):
+    seen.add(args[-1])
+    return real(*args)
+
+  monkeypatch.setattr(loop, 'train_steps', train_steps)
+  config = dataclasses.replace(BASE, num_steps=1)
+  mesh = sharding.population_mesh(1)
+  fit_population(MODEL, [config], seeds=[0], mesh=mesh, vectorize=vectorize)
+  assert seen == {vectorize}
