@@ -231,7 +231,15 @@ def _check_files(info: Any, split: str) -> None:
 def _has_labels(prepared: PreparedSet, split: str) -> bool:
   """Whether the examples of a split have labels. Competitions keep those of their test split."""
   _check_files(prepared.builder.info, split)
-  first = next(iter(_examples(prepared, split)), None)
+  import tensorflow_datasets as tfds
+
+  decoders = {prepared.image: tfds.decode.SkipDecoding()}
+  builder = prepared.builder
+  if prepared.is_array_record:
+    examples = builder.as_data_source(split, decoders=decoders, file_format='array_record')
+  else:
+    examples = tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders))
+  first = next(iter(examples), None)
   return first is None or int(first[prepared.label]) >= 0
 
 

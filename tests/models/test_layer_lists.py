@@ -12,7 +12,7 @@ import pytest
 
 from se_vae import certification as cert
 from se_vae import make_vae
-from se_vae.models import layer_lists, networks
+from se_vae.models import layer_lists, networks, vae
 from tests import oracles
 from tests.models.test_networks import randomised
 
@@ -137,7 +137,7 @@ def test_the_head_of_an_encoder_may_lie_in_a_network_within_it():
   inner = nn.Sequential([networks.Dense(5, nn.relu), networks.GaussianHead(3)])
   module = nn.Sequential([layer_lists.flatten, inner])
   variables = variables_of(module)
-  model = type('Model', (), {'encoder': module})()
+  model = vae.VAE(module, None, SHAPE, 3)
   found = layer_lists.encoder_of(model, {'encoder': variables})
   mean = cert.apply((*found.trunk, found.mean), X)
   np.testing.assert_allclose(mean, module.apply(variables, X).mean, rtol=1e-5, atol=1e-5)
@@ -152,6 +152,6 @@ def test_the_head_of_an_encoder_may_lie_in_a_network_within_it():
   ],
 )
 def test_an_encoder_without_a_gaussian_is_refused(encoder, name):
-  model = type('Model', (), {'encoder': encoder})()
+  model = vae.VAE(encoder, None, SHAPE, 3)
   with pytest.raises(TypeError, match=f'cannot certify {name} as an encoder'):
     layer_lists.encoder_of(model, {'encoder': {}})

@@ -21,9 +21,9 @@ from tests.training.small_runs import (
   batch,
   drawn,
   jitted_step,
+  plain,
   run,
   start,
-  tiny,
 )
 
 DTYPE_PROMOTION = 'standard'  # optax takes part
@@ -35,7 +35,7 @@ LINEAR = dataclasses.replace(INTERVAL, selection='linear')
 
 def terms_of(config, x_adv, params=None):
   """Terms `[B]` of the objective, for given x'."""
-  model = tiny()
+  model = plain()
   params = drawn(model) if params is None else params
   return losses.entry(config).terms(model, params, KEYS, X, x_adv)
 
@@ -55,7 +55,7 @@ def test_no_image_of_the_ball_has_a_smaller_bound(norm, coupling):
   radius = {'linf': 0.05, 'l2': 0.3}[norm]
   change = {'norm': norm, 'coupling': coupling, 'radius': radius}
   interval, linear = (dataclasses.replace(config, **change) for config in (INTERVAL, LINEAR))
-  model, params = tiny(), drawn(tiny())
+  model, params = plain(), drawn(plain())
   q_a = model.encode(params, X)
   images = [X, training.select(model, interval, params, KEY, X, q_a)]
   for i in range(5):
@@ -113,7 +113,7 @@ def test_radius_zero_is_the_bound_of_the_image_itself():
 @pytest.mark.long
 def test_huge_bounds_leave_the_objective_and_its_gradient_finite():
   """At the beginning of a run, those of the log-variances would overflow as variances."""
-  model = tiny(num_layers=2)
+  model = plain(num_layers=2)
   params = jax.tree.map(lambda leaf: 4.0 * leaf, drawn(model))
   box = evaluation.latent_box(
     model, params, np.asarray(X), radius=1.0, certifier=evaluation.Certifier(method=Method('ibp'))
@@ -127,7 +127,7 @@ def test_huge_bounds_leave_the_objective_and_its_gradient_finite():
 
 
 def test_there_is_an_attack_only_where_its_bound_has_a_weight():
-  model, params = tiny(), drawn(tiny())
+  model, params = plain(), drawn(plain())
 
   def selected(**change):
     config = dataclasses.replace(INTERVAL, **change)
@@ -151,7 +151,7 @@ def test_there_is_an_attack_only_where_its_bound_has_a_weight():
   ],
 )
 def test_four_devices_train_as_one(config):
-  model = tiny()
+  model = plain()
   state = start(model, config)
   (one, alone), (four, spread) = (run(model, config, state, n, rows=1)[0] for n in (1, 4))
   assert_close(four.params, one.params, rtol=1e-4)
@@ -162,7 +162,7 @@ def test_four_devices_train_as_one(config):
 @pytest.mark.long
 def test_training_makes_the_certified_shift_smaller():
   """And smaller than training on selected x' does, from the same weights."""
-  model, params = tiny(), drawn(tiny())
+  model, params = plain(), drawn(plain())
   changes = {'gamma': 30.0, 'num_steps': 60}
   images = np.asarray(np.round(X * 255), np.uint8)
   shifts = []
@@ -192,12 +192,12 @@ def test_the_ramp_raises_gamma_and_radius_in_equal_steps_up_to_their_values():
 
 
 def test_a_step_of_the_ramp_is_a_step_with_its_gamma_and_radius():
-  model = tiny()
+  model = plain()
   config = dataclasses.replace(CONFIG, gamma=8.0, radius=0.4, ramp=0.5, num_steps=8)
   state, step = start(model, config), jitted_step()
   ramped = step(model, config, state, KEY, X)
-  plain = step(model, dataclasses.replace(config, gamma=2.0, radius=0.1, ramp=0.0), state, KEY, X)
-  for a, b in zip(*map(jax.tree.leaves, (ramped, plain)), strict=True):
+  fixed = step(model, dataclasses.replace(config, gamma=2.0, radius=0.1, ramp=0.0), state, KEY, X)
+  for a, b in zip(*map(jax.tree.leaves, (ramped, fixed)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
@@ -224,6 +224,6 @@ def test_wrong_settings_are_refused(change, message):
 
 
 def test_an_encoder_that_cannot_be_certified_is_named():
-  model = tiny(covariance='full')
+  model = plain(covariance='full')
   with pytest.raises(TypeError, match="cannot certify MLPEncoder with covariance='full'"):
     training.loss(model, INTERVAL, drawn(model), KEY, X)
