@@ -234,12 +234,7 @@ def _has_labels(prepared: PreparedSet, split: str) -> bool:
   import tensorflow_datasets as tfds
 
   decoders = {prepared.image: tfds.decode.SkipDecoding()}
-  builder = prepared.builder
-  if prepared.is_array_record:
-    examples = builder.as_data_source(split, decoders=decoders, file_format='array_record')
-  else:
-    examples = tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders))
-  first = next(iter(examples), None)
+  first = next(iter(_examples(prepared, split, decoders)), None)
   return first is None or int(first[prepared.label]) >= 0
 
 
@@ -298,13 +293,13 @@ def _decode_split(
   return images, np.array(labels)[order]
 
 
-def _examples(prepared: PreparedSet, split: str) -> Any:
-  """Returns the examples of one split, each a mapping of features."""
+def _examples(prepared: PreparedSet, split: str, decoders: Any = None) -> Any:
+  """Returns the examples of one split, each a mapping of features, decoded as TFDS does if None."""
   if prepared.is_array_record:
-    return prepared.builder.as_data_source(split, file_format='array_record')
+    return prepared.builder.as_data_source(split, decoders=decoders, file_format='array_record')
   import tensorflow_datasets as tfds
 
-  return tfds.as_numpy(prepared.builder.as_dataset(split=split))
+  return tfds.as_numpy(prepared.builder.as_dataset(split=split, decoders=decoders))
 
 
 @contextlib.contextmanager

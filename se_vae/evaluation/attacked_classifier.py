@@ -137,14 +137,9 @@ class AttackedClassifier:
     return self.in_batches(lambda x: apply(function, x, self.args), images)
 
   def outputs_elsewhere(self, *functions: Model) -> np.ndarray:
-    """What functions give side by side on a few images of noise, the same ones in every call.
-
-    Functions that agree on clean images may differ elsewhere, as where one rounds its input.
-    """
-    count = min(_ELSEWHERE, len(self.x))
-    noise = np.random.default_rng(0).uniform(*self.bounds, (count, *self.x.shape[1:]))
-    found = [self.apply(function, noise.astype(np.float32)) for function in functions]
-    return np.nan_to_num(np.hstack(found))
+    """What functions give side by side on `noise`."""
+    images = noise(self.x, self.bounds)
+    return np.nan_to_num(np.hstack([self.apply(function, images) for function in functions]))
 
   def in_batches(self, function: Callable[[Any], Any], arrays: Any) -> Any:
     """`sharding.map_batches` with these batches and devices."""
@@ -219,6 +214,15 @@ def prepare(
     targets = dataclasses.replace(classifier.targets, latents=latents)
     classifier = dataclasses.replace(classifier, targets=targets)
   return classifier, logits
+
+
+def noise(x: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
+  """A few images of noise, float32 `[M, ...]`, M <= N, the same ones in every call.
+
+  Functions that agree on the images x `[N, ...]` may differ there, as where one rounds its input.
+  """
+  shape = (min(_ELSEWHERE, len(x)), *x.shape[1:])
+  return np.random.default_rng(0).uniform(*bounds, shape).astype(np.float32)
 
 
 def check_radii(radii: Sequence[float], name: str = 'radii') -> None:

@@ -349,8 +349,7 @@ def _checked(
 
 def _layer_of(probe: LinearProbe, encoder: Encoder) -> certification.Dense:
   """Returns a probe as a layer, of the encoder's dtype; raises ArgumentError if it does not fit."""
-  if type(probe) is not LinearProbe:  # a subclass may compute another thing
-    raise ArgumentError('probe', f'must be a LinearProbe, got {type(probe).__name__}')
+  certifiers.check_probe(probe)
   num_latents, (dtype, *_) = len(encoder.mean.bias), _dtypes(encoder)
   if len(probe.weights) != num_latents:
     raise ArgumentError(

@@ -15,7 +15,7 @@ from se_vae import certification
 from se_vae.attacks.projections import Norm, as_bounds
 from se_vae.certification import Method
 from se_vae.config import NORMS, ArgumentError
-from se_vae.evaluation.linear_probe import ProbedEncoder
+from se_vae.evaluation.linear_probe import LinearProbe, ProbedEncoder
 from se_vae.models.layer_lists import encoder_of
 from se_vae.parallel import sharding
 
@@ -97,7 +97,8 @@ def certifier_for(
 
   Args:
     logits_fn: a `ProbedEncoder`.
-    args: its parameters, of which only shapes and dtypes are used, and its probe.
+    args: its parameters, of which only shapes and dtypes are used, and its probe, or None if it is
+      not fitted yet.
     image_shape: of one image.
     method: in place of the one that suits.
     norm: of the certifier, as are `bounds` and `mesh`.
@@ -105,12 +106,15 @@ def certifier_for(
     mesh: devices; all of them if None.
 
   Raises:
-    ArgumentError: for another function, and for an encoder with layers that cannot be certified.
+    ArgumentError: for another function or probe, and for an encoder with layers that cannot be
+      certified.
   """
   if type(logits_fn) is not ProbedEncoder or len(args) != 2:  # a subclass may compute another thing
     name = getattr(logits_fn, '__name__', type(logits_fn).__name__)
     message = f'needs a ProbedEncoder, with its parameters and probe as args; got {name}'
     raise ArgumentError('certify', message)
+  if args[1] is not None:
+    check_probe(args[1])
   try:
     layers = jax.eval_shape(functools.partial(encoder_of, logits_fn.model), args[0]).means()
   except TypeError as error:
@@ -122,6 +126,12 @@ def certifier_for(
   if method.name == 'crown':
     batch_size = max(1, min(batch_size, _BATCH_COEFFICIENTS // count))
   return Certifier(norm, bounds, method, batch_size=batch_size, mesh=mesh)
+
+
+def check_probe(probe: Any) -> None:
+  """Raises ArgumentError unless it is a `LinearProbe`: a subclass may compute another thing."""
+  if type(probe) is not LinearProbe:
+    raise ArgumentError('probe', f'must be a LinearProbe, got {type(probe).__name__}')
 
 
 def num_rounds(radii: Sequence[float], *, num_steps: int) -> int:

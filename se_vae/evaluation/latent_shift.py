@@ -48,8 +48,8 @@ def maximal_values(
     objective: `(x_adv, aim, *args) -> [B]`.
     x: images `[N, ...]`, float32, inside `bounds`.
     aim: what the objective knows of each of the N examples.
-    outputs: values `[N, ...]` of the objective's functions on x. A state is taken up only if it
-      has the same ones.
+    outputs: values `[N + M, ...]` of the objective's functions on x and on
+      `attacked_classifier.noise`. A state is taken up only if it has the same ones.
     radii: radii >= 0, in any order.
     num_steps: gradient steps of each attempt.
     restarts: attempts at each radius, each from a random start of its own.
@@ -128,6 +128,12 @@ def _images(x: np.ndarray) -> np.ndarray:
   return x.astype(np.float32)
 
 
+def _and_noise(x: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+  """The images x `[N, ...]` and M of noise, on which a state tells functions apart."""
+  bounds = as_bounds(options.get('bounds', (0.0, 1.0)))
+  return np.concatenate([x, attacked_classifier.noise(x, bounds)])
+
+
 def joint_accuracy(
   logits_fns: Sequence[Model],
   x: np.ndarray,
@@ -183,14 +189,15 @@ def joint_accuracy(
   objective, aim = Joint(tuple(logits_fns)), Aim(labels.astype(np.int32))
   mesh = sharding.data_mesh() if mesh is None else mesh
   args = sharding.replicate(mesh, tuple(args))
-  clean = sharding.map_batches(
+  images = _and_noise(x, options)
+  outputs = sharding.map_batches(
     mesh,
     lambda batch: attacked_classifier.apply(objective, batch[0], (batch[1], *args)),
-    (x, aim),
+    (images, Aim(np.resize(aim.labels, (len(images), len(logits_fns))))),
     min(batch_size, len(x)),
   )
   options |= {'radii': radii, 'batch_size': batch_size, 'args': args, 'mesh': mesh}
-  margins = maximal_values(objective, x, aim, clean, **options)
+  margins = maximal_values(objective, x, aim, np.nan_to_num(outputs), **options)
   return AdversarialAccuracy(np.asarray(radii, np.float64), margins <= 0.0)
 
 
@@ -231,12 +238,12 @@ def max_latent_shift(
   mesh, x = sharding.data_mesh() if mesh is None else mesh, _images(x)
   check_counts(batch_size=batch_size)
   args = sharding.replicate(mesh, args)
-  latents = sharding.map_batches(
+  outputs = sharding.map_batches(
     mesh,
     lambda images: attacked_classifier.apply(latents_fn, images, args),
-    x,
+    _and_noise(x, options),
     min(batch_size, len(x)),
   )
-  aim = Aim(np.zeros(len(x), np.int32), latent=latents)
+  aim = Aim(np.zeros(len(x), np.int32), latent=outputs[: len(x)])
   options |= {'radii': radii, 'batch_size': batch_size, 'args': args, 'mesh': mesh}
-  return maximal_values(LatentShift(latents_fn), x, aim, latents, **options)
+  return maximal_values(LatentShift(latents_fn), x, aim, np.nan_to_num(outputs), **options)

@@ -270,10 +270,10 @@ def evaluate(
     'seed': seed,
     'radii': sorted({0.0, *map(float, radii)}),
   }
-  representation = logits if latents_fn is None else classifier.targets.latents
-  outputs = logits if latents_fn is None else np.hstack([logits, representation])
-  functions = [logits_fn] if latents_fn is None else [logits_fn, latents_fn]
-  outputs = np.vstack([outputs, classifier.outputs_elsewhere(*functions)])
+  functions, clean = [logits_fn], [logits]
+  if latents_fn is not None:
+    functions, clean = [logits_fn, latents_fn], [logits, classifier.targets.latents]
+  outputs = np.vstack([np.hstack(clean), classifier.outputs_elsewhere(*functions)])
   log = _attack_all(classifier, suite, outputs, searched, path, progress)
   radii_asked = np.asarray(radii, np.float64)
   curve = AdversarialAccuracy(radii_asked, log.robust(radii_asked))
@@ -302,7 +302,7 @@ def evaluate(
       count=min(check_examples, len(logits)),
       num_steps=num_steps,
       num_queries=num_queries,
-      representation=representation,
+      representation=clean[-1],
       reconstruct_fn=reconstruct_fn,
       surrogate=surrogate,
       certificate=certificate,

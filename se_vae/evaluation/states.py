@@ -49,7 +49,7 @@ def check_path(state_path: str | Path | None) -> Path | None:
 def fingerprint(settings: dict[str, Any], arrays: Any) -> str:
   """Returns a digest of the settings and of all arrays of a tree that a computation depends on.
 
-  Functions have no digest. Their outputs on the clean images are part of the state.
+  Functions have no digest. Their outputs on the clean images and on noise are part of the state.
   """
   digest = hashlib.sha256(repr(sorted(settings.items())).encode())
   for leaf in jax.tree.leaves(arrays):
@@ -67,7 +67,7 @@ def write(path: Path, fingerprint: str, arrays: dict[str, np.ndarray]) -> None:
 def read(
   path: Path, fingerprint: str, outputs: np.ndarray, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-  """Returns the arrays that `write` wrote, for functions with these `outputs` on the clean images.
+  """Returns the arrays that `write` wrote, for functions with these `outputs`.
 
   Args:
     path: of the file.
@@ -110,7 +110,7 @@ class ValueLog:
   Args:
     path: npz file that keeps the log; None for a log that is not kept.
     fingerprint: of the computation.
-    outputs: what its functions give on the clean images.
+    outputs: what its functions give on the clean images, and on noise where they may differ.
 
   Raises:
     StateError: for a file that is damaged or belongs to another computation.

@@ -24,13 +24,13 @@ from tests.data.tiny_tfds import write_tfds
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
   """Grows with each split that is decoded."""
   calls: list[str] = []
-  examples = tfds._examples
+  decode = tfds._decode_split
 
-  def counted(tfds_set: Any, split: str) -> Any:
+  def counted(tfds_set: Any, split: str, *rest: Any) -> Any:
     calls.append(split)
-    return examples(tfds_set, split)
+    return decode(tfds_set, split, *rest)
 
-  monkeypatch.setattr(tfds, '_examples', counted)
+  monkeypatch.setattr(tfds, '_decode_split', counted)
   return calls
 
 

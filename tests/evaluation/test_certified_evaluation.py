@@ -100,6 +100,16 @@ def test_an_honest_certificate_passes_check_13():
   assert check.figure == 'holds for all; 0.9167 of the examples are certified beyond radius 0'
 
 
+def test_a_probe_of_another_function_is_refused_before_the_attack():
+  class Negated(LinearProbe):
+    pass
+
+  _, params = model_and_params()
+  args = (params, Negated(PROBE.weights, PROBE.bias))
+  with pytest.raises(ArgumentError, match='probe: must be a LinearProbe, got Negated'):
+    evaluate(args=args, progress=lambda done, total: pytest.fail('attacked'))
+
+
 def test_a_method_is_no_name():
   with pytest.raises(ArgumentError, match="certify: must be True, False or a Method, got 'ibp'"):
     evaluate(certify='ibp')

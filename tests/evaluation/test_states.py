@@ -34,13 +34,13 @@ def shift(path, function=squares, *, x=X, scale=2.0, **options):
   )
 
 
-def joint(path, *, labels=0, scale=2.0, **options):
+def joint(path, function=opposite, *, x=X, labels=0, scale=2.0, **options):
   defaults = {'radii': (0.1, 0.02), 'num_steps': 3, 'batch_size': 4}
   options = {'mesh': sharding.data_mesh(1), **defaults, **options}
   labels = np.full((COUNT, 2), labels)
   args = ((np.float32(scale),), (np.float32(1.0),))
   curve = latent_shift.joint_accuracy(
-    (opposite, opposite), X, labels, args=args, state_path=path, **options
+    (function, function), x, labels, args=args, state_path=path, **options
   )
   return curve.correct
 
@@ -113,6 +113,22 @@ def test_the_state_of_another_joint_attack_is_refused(tmp_path, change):
   joint(path)
   with pytest.raises(states.StateError, match='belongs to another computation'):
     joint(path, **change)
+
+
+def rounding(function):
+  """A function that agrees with another one where pixels are round."""
+  return lambda x, scale: function(jnp.round(16.0 * x) / 16.0, scale)
+
+
+def test_a_state_is_of_functions_that_agree_off_the_images(tmp_path):
+  x, path = np.round(16.0 * X) / np.float32(16.0), tmp_path / 'state.npz'
+  shift(path, x=x)
+  with pytest.raises(states.StateError, match='belongs to another computation'):
+    shift(path, rounding(squares), x=x)
+  other = tmp_path / 'other.npz'
+  joint(other, x=x)
+  with pytest.raises(states.StateError, match='belongs to another computation'):
+    joint(other, rounding(opposite), x=x)
 
 
 @pytest.mark.parametrize('compute', [shift, joint])
