@@ -1,6 +1,7 @@
 """Gaussian encodings against SciPy densities, quadrature and Monte Carlo."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -390,3 +391,23 @@ def test_pairs_and_points_that_do_not_fit_are_refused(jit):
 def test_a_scalar_mean_is_refused():
   with pytest.raises(AssertionError):
     gaussians.check_moments(jnp.zeros(()), jnp.zeros((1, 1)))
+
+
+@pytest.mark.parametrize('jit', (False, True))
+@pytest.mark.parametrize('value', (np.ones(1), 1j), ids=('vector', 'complex'))
+def test_what_is_no_real_scalar_is_refused(value, jit):
+  check = functools.partial(gaussians.check_scalar, 'gamma')
+  with pytest.raises(AssertionError, match=r'^gamma must be a scalar and real'):
+    (jax.jit(check) if jit else check)(value)
+
+
+@pytest.mark.parametrize('positive, relation', ((False, '>='), (True, '>')))
+def test_scalars_are_finite_and_not_negative(positive, relation):
+  refused = [-1.0, np.inf, np.nan] + [0.0] * positive
+  for value in refused:
+    with pytest.raises(ValueError, match=f'^gamma must be finite and {relation} 0, got {value}'):
+      gaussians.check_scalar('gamma', value, positive=positive)
+  for value in [1e-30, 1.0, 1e30] + [0.0] * (not positive):
+    gaussians.check_scalar('gamma', value, positive=positive)
+  # What is traced is not known.
+  jax.jit(lambda value: gaussians.check_scalar('gamma', value, positive=positive))(-1.0)
