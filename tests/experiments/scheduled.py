@@ -46,7 +46,7 @@ def run(workdir: Path, *flags: str, **environment: str) -> tuple[int, str, str]:
 
 
 def wait_until(
-  condition: Callable[[], bool], process: subprocess.Popen[str] | None, seconds: float = 120.0
+  condition: Callable[[], object], process: subprocess.Popen[str] | None, seconds: float = 120.0
 ) -> None:
   """Waits for something that must come, while a process runs if there is one."""
   deadline = time.monotonic() + seconds

@@ -56,9 +56,12 @@ def train_here(workdir: Path, *flags: str) -> Path:
   return workdir
 
 
-def alive(cluster: Cluster) -> list[dict]:
-  """The nodes of a cluster that answer, whoever has started them."""
-  return [node for node in cluster.global_state.node_table() if node['Alive']]
+def alive(cluster: Cluster) -> set[str]:
+  """The nodes of a cluster that answer, whoever has started them.
+
+  Those that were killed a moment ago still count: a cluster takes its time to notice.
+  """
+  return {node['NodeID'] for node in cluster.global_state.node_table() if node['Alive']}
 
 
 def starts(workdir: Path, run: str) -> list[int]:
@@ -223,18 +226,18 @@ def test_a_node_that_does_not_share_the_storage_is_told_in_a_line(cluster, tmp_p
   command = (
     f'mount -t tmpfs tmpfs {tmp_path} && exec {ray} start --address={cluster.address} --block'
   )
-  known = len(alive(cluster))
+  known = alive(cluster)
   with (tmp_path.parent / 'ray.log').open('w') as log:
     node = subprocess.Popen(
       ['unshare', '--mount', 'sh', '-c', f'{command} --num-cpus=1'], stdout=log, stderr=log
     )
   try:
-    scheduled.wait_until(lambda: len(alive(cluster)) > known, node)
+    scheduled.wait_until(lambda: alive(cluster) - known, node)
     line, _ = refused(tmp_path, f'--ray_address={cluster.address}')
   finally:
     node.terminate()
     node.wait()
-    scheduled.wait_until(lambda: len(alive(cluster)) == known, None)
+    scheduled.wait_until(lambda: not alive(cluster) - known, None)
   assert re.fullmatch(
     rf'error: --workdir: node \S+ \(\S+\) does not share {tmp_path}/w; use storage .*', line
   )
