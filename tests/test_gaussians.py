@@ -21,6 +21,7 @@ EXACT = {'rtol': 1e-12, 'atol': 1e-12}
 
 entropy = oracles.quick_jit(gaussians.entropy)
 kl_divergence = oracles.quick_jit(gaussians.kl_divergence)
+symmetric_kl = oracles.quick_jit(gaussians.symmetric_kl)
 kl_to_standard_normal = oracles.quick_jit(gaussians.kl_to_standard_normal)
 expected_log_standard_normal = oracles.quick_jit(gaussians.expected_log_standard_normal)
 log_prob = oracles.quick_jit(lambda q, z: q.log_prob(z))
@@ -64,6 +65,7 @@ def test_kl_divergence_is_the_expected_log_ratio(family, dim):
   assert abs(forward - backward) > 0.1  # so that swapped arguments cannot pass
   np.testing.assert_allclose(kl_divergence(q_a, q_b), forward, **EXACT)
   np.testing.assert_allclose(kl_divergence(q_b, q_a), backward, **EXACT)
+  np.testing.assert_allclose(symmetric_kl(q_a, q_b), forward + backward, **EXACT)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -391,6 +393,13 @@ def test_pairs_and_points_that_do_not_fit_are_refused(jit):
 def test_a_scalar_mean_is_refused():
   with pytest.raises(AssertionError):
     gaussians.check_moments(jnp.zeros(()), jnp.zeros((1, 1)))
+
+
+@pytest.mark.parametrize('name', ('mean', 'log_var'))
+def test_parameters_of_integers_are_refused_by_name(name):
+  q = dataclasses.replace(GOOD, **{name: np.zeros((2, 3), np.int32)})
+  with pytest.raises(AssertionError, match=f'^{name} must be floating point, got int32'):
+    gaussians.check_gaussian(q)
 
 
 @pytest.mark.parametrize('jit', (False, True))
