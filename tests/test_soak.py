@@ -46,6 +46,7 @@ def test_the_record_counts_and_goes_on(tmp_path):
   with record.open('a') as file:
     file.write('\n{"test": "cut')  # as a kill leaves it
   assert run(tmp_path) == 0
+  assert run(tmp_path) == pytest.ExitCode.NO_TESTS_COLLECTED
   names = [entry['test'].split('::')[1] for entry in journal.read(record)]
   assert names == [
     *('test_killed', 'test_any_integer', 'test_only_the_second_time'),

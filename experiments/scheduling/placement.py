@@ -102,6 +102,7 @@ def run_all(
     ray_cluster.run(left, config.ray_address, resources, config.retries, workdir, stop, note)
   elif left:
     in_logs = _run_here(left, config, workdir, stop, note)
+  _remove_programs(workdir)
   if failed:
     print(jobs.failure_text(failed, logs=in_logs), file=sys.stderr)
     raise app.RunsFailedError(f'{len(failed)} of {len(every)} runs failed; the others are finished')
@@ -133,15 +134,26 @@ def _run_here(
   if chosen is not None:
     processes.run(left, own, config.retries, Path(chosen), stop, report)
   else:
-    compiled = jobs.compiled_programs(workdir) / platform.node()
-    lock = workdir / f'.compiled.{platform.node()}.lock'  # beside what the last one removes
+    compiled, lock = _programs(workdir)
     with locks.share(lock):
       compiled.mkdir(parents=True, exist_ok=True)
       processes.run(left, own, config.retries, compiled, stop, report)
-    with contextlib.suppress(locks.InUseError, OSError), locks.hold(lock):
-      shutil.rmtree(compiled)  # nobody here uses them any more
-      compiled.parent.rmdir()  # nor on other hosts
   return True
+
+
+def _programs(workdir: Path) -> tuple[Path, Path]:
+  """The folder of this host's compiled programs, and the lock that their users share."""
+  host = platform.node()
+  return jobs.compiled_programs(workdir) / host, workdir / f'.compiled.{host}.lock'
+
+
+def _remove_programs(workdir: Path) -> None:
+  """Removes what this command has compiled, or one that was killed, where nobody uses it now."""
+  compiled, lock = _programs(workdir)
+  if compiled.exists():
+    with contextlib.suppress(locks.InUseError, OSError), locks.hold(lock):
+      shutil.rmtree(compiled)
+      compiled.parent.rmdir()  # if there are none of other hosts
 
 
 def _run_in_this_process(

@@ -13,10 +13,10 @@ import sys
 import pytest
 
 from experiments import probe
-from experiments.cli import devices, messages, workdirs
+from experiments.cli import devices, messages, signals, workdirs
 from experiments.scheduling import display, jobs, placement, slots
 from se_vae.config import ArgumentError
-from se_vae.storage import checkpoints
+from se_vae.storage import checkpoints, locks
 from tests.experiments import scheduled
 
 RUNS = {'seed0', 'seed1'}
@@ -200,6 +200,26 @@ def test_a_signal_saves_runs_side_by_side_which_go_on_bit_for_bit(
   assert not (tmp_path / 'compiled').exists()
   scheduled.assert_same_runs(tmp_path, one_after_another, RUNS)
   assert (tmp_path / 'sweep.csv').read_bytes() == (one_after_another / 'sweep.csv').read_bytes()
+
+
+def test_programs_of_a_command_that_was_killed_are_removed_when_nobody_uses_them(tmp_path):
+  """Also where nothing is left to train, or what is left runs in one process."""
+
+  def end_of_a_sweep() -> None:
+    placement.run_all([], placement.PlacementConfig(), tmp_path, signals.StopSignal(), print)
+
+  end_of_a_sweep()
+  assert not list(tmp_path.iterdir())
+  compiled, lock = placement._programs(tmp_path)
+  compiled.mkdir(parents=True)
+  (compiled / 'program').touch()
+  with locks.share(lock):
+    end_of_a_sweep()
+    assert (compiled / 'program').exists()
+  of_another_host = compiled.with_name('another')
+  of_another_host.mkdir()
+  end_of_a_sweep()
+  assert [*compiled.parent.iterdir()] == [of_another_host]
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 
   python -m tests.tools.soak --rounds=3
 
-Each round has other random inputs and other moments of kills. Every test that ends is written down
-at once, so the same command goes on after an interruption: of the same commit, it repeats only what
-did not pass. It ends with a table and, if anything failed, with exit code 1.
+Each round has other random inputs and other moments of kills, and uses all cores. Every test that
+ends is written down at once, so the same command goes on after an interruption: of the same commit,
+it repeats only what did not pass. It ends with a table and, if anything failed, with exit code 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RECORD = 'SE_VAE_SOAK_RECORD'  # the variable with the path of a round's record
 COUNTS = ('kills', 'faults', 'inputs')  # what a test survived, as it tells with record_property,
 # and each test of these files is one fault more.
 FAULTS = ('test_faults.py', 'test_planted_faults.py', 'test_processes.py', 'test_hosts.py')
-# The tests of a round: arguments of pytest, one process for each.
+# The tests of a round: arguments of pytest, one run of it for each.
 PARTS = (
   ('-m', 'slow', 'tests'),
   ('-m', 'not slow', 'tests/experiments/test_faults.py'),
@@ -47,14 +47,19 @@ OPTIONS = (
   'tests.tools.soak',
   '-o',
   'faulthandler_timeout=3600',
+  *('--numprocesses=auto', '--dist=loadfile', '--max-worker-restart=0'),
 )
 
 
 class Recorder:
-  """A pytest plugin: appends every test that ends to a record, and leaves out what did not fail."""
+  """A pytest plugin: appends every test that ends to a record, and leaves out what did not fail.
 
-  def __init__(self, record: Path) -> None:
-    self.record = record
+  pytest-xdist's workers leave tests out and count inputs, and the process that hears of them all
+  writes.
+  """
+
+  def __init__(self, record: Path, is_worker: bool) -> None:
+    self.record, self.is_worker = record, is_worker
     self.ended = {entry['test'] for entry in last_words(record) if entry['outcome'] != 'failed'}
     self.reports: dict[str, list[pytest.TestReport]] = collections.defaultdict(list)
 
@@ -72,7 +77,7 @@ class Recorder:
   def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
     reports = self.reports[report.nodeid]
     reports.append(report)
-    if report.when != 'teardown':
+    if report.when != 'teardown' or self.is_worker:
       return
     outcomes = {each.outcome for each in reports}
     counts: dict[str, int] = collections.Counter()
@@ -102,7 +107,9 @@ def _counted(test: Any, item: pytest.Item) -> Any:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-  config.pluginmanager.register(Recorder(Path(os.environ[RECORD])))
+  config.pluginmanager.register(
+    Recorder(Path(os.environ[RECORD]), is_worker=hasattr(config, 'workerinput'))
+  )
 
 
 def last_words(record: Path) -> list[dict[str, Any]]:
