@@ -90,6 +90,7 @@ def test_shapes_that_do_not_fit_are_refused(jit):
 def test_a_negative_dimension_is_refused():
   with pytest.raises(ValueError, match='dim must be >= 0, got -1'):
     objectives.log_normalizer(1.0, -1)
+  assert objectives.log_normalizer(1.0, 0) == 0.0
 
 
 def test_log_normalizer_has_a_gradient_at_gamma_zero():

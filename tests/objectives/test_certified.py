@@ -105,12 +105,15 @@ def test_a_box_that_is_a_point_is_its_encoding():
 
 def test_wrong_arguments_are_refused():
   q_a = DiagonalGaussian(jnp.zeros((2, 3)), jnp.zeros((2, 3)))
-  ends, wide = (q_a.mean, q_a.mean), (jnp.zeros((2, 1)), q_a.mean)
+  ends, wide = (q_a.mean, q_a.mean), (q_a.mean, jnp.zeros((2, 4)))
+  narrow = (jnp.zeros((2, 1)), q_a.mean)
 
   def refused(error, message, log_var, **options):
     with pytest.raises(error, match=message):
       jax.eval_shape(lambda: objectives.worst_encoding(q_a, ends, log_var, **options))
 
-  refused(AssertionError, r'log_var must have two ends \(2, 3\), got \(2, 1\)', wide, gamma=1.0)
+  two_ends = r'log_var must have two ends \(2, 3\), got '
+  refused(AssertionError, two_ends + r'\(2, 3\) and \(2, 4\)', wide, gamma=1.0)
+  refused(AssertionError, two_ends + r'\(2, 1\) and \(2, 3\)', narrow, gamma=1.0)
   refused(ValueError, 'coupling must be one of', ends, gamma=1.0, coupling='other')
   refused(ValueError, 'gamma must be finite and >= 0', ends, gamma=-1.0)

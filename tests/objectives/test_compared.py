@@ -101,9 +101,13 @@ def test_tc_elbo_refuses_what_does_not_fit():
   x, z = jnp.zeros((2, 5)), jnp.zeros((2, 3))
   with pytest.raises(TypeError, match='needs factorised encodings'):
     objectives.tc_elbo(x, x, full, z, full, obs_var=0.1)
-  other = DiagonalGaussian(jnp.zeros((2, 4)), jnp.zeros((2, 4)))
-  with pytest.raises(AssertionError, match=r'q_all needs means \[M, 3\]'):
-    objectives.tc_elbo(x, x, q, z, other, obs_var=0.1)
+  for q_a, q_b in ((q, full), (full, q)):
+    with pytest.raises(TypeError, match='needs factorised encodings'):
+      objectives.tc_elbo(x, x, q_a, z, q_b, obs_var=0.1)
+  for shape in ((2, 4), (2, 2), (3,), (2, 3, 3)):
+    other = DiagonalGaussian(jnp.zeros(shape), jnp.zeros(shape))
+    with pytest.raises(AssertionError, match=r'q_all needs means \[M, 3\]'):
+      objectives.tc_elbo(x, x, q, z, other, obs_var=0.1)
 
 
 @in_float64
@@ -144,8 +148,9 @@ def test_the_estimates_average_to_the_squared_norm_of_the_jacobian():
 
 
 def test_signs_of_another_shape_are_refused():
-  with pytest.raises(AssertionError, match='signs must have shape'):
-    objectives.squared_jacobian_norm(lambda x: x, jnp.zeros((2, 3)), jnp.ones((2, 2)))
+  for shape in ((2, 2), (2, 4)):
+    with pytest.raises(AssertionError, match='signs must have shape'):
+      objectives.squared_jacobian_norm(lambda x: x, jnp.zeros((2, 3)), jnp.ones(shape))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -160,8 +165,9 @@ def test_info_nce_is_the_cross_entropy_of_cosine_similarities():
   positives = np.array([6, 0, 3, 3])
   unit = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (queries, candidates)]
   expected = -scipy.special.log_softmax(unit[0] @ unit[1].T / 0.2, axis=1)[range(4), positives]
-  value = info_nce(queries, candidates, positives=positives, temperature=0.2)
-  np.testing.assert_allclose(value, expected, rtol=1e-12)
+  for scale in (1.0, 1e-4):
+    value = info_nce(scale * queries, candidates, positives=positives, temperature=0.2)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
 
 
 def test_info_nce_of_vectors_of_length_zero_has_a_finite_gradient():
@@ -177,7 +183,10 @@ def test_info_nce_of_vectors_of_length_zero_has_a_finite_gradient():
 
 def test_info_nce_refuses_what_does_not_fit():
   z, positives = jnp.zeros((3, 2)), jnp.arange(3)
-  with pytest.raises(AssertionError, match='do not fit'):
-    objectives.info_nce(z, jnp.zeros((3, 4)), positives=positives, temperature=0.1)
-  with pytest.raises(AssertionError, match=r'positives must be \[3\]'):
-    objectives.info_nce(z, z, positives=positives[:2], temperature=0.1)
+  for shape in ((3, 4), (3, 1), (2,), (3, 2, 1)):
+    for queries, candidates in ((z, jnp.zeros(shape)), (jnp.zeros(shape), z)):
+      with pytest.raises(AssertionError, match='do not fit'):
+        objectives.info_nce(queries, candidates, positives=positives, temperature=0.1)
+  for bad in (positives[:2], jnp.arange(4), positives[:, None]):
+    with pytest.raises(AssertionError, match=r'positives must be \[3\]'):
+      objectives.info_nce(z, z, positives=bad, temperature=0.1)
