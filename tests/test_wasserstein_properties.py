@@ -169,7 +169,11 @@ def test_batches_of_several_axes_are_loops(family):
   gamma = 0.7
 
   def every_function(q_a, q_b):
+    def cost(q):
+      return wasserstein.entropic_transport_cost(q, q_b, gamma)
+
     values = {
+      'derivative_of_cost': jax.jvp(cost, (q_a,), (q_b,))[1],
       'squared_w2': wasserstein.squared_w2(q_a, q_b),
       'entropic_squared_w2': wasserstein.entropic_squared_w2(q_a, q_b, gamma),
       'entropic_transport_cost': wasserstein.entropic_transport_cost(q_a, q_b, gamma),
