@@ -15,6 +15,33 @@ from tests import oracles
 from tests.certification.test_bounds import METHODS, dense
 
 
+def test_methods_are_named_as_they_are_shown():
+  assert str(cert.Method('ibp')) == 'ibp'
+  assert str(cert.Method('crown', slope_steps=5)) == 'crown, 5 slope steps'
+  assert cert.Method().slope_steps == 0
+  with pytest.raises(ValueError, match='name must be one of ibp, crown_ibp, crown'):
+    cert.Method('alpha')
+  for steps in (-1, 0.5):
+    with pytest.raises(ValueError, match='slope_steps must be an integer >= 0'):
+      cert.Method(slope_steps=steps)
+
+
+@pytest.mark.parametrize('method', METHODS, ids=str)
+@oracles.in_float64
+def test_the_box_of_an_encoding_is_that_of_its_two_heads(method):
+  rng = np.random.default_rng(1)
+  first, mean, log_var = (dense(rng, *sizes, np.float64) for sizes in ((4, 6), (6, 2), (6, 2)))
+  encoder = cert.Encoder((first, cert.ReLU()), mean, log_var)
+  region = cert.ball(jnp.asarray(rng.uniform(size=(3, 4))), 0.1)
+  found = cert.latent_box(encoder, region, method)
+  for box, head in ((found.mean, mean), (found.log_var, log_var)):
+    alone = cert.output_box((*encoder.trunk, head), region, method)
+    np.testing.assert_allclose(box.lower, alone.lower, rtol=1e-12)
+    np.testing.assert_allclose(box.upper, alone.upper, rtol=1e-12)
+  probe = dense(rng, 2, 5, np.float64)
+  assert encoder.means(probe) == (*encoder.trunk, mean, probe)
+
+
 @oracles.in_float64
 def test_the_latent_shift_of_a_box_is_that_of_its_worst_corner():
   box = cert.LatentBox(
