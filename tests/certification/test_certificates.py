@@ -54,6 +54,21 @@ def test_the_latent_shift_of_a_box_is_that_of_its_worst_corner():
   assert expected <= found[0] < expected * (1.0 + 1e-10)
 
 
+@oracles.in_float64
+def test_the_latent_shift_has_room_for_its_rounding_and_for_little_more():
+  unit = 1.12 * 2.0**-53  # of rounding in float64, with the margin of `rounding.gamma`
+
+  def shift(mean, log_var):
+    values = tuple(jnp.array([[value, value, value]]) for value in (mean, log_var))
+    box = cert.LatentBox(*(cert.Box(value, value) for value in values))
+    return float(cert.latent_shift(box, jnp.zeros((1, 3)), values[1])[0])
+
+  # A shift of the means alone: 2 roundings for each latent, and 16.
+  np.testing.assert_allclose((shift(2.0, -200.0) - 12.0) / 12.0, (2 * 3 + 16) * unit, rtol=0.05)
+  # No shift at all, but two deviations of e, each of which may be wrong by 64 roundings.
+  np.testing.assert_allclose(shift(0.0, 2.0), 3 * (64 * unit * 2 * np.e) ** 2, rtol=1e-9)
+
+
 def test_balls_are_cut_at_the_bounds_that_are_given():
   box = cert.ball(jnp.array([[1.5, 0.3]]), 0.1, bounds=(0.25, 1.55)).box
   np.testing.assert_allclose(box.lower, [[1.4, 0.25]], rtol=1e-6)
