@@ -58,7 +58,7 @@ def through_dense(layer, box, region):
   balls = [(box.center, box.half @ abs(layer.weights))]
   if region is not None and region.x is not None:
     squares = np.sum(RADIUS**2 * layer.weights**2, axis=0)
-    balls.append((np.asarray(region.x), np.broadcast_to(np.sqrt(squares + FLOOR), balls[0][1].shape)))
+    balls.append((np.asarray(region.x), np.sqrt(squares + FLOOR)))
   ends = []
   for center, half in balls:
     room = half + UNIT * num_roundings * (sizes_of(layer, box) + half)

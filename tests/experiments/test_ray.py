@@ -145,10 +145,11 @@ def test_forty_runs_while_nodes_come_and_go(cluster, tmp_path, record_property):
   reader.start()  # it reads what Ray prints, of which there is much
   nodes, killed = [], 0
   while reader.is_alive():
-    if nodes and (len(nodes) >= 2 or rng.random() < 0.5):
+    # On a slow machine a run hardly gets further between two kills, so there is an end of them.
+    if killed < 20 and nodes and (len(nodes) >= 2 or rng.random() < 0.5):
       cluster.remove_node(nodes.pop(rng.randrange(len(nodes))), allow_graceful=False)
       killed += 1
-    else:
+    elif len(nodes) < 2:
       nodes.append(cluster.add_node(num_cpus=1))
     time.sleep(rng.uniform(2.0, 15.0))
   reader.join()
