@@ -101,7 +101,9 @@ def run_all(
     resources = ray_cluster.parse_resources(config.resources_per_run or '')
     ray_cluster.run(left, config.ray_address, resources, config.retries, workdir, stop, note)
   elif left:
-    in_logs = _run_here(left, config, workdir, stop, note)
+    # Those of all jobs, so that the same command goes on with as many cores for each.
+    own = slots.slots(config.parallel, len(every), max(job.num_devices or 1 for job in every))
+    in_logs = _run_here(left, own, config.retries, workdir, stop, note)
   _remove_programs(workdir)
   if failed:
     print(jobs.failure_text(failed, logs=in_logs), file=sys.stderr)
@@ -116,7 +118,8 @@ def use_cpu_alone_beside_slots(config: PlacementConfig) -> None:
 
 def _run_here(
   left: Sequence[jobs.AnyJob],
-  config: PlacementConfig,
+  own: Sequence[slots.Slot],
+  retries: int,
   workdir: Path,
   stop: signals.StopSignal,
   report: jobs.Report,
@@ -125,19 +128,17 @@ def _run_here(
 
   Returns whether they were processes of their own, which have logs.
   """
-  devices_per_run = max(job.num_devices or 1 for job in left)
-  own = slots.slots(config.parallel, len(left), devices_per_run)
   chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
   if len(own) == 1 and own[0].gpu is None:
-    _run_in_this_process(left, config.retries, stop, report)
+    _run_in_this_process(left, retries, stop, report)
     return False
   if chosen is not None:
-    processes.run(left, own, config.retries, Path(chosen), stop, report)
+    processes.run(left, own, retries, Path(chosen), stop, report)
   else:
     compiled, lock = _programs(workdir)
     with locks.share(lock):
       compiled.mkdir(parents=True, exist_ok=True)
-      processes.run(left, own, config.retries, compiled, stop, report)
+      processes.run(left, own, retries, compiled, stop, report)
   return True
 
 

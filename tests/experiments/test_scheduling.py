@@ -202,6 +202,28 @@ def test_a_signal_saves_runs_side_by_side_which_go_on_bit_for_bit(
   assert (tmp_path / 'sweep.csv').read_bytes() == (one_after_another / 'sweep.csv').read_bytes()
 
 
+def test_what_is_left_has_as_many_cores_as_before(four_cores, tmp_path, monkeypatch):
+  """Rounding depends on the number of cores, so it must not depend on what was finished before."""
+
+  class FakeJob:
+    name, num_devices = 'run', None
+
+    def __init__(self, outcome: jobs.Outcome | None) -> None:
+      self.finished = lambda: outcome
+
+  started = []
+  monkeypatch.setattr(
+    placement.processes, 'run', lambda left, own, *_: started.append((len(left), own))
+  )
+  done = jobs.Outcome(encoder={})
+  for outcomes in ((None, None), (done, None)):
+    every = [FakeJob(outcome) for outcome in outcomes]
+    config = placement.PlacementConfig()
+    placement.run_all(every, config, tmp_path, signals.StopSignal(), lambda *_: None)
+  assert [number for number, _ in started] == [2, 1]
+  assert [[slot.cores for slot in own] for _, own in started] == [[(2, 3), (5, 7)]] * 2
+
+
 def test_programs_of_a_command_that_was_killed_are_removed_when_nobody_uses_them(tmp_path):
   """Also where nothing is left to train, or what is left runs in one process."""
 
