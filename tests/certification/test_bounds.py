@@ -270,6 +270,13 @@ def test_arguments_are_checked():
     unjitted_box((*layers, {}), cert.ball(x, 0.1))
   with pytest.raises(AssertionError, match='wants inputs'):
     unjitted_box(layers[1:], cert.ball(x, 0.1))
+  for shape in ((19,), (21,), (20, 1)):
+    with pytest.raises(AssertionError, match=r'a Dense layer wants inputs \(20,\), got'):
+      layers[1].out_shape(shape)
+  convolution = conv(np.random.default_rng(0), 2, 3, (1, 1))
+  for shape in ((5, 4, 1), (5, 4, 3), (5, 2), (5, 4, 2, 1)):
+    with pytest.raises(AssertionError, match=r'a Conv layer wants inputs \(H, W, 2\), got'):
+      convolution.out_shape(shape)
   with pytest.raises(ValueError, match='name'):
     cert.Method('milp')
   with pytest.raises(ValueError, match='slope_steps'):

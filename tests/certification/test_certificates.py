@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,18 @@ import pytest
 from se_vae import certification as cert
 from tests import oracles
 from tests.certification.test_bounds import METHODS, dense
+
+
+def test_nothing_can_be_changed():
+  """All of them are parts of programs, or keys of such."""
+  layer = dense(np.random.default_rng(0), 2, 2)
+  region = cert.ball(jnp.zeros((1, 2)), 0.1)
+  encoder, box = cert.Encoder((layer,), layer, layer), cert.LatentBox(region.box, region.box)
+  convolution = cert.Conv(jnp.zeros((3, 3, 1, 1)), jnp.zeros(1), (1, 1))
+  linear = (layer, convolution, cert.ReLU(), cert.Flatten())
+  for value in (*linear, encoder, box, region, region.box, cert.Method()):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+      value.name = 1
 
 
 def test_methods_are_named_as_they_are_shown():
