@@ -12,8 +12,20 @@ import numpy as np
 import pytest
 
 from se_vae import certification as cert
+from se_vae.certification import linear_relaxation
 from tests import oracles
 from tests.certification.test_bounds import METHODS, dense
+
+
+def test_interval_bounds_of_all_relus_need_no_coefficients():
+  first, second = (
+    cert.Dense(jnp.ones((7, 3)), jnp.ones(3)),
+    cert.Dense(jnp.ones((3, 2)), jnp.ones(2)),
+  )
+  layers = (first, cert.ReLU(), second)
+  assert linear_relaxation.num_coefficients(layers, (7,)) == 1
+  # Two bounds of each of two outputs, whose coefficients are most at the inputs of the network.
+  assert linear_relaxation.num_coefficients((*layers, cert.ReLU()), (7,)) == 2 * 2 * 7
 
 
 def test_nothing_can_be_changed():
