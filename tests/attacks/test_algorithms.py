@@ -23,22 +23,29 @@ def reference_apgd(
   start: np.ndarray,
   x: np.ndarray,
   num_steps: int,
+  norm: str = 'linf',
 ) -> np.ndarray:
-  """Algorithm 1 of Croce and Hein (2020) for one example in linf, with pixels in [0, 1]."""
+  """Algorithm 1 of Croce and Hein (2020) for one example, with pixels in [0, 1]."""
 
   def project(z):
-    return np.clip(np.clip(z, x - RADIUS, x + RADIUS), 0.0, 1.0)
+    if norm == 'linf':
+      return np.clip(np.clip(z, x - RADIUS, x + RADIUS), 0.0, 1.0)
+    shrunk = RADIUS / max(np.linalg.norm(z - x), RADIUS)
+    return np.clip(x + shrunk * (z - x), 0.0, 1.0)
+
+  def direction(slope):
+    return np.sign(slope) if norm == 'linf' else slope / np.linalg.norm(slope)
 
   shares = [0.0, 0.22]
   while shares[-1] < 1.0:
     shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
   ends = {int(np.ceil(round(share * num_steps, 6))) for share in shares[1:]}
-  previous = z = best = start
+  previous = z = best = start = project(start)
   best_value = z_value = checkpoint_value = value(start)
   step_size, rises, last, halved = 2.0 * RADIUS, 0, 0, True
   for k in range(1, num_steps + 1):
     share = 1.0 if k == 1 else 0.75
-    ahead = project(z + step_size * np.sign(gradient(z)))
+    ahead = project(z + step_size * direction(gradient(z)))
     new = project(z + share * (ahead - z) + (1.0 - share) * (z - previous))
     previous, z = z, new
     new_value = value(z)
@@ -55,8 +62,9 @@ def reference_apgd(
   return best
 
 
+@pytest.mark.parametrize('norm', ('linf', 'l2'))
 @oracles.in_float64
-def test_apgd_is_algorithm_1():
+def test_apgd_is_algorithm_1(norm):
   rng = np.random.default_rng(0)
   x = rng.uniform(size=(40, 6))
   start = np.clip(x + rng.uniform(-RADIUS, RADIUS, x.shape), 0.0, 1.0)
@@ -71,6 +79,7 @@ def test_apgd_is_algorithm_1():
     jnp.asarray(x),
     radius=RADIUS,
     num_steps=30,
+    norm=norm,
     start=jnp.asarray(start),
     args=(jnp.asarray(weights),),
   )
@@ -81,6 +90,7 @@ def test_apgd_is_algorithm_1():
       start[i],
       x[i],
       num_steps=30,
+      norm=norm,
     )
     np.testing.assert_allclose(found[i], expected, atol=1e-9)
 
