@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from se_vae import certification as cert
-from se_vae.certification import linear_relaxation
+from se_vae.certification import linear_relaxation, rounding
 from tests import oracles
 from tests.certification.test_bounds import METHODS, dense
 
@@ -98,6 +98,27 @@ def test_balls_are_cut_at_the_bounds_that_are_given():
   box = cert.ball(jnp.array([[1.5, 0.3]]), 0.1, bounds=(0.25, 1.55)).box
   np.testing.assert_allclose(box.lower, [[1.4, 0.25]], rtol=1e-6)
   np.testing.assert_allclose(box.upper, [[1.55, 0.4]], rtol=1e-6)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_a_radius_that_is_wrong_makes_every_bound_nan(norm):
+  radii = jnp.array([jnp.nan, jnp.inf, -0.1, 0.0])
+  box = cert.ball(jnp.full((4, 2), 0.5), radii, norm=norm).box
+  for ends in (box.lower, box.upper):
+    np.testing.assert_array_equal(np.isnan(ends).all(axis=1), [True, True, True, False])
+
+
+@pytest.mark.parametrize('x', [np.zeros((2, 3), np.int32), np.zeros((0, 3), np.float32)])
+def test_inputs_that_are_no_floats_or_none_at_all_are_refused(x):
+  with pytest.raises(AssertionError, match='x must be floats'):
+    cert.ball(jnp.asarray(x), 0.1)
+
+
+def test_the_error_of_a_long_sum_is_its_theorem_s():
+  """n u / (1 - n u), and 12 percent."""
+  errors = 800_000 * 2.0**-24
+  found = rounding.gamma(800_000, jnp.float32)
+  np.testing.assert_allclose(found, 1.12 * errors / (1.0 - errors), rtol=1e-12)
 
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
