@@ -95,15 +95,19 @@ def test_apgd_is_algorithm_1(norm):
     np.testing.assert_allclose(found[i], expected, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+  'until_13', [np.linspace(1.0, 9.0, 13), [10.0] + [5.0] * 12], ids=('rising', 'equal')
+)
 @oracles.in_float64
-def test_apgd_goes_back_where_values_rise_and_none_is_the_best():
+def test_apgd_goes_back_where_no_value_is_the_best(until_13):
   """The values are given for the places that are visited, and lead to the middle.
 
   They fall at the first step and then rise, but not above that of the start, until the second
-  checkpoint, after 13 of 30 steps. The step after it finds the best image of all.
+  checkpoint, after 13 of 30 steps. Or one is that of the start, and others are equal, which is no
+  rise. The step after the checkpoint finds the best image of all.
   """
   x = np.array([0.5])
-  script, values = iter([10.0, *np.linspace(1.0, 9.0, 13), 20.0, *np.linspace(0.0, 5.0, 30)]), {}
+  script, values = iter([10.0, *until_13, 20.0, *np.linspace(0.0, 5.0, 30)]), {}
 
   def to_the_middle(z):
     return np.where(z <= 0.5, 1.0, -1.0)
