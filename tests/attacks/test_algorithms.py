@@ -136,6 +136,17 @@ def test_apgd_goes_back_where_no_value_is_the_best(until_13):
   np.testing.assert_allclose(found[0], expected, atol=1e-9)
 
 
+def test_apgd_leaves_a_start_whose_value_is_no_number():
+  def objective(z):
+    return (z + jnp.where(z == 0.5, jnp.nan, 0.0))[:, 0]
+
+  start = jnp.full((1, 1), 0.5)
+  options = {'radius': RADIUS, 'num_steps': 3, 'start': start}
+  found = auto_pgd.apgd(objective, jax.random.key(0), start, **options)
+  # The gradient at the start is 1, so the first step leads to the edge of the ball.
+  np.testing.assert_allclose(found, 0.5 + RADIUS, rtol=1e-6)
+
+
 def test_square_has_the_schedule_of_its_paper():
   """The square covers 0.8 of the image at first, and half as much after each given query."""
   sides = square_attack._sides(10_000, 28, 28)

@@ -110,6 +110,24 @@ def test_joint_is_positive_only_where_all_are_wrong():
   assert (both[0] != both[1]).any() and (both[0] & both[1]).any()
 
 
+def test_joint_needs_the_arguments_of_each_classifier():
+  joint = losses.Joint((identity, identity))
+  labels = np.stack([LABELS, LABELS], axis=1)
+  for args in (((),), ((), (), ())):
+    with pytest.raises(ValueError, match='zip'):
+      joint(jnp.asarray(LOGITS), Aim(labels), *args)
+
+
+def test_equal_losses_are_one_key():
+  """An attack is compiled once for each loss of a classifier, not for each object."""
+  of_one = (losses.CrossEntropy, losses.Margin, losses.DLR, losses.Targeted, losses.LatentShift)
+  for loss in (*of_one, losses.LatentTarget, lambda model: losses.Joint((model,))):
+    assert len({loss(identity), loss(identity)}) == 1
+    assert len({loss(identity), loss(abs)}) == 2
+  wrapped = [losses.UntilMisclassified(losses.Margin(identity), identity) for _ in range(2)]
+  assert len(set(wrapped)) == 1
+
+
 @pytest.mark.parametrize('dtype', [jnp.uint8, jnp.int8, jnp.int32])
 def test_labels_may_be_narrower_than_the_number_of_classes(dtype):
   logits = jnp.zeros((2, 300)).at[:, 256].set(5.0).at[0, 100].set(7.0)

@@ -72,9 +72,23 @@ def test_a_joint_attack_and_an_evaluation_agree_on_what_is_wrong(logits, expecte
 
 def test_labels_that_a_classifier_does_not_have_are_refused():
   x, labels, args = examples()
-  labels = np.stack([labels, np.where(labels == 0, -1, labels)], axis=1)
-  with pytest.raises(ValueError, match=r'labels: must lie in \[0, \d\) for logits_fns\[1\]'):
-    latent_shift.joint_accuracy((linear, linear), x, labels, args=(args, args), radii=RADII)
+  num_classes = linear(x[:1], *args).shape[1]
+  for wrong in (-1, num_classes, num_classes + 1):
+    both = np.stack([labels, np.where(labels == 0, wrong, labels)], axis=1)
+    message = rf'labels: must lie in \[0, {num_classes}\) for logits_fns\[1\]'
+    with pytest.raises(ValueError, match=message):
+      latent_shift.joint_accuracy((linear, linear), x, both, args=(args, args), radii=RADII)
+
+
+def test_progress_is_in_attacks_of_an_example():
+  x, _, args = examples()
+  told: list[tuple[int, int]] = []
+  options = dict(radii=(0.1, 0.2), num_steps=1, restarts=2, batch_size=4, args=args)
+  latent_shift.max_latent_shift(linear, x, progress=lambda *counts: told.append(counts), **options)
+  total = (1 + 2 * 2) * len(x)  # once without a ball, and twice in each
+  assert {every for _, every in told} == {total}
+  finished = [done for done, _ in told]
+  assert finished[0] == 0 and finished[-1] == total and finished == sorted(finished)
 
 
 def test_restarts_and_larger_balls_only_add():
