@@ -418,5 +418,6 @@ def test_scalars_are_finite_and_not_negative(positive, relation):
       gaussians.check_scalar('gamma', value, positive=positive)
   for value in [1e-30, 1.0, 1e30] + [0.0] * (not positive):
     gaussians.check_scalar('gamma', value, positive=positive)
+  gaussians.check_scalar('gamma', 0.0)  # as most are
   # What is traced is not known.
   jax.jit(lambda value: gaussians.check_scalar('gamma', value, positive=positive))(-1.0)
