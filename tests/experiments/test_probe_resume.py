@@ -93,7 +93,7 @@ def undisturbed(trained, recorder, tmp_path_factory):
   """The directory, which the JSON files name, with its files and what was done."""
   workdir = copied(trained, tmp_path_factory.mktemp('probed') / 'run')
   probe.run(config(workdir), signals.StopSignal())
-  return workdir, kills.contents(workdir), recorder.take()
+  return workdir, kills.contents(workdir, 'probe'), recorder.take()
 
 
 def test_files_of_a_second_attack_do_not_stand_beside_the_first_result(
@@ -160,7 +160,7 @@ def test_no_batch_is_computed_twice_and_every_byte_is_the_same(trained, record, 
     kept |= (found := states(workdir)).keys()
     rows |= {int(np.load(found[name])['next_row']) for name in found if name == 'state.npz'}
   probe.run(config(workdir), signals.StopSignal())
-  assert kills.contents(workdir) == expected
+  assert kills.contents(workdir, 'probe') == expected
   assert kept == STATES
   assert len(rows) > 1, 'an attempt was interrupted within its batches'
   found = record.take()
@@ -180,7 +180,7 @@ def test_damaged_states_are_warned_about_and_started_afresh(trained, record, und
     path.write_bytes(path.read_bytes()[:-1])
   record.take()
   probe.run(config(workdir), signals.StopSignal())
-  assert kills.contents(workdir) == expected
+  assert kills.contents(workdir, 'probe') == expected
   assert record.take().batches == whole.batches
   assert capsys.readouterr().err.count('is not a state: ') == len(STATES)
 
