@@ -16,7 +16,7 @@ INPUTS, HIDDEN, OUTPUTS = 6, 8, 3
 
 
 def best_bound(first, last, row, hidden, inputs):
-  """The largest lower bound of row . outputs for any lower slopes in [0, 1], and those slopes."""
+  """The largest lower bound of row . outputs for any lower slopes in [0, 1]."""
   lower, upper = np.minimum(hidden.lower, 0.0), np.maximum(hidden.upper, 0.0)
   slope = upper / (upper - lower)
   rows = last.weights @ row
@@ -62,10 +62,11 @@ def problem():
 @oracles.in_float64
 def test_steps_on_the_slopes_near_the_best_bounds():
   bounds, best = problem()
-  left = [np.mean(best - bounds(slope_steps)) for slope_steps in (0, 1, 5, 20)]
+  found = [bounds(slope_steps) for slope_steps in (0, 1, 5, 20)]
+  left = [np.mean(best - lower) for lower in found]
   print('left of the distance to the best bounds', np.array(left) / left[0])
   assert left[0] > 0.05
   for more, less in zip(left[1:], left, strict=False):
     assert 0.0 < more < less
   assert left[-1] < 0.01 * left[0]
-  assert np.all(bounds(20) <= best + 1e-9)
+  assert np.all(found[-1] <= best + 1e-9)

@@ -186,8 +186,9 @@ def main() -> None:
     started = time.monotonic()
     finish(start(arguments.binary, workdir, log), log)
     seconds = time.monotonic() - started
-    expected = expected or contents(workdir, arguments.binary)
-    compare(contents(workdir, arguments.binary), expected)
+    found = contents(workdir, arguments.binary)
+    expected = expected or found
+    compare(found, expected)
     print(f'undisturbed: {seconds:.1f} s, {len(expected)} files', flush=True)
 
   rng = random.Random(arguments.seed)
