@@ -1,7 +1,8 @@
-"""Attacks are the algorithms of their papers: Auto-PGD in NumPy, and the schedule of Square."""
+"""Attacks are the algorithms of their papers: PGD and Auto-PGD in NumPy, and Square's queries."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -17,6 +18,34 @@ from tests import oracles
 RADIUS = 0.3
 
 
+def project(z: np.ndarray, x: np.ndarray, norm: str) -> np.ndarray:
+  """One image into the ball about x, with pixels in [0, 1]."""
+  if norm == 'linf':
+    return np.clip(np.clip(z, x - RADIUS, x + RADIUS), 0.0, 1.0)
+  shrunk = RADIUS / max(np.linalg.norm(z - x), RADIUS)
+  return np.clip(x + shrunk * (z - x), 0.0, 1.0)
+
+
+def direction(slope: np.ndarray, norm: str) -> np.ndarray:
+  return np.sign(slope) if norm == 'linf' else slope / np.linalg.norm(slope)
+
+
+def reference_pgd(
+  gradient: Callable[[np.ndarray], np.ndarray],
+  start: np.ndarray,
+  x: np.ndarray,
+  num_steps: int,
+  relative_step_size: float,
+  norm: str,
+) -> list[np.ndarray]:
+  """All iterates of projected gradient ascent for one example, the projected start first."""
+  iterates = [project(start, x, norm)]
+  for _ in range(num_steps):
+    step = relative_step_size * RADIUS * direction(gradient(iterates[-1]), norm)
+    iterates.append(project(iterates[-1] + step, x, norm))
+  return iterates
+
+
 def reference_apgd(
   value: Callable[[np.ndarray], float],
   gradient: Callable[[np.ndarray], np.ndarray],
@@ -27,26 +56,17 @@ def reference_apgd(
 ) -> np.ndarray:
   """Algorithm 1 of Croce and Hein (2020) for one example, with pixels in [0, 1]."""
 
-  def project(z):
-    if norm == 'linf':
-      return np.clip(np.clip(z, x - RADIUS, x + RADIUS), 0.0, 1.0)
-    shrunk = RADIUS / max(np.linalg.norm(z - x), RADIUS)
-    return np.clip(x + shrunk * (z - x), 0.0, 1.0)
-
-  def direction(slope):
-    return np.sign(slope) if norm == 'linf' else slope / np.linalg.norm(slope)
-
   shares = [0.0, 0.22]
   while shares[-1] < 1.0:
     shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
   ends = {int(np.ceil(round(share * num_steps, 6))) for share in shares[1:]}
-  previous = z = best = start = project(start)
-  best_value = z_value = checkpoint_value = value(start)
+  previous = z = best = project(start, x, norm)
+  best_value = z_value = checkpoint_value = value(best)
   step_size, rises, last, halved = 2.0 * RADIUS, 0, 0, True
   for k in range(1, num_steps + 1):
     share = 1.0 if k == 1 else 0.75
-    ahead = project(z + step_size * direction(gradient(z)))
-    new = project(z + share * (ahead - z) + (1.0 - share) * (z - previous))
+    ahead = project(z + step_size * direction(gradient(z), norm), x, norm)
+    new = project(z + share * (ahead - z) + (1.0 - share) * (z - previous), x, norm)
     previous, z = z, new
     new_value = value(z)
     rises += new_value > z_value
@@ -62,17 +82,72 @@ def reference_apgd(
   return best
 
 
-@pytest.mark.parametrize('norm', ('linf', 'l2'))
-@oracles.in_float64
-def test_apgd_is_algorithm_1(norm):
+def objective(z, w):
+  """Many peaks."""
+  return jnp.sum(jnp.sin(9.0 * z * w) + z * w, axis=1)
+
+
+def value(z, w):
+  return np.sum(np.sin(9.0 * z * w) + z * w)
+
+
+def gradient(z, w):
+  return 9.0 * w * np.cos(9.0 * z * w) + w
+
+
+def examples() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Images, starts of which some are outside the ball, and weights, `[40, 6]`, float64."""
   rng = np.random.default_rng(0)
   x = rng.uniform(size=(40, 6))
-  start = np.clip(x + rng.uniform(-RADIUS, RADIUS, x.shape), 0.0, 1.0)
-  weights = rng.normal(size=x.shape)
+  start = np.clip(x + 1.2 * rng.uniform(-RADIUS, RADIUS, x.shape), 0.0, 1.0)
+  return x, start, rng.normal(size=x.shape)
 
-  def objective(z, w):
-    return jnp.sum(jnp.sin(9.0 * z * w) + z * w, axis=1)
 
+@pytest.mark.parametrize('num_steps', [1, 2, 5])
+@pytest.mark.parametrize('relative_step_size', [None, 0.4])
+@pytest.mark.parametrize('norm', attacks.NORMS)
+@oracles.in_float64
+def test_pgd_steps_projects_and_repeats(norm, relative_step_size, num_steps):
+  x, start, weights = examples()
+  last, best = (
+    attacks.pgd(
+      objective,
+      jax.random.key(0),
+      jnp.asarray(x),
+      radius=RADIUS,
+      num_steps=num_steps,
+      relative_step_size=relative_step_size,
+      norm=norm,
+      start=jnp.asarray(start),
+      keep_best=keep_best,
+      args=(jnp.asarray(weights),),
+    )
+    for keep_best in (False, True)
+  )
+  share = 2.5 / num_steps if relative_step_size is None else relative_step_size
+  for i, w in enumerate(weights):
+    slope = functools.partial(gradient, w=w)
+    iterates = reference_pgd(slope, start[i], x[i], num_steps, share, norm)
+    np.testing.assert_allclose(last[i], iterates[-1], atol=1e-12)
+    highest = max(iterates, key=functools.partial(value, w=w))
+    np.testing.assert_allclose(best[i], highest, atol=1e-12)
+
+
+@pytest.mark.parametrize('norm', attacks.NORMS)
+@oracles.in_float64
+def test_fgsm_is_one_step_from_the_image_to_the_edge(norm):
+  x, _, weights = examples()
+  options = {'radius': RADIUS, 'norm': norm, 'args': (jnp.asarray(weights),)}
+  found = attacks.fgsm(objective, jax.random.key(0), jnp.asarray(x), **options)
+  for i, w in enumerate(weights):
+    expected = reference_pgd(functools.partial(gradient, w=w), x[i], x[i], 1, 1.0, norm)[-1]
+    np.testing.assert_allclose(found[i], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize('norm', attacks.NORMS)
+@oracles.in_float64
+def test_apgd_is_algorithm_1(norm):
+  x, start, weights = examples()
   found = auto_pgd.apgd(
     objective,
     jax.random.key(0),
@@ -85,8 +160,8 @@ def test_apgd_is_algorithm_1(norm):
   )
   for i, w in enumerate(weights):
     expected = reference_apgd(
-      lambda z, w=w: np.sum(np.sin(9.0 * z * w) + z * w),
-      lambda z, w=w: 9.0 * w * np.cos(9.0 * z * w) + w,
+      functools.partial(value, w=w),
+      functools.partial(gradient, w=w),
       start[i],
       x[i],
       num_steps=30,
@@ -154,6 +229,57 @@ def test_square_has_the_schedule_of_its_paper():
   for i, (first, last) in enumerate(itertools.pairwise(ends)):
     side = max(1, round((0.8 / 2.0**i * 28 * 28) ** 0.5))
     np.testing.assert_array_equal(sides[first:last], side)
+
+
+def stripes_and_squares(height: int, width: int) -> list[np.ndarray]:
+  """Results of one and of two queries, `[B, height, width, 8]`, as shares of the radius.
+
+  Every change by the second query is an improvement: the value is the distance from the first.
+  """
+
+  def distance(x_adv, before):
+    return jnp.sum(jnp.abs(x_adv - before), axis=(1, 2, 3))
+
+  x = jnp.full((2000, height, width, 8), 0.5)
+  results = [x]
+  for count in (1, 2):
+    options = {'radius': 0.25, 'num_queries': count, 'args': (results[-1],)}
+    results.append(square_attack.square(distance, jax.random.key(0), x, **options))
+  return [(np.asarray(result) - 0.5) / 0.25 for result in results[1:]]
+
+
+@pytest.mark.parametrize(('height', 'width', 'side'), [(24, 27, 2), (3, 90, 1)])
+def test_square_changes_a_random_square_to_a_random_corner(height, width, side):
+  """At the second of two queries 0.8 / 2^7 of the image."""
+  assert max(1, round((0.8 / 2**7 * height * width) ** 0.5)) == side
+  stripes, found = stripes_and_squares(height, width)
+  changed = (found != stripes).any(axis=-1)
+  np.testing.assert_array_equal(np.abs(found), 1.0)
+  # Where all 8 channels of a stripe have the signs of the square nothing changes: one in 256.
+  complete = changed.sum(axis=(1, 2)) == side**2
+  assert abs(complete.mean() - (1.0 - 1.0 / 256) ** side) < 4.0 / 2000**0.5 * (side / 256) ** 0.5
+  rows, columns = changed[complete].any(axis=2), changed[complete].any(axis=1)
+  for occupied, length in ((rows, height), (columns, width)):
+    np.testing.assert_array_equal(occupied.sum(axis=1), side)
+    first = occupied.argmax(axis=1)
+    last = length - 1 - occupied[:, ::-1].argmax(axis=1)
+    np.testing.assert_array_equal(last - first, side - 1)
+    # Uniform over all places: each is taken, and the mean is in the middle.
+    places = length - side + 1
+    assert set(first) == set(range(places))
+    standard_error = ((places**2 - 1) / 12.0 / len(first)) ** 0.5
+    assert abs(first.mean() - (places - 1) / 2.0) < 4.0 * standard_error
+  # One sign for each channel in all of a square, and both signs as often.
+  corner = np.where(changed[..., None], found, np.nan)[complete]
+  low, high = np.nanmin(corner, axis=(1, 2)), np.nanmax(corner, axis=(1, 2))
+  np.testing.assert_array_equal(low, high)
+  assert abs(low.mean()) < 4.0 / low.size**0.5
+  signs = stripes[:, 0]
+  assert abs(signs.mean()) < 4.0 / signs.size**0.5
+  # Neither places nor signs have to do with each other.
+  drawn = rows.argmax(axis=1), columns.argmax(axis=1), *low.T
+  correlation = np.corrcoef(drawn) - np.eye(10)
+  assert np.abs(correlation).max() < 4.5 / len(low) ** 0.5
 
 
 @pytest.mark.parametrize('shape', [(5, 4, 2), (5, 4), (5,)])

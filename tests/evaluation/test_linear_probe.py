@@ -158,11 +158,14 @@ def test_labels_out_of_range_raise(bad):
   [
     ({'means': np.zeros(6)}, r'means, labels: must be floats \[N, D\] and integers \[N\]'),
     ({'means': np.zeros((6, 0))}, 'means, labels: must be floats'),
+    ({'means': np.zeros((6, 3, 1))}, 'means, labels: must be floats'),
     ({'means': np.zeros((6, 3), int)}, 'means, labels: must be floats'),
     ({'labels': np.zeros(5, int)}, 'means, labels: must be floats'),
+    ({'labels': np.zeros(7, int)}, 'means, labels: must be floats'),
     ({'labels': np.zeros(6)}, 'means, labels: must be floats'),
     ({'num_classes': 1}, 'num_classes: must be >= 2'),
     ({'l2': 0.0}, 'l2: must be finite and > 0'),
+    ({'l2': -1.0}, 'l2: must be finite and > 0'),
     ({'l2': np.nan}, 'l2: must be finite and > 0'),
     ({'l2': np.inf}, 'l2: must be finite and > 0'),
     ({'l2': None}, 'l2: must be finite and > 0, got None'),
@@ -174,6 +177,28 @@ def test_wrong_arguments_raise(change, message):
   good = {'means': np.zeros((6, 3)), 'labels': np.arange(6) % 2, 'num_classes': 2}
   with pytest.raises(ValueError, match=message):
     linear_probe.fit_probe(**{**good, **change})
+
+
+def test_the_penalty_is_1_and_nothing_is_standardised_unless_said():
+  means, labels = clusters(3)
+  default = linear_probe.fit_probe(means, labels, 3)
+  named = linear_probe.fit_probe(means, labels, 3, l2=1.0, standardize=False)
+  np.testing.assert_array_equal(default.weights, named.weights)
+  np.testing.assert_array_equal(default.bias, named.bias)
+
+
+@pytest.mark.parametrize('shape', [(3,), (5, 2), (5, 4), (5, 3, 1)])
+def test_means_of_another_shape_have_no_logits(shape):
+  probe = linear_probe.LinearProbe(jnp.eye(3), jnp.zeros(3))
+  with pytest.raises(AssertionError, match=r'mean must be \[B, 3\]'):
+    probe.logits(jnp.zeros(shape))
+
+
+def test_a_probe_is_a_pytree():
+  probe = linear_probe.LinearProbe(jnp.ones((3, 2)), jnp.zeros(2))
+  doubled = jax.tree.map(lambda leaf: 2.0 * leaf + 1.0, probe)
+  np.testing.assert_array_equal(doubled.weights, np.full((3, 2), 3.0))
+  np.testing.assert_array_equal(doubled.bias, np.ones(2))
 
 
 def test_fit_that_does_not_converge_raises():
@@ -198,6 +223,24 @@ def test_encoder_means_do_not_depend_on_batches_and_devices(num_devices, batch_s
   assert means.shape == (10, 2) and means.dtype == np.float32
   expected = model.encode(params, IMAGES / np.float32(255.0)).mean
   np.testing.assert_allclose(means, expected, rtol=1e-5, atol=1e-6)  # float32, other products
+  everywhere = linear_probe.encoder_means(model, params, IMAGES)
+  np.testing.assert_allclose(everywhere, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'images',
+  [
+    IMAGES[0],
+    IMAGES[None],
+    IMAGES[:0],
+    *(IMAGES.astype(dtype) for dtype in (bool, np.int8, np.uint16, np.float32)),
+  ],
+  ids=lambda images: f'{images.dtype}{images.shape}',
+)
+def test_images_of_another_kind_have_no_means(images):
+  model, params = model_and_params()
+  with pytest.raises(ValueError, match=r'images: must be uint8 \[N, H, W, C\], at least one, got'):
+    linear_probe.encoder_means(model, params, images)
 
 
 def test_probed_encoder_is_the_probe_on_the_mean():
