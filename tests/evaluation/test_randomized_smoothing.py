@@ -73,6 +73,24 @@ def test_the_bound_is_from_other_samples_than_the_class():
   assert abs(differ - 20) < 4.0 * np.sqrt(40 * 0.25)
 
 
+def test_every_sample_is_counted_once():
+  x, index = jnp.asarray(X), jnp.arange(COUNT, dtype=jnp.int32)
+  chosen, counted = randomized_smoothing._counts(
+    linear, (7, 31, 2), jax.random.key(0), x, index, jnp.float32(SIGMA), (WEIGHTS,)
+  )
+  np.testing.assert_array_equal(np.sum(chosen, axis=1), 7)
+  np.testing.assert_array_equal(np.sum(counted, axis=1), 31)
+
+
+def test_what_always_has_one_class_has_the_largest_radius_of_1000_samples():
+  """The documented 2.46 sigma, with the numbers that are not named."""
+  always = lambda x: jnp.broadcast_to(jnp.float32([0.0, 1.0, 0.5]), (len(x), 3))  # noqa: E731
+  result = smoothed_accuracy(always, X, LABELS, radii=(0.0, 2.46 * 0.5, 2.47 * 0.5), sigma=0.5)
+  np.testing.assert_array_equal(result.predicted, 1)
+  np.testing.assert_allclose(result.radius, 0.5 * stats.norm.ppf(0.001 ** (1.0 / 1000.0)))
+  np.testing.assert_array_equal(result.curve.accuracy, [LABELS.mean(), LABELS.mean(), 0.0])
+
+
 def test_the_curve_counts_what_is_right_and_far_enough():
   result = honest()
   right = result.predicted == LABELS
@@ -148,6 +166,10 @@ def test_logits_that_are_not_finite_are_of_no_class():
   [
     ({'sigma': 0.0}, 'sigma: must be finite and > 0'),
     ({'sigma': np.inf}, 'sigma: must be finite and > 0'),
+    ({'sigma': -0.1}, 'sigma: must be finite and > 0'),
+    ({'sigma': np.nan}, 'sigma: must be finite and > 0'),
+    ({'alpha': -0.1}, r'alpha: must be in \(0, 1\)'),
+    ({'alpha': 1.1}, r'alpha: must be in \(0, 1\)'),
     ({'alpha': 0.0}, r'alpha: must be in \(0, 1\)'),
     ({'alpha': 1.0}, r'alpha: must be in \(0, 1\)'),
     ({'num_selection': 0}, 'num_selection: must be >= 1'),
