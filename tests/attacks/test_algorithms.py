@@ -302,6 +302,11 @@ def test_extreme_noise_is_at_the_very_edge(norm):
   offset = np.asarray(x_adv - x).reshape(50, -1)
   length = np.abs(offset) if norm == 'linf' else np.linalg.norm(offset, axis=1)
   np.testing.assert_allclose(length, 0.2, rtol=1e-5)
+  default = attacks.noise(jax.random.key(0), x, radius=0.2, norm=norm)
+  np.testing.assert_array_equal(
+    default, attacks.noise(jax.random.key(0), x, radius=0.2, extreme=False, norm=norm)
+  )
+  assert (default != x_adv).any()
   assert abs((offset > 0.0).mean() - 0.5) < 4.0 * 0.5 / offset.size**0.5
 
 

@@ -192,6 +192,7 @@ def test_radius_and_relative_step_size_do_not_recompile(images, weights):
     ({'x': jnp.zeros(SHAPE, jnp.uint8)}, AssertionError, 'floating point'),
     ({'x': jnp.zeros(3)}, AssertionError, r'\[B, \.\.\.\]'),
     ({'objective': jnp.sum}, AssertionError, 'one value per example'),
+    ({'objective': lambda x: x[:, 0, 0]}, AssertionError, 'one value per example'),
   ],
 )
 def test_wrong_arguments_raise(images, change, error, message):
@@ -368,10 +369,12 @@ def test_apgd_keeps_the_best_of_its_start_and_its_steps(images, weights):
 def test_starts_and_indices_of_other_shapes_are_refused(images, attack, jit):
   wrap = jax.jit if jit else (lambda function: function)
   options = {'radius': 0.1, 'num_steps': 1}
-  with pytest.raises(AssertionError, match='start must have the shape'):
-    wrap(lambda x: attack(flat, jax.random.key(0), x, start=x.swapaxes(0, 1), **options))(images)
-  with pytest.raises(AssertionError, match='index must have the shape'):
-    wrap(lambda x: attack(flat, jax.random.key(0), x, index=jnp.arange(1), **options))(images)
+  for change in (lambda x: x.swapaxes(0, 1), lambda x: jnp.concatenate([x, x])):
+    with pytest.raises(AssertionError, match='start must have the shape'):
+      wrap(lambda x: attack(flat, jax.random.key(0), x, start=change(x), **options))(images)  # noqa: B023
+  for count in (SHAPE[0] - 1, SHAPE[0] + 1):
+    with pytest.raises(AssertionError, match='index must have the shape'):
+      wrap(lambda x: attack(flat, jax.random.key(0), x, index=jnp.arange(count), **options))(images)  # noqa: B023
 
 
 def test_apgd_looks_ever_more_often():

@@ -29,6 +29,7 @@ from pathlib import Path
 from tests.tools import journal
 
 ROOT = Path(__file__).parents[2]
+_TRAINING = [f'tests/training/test_{name}.py' for name in ('losses', 'step', 'certified')]
 # Modules and packages, with their tests.
 TESTS = {
   'gaussians.py': ['tests/test_gaussians.py'],
@@ -47,8 +48,8 @@ TESTS = {
   'evaluation/sanity_checks.py': ['tests/evaluation/test_sanity_checks.py'],
   'evaluation/targets.py': ['tests/evaluation/test_targets.py'],
   'evaluation/verdicts.py': ['tests/evaluation/test_verdicts.py'],
-  'training/losses.py': ['tests/training/test_losses.py'],
-  'training/selection.py': ['tests/training/test_losses.py'],
+  'training/losses.py': _TRAINING,
+  'training/selection.py': _TRAINING,
 }
 # Left out: operators that float arrays refuse (shifts, bits), `is` for `==`, twins of those here,
 # and what is no operation: a bare `*` in a signature.

@@ -127,6 +127,39 @@ def test_the_contrastive_loss_needs_no_decoder():
   assert_means(metrics, {'clean_loss': clean})
 
 
+def test_noise_is_of_the_given_size_and_none_is_no_change():
+  def noisy(size):
+    config = dataclasses.replace(CONFIG, objective='vae', encoder_noise=size)
+    return selection.noisy(selection.Batch(MODEL, config, PARAMS, KEY, middle, jnp.arange(BATCH)))
+
+  middle = jnp.full_like(X, 0.5)
+  np.testing.assert_array_equal(noisy(0.0), middle)
+  offset = np.asarray(noisy(0.25) - middle)
+  assert np.abs(offset).max() <= 0.25
+  # Uniform draws: the mean of their squares, and four of its standard errors.
+  squares = (offset / 0.25) ** 2
+  assert abs(squares.mean() - 1.0 / 3.0) < 4.0 * (4.0 / 45.0 / squares.size) ** 0.5
+
+
+@pytest.mark.parametrize(
+  ('changes', 'attacks'),
+  [
+    ({}, True),
+    ({'selection': 'interval', 'certified_weight': 0.5}, True),
+    ({'selection': 'interval', 'certified_share': 0.5}, True),
+    ({'selection': 'interval'}, False),
+    ({'selection': 'linear'}, False),
+  ],
+)
+def test_nothing_is_attacked_where_only_certificates_count(changes, attacks):
+  config = config_for('se', **changes)
+  numbers = {'key': KEY, 'x': X, 'places': jnp.arange(BATCH)}
+  found = selection.furthest_or_certified(selection.Batch(MODEL, config, PARAMS, **numbers))
+  attacked = training.select(MODEL, config, PARAMS, KEY, X, MODEL.encode(PARAMS, X))
+  assert (attacked != X).any()
+  np.testing.assert_array_equal(found, attacked if attacks else X)
+
+
 def test_the_noise_of_an_example_belongs_to_its_place_in_the_batch():
   config = dataclasses.replace(CONFIG, objective='vae', encoder_noise=0.3)
   places = jnp.arange(BATCH, dtype=jnp.int32)
