@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -62,6 +63,10 @@ def test_1_legality():
     assert not legal(images)
   assert legal(X + 0.05, np.full(4, 0.1), 'l2')
   assert not legal(X + 0.051, np.full(4, 0.1), 'l2')
+  # Each image has a distance of its own.
+  one = np.arange(4) == 1
+  images = X + np.float32(0.1) * one[:, None, None, None] * (np.arange(4) == 2).reshape(2, 2, 1)
+  assert legal(images.astype(np.float32), np.where(one, 0.1, 0.0), 'l2')
 
 
 def test_1_legality_says_by_how_much():
@@ -102,6 +107,7 @@ def test_2_rescoring():
   assert agrees(misclassified, 0.75)
   assert not agrees(~misclassified, 0.75)
   assert not agrees(misclassified, 0.5)
+  assert not agrees(misclassified, 1.0)
 
 
 def test_2_rescoring_says_how_many_differ():
@@ -134,6 +140,9 @@ def test_3_monotone_says_how_much_it_rises():
   )
   values = {'radii': [0.0, 0.1, 0.2], 'accuracy': [0.75, 0.25, 0.5]}
   assert sanity_checks.monotone(claim) == (True, 'maximal rise 0.2500', values)
+  claim.radii = claim.radii[:2]
+  claim.curves = {'pgd': curve([0.25, 0.75], np.array([[0.0, 0.5], [0.5, 1.0]]))}
+  assert sanity_checks.monotone(claim)[0] is False
 
 
 @pytest.mark.parametrize(
@@ -142,7 +151,7 @@ def test_3_monotone_says_how_much_it_rises():
     ({0.5: 0.01, 0.75: 0.01, 1.0: 0.01}, True),
     ({0.5: 0.02, 0.75: 0.02, 1.0: 0.02}, False),
     ({0.5: 0.0}, True),
-    ({0.5: 0.1, 0.75: 0.0}, True),
+    ({0.5: 0.12, 0.75: 0.0}, True),
     ({0.5: 0.2, 0.75: 0.0}, False),
     ({0.5: 0.1, 0.75: 0.1, 1.0: 0.1}, False),
   ],
@@ -165,8 +174,8 @@ def test_4_large_radius(accuracy, expected):
 
 
 def test_4_only_what_was_robust_at_half_the_range_is_attacked():
-  """Of 10 examples the first 8 are in the sample, and 5 of them were robust beyond radius 0.5."""
-  radius = np.array([np.inf, 0.5, 0.51, np.inf, 0.0, 0.7, np.inf, 0.3, np.inf, np.inf])
+  """Of 10 examples the first 8 are in the sample, and 5 of them were robust beyond radius 1."""
+  radius = np.array([np.inf, 1.0, 1.01, np.inf, 0.0, 1.3, np.inf, 0.6, np.inf, np.inf])
   tried = []
 
   def robust(attacks, radius, rows):
@@ -174,7 +183,7 @@ def test_4_only_what_was_robust_at_half_the_range_is_attacked():
     return rows[:1]
 
   attacked = classifier()
-  attacked.robust = robust
+  attacked.robust, attacked.diameter = robust, 2.0
   claim = SimpleNamespace(
     classifier=attacked,
     suite=SimpleNamespace(attacks=()),
@@ -184,11 +193,11 @@ def test_4_only_what_was_robust_at_half_the_range_is_attacked():
     count=8,
   )
   passed, text, values = sanity_checks.large_radius(claim)
-  assert tried == [(0.5, [0, 2, 3, 5, 6]), (0.75, [0]), (1.0, [0])]
+  assert tried == [(1.0, [0, 2, 3, 5, 6]), (1.5, [0]), (2.0, [0])]
   assert not passed  # an eighth is robust to the end
   assert text.endswith('; the most frequent class has 0.5000 of the examples')
   assert values == {
-    'radii': [0.5, 0.75, 1.0],
+    'radii': [1.0, 1.5, 2.0],
     'accuracy': [0.125, 0.125, 0.125],
     'largest_share': 0.5,
   }
@@ -208,7 +217,7 @@ def test_5_iterative():
 
 @pytest.mark.parametrize(('pgd', 'expected'), [(0.125, '0.0000'), (0.5, '0.2500')])
 def test_5_iterative_says_how_much_stronger_one_step_is(pgd, expected):
-  curves = {'pgd': curve([0.75, pgd]), 'fgsm': curve([0.75, 0.25])}
+  curves = {'pgd': curve([0.5, pgd]), 'fgsm': curve([0.75, 0.25])}
   claim = SimpleNamespace(middle_radius=0.1, curves=curves, count=1000)
   _, text, values = sanity_checks.iterative(claim)
   assert text == f'one step is stronger by at most {expected}'
@@ -274,6 +283,7 @@ def test_7_gradient_free(before):
   assert not beaten_by_at_most(3, 1000)
   assert not beaten_by_at_most(2, 100)
   assert beaten_by_at_most(1, 100)
+  assert beaten_by_at_most(1, 2)
 
 
 def test_7_what_square_found_within_the_radius_counts_and_nothing_else():
@@ -281,17 +291,17 @@ def test_7_what_square_found_within_the_radius_counts_and_nothing_else():
   claim = SimpleNamespace(
     classifier=classifier(),
     attack_log=SimpleNamespace(
-      names=('clean', 'square', 'pgd'),
-      attack=np.array([1, 1, 1, 2, -1, -1, 1]),
-      radius=np.array([0.05, 0.1, 0.2, 0.1, np.inf, np.inf, 0.1]),
+      names=('clean', 'square', 'pgd', 'transfer'),
+      attack=np.array([1, 1, 1, 2, -1, 3, 1]),
+      radius=np.array([0.05, 0.1, 0.2, 0.1, np.inf, 0.1, 0.1]),
     ),
     middle_radius=0.1,
     rows=np.arange(6),
-    robust_rows=np.array([2, 4, 5]),
+    robust_rows=np.array([2, 4]),
     count=6,
     num_queries=10,
     redrawn=classifier(
-      lambda attacks, radius: 2 if (attacks[0].num_steps, radius) == (10, 0.1) else 0
+      lambda attacks, radius: 1 if (attacks[0].num_steps, radius) == (10, 0.1) else 0
     ),
   )
   text = 'Square alone misclassifies 3 of 6'
@@ -338,8 +348,12 @@ def test_9_gradients(kind):
   def healthy(defects):
     """Of 400 examples, so many have a defect of this kind."""
     defective = np.arange(400) < defects
-    logits = np.tile(np.float32([1.0, 0.0]), (400, 1))
-    wrong = {'tied': [0.0, 0.0], 'saturated': [200.0, 0.0], 'not finite': [9.0, np.nan]}
+    logits = np.tile(np.float32([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), (200, 1))
+    wrong = {
+      'tied': [1.0, 1.0, 0.0],
+      'saturated': [200.0, 0.0, 1.0],
+      'not finite': [9.0, np.nan, 1.0],
+    }
     if kind in wrong:
       logits[defective] = wrong[kind]
     none = np.zeros(400, bool)
@@ -364,17 +378,18 @@ def test_9_gradients(kind):
       )
     )
 
-  assert healthy(2)[0]
+  assert healthy(4)[0]
   result, figure, _ = healthy(8)
   assert not result and figure.startswith(f'worst share 0.0200 ({kind}, ')
 
 
 def test_9_gradients_are_those_of_the_objective_where_an_image_is_wrong_too():
   """Of four images, the gradient is zero at the first and NaN at the second; the last is wrong."""
-  x = np.float32([[-1.0, 1.0], [4.0, 0.0], [4.0, 1.0], [4.0, 1.0]])
+  x = np.float32([[-1.0, 1.0], [4.0, 0.0], [4.0, 1.0], [4.0, -1.0]])
 
   def objective(x, aim):
-    return jnp.maximum(x[:, 0], 0.0) * jnp.where(x[:, 1] > 0.0, 1.0, jnp.nan)
+    slope = jax.lax.stop_gradient(jnp.where(x[:, 1] == 0.0, jnp.nan, x[:, 1]))
+    return slope * jnp.maximum(x[:, 0], 0.0)
 
   def logits(x, *_):
     return np.stack([x[:, 0], 0.5 * np.ones(len(x), np.float32)], axis=1)
@@ -383,12 +398,16 @@ def test_9_gradients_are_those_of_the_objective_where_an_image_is_wrong_too():
     args=(),
     labels=np.array([9, 1, 0, 0, 1]),
     targets=None,
-    attack=lambda attack, radius, attempt, rows: (x[rows - 1], None),
+    attack=lambda attack, radius, attempt, rows: (x[rows - 1 + attempt], None),
     apply=lambda _, x: logits(x),
     in_batches=lambda function, batch: function(batch),
   )
   until = losses.UntilMisclassified(objective, logits)
-  aim = lambda _, rows, attempt: losses.Aim(jnp.asarray(attacked.labels[rows]))  # noqa: E731
+
+  def aim(_, rows, attempt):
+    assert attempt == 0
+    return losses.Aim(jnp.asarray(attacked.labels[rows]))
+
   attack = attack_suite.PGD(name='pgd', objective=until, aim=aim)
   noise = attack_suite.Noise(name='noise')
   claim = SimpleNamespace(
@@ -407,16 +426,26 @@ def test_9_gradients_are_those_of_the_objective_where_an_image_is_wrong_too():
   assert not passed and text == 'worst share 0.2500 (NaN or Inf, pgd)'
 
 
+def gives(again, reordered):
+  """A classifier with these logits; `reordered` are those of the reverse batch, in order again."""
+  x = np.arange(4.0)
+
+  def apply(_, batch):
+    if np.array_equal(batch, x):
+      return again
+    np.testing.assert_array_equal(batch, x[::-1])
+    return reordered[::-1]
+
+  found = classifier(apply=apply)
+  found.x = x
+  return found
+
+
 def test_10_deterministic():
   logits = np.random.default_rng(0).normal(size=(4, 3))
 
-  def agrees(again, reordered):
-    """`reordered` are the logits of the batch in reverse, put back in order."""
-
-    def apply(_, x):
-      return again if x is X else reordered[::-1]
-
-    claim = {'classifier': classifier(apply=apply), 'logits': logits, 'rows': np.arange(4)}
+  def agrees(*results):
+    claim = {'classifier': gives(*results), 'logits': logits, 'rows': np.arange(4)}
     return passed(sanity_checks.deterministic, **claim)
 
   assert agrees(logits, logits * (1.0 + 5e-5))
@@ -426,15 +455,14 @@ def test_10_deterministic():
 
 
 def test_10_deterministic_says_what_changes():
-  logits = np.array([[4.0, 0.0], [1.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
+  logits = np.array([[0.5, 0.0], [0.1, 0.1], [0.25, 0.0], [0.0, 0.0]])
   again, reordered = logits.copy(), logits.copy()
-  again[1] += 1.0
-  again[2, 0] += 1.0
-  reordered[0, 1] -= 0.5
+  again[:3, 0] += 1.0
+  reordered[0, 1] -= 0.0625
 
   def judge(rows, logits):
-    apply = lambda _, x: again if x is X else reordered[::-1]  # noqa: E731
-    claim = {'classifier': classifier(apply=apply), 'logits': logits, 'rows': np.asarray(rows)}
+    attacked = gives(again, reordered)
+    claim = {'classifier': attacked, 'logits': logits, 'rows': np.asarray(rows)}
     return sanity_checks.deterministic(SimpleNamespace(**claim))
 
   def text(bits, change):
@@ -442,7 +470,7 @@ def test_10_deterministic_says_what_changes():
       f'{bits} examples differ when repeated; reordering changes logits by {change} of the maximum'
     )
 
-  assert judge(range(4), logits) == (False, text(2, '1.2e-01'), {'differ': 2, 'reordered': 0.125})
+  assert judge(range(4), logits) == (False, text(3, '1.2e-01'), {'differ': 3, 'reordered': 0.125})
   assert judge([3], logits) == (True, text(0, '0.0e+00'), {'differ': 0, 'reordered': 0.0})
   nothing = np.zeros_like(logits)
   assert judge([0], nothing)[2]['reordered'] == 0.0  # of logits that are all 0
@@ -481,6 +509,7 @@ def test_11_mean_of_minima():
   assert not agrees(accuracy=np.array([0.5, 0.5]))
   assert not agrees(interval=sound['interval'] + 0.2)
   assert not agrees(count=5)
+  assert not agrees(count=3)
   assert not agrees(wrong=~sound['wrong'])
   second = np.arange(4)[:, None, None, None] == 1
   assert agrees(images=np.where(second, X + np.float32(0.05), moved()))
@@ -518,7 +547,7 @@ def test_11_measures_l2():
 @pytest.mark.parametrize(
   ('fault', 'defect'),
   [
-    ({'clean_accuracy': 0.1}, 'clean accuracy is that of a constant'),
+    ({'clean_accuracy': 0.12}, 'clean accuracy is that of a constant'),
     ({'scale': 0.01}, 'no active dimension'),
     ({'scale': 1e-6}, 'no active dimension; the latent scale is not in [0.001, 1000]'),
     ({'scale': 1e6}, 'the latent scale is not in [0.001, 1000]'),
@@ -550,9 +579,10 @@ def test_12_informative(fault, defect):
   assert values['squared_error'] == pytest.approx(8 * 0.1**2)
   assert values['variance'] == pytest.approx(np.var(x, axis=0).sum())
   assert text == ', '.join(f'{key.replace("_", " ")} {value:.4g}' for key, value in values.items())
-  # At the limits of the latent scale, with one dimension, and no better than the mean image.
-  assert not judge(scale=0.99e3 / latents.sum() ** 0.5)[1].endswith('1000]')
-  assert judge(scale=1.01e3 / latents.sum() ** 0.5)[1].endswith('1000]')
+  # One dimension, the limits of the latent scale, and no better than the mean image.
+  assert judge(scale=np.arange(8) == 3)[0]
+  assert not judge(scale=0.9999e3 / latents.sum() ** 0.5)[1].endswith('1000]')
+  assert judge(scale=1.0001e3 / latents.sum() ** 0.5)[1].endswith('1000]')
   assert '[0.001' not in judge(scale=1.01e-3 / latents.sum() ** 0.5)[1]
   assert '[0.001' in judge(scale=0.99e-3 / latents.sum() ** 0.5)[1]
   worse = (np.var(x, axis=0).sum() / 8) ** 0.5
@@ -657,7 +687,7 @@ def test_13_certificates_are_compared_with_all_that_was_found():
 
 
 def test_13_clean_errors_and_the_first_attack_that_misleads_are_named():
-  """Examples 0 and 1 are wrong as they are; the first is certified for nothing."""
+  """Examples 0 and 1 are wrong as they are, of which the log has the second alone."""
   count = 5
   attacked = classifier()
   attacked.x = np.full((count, 2, 2, 1), 0.5, np.float32)
@@ -665,9 +695,9 @@ def test_13_clean_errors_and_the_first_attack_that_misleads_are_named():
   def judge(certified, middle_radius=0.1):
     log = SimpleNamespace(
       names=('clean', 'pgd', 'square'),
-      radius=np.array([0.0, 0.0, 0.1, 0.1, np.inf]),
+      radius=np.array([np.inf, 0.0, 0.1, 0.1, np.inf]),
       images=attacked.x + np.float32([0.0, 0.0, 0.1, 0.1, 0.0])[:, None, None, None],
-      attack=np.array([0, 0, 2, 1, -1]),
+      attack=np.array([-1, 0, 2, 1, -1]),
     )
     return sanity_checks.certificates_hold(
       SimpleNamespace(
@@ -685,7 +715,10 @@ def test_13_clean_errors_and_the_first_attack_that_misleads_are_named():
       )
     )
 
-  passed, text, values = judge([-np.inf, 0.0, 0.1, 0.1, 0.1])
+  for certified in (0.0, 0.05):
+    found = {'examples': [0], 'attacks': ['clean']}
+    assert judge([certified, -1.0, 0.0, 0.0, 0.0], 0.0)[2] == found
+  passed, text, values = judge([-np.inf, 0.0, 0.1, 0.1, 0.15])
   assert not passed
   assert values == {'examples': [1, 2, 3, 4], 'attacks': ['clean', 'square', 'pgd', 'pgd']}
   assert text == (
