@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -254,7 +256,19 @@ def test_probed_encoder_is_the_probe_on_the_mean():
   first, second = mean[:, 0], mean[:, 1]
   expected = np.stack([first + 0.1, 2.0 * first - second + 0.2, 3.0 * second + 0.3], axis=1)
   np.testing.assert_allclose(classifier(x, params, probe), expected, rtol=1e-5, atol=1e-6)
-  assert hash(classifier) == hash(linear_probe.ProbedEncoder(model))
+
+
+def test_probes_and_functions_of_a_model_cannot_be_changed():
+  """The functions are keys of compiled programs."""
+  model, _ = model_and_params()
+  for kind in (
+    linear_probe.ProbedEncoder,
+    linear_probe.GaussianLatents,
+    linear_probe.Reconstruction,
+  ):
+    assert hash(kind(model)) == hash(kind(model)) and kind(model) == kind(model)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    linear_probe.LinearProbe(jnp.eye(2), jnp.zeros(2)).bias = jnp.ones(2)
 
 
 @pytest.mark.parametrize('covariance', ['diagonal', 'full'])
