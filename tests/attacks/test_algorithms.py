@@ -222,12 +222,13 @@ def test_apgd_leaves_a_start_whose_value_is_no_number():
   np.testing.assert_allclose(found, 0.5 + RADIUS, rtol=1e-6)
 
 
-def test_square_has_the_schedule_of_its_paper():
+@pytest.mark.parametrize(('height', 'width'), [(28, 28), (90, 70)])
+def test_square_has_the_schedule_of_its_paper(height, width):
   """The square covers 0.8 of the image at first, and half as much after each given query."""
-  sides = square_attack._sides(10_000, 28, 28)
+  sides = square_attack._sides(10_000, height, width)
   ends = [0, 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000, 10_000]
   for i, (first, last) in enumerate(itertools.pairwise(ends)):
-    side = max(1, round((0.8 / 2.0**i * 28 * 28) ** 0.5))
+    side = max(1, round((0.8 / 2.0**i * height * width) ** 0.5))
     np.testing.assert_array_equal(sides[first:last], side)
 
 

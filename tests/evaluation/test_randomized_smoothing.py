@@ -182,6 +182,12 @@ def test_wrong_arguments_are_named(change, message):
     smoothed(**change)
 
 
+@pytest.mark.parametrize('shift', [-0.5, 0.5])
+def test_pixels_are_within_0_and_1_if_no_bounds_are_given(shift):
+  with pytest.raises(ArgumentError, match='x: '):
+    smoothed_accuracy(linear, X + np.float32(shift), LABELS, radii=(0.0,), sigma=0.1)
+
+
 def test_bounds_of_the_pixels_and_batches_are_those_that_are_given():
   calls = []
   smoothed_accuracy(
