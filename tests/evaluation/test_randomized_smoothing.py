@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -89,6 +90,11 @@ def test_what_always_has_one_class_has_the_largest_radius_of_1000_samples():
   np.testing.assert_array_equal(result.predicted, 1)
   np.testing.assert_allclose(result.radius, 0.5 * stats.norm.ppf(0.001 ** (1.0 / 1000.0)))
   np.testing.assert_array_equal(result.curve.accuracy, [LABELS.mean(), LABELS.mean(), 0.0])
+  # The radius itself is certified too.
+  again = smoothed_accuracy(always, X, LABELS, radii=(result.radius[0],), sigma=0.5)
+  assert again.curve.accuracy[0] == LABELS.mean()
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    result.radius = None
 
 
 def test_the_curve_counts_what_is_right_and_far_enough():
@@ -148,6 +154,21 @@ def test_the_bound_exceeds_the_probability_with_probability_alpha_at_most(alpha,
     wrong = stats.binom.pmf(outcomes, num_samples, probability)[bound > probability].sum()
     worst = max(worst, wrong)
   assert 0.9 * alpha < worst <= alpha * (1.0 + 1e-6)
+
+
+def test_an_image_whose_logits_are_not_finite_counts_nothing_and_others_do():
+  def broken(x, broken_above):
+    logits = linear(x, WEIGHTS)
+    return jnp.where(
+      (x.mean(axis=(1, 2, 3)) > broken_above)[:, None] & (logits == 0.0), jnp.nan, logits
+    )
+
+  x = jnp.concatenate([jnp.asarray(X[:20]), jnp.asarray(X[:20]) + 10.0])
+  for counts in randomized_smoothing._counts(
+    broken, (9, 9, 2), jax.random.key(0), x, jnp.arange(40), jnp.float32(0.1), (5.0,)
+  ):
+    np.testing.assert_array_equal(np.sum(counts, axis=1), [9] * 20 + [0] * 20)
+    assert np.min(counts) == 0
 
 
 def test_logits_that_are_not_finite_are_of_no_class():
