@@ -112,6 +112,13 @@ def test_draws_have_the_moments_of_a_uniform_draw(norm, extreme):
   tolerance = 4.5 * squares**0.5 / count**0.5
   assert np.abs(offset.mean(axis=0)).max() < tolerance
   np.testing.assert_allclose(offset.T @ offset / count, squares * np.eye(SIZE), atol=tolerance)
+  fourth_powers = {
+    ('linf', False): 1.0 / 5.0,
+    ('linf', True): 1.0,
+    ('l2', False): 3.0 / (SIZE + 2) / (SIZE + 4),
+    ('l2', True): 3.0 / SIZE / (SIZE + 2),
+  }[norm, extreme]
+  np.testing.assert_allclose((offset**4).mean(axis=0), fourth_powers, atol=tolerance)
 
 
 @pytest.mark.parametrize('bounds', [(0.5, 0.5), (1.0, 0.0), (0.0, np.nan), (0.0, 0.5, 1.0), 'ab'])

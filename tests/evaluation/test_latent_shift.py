@@ -80,6 +80,61 @@ def test_labels_that_a_classifier_does_not_have_are_refused():
       latent_shift.joint_accuracy((linear, linear), x, both, args=(args, args), radii=RADII)
 
 
+@pytest.mark.parametrize(
+  'x',
+  [np.zeros(4, np.float32), np.zeros((0, 4), np.float32), np.zeros((2, 4), int)],
+  ids=['one pixel each', 'none', 'integers'],
+)
+def test_images_of_another_kind_are_refused(x):
+  message = r'x: must be float images \[N, \.\.\.\], at least one, got'
+  with pytest.raises(ValueError, match=message):
+    latent_shift.max_latent_shift(jnp.sin, x, radii=(0.1,))
+  with pytest.raises(ValueError, match=message):
+    latent_shift.joint_accuracy((jnp.sin,), x, np.zeros((2, 1), int), radii=(0.1,), args=((),))
+
+
+def test_images_may_be_rows():
+  shift = latent_shift.max_latent_shift(
+    lambda x: x, np.full((2, 4), 0.5, np.float32), radii=(0.1,), num_steps=3
+  )
+  np.testing.assert_allclose(shift, [[0.04, 0.04]], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'columns', 'tuples'),
+  [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)],
+)
+def test_there_is_one_label_and_one_tuple_for_each_classifier(rows, columns, tuples):
+  x, _, args = examples()
+  labels = np.zeros((len(x) + rows, 2 + columns), int)
+  with pytest.raises(ValueError, match=r'labels, args: must be \[N, 2\] and 2 tuples'):
+    latent_shift.joint_accuracy(
+      (linear, linear), x, labels, args=(args,) * (2 + tuples), radii=RADII
+    )
+
+
+def test_classifiers_of_a_joint_attack_give_logits():
+  x, labels, args = examples()
+  with pytest.raises(ValueError, match=r'logits_fns\[1\]: must give floats \[B, K\] with K >= 2'):
+    latent_shift.joint_accuracy(
+      (linear, lambda x: x), x, np.stack([labels, labels], axis=1), args=(args, ()), radii=RADII
+    )
+
+
+def test_one_attack_of_40_steps_from_the_seed_0_unless_said():
+  def several(x):
+    return jnp.sin(27.0 * x.reshape(len(x), -1))
+
+  x = np.random.default_rng(0).uniform(size=(6, *SHAPE)).astype(np.float32)
+  named = {'num_steps': 40, 'restarts': 1, 'seed': 0, 'norm': 'linf', 'bounds': (0.0, 1.0)}
+  default, expected, *others = (
+    latent_shift.max_latent_shift(several, x, radii=(0.3,), **options)
+    for options in ({}, named, {'seed': 1}, {'restarts': 2})
+  )
+  np.testing.assert_array_equal(default, expected)
+  assert all((other != expected).any() for other in others)
+
+
 def test_progress_is_in_attacks_of_an_example():
   x, _, args = examples()
   told: list[tuple[int, int]] = []
