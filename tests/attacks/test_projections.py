@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +129,11 @@ def test_bounds_are_two_numbers_the_smaller_one_first(bounds):
     projections.as_bounds(bounds)
   with pytest.raises(ValueError, match='bounds'):
     projections.check_norm_and_bounds('l2', bounds)
+
+
+def test_a_ball_cannot_be_changed():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    ball_about(np.zeros((1, 1)), 'l2', 0).radius = 1.0
 
 
 def test_bounds_become_numbers_of_python():
