@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -157,3 +158,10 @@ def test_pixels_may_lie_at_the_bounds_and_not_beyond():
       ValueError, match=r'x must lie in the bounds \(0.25, 0.5\), got values from'
     ):
       attacked(*pixels)
+
+
+@pytest.mark.parametrize('name', ['pgd', 'apgd', 'fgsm', 'noise', 'square'])
+def test_a_checked_attack_shows_its_own_name_arguments_and_documentation(name):
+  attack = getattr(attacks, name)
+  assert attack.__name__ == name and attack.__doc__
+  assert 'radius' in inspect.signature(attack).parameters
