@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -308,6 +309,8 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize('command', WRONG_COMMANDS, ids=lambda c: f'{c[0]} {c[1]}')
 def test_wrong_commands_fail_in_one_line_and_leave_no_trace(outcomes, command):
   code, stdout, stderr, left = outcomes[command]
+  # JAX 0.10.0 logs that programs from its cache were tuned for the processor.
+  stderr = re.sub(r'^E\d{4} .*Loading XLA:CPU AOT result.*\n', '', stderr, flags=re.MULTILINE)
   assert code == 2, stderr
   assert stdout == ''
   assert len(stderr.splitlines()) == 1 and stderr.startswith('error: '), stderr
