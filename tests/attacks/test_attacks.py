@@ -360,7 +360,7 @@ def test_apgd_keeps_the_best_of_its_start_and_its_steps(images, weights):
   assert_legal(x_adv, images, 0.05, 'linf')
   np.testing.assert_allclose(x_adv, start, atol=1e-6)
   # A start outside the ball is projected, and a flat objective keeps it.
-  outside = attack(1.0 - images, jnp.zeros(SHAPE))
+  outside = attack(1.0 - images, jnp.zeros(SHAPE, jnp.float32))
   assert_legal(outside, images, 0.05, 'linf')
 
 

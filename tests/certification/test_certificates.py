@@ -135,20 +135,20 @@ def test_nothing_is_certified_about_an_input_outside_the_bounds(method, norm):
 def test_labels_of_any_width_and_none_outside_the_classes(dtype):
   logits = np.arange(300.0, dtype=np.float32)[::-1].copy()
   logits[256] = 500.0
-  layers = (cert.Dense(jnp.zeros((1, 300)), jnp.asarray(logits)),)
-  region = cert.ball(jnp.full((2, 1), 0.5), 0.1)
+  layers = (cert.Dense(jnp.zeros((1, 300), jnp.float32), jnp.asarray(logits)),)
+  region = cert.ball(jnp.full((2, 1), 0.5, jnp.float32), 0.1)
   found = cert.margins(layers, region, jnp.array([0, 100], dtype), cert.Method('ibp'))
   np.testing.assert_allclose(found, [299.0 - 500.0, 199.0 - 500.0], rtol=1e-3)
-  layers = (cert.Dense(jnp.zeros((1, 3)), jnp.array([-1.0, -2.0, -3.0])),)
+  layers = (cert.Dense(jnp.zeros((1, 3), jnp.float32), jnp.float32([-1.0, -2.0, -3.0])),)
   found = cert.margins(layers, region, jnp.array([3, 0], dtype), cert.Method('ibp'))
   assert np.isnan(found[0]) and 0.99 < found[1] <= 1.0
   with pytest.raises(TypeError, match='labels must be integers, got float32'):
-    cert.margins(layers, region, jnp.zeros(2))
+    cert.margins(layers, region, jnp.zeros(2, jnp.float32))
 
 
 def test_layers_of_another_dtype_are_refused():
   """The slack for rounding would be that of one of the two."""
-  region = cert.ball(jnp.full((1, 2), 0.5), 0.1)
+  region = cert.ball(jnp.full((1, 2), 0.5, jnp.float32), 0.1)
   layers = (cert.Dense(jnp.eye(2, dtype=jnp.float16), jnp.zeros(2, jnp.float16)),)
   for bound in (cert.output_box, functools.partial(cert.margins, labels=jnp.zeros(1, jnp.int32))):
     with pytest.raises(TypeError, match='layers must have the dtype of the region, float32, got'):

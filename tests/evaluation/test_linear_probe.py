@@ -287,5 +287,5 @@ def test_distances_of_gaussian_latents_are_squared_w2(covariance):
 
 
 def test_logits_that_are_not_numbers_are_wrong():
-  broken = linear_probe.LinearProbe(jnp.full((3, 2), jnp.nan), jnp.zeros(2))
+  broken = linear_probe.LinearProbe(np.full((3, 2), np.nan, np.float32), np.zeros(2, np.float32))
   assert linear_probe.accuracy(broken, np.ones((4, 3), np.float32), np.zeros(4, int)) == 0.0

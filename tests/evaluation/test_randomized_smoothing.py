@@ -65,7 +65,7 @@ def test_the_radius_of_a_linear_classifier_is_at_most_its_distance_and_close_to_
 
 
 def test_the_bound_is_from_other_samples_than_the_class():
-  x, index = jnp.full((40, 4, 4, 1), 0.5), jnp.arange(40, dtype=jnp.int32)
+  x, index = jnp.full((40, 4, 4, 1), 0.5, jnp.float32), jnp.arange(40, dtype=jnp.int32)
   chosen, counted = randomized_smoothing._counts(
     linear, (1, 1, 2), jax.random.key(0), x, index, jnp.float32(SIGMA), (WEIGHTS,)
   )

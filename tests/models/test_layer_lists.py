@@ -127,7 +127,7 @@ def test_everything_else_is_refused_by_name(module, name):
 def test_a_layer_that_is_used_twice_has_its_parameters_twice():
   twice = nn.Dense(4)
   network = nn.Sequential([layer_lists.flatten, twice, nn.relu, twice, nn.Dense(2)])
-  x = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
+  x = jax.random.normal(jax.random.key(0), (3, 2, 2, 1), jnp.float32)
   variables = network.init(jax.random.key(1), x)
   found = cert.apply(layer_lists.layers_of(network, variables), x)
   np.testing.assert_allclose(found, network.apply(variables, x), rtol=1e-5, atol=1e-6)
