@@ -27,7 +27,8 @@ def project(z: np.ndarray, x: np.ndarray, norm: str) -> np.ndarray:
 
 
 def direction(slope: np.ndarray, norm: str) -> np.ndarray:
-  return np.sign(slope) if norm == 'linf' else slope / np.linalg.norm(slope)
+  """The unit step of steepest ascent; zero where there is no slope."""
+  return np.sign(slope) if norm == 'linf' else slope / (np.linalg.norm(slope) or 1.0)
 
 
 def reference_pgd(

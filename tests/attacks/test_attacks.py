@@ -368,13 +368,13 @@ def test_apgd_keeps_the_best_of_its_start_and_its_steps(images, weights):
 @pytest.mark.parametrize('jit', [False, True])
 def test_starts_and_indices_of_other_shapes_are_refused(images, attack, jit):
   wrap = jax.jit if jit else (lambda function: function)
-  options = {'radius': 0.1, 'num_steps': 1}
-  for change in (lambda x: x.swapaxes(0, 1), lambda x: jnp.concatenate([x, x])):
+  attacked = wrap(functools.partial(attack, flat, jax.random.key(0), radius=0.1, num_steps=1))
+  for start in (images.swapaxes(0, 1), jnp.concatenate([images, images])):
     with pytest.raises(AssertionError, match='start must have the shape'):
-      wrap(lambda x: attack(flat, jax.random.key(0), x, start=change(x), **options))(images)  # noqa: B023
-  for count in (SHAPE[0] - 1, SHAPE[0] + 1):
+      attacked(images, start=start)
+  for count in (1, SHAPE[0] - 1, SHAPE[0] + 1):
     with pytest.raises(AssertionError, match='index must have the shape'):
-      wrap(lambda x: attack(flat, jax.random.key(0), x, index=jnp.arange(count), **options))(images)  # noqa: B023
+      attacked(images, index=jnp.arange(count))
 
 
 def test_apgd_looks_ever_more_often():

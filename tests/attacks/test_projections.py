@@ -13,8 +13,9 @@ import pytest
 from se_vae import attacks
 from se_vae.attacks import projections
 from tests import oracles
+from tests.attacks.test_algorithms import RADIUS, direction, project
 
-RADIUS, COUNT, SIZE = 0.3, 30, 5
+COUNT, SIZE = 30, 5
 AXES = pytest.mark.parametrize('batch_axis', [0, 1])
 NORMS = pytest.mark.parametrize('norm', attacks.NORMS)
 
@@ -26,13 +27,6 @@ def laid_out(images: np.ndarray, batch_axis: int) -> jax.Array:
 def ball_about(x: np.ndarray, norm: str, batch_axis: int) -> projections.Ball:
   radius = jnp.asarray(RADIUS)
   return projections.Ball(laid_out(x, batch_axis), radius, norm, (0.0, 1.0), batch_axis)
-
-
-def projected(z: np.ndarray, x: np.ndarray, norm: str) -> np.ndarray:
-  if norm == 'linf':
-    return np.clip(np.clip(z, x - RADIUS, x + RADIUS), 0.0, 1.0)
-  length = np.linalg.norm(z - x)
-  return np.clip(z if length <= RADIUS else x + RADIUS * (z - x) / length, 0.0, 1.0)
 
 
 def pairs(scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +45,7 @@ def test_points_inside_stay_and_others_come_to_the_edge(norm, batch_axis):
   for scale in (0.05, 1.0):
     x, z = pairs(scale)
     found = ball_about(x, norm, batch_axis).project(laid_out(z, batch_axis))
-    expected = np.stack([projected(*each, norm) for each in zip(z, x, strict=True)])
+    expected = np.stack([project(*each, norm) for each in zip(z, x, strict=True)])
     np.testing.assert_allclose(laid_out(np.asarray(found), batch_axis), expected, rtol=1e-12)
 
 
@@ -71,10 +65,7 @@ def test_a_step_has_its_length_and_the_direction_of_steepest_ascent(norm, batch_
   for step_size in (np.float64(0.2), lengths):
     found = ball.step(start, laid_out(gradient, batch_axis), step_size=jnp.asarray(step_size))
     for i, length in enumerate(np.broadcast_to(step_size, COUNT)):
-      largest = np.abs(clean[i]).max()
-      scaled = clean[i] / (largest or 1.0)
-      unit = np.sign(clean[i]) if norm == 'linf' else scaled / (np.linalg.norm(scaled) or 1.0)
-      expected = projected(z[i] + length * unit, x[i], norm)
+      expected = project(z[i] + length * direction(clean[i], norm), x[i], norm)
       own = found[i] if batch_axis == 0 else found[:, i]
       np.testing.assert_allclose(own, expected, rtol=1e-12, atol=1e-15)
 

@@ -15,6 +15,11 @@ from tests.evaluation.linear_classifier import RADII, SHAPE, closed_form, exampl
 DTYPE_PROMOTION = 'standard'  # optax takes part
 
 
+def wavy(x):
+  """A representation with many largest shifts, of which an attack finds one."""
+  return jnp.sin(27.0 * x.reshape(len(x), -1))
+
+
 @pytest.mark.long
 def test_a_joint_attack_is_no_stronger_than_either_alone():
   x, labels, (encoder, probe, bias) = examples()
@@ -122,13 +127,10 @@ def test_classifiers_of_a_joint_attack_give_logits():
 
 
 def test_one_attack_of_40_steps_from_the_seed_0_unless_said():
-  def several(x):
-    return jnp.sin(27.0 * x.reshape(len(x), -1))
-
   x = np.random.default_rng(0).uniform(size=(6, *SHAPE)).astype(np.float32)
   named = {'num_steps': 40, 'restarts': 1, 'seed': 0, 'norm': 'linf', 'bounds': (0.0, 1.0)}
   default, expected, *others = (
-    latent_shift.max_latent_shift(several, x, radii=(0.3,), **options)
+    latent_shift.max_latent_shift(wavy, x, radii=(0.3,), **options)
     for options in ({}, named, {'seed': 1}, {'restarts': 2})
   )
   np.testing.assert_array_equal(default, expected)
@@ -148,9 +150,6 @@ def test_progress_is_in_attacks_of_an_example():
 
 def test_restarts_and_larger_balls_only_add():
   x = np.random.default_rng(0).uniform(size=(8, *SHAPE)).astype(np.float32)
-
-  def wavy(x):
-    return jnp.sin(27.0 * x.reshape(len(x), -1))
 
   def shift(restarts, radii=(0.3,)):
     return latent_shift.max_latent_shift(wavy, x, radii=radii, num_steps=1, restarts=restarts)
