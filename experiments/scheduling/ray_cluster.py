@@ -316,17 +316,7 @@ def _check_nodes(resources: dict[str, float], expected: dict[str, Any]) -> None:
   Raises:
     ArgumentError: if there is none, or one has other versions or another storage.
   """
-  of_ray = {'cpu': 'CPU', 'gpu': 'GPU'}
-  wanted = {of_ray.get(name, name): amount for name, amount in resources.items()}
-  able = [
-    node
-    for node in ray.nodes()
-    if node['Alive']
-    and all(node['Resources'].get(name, 0.0) >= amount for name, amount in wanted.items())
-  ]
-  if not able:
-    amounts = ', '.join(f'{name}={amount:g}' for name, amount in resources.items())
-    raise ArgumentError('resources_per_run', f'no node of the cluster has {amounts}; ask for less')
+  able = _able_nodes(resources)
   looks = [
     ray.remote(difference)
     .options(
@@ -336,18 +326,40 @@ def _check_nodes(resources: dict[str, float], expected: dict[str, Any]) -> None:
       ),
     )
     .remote(expected)
-    for node in able
+    for node in able.values()
   ]
-  for node, reference in zip(able, looks, strict=True):
+  for node, reference in zip(able.values(), looks, strict=True):
     name = f'{node["NodeManagerHostname"]} ({node["NodeManagerAddress"]})'
     try:
       different = ray.get(reference, timeout=_NODE_ANSWER)
     except ray.exceptions.RayError as error:
+      if node['NodeID'] not in _able_nodes(resources):
+        continue  # it has died, so no task will run on it
       message = f'node {name} cannot run a task: {_reason(error)}'
       raise ArgumentError('ray_address', message) from None
     if different is not None:
       argument, message = different
       raise ArgumentError(argument, f'node {name} {message}')
+
+
+def _able_nodes(resources: dict[str, float]) -> dict[str, dict[str, Any]]:
+  """The nodes that live and have `resources`, by their ids.
+
+  Raises:
+    ArgumentError: if there is none.
+  """
+  of_ray = {'cpu': 'CPU', 'gpu': 'GPU'}
+  wanted = {of_ray.get(name, name): amount for name, amount in resources.items()}
+  able = {
+    node['NodeID']: node
+    for node in ray.nodes()
+    if node['Alive']
+    and all(node['Resources'].get(name, 0.0) >= amount for name, amount in wanted.items())
+  }
+  if not able:
+    amounts = ', '.join(f'{name}={amount:g}' for name, amount in resources.items())
+    raise ArgumentError('resources_per_run', f'no node of the cluster has {amounts}; ask for less')
+  return able
 
 
 def difference(expected: dict[str, Any]) -> tuple[str, str] | None:

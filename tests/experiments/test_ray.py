@@ -244,6 +244,19 @@ def test_a_node_that_does_not_share_the_storage_is_told_in_a_line(cluster, tmp_p
   )
 
 
+@pytest.mark.slow  # a cluster takes twenty seconds to notice
+def test_a_node_that_dies_before_it_is_checked_is_left_out(cluster, tmp_path):
+  node = cluster.add_node(num_cpus=1)
+  (raylet,) = node.all_processes['raylet']
+  os.kill(raylet.process.pid, signal.SIGSTOP)  # it counts as alive, and answers nothing
+  address = f'--ray_address={cluster.address}'
+  try:
+    code, _, err = scheduled.run(tmp_path, '--vary=seed=0', '--num_steps=10', address)
+  finally:
+    cluster.remove_node(node, allow_graceful=False)
+  assert code == 0, err
+
+
 def test_what_no_node_has_is_told_in_a_line(cluster, tmp_path):
   flags = (f'--ray_address={cluster.address}', '--resources_per_run=gpu=1')
   line, _ = refused(tmp_path, *flags)
