@@ -244,7 +244,7 @@ def test_a_node_that_does_not_share_the_storage_is_told_in_a_line(cluster, tmp_p
   )
 
 
-@pytest.mark.slow  # a cluster takes twenty seconds to notice
+@pytest.mark.slow  # a cluster takes a minute to notice
 def test_a_node_that_dies_before_it_is_checked_is_left_out(cluster, tmp_path):
   node = cluster.add_node(num_cpus=1)
   (raylet,) = node.all_processes['raylet']
