@@ -70,6 +70,8 @@ LONGEST = (
   'tests/experiments/test_probe.py',
   'tests/training/test_loop.py',
 )
+# Of the slow tests those of this file, which kill, take as long as all others.
+KILLS = 'tests/experiments/test_faults.py'
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -114,12 +116,13 @@ def _keep_what_is_compiled(config: pytest.Config) -> None:
   os.environ['PYTHONWARNINGS'] = f'ignore:{warning}'
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
   """Optimised programs come first, since JAX forgets all programs where that changes."""
+  longest = (KILLS, *LONGEST) if _is_soak(config) else LONGEST
 
   def place(item: pytest.Item) -> tuple[bool, int]:
     path = _path_of(item)
-    rank = LONGEST.index(path) if path in LONGEST else len(LONGEST)
+    rank = longest.index(path) if path in longest else len(longest)
     return not _is_optimized(item), rank
 
   items.sort(key=place)

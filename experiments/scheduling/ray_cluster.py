@@ -254,23 +254,23 @@ def _connected(address: str) -> Iterator[None]:
   patience.daemon = True
   patience.start()
   handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-  try:
-    ray.init(address, logging_level=std_logging.WARNING)
-  except ConnectionError as error:
-    here = 'no Ray cluster runs on this machine; start one with `ray start --head`, or name one'
-    message = here if address == 'auto' and 'RAY_ADDRESS' not in os.environ else _reason(error)
-    raise ArgumentError('ray_address', message) from None
-  except (RuntimeError, ValueError) as error:
-    raise ArgumentError('ray_address', f'{address}: {_reason(error)}') from None
-  finally:
-    patience.cancel()
-    for number, handler in handlers.items():  # Ray has put its own in their place
-      signal.signal(number, handler)
-  try:
-    with contextlib.redirect_stdout(sys.stderr):  # what Ray prints is no result
+  with contextlib.redirect_stdout(sys.stderr):  # what Ray prints, until its very end, is no result
+    try:
+      ray.init(address, logging_level=std_logging.WARNING)
+    except ConnectionError as error:
+      here = 'no Ray cluster runs on this machine; start one with `ray start --head`, or name one'
+      message = here if address == 'auto' and 'RAY_ADDRESS' not in os.environ else _reason(error)
+      raise ArgumentError('ray_address', message) from None
+    except (RuntimeError, ValueError) as error:
+      raise ArgumentError('ray_address', f'{address}: {_reason(error)}') from None
+    finally:
+      patience.cancel()
+      for number, handler in handlers.items():  # Ray has put its own in their place
+        signal.signal(number, handler)
+    try:
       yield
-  finally:
-    ray.shutdown()
+    finally:
+      ray.shutdown()
 
 
 def _give_up(address: str) -> NoReturn:

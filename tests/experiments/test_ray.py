@@ -25,6 +25,7 @@ from se_vae.config import ArgumentError
 from tests.experiments import scheduled
 
 pytest.importorskip('ray')
+import ray
 from ray.cluster_utils import Cluster
 
 RUNS = {'seed0', 'seed1'}
@@ -203,6 +204,19 @@ def test_what_a_sweep_on_a_cluster_refuses_before_it_writes(tmp_path):
   assert not (tmp_path / 'w').exists()
 
 
+def test_what_ray_prints_is_no_result(tmp_path, monkeypatch, capsys):
+  """Ray prints what it has heard from the nodes until its end."""
+  monkeypatch.setattr(ray, 'init', lambda *_, **__: print('Ray begins'))
+  monkeypatch.setattr(ray, 'nodes', list)
+  monkeypatch.setattr(ray, 'shutdown', lambda: print('Ray ends'))
+  base = pretrain.PretrainConfig(workdir=str(tmp_path / 'w'))
+  where = placement.PlacementConfig(ray_address='auto')
+  with pytest.raises(ArgumentError, match='no node of the cluster has cpu=1'):
+    sweep.run(sweep.SweepConfig(vary='seed=0', placement=where), base, signals.StopSignal())
+  out, err = capsys.readouterr()
+  assert out == '' and 'Ray begins' in err and 'Ray ends' in err
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
@@ -223,9 +237,9 @@ def test_wrong_flags_are_named(changes, message):
 @pytest.mark.skipif(os.geteuid() != 0, reason='a storage that is not shared needs root')
 def test_a_node_that_does_not_share_the_storage_is_told_in_a_line(cluster, tmp_path):
   """A node in a mount namespace of its own, where an empty file system lies over the directory."""
-  ray = Path(sys.executable).with_name('ray')
+  program = Path(sys.executable).with_name('ray')
   command = (
-    f'mount -t tmpfs tmpfs {tmp_path} && exec {ray} start --address={cluster.address} --block'
+    f'mount -t tmpfs tmpfs {tmp_path} && exec {program} start --address={cluster.address} --block'
   )
   known = alive(cluster)
   with (tmp_path.parent / 'ray.log').open('w') as log:
