@@ -108,7 +108,8 @@ def output_box(layers: Layers, region: Region, method: Method = CROWN) -> Box:
   Raises:
     TypeError: for something that is no layer, by its name, or layers of another dtype than the
       region's.
-    AssertionError: if the shapes of neighbouring layers do not fit.
+    AssertionError: if the shapes of neighbouring layers, or those of weights and bias, do not fit,
+      or the region or a layer is empty.
   """
   layers = tuple(layers)
   _check(layers, region)
@@ -172,7 +173,7 @@ def margins(layers: Layers, region: Region, labels: jax.Array, method: Method = 
   Raises:
     TypeError: for something that is no layer, layers of another dtype than the region's, or labels
       that are no integers.
-    AssertionError: if the shapes of neighbouring layers do not fit.
+    AssertionError: as in `output_box`, or if the outputs are not `[B, K]` or the labels not `[B]`.
   """
   worst = worst_logits(layers, region, labels, method)
   return _against_the_largest(-worst, labels)
@@ -198,9 +199,17 @@ def worst_logits(
     region: of inputs.
     labels: `[B]` integers in [0, K).
     method: as in `margins`.
+
+  Raises:
+    TypeError, AssertionError: as in `margins`.
   """
   layers = tuple(layers)
-  (num_classes,) = _check(layers, region)
+  shape, size = _check(layers, region), len(region.box.lower)
+  if len(shape) != 1:
+    raise AssertionError(f'the outputs must be logits [B, K], got {(size, *shape)}')
+  if labels.shape != (size,):
+    raise AssertionError(f'labels must be [{size}], got {labels.shape}')
+  (num_classes,) = shape
   known = _known(layers, region, method)
   unit = jnp.eye(num_classes, dtype=region.box.lower.dtype)
   is_label = _one_hot(labels, num_classes)
@@ -231,14 +240,17 @@ def _against_the_largest(differences: jax.Array, labels: jax.Array) -> jax.Array
 
 
 def _check(layers: Layers, region: Region) -> tuple[int, ...]:
-  """Returns the shape of an output; raises TypeError or AssertionError for layers that do not fit.
+  """Returns the shape of an output; raises TypeError or AssertionError for what does not fit.
 
   The slack for rounding is that of one dtype.
   """
-  shape, dtype = check(layers, region.box.lower.shape[1:]), region.box.lower.dtype
-  others = {leaf.dtype for leaf in jax.tree.leaves(layers)} - {dtype}
+  inputs = region.box.lower
+  if not inputs.size:
+    raise AssertionError(f'the region must not be empty, got inputs {inputs.shape}')
+  shape = check(layers, inputs.shape[1:])
+  others = {leaf.dtype for leaf in jax.tree.leaves(layers)} - {inputs.dtype}
   if others:
-    raise TypeError(f'layers must have the dtype of the region, {dtype}, got {others.pop()}')
+    raise TypeError(f'layers must have the dtype of the region, {inputs.dtype}, got {others.pop()}')
   return shape
 
 

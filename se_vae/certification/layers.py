@@ -164,13 +164,26 @@ def check(layers: Layers, in_shape: Shape) -> Shape:
 
   Raises:
     TypeError: for something that is no layer, by its name.
-    AssertionError: if the shapes of neighbouring layers do not fit.
+    AssertionError: if the shapes of neighbouring layers do not fit, or if weights and bias
+      do not, or are empty.
   """
   for layer in layers:
     if not isinstance(layer, Layer):
       raise TypeError(f'cannot certify {type(layer).__name__}: not a Dense, Conv, ReLU or Flatten')
+    if isinstance(layer, Affine):
+      _check_weights(layer)
     in_shape = layer.out_shape(in_shape)
   return in_shape
+
+
+def _check_weights(layer: Affine) -> None:
+  wanted = '[K, N], [N]' if isinstance(layer, Dense) else "[K, K', I, O], [O]"
+  num_axes = 2 if isinstance(layer, Dense) else 4
+  weights, bias = layer.weights.shape, layer.bias.shape
+  if len(weights) != num_axes or 0 in weights or bias != weights[-1:]:
+    raise AssertionError(
+      f'{type(layer).__name__}: weights and bias must be {wanted}, not empty, got {weights}, {bias}'
+    )
 
 
 def row(bias: jax.Array, x: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -283,6 +284,41 @@ def test_arguments_are_checked():
     cert.Method('crown', -1)
   with pytest.raises(ValueError, match='no useful error bound'):
     rounding.gamma(10**6, jnp.float32)
+
+
+def test_empty_arguments_are_refused():
+  layers, x = network('conv'), images(2)
+  rng, labels = np.random.default_rng(0), jnp.zeros(2, jnp.int32)
+  empty = cert.Region(cert.Box(x[:0], x[:0]))
+  for function in (cert.output_box, functools.partial(cert.margins, labels=labels[:0])):
+    with pytest.raises(AssertionError, match=r'region must not be empty, got inputs \(0, '):
+      function(layers, empty)
+  with pytest.raises(AssertionError, match=r'Conv: .*, not empty, got \(3, 3, 1, 0\), \(0,\)'):
+    cert.output_box((conv(rng, 1, 0, (1, 1)),), cert.ball(x, 0.1))
+  with pytest.raises(AssertionError, match=r'Dense: .*, not empty, got \(3, 0\), \(0,\)'):
+    cert.margins((*layers, dense(rng, 3, 0)), cert.ball(x, 0.1), labels)
+
+
+def test_weights_and_bias_must_fit():
+  x, size = images(2), np.prod(SHAPE)
+  for shape, bias in (((size, 2), 1), ((size, 1), 2), ((size, 2, 2), 2), ((size,), size)):
+    layer = cert.Dense(jnp.ones(shape), jnp.ones(bias))
+    with pytest.raises(AssertionError, match=r'Dense: weights and bias must be \[K, N\], \[N\]'):
+      cert.output_box((cert.Flatten(), layer), cert.ball(x, 0.1))
+  for shape, bias in (((3, 3, 1, 2), 1), ((0, 3, 1, 2), 2), ((3, 1, 2), 2)):
+    layer = cert.Conv(jnp.ones(shape), jnp.ones(bias), (1, 1))
+    with pytest.raises(AssertionError, match=r'Conv: weights and bias must be \[K, .* \[O\]'):
+      cert.output_box((layer,), cert.ball(x, 0.1))
+
+
+def test_logits_and_labels_must_fit():
+  layers, region = network('conv'), cert.ball(images(2), 0.1)
+  for function in (cert.margins, cert.worst_logits):
+    with pytest.raises(AssertionError, match=r'outputs must be logits \[B, K\], got \(2, '):
+      function(layers[:2], region, jnp.zeros(2, jnp.int32))
+    for shape in ((0,), (1,), (3,), (), (2, 1)):
+      with pytest.raises(AssertionError, match=re.escape(f'labels must be [2], got {shape}')):
+        function(layers, region, jnp.zeros(shape, jnp.int32))
 
 
 @pytest.mark.parametrize('method', METHODS, ids=str)

@@ -5,6 +5,7 @@ SE_VAE_FUZZ sets the number of inputs of each kind.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -241,46 +242,83 @@ def test_ledgers(tmp_path, capsys, content):
 # Layers
 
 
-SIZES = st.integers(0, 3)
+SIZES = st.sampled_from([1, 2, 3, 1, 2, 3, 0])
 SHAPES = st.lists(SIZES, max_size=4).map(tuple)
 
 
 @st.composite
-def layers(draw: st.DrawFn) -> list[Any]:
+def networks(draw: st.DrawFn) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+  """Layers and the shape of a batch, which mostly fit."""
+  batch = draw(st.tuples(SIZES, SIZES) | st.tuples(SIZES, SIZES, SIZES, SIZES) | SHAPES)
+  shape = batch[1:]  # of an example
+
   def filled(shape: tuple[int, ...]) -> Any:
-    return jnp.ones(shape, draw(st.sampled_from(['float32'] * 4 + ['int32', 'float16'])))
+    dtype = draw(st.sampled_from(['float32'] * 9 + ['int32', 'float16']))
+    return jnp.full(shape, draw(st.sampled_from([1, -1])), dtype)
+
+  def bias(weights: Any) -> Any:
+    return filled(draw(st.sampled_from([weights.shape[-1:]] * 4) | SHAPES))
 
   def layer() -> Any:
-    match draw(st.sampled_from(['dense', 'dense', 'conv', 'relu', 'flatten', 'none'])):
+    kind = draw(st.sampled_from(['linear', 'linear', 'linear', 'relu', 'flatten', 'any', 'none']))
+    if kind == 'linear':
+      kind = {1: 'dense', 3: 'conv'}.get(len(shape), 'any')
+    if kind == 'any':
+      kind = draw(st.sampled_from(['dense', 'conv', 'relu', 'flatten']))
+    inputs = draw(st.just(shape[-1]) | SIZES) if shape else draw(SIZES)
+    match kind:
       case 'dense':
-        shape = draw(st.tuples(SIZES, SIZES))
-        return certification.Dense(filled(shape), filled(draw(st.just(shape[1:]) | SHAPES)))
+        weights = filled((inputs, draw(SIZES)))
+        return certification.Dense(weights, bias(weights))
       case 'conv':
-        shape = draw(st.tuples(SIZES, SIZES, SIZES, SIZES))
+        weights = filled((*draw(st.tuples(SIZES, SIZES)), inputs, draw(SIZES)))
         strides = draw(st.sampled_from([(1, 1), (2, 2), (2, 1)]))
-        return certification.Conv(filled(shape), filled(shape[3:]), strides)
+        return certification.Conv(weights, bias(weights), strides)
       case 'relu':
         return certification.ReLU()
       case 'flatten':
         return certification.Flatten()
     return draw(st.sampled_from([None, 'relu', 1.0]))
 
-  return [layer() for _ in range(draw(st.integers(0, 3)))]
+  found = []
+  for _ in range(draw(st.integers(0, 3))):
+    found.append(layer())
+    with contextlib.suppress(AttributeError, AssertionError):  # no layer, or none that fits
+      shape = found[-1].out_shape(shape)
+  return tuple(found), batch
 
 
 @fuzz(0.05)
-@given(network=layers(), shape=SHAPES, radius=st.sampled_from([0.0, 0.1, -1.0, np.inf, np.nan]))
-def test_certificates_of_any_layers(network, shape, radius):
+@given(
+  network=networks(),
+  radius=st.sampled_from([0.0, 0.1, 0.1, 0.1, -1.0, np.inf, np.nan]),
+  labels=st.just(None) | SHAPES,
+  method=st.sampled_from(certification.METHODS).map(certification.Method),
+)
+def test_certificates_of_any_layers(network, radius, labels, method):
   """Refused with a documented error, or bounds that hold at the centre; or NaN for no radius."""
+  layers, shape = network
   x = jnp.full(shape, 0.5)
+  labels = jnp.zeros(shape[:1] if labels is None else labels, 'int32')
   try:
     region = certification.ball(x, radius)
-    box = certification.output_box(tuple(network), region)
-  except (AssertionError, TypeError, ValueError):
+    box = certification.output_box(layers, region, method)
+  except (AssertionError, TypeError, ValueError) as error:
+    assert str(error)
     return
-  outputs = certification.apply(tuple(network), x) if network else x
+  outputs = certification.apply(layers, x)
+  is_known = radius >= 0.0 and np.isfinite(radius)
   assert box.lower.shape == box.upper.shape == outputs.shape
-  if radius >= 0.0 and np.isfinite(radius):
+  if is_known:
     assert (box.lower <= outputs).all() and (outputs <= box.upper).all()
   else:
     assert np.isnan(box.lower).all() and np.isnan(box.upper).all()
+  try:
+    worst = certification.worst_logits(layers, region, labels, method)
+  except AssertionError:
+    assert outputs.ndim != 2 or labels.shape != outputs.shape[:1]
+    return
+  if is_known:
+    assert (worst >= outputs - outputs[:, :1]).all()
+  else:
+    assert np.isnan(worst[:, 1:]).all()

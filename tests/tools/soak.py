@@ -34,8 +34,9 @@ PARTS = (
   ('-m', 'slow', 'tests'),
   ('-m', 'not slow', 'tests/experiments/test_faults.py'),
   (
-    *('-m', 'not slow', 'tests/experiments/test_fuzz.py'),  # the longest first
-    *('tests/experiments/test_fuzz_sources.py', 'tests/test_fuzz_arrays.py'),
+    *('-m', 'not slow', '--dist=worksteal'),  # one file takes longer than the two others
+    *('tests/experiments/test_fuzz.py', 'tests/experiments/test_fuzz_sources.py'),
+    'tests/test_fuzz_arrays.py',
   ),
 )
 # A test that takes longer than an hour hangs.
