@@ -226,7 +226,7 @@ def run(config: SupervisedConfig, stop: signals.StopSignal) -> dict[str, Any]:
   workdir, attack, dataset, rows = prepare(config)
   stop.patience = pretrain.PATIENCE
   mesh, attack_mesh = devices.mesh_for(config.batch_size), devices.mesh_for(attack.batch_size)
-  with workdirs.lock(workdir, recording.RESULT):
+  with workdirs.lock(workdir, recording.RESULT, f'{_ATTACK}.*'):
     if (before := _finished(config, workdir, dataset)) is not None:
       return before
     classifier, params = _train(config, workdir, attack.task, dataset, rows, mesh, stop)

@@ -47,6 +47,8 @@ def test_the_record_counts_and_goes_on(tmp_path):
     file.write('\n{"test": "cut')  # as a kill leaves it
   assert run(tmp_path) == 0
   assert run(tmp_path) == pytest.ExitCode.NO_TESTS_COLLECTED
+  (failed,) = (entry for entry in journal.read(record) if entry['outcome'] == 'failed')
+  assert 'assert was_there' in failed['why']
   names = [entry['test'].split('::')[1] for entry in journal.read(record)]
   assert names == [
     *('test_killed', 'test_any_integer', 'test_only_the_second_time'),

@@ -156,7 +156,7 @@ def run(config: BenchmarkConfig, stop: signals.StopSignal) -> dict[str, Any]:
     peers.check(config.peers)
   if 'worst_case' in config.sections:
     worst_case.check()
-  with workdirs.lock(workdir):
+  with workdirs.lock(workdir, 'benchmark.*'):
     startup = _startup(workdir, config.repeats, stop) if 'startup' in config.sections else {}
     with peers.processes() as executors:
       rates, rows = _measure(config, dataset, executors, stop)

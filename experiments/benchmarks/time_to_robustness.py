@@ -132,7 +132,7 @@ def run(config: RobustnessConfig, stop: signals.StopSignal) -> dict[str, Any]:
   with flags.errors_begin_with('--probe'):
     probe.check_fits(attack, dataset, smooth.model)
   watch.end('imports and data')
-  with workdirs.lock(workdir), _nothing_kept(vae_dir, smoothed_dir):
+  with workdirs.lock(workdir, 'time_to_robustness.*'), _nothing_kept(vae_dir, smoothed_dir):
     pretrain.run(vae, stop, 'VAE')
     watch.end('VAE')
     pretrain.run(smooth, stop, 'smoothing')

@@ -33,6 +33,7 @@ class EventWriter:
   def __init__(self, directory: Path, step: int) -> None:
     """Removes the events of later steps from the directory's files, and begins a new file."""
     directory.mkdir(exist_ok=True)
+    atomic_files.remove_leftovers(directory, _ANY)
     before = sorted(directory.glob(_ANY))
     for path in before:
       _drop_after(path, step)

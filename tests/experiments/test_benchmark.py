@@ -169,7 +169,9 @@ def test_the_binary_measures_what_it_is_asked_for(tmp_path, capsys):
     repeats=2,
     seconds=0.01,
   )
+  (tmp_path / '.benchmark.json.7.tmp').touch()  # as a kill leaves it
   result = speed.run(config, signals.StopSignal())
+  assert {path.name for path in tmp_path.iterdir()} == {'.lock', 'benchmark.json', 'benchmark.md'}
   assert json.loads((tmp_path / 'benchmark.json').read_text()) == result
   assert len(result['roofline']) == 4 and len(result['rows']) == 2 + 4 + 1
   for values in (*result['roofline'].values(), *(row['seconds'] for row in result['rows'])):

@@ -212,7 +212,10 @@ def test_the_attack_of_a_classifier_goes_on_too(record, tmp_path):
     with pytest.raises(signals.Interrupted):
       run('interrupted', After(record, count))
     assert states(tmp_path / 'interrupted')
+    (tmp_path / 'interrupted' / '.attack.state.npz.7.tmp').touch()  # as a kill leaves it
   found = run('interrupted', signals.StopSignal())
   assert record.batches == batches
   assert not states(tmp_path / 'interrupted')
+  names = [{path.name for path in (tmp_path / name).iterdir()} for name in ('interrupted', 'whole')]
+  assert names[0] == names[1]
   assert found == whole | {'config': whole['config'] | {'workdir': found['config']['workdir']}}

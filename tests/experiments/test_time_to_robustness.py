@@ -36,9 +36,11 @@ def tiny(tmp_path, **changes) -> RobustnessConfig:
 
 
 def test_a_row_has_every_stage_and_the_curve_with_its_checks(tmp_path):
-  config = tiny(tmp_path, seed=3)
+  config, runs = tiny(tmp_path, seed=3), tmp_path / 'runs'
+  runs.mkdir()
+  (runs / '.time_to_robustness.json.7.tmp').touch()  # as a kill leaves it
   result = time_to_robustness.run(config, signals.StopSignal())
-  runs = tmp_path / 'runs'
+  assert not list(runs.glob('.*.tmp'))
   assert json.loads((runs / 'time_to_robustness.json').read_text()) == result
   assert list(result['seconds']) == STAGES and min(result['seconds'].values()) > 0.0
   assert result['radii'] == [0.0, 0.1] and result['num_examples'] == 40

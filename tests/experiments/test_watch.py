@@ -162,6 +162,7 @@ def test_a_resumed_run_has_every_step_once(watched, tmp_path, monkeypatch):
     writer.row(28, {'loss': 0.0})
   killed = sorted((tmp_path / 'tensorboard').iterdir())[-1]
   killed.write_bytes(killed.read_bytes()[:-3])
+  killed.with_name(f'.{killed.name}.7.tmp').write_bytes(b'half')  # TensorBoard would read it
   pretrain.run(config(tmp_path), signals.StopSignal())
   check_matches_metrics(tmp_path)
   straight, resumed = curves(watched), curves(tmp_path)

@@ -91,6 +91,8 @@ class Recorder:
       'seconds': round(sum(each.duration for each in reports), 1),
       **{name: counts[name] for name in COUNTS},
     }
+    if entry['outcome'] == 'failed':  # pytest tells why only at the end of the part
+      entry['why'] = '\n'.join(each.longreprtext for each in reports if each.failed)[-2000:]
     journal.append(self.record, entry)
 
 
