@@ -164,8 +164,8 @@ def check(layers: Layers, in_shape: Shape) -> Shape:
 
   Raises:
     TypeError: for something that is no layer, by its name.
-    AssertionError: if the shapes of neighbouring layers do not fit, or if weights and bias
-      do not, or are empty.
+    AssertionError: if the shapes of neighbouring layers, or those of weights and bias, do not fit,
+      or a layer is empty.
   """
   for layer in layers:
     if not isinstance(layer, Layer):

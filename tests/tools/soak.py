@@ -35,7 +35,8 @@ PARTS = (
   ('-m', 'not slow', 'tests/experiments/test_faults.py'),
   (
     *('-m', 'not slow', '--dist=worksteal'),  # one file takes longer than the two others
-    *('tests/experiments/test_fuzz.py', 'tests/experiments/test_fuzz_sources.py'),
+    'tests/experiments/test_fuzz.py',
+    'tests/experiments/test_fuzz_sources.py',
     'tests/test_fuzz_arrays.py',
   ),
 )
