@@ -16,6 +16,10 @@ from se_vae.config import ARCHS, COVARIANCES, ArgumentError, check_counts
 from se_vae.gaussians import Gaussian
 from se_vae.models import networks
 
+# Each layer takes about 10 ms to trace. Without a limit, a wrong number in a file could take hours,
+# or all memory.
+_MOST_LAYERS = 1000
+
 Params = Any  # {'encoder': pytree, 'decoder': pytree}
 
 
@@ -98,11 +102,12 @@ def make_vae(
     latent_dim: D; the paper uses 32, 64 and 128.
     hidden_units: units of each layer of an MLP.
     conv_channels: channels of each layer of a ConvNet.
-    num_layers: layers of the encoder before its head, and of the decoder.
+    num_layers: layers of the encoder before its head, and of the decoder; at most 1000.
     covariance: the encoder's, 'diagonal' (the paper's) or 'full'.
 
   Raises:
-    ArgumentError: for an unknown arch or covariance, or a size that is not an integer >= 1.
+    ArgumentError: for an unknown arch or covariance, a size that is not an integer >= 1, or more
+      layers than 1000.
   """
   if arch not in ARCHS:
     raise ArgumentError('arch', f'must be one of {", ".join(ARCHS)}, got {arch!r}')
@@ -116,6 +121,8 @@ def make_vae(
     conv_channels=conv_channels,
     num_layers=num_layers,
   )
+  if num_layers > _MOST_LAYERS:
+    raise ArgumentError('num_layers', f'must be <= {_MOST_LAYERS}, got {num_layers}')
   if np.shape(image_shape) != (3,):
     raise ArgumentError('image_shape', f'must be (H, W, C), got {image_shape}')
   image_shape = (*image_shape,)  # a list cannot be hashed

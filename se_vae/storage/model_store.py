@@ -167,9 +167,16 @@ def restore(found: checkpoints.Checkpoint, model: vae.VAE | None = None) -> Save
 
 
 def _make(arguments: Mapping[str, Any]) -> tuple[vae.VAE, vae.Params]:
-  """Returns the model that `vae.make_vae` makes, and the shapes of its parameters."""
+  """Returns the model that `vae.make_vae` makes, and the shapes of its parameters.
+
+  Raises:
+    KeyError, TypeError, ValueError: if the arguments describe no model.
+  """
   model = vae.make_vae(**arguments)
-  return model, _shapes(model)
+  try:
+    return model, _shapes(model)
+  except OverflowError as error:
+    raise ValueError(f'a size is too large: {error}') from error
 
 
 def _shapes(model: vae.VAE) -> vae.Params:

@@ -38,7 +38,7 @@ from experiments.cli import distributed, flags, workdirs
 from experiments.cli.flags import UsageError
 from experiments.visual import report_page
 from se_vae import data
-from se_vae.config import ArgumentError
+from se_vae.config import ARCHS, COVARIANCES, ArgumentError
 from se_vae.evaluation.attack_log import AttackLog
 from se_vae.evaluation.states import StateError
 from se_vae.storage import checkpoints, json_files, model_store
@@ -357,9 +357,21 @@ def params_of_model():
   return {'params': make_model().init(jax.random.key(0))}
 
 
+def sizes_of_models() -> st.SearchStrategy[dict[str, Any]]:
+  """Arguments of models with a size that no machine has memory or time for."""
+  names = ['latent_dim', 'hidden_units', 'conv_channels', 'num_layers']
+  size = st.dictionaries(st.sampled_from(names), SIZES | st.just(2**62), min_size=1, max_size=2)
+  kind = st.fixed_dictionaries(
+    {'arch': st.sampled_from(ARCHS), 'covariance': st.sampled_from(COVARIANCES)}
+  )
+  return st.builds(lambda size, kind: MODEL | size | kind, size, kind)
+
+
 @pytest.mark.long
 @fuzz(0.1)
-@given(arguments=altered({**MODEL, 'arch': 'mlp', 'covariance': 'diagonal'}) | JSON)
+@given(
+  arguments=altered({**MODEL, 'arch': 'mlp', 'covariance': 'diagonal'}) | sizes_of_models() | JSON
+)
 @example(arguments={**MODEL, 'image_shape': [4, 4]})
 def test_models_of_other_arguments(tmp_path, arguments):
   """A checkpoint of a foreign writer: a model of these shapes, or an error."""
