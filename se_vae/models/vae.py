@@ -20,6 +20,8 @@ from se_vae.models import networks
 # or all memory.
 _MOST_LAYERS = 1000
 
+_LARGEST_SIZE = 2**31 - 1  # JAX counts in 32 bits
+
 Params = Any  # {'encoder': pytree, 'decoder': pytree}
 
 
@@ -106,8 +108,8 @@ def make_vae(
     covariance: the encoder's, 'diagonal' (the paper's) or 'full'.
 
   Raises:
-    ArgumentError: for an unknown arch or covariance, a size that is not an integer >= 1, or more
-      layers than 1000.
+    ArgumentError: for an unknown arch or covariance, a size that is not an integer >= 1, more than
+      1000 layers, or another size of 2**31 or more.
   """
   if arch not in ARCHS:
     raise ArgumentError('arch', f'must be one of {", ".join(ARCHS)}, got {arch!r}')
@@ -121,8 +123,14 @@ def make_vae(
     conv_channels=conv_channels,
     num_layers=num_layers,
   )
-  if num_layers > _MOST_LAYERS:
-    raise ArgumentError('num_layers', f'must be <= {_MOST_LAYERS}, got {num_layers}')
+  for name, size, most in (
+    ('latent_dim', latent_dim, _LARGEST_SIZE),
+    ('hidden_units', hidden_units, _LARGEST_SIZE),
+    ('conv_channels', conv_channels, _LARGEST_SIZE),
+    ('num_layers', num_layers, _MOST_LAYERS),
+  ):
+    if size > most:
+      raise ArgumentError(name, f'must be <= {most}, got {size}')
   if np.shape(image_shape) != (3,):
     raise ArgumentError('image_shape', f'must be (H, W, C), got {image_shape}')
   image_shape = (*image_shape,)  # a list cannot be hashed

@@ -145,6 +145,7 @@ def test_any_flax_module_will_do():
     ({'hidden_units': 0}, '>= 1'),
     ({'conv_channels': -1}, '>= 1'),
     ({'num_layers': 0}, '>= 1'),
+    ({'conv_channels': 2**31}, 'conv_channels: must be <= 2147483647'),
     ({'num_layers': 2**40}, f'num_layers: must be <= 1000, got {2**40}'),
   ],
 )
