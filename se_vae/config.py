@@ -32,7 +32,7 @@ SCHEDULES = ('constant', 'cosine')
 SUITES = ('standard', 'worst_case')
 
 # What JAX's 32-bit arrays hold: a larger number would become another one, a smaller one 0.
-_LARGEST_INT = 2**31 - 1
+LARGEST_INT = 2**31 - 1
 _SMALLEST_FLOAT, _LARGEST_FLOAT = 2.0**-126, 2.0**127
 
 Class = TypeVar('Class', bound=type)
@@ -174,18 +174,28 @@ def _violation(value: Any, types: set[str], limits: Any) -> str | None:
     return f'<= {limits["at_most"]}'
   if isinstance(value, float) and value and not _SMALLEST_FLOAT <= abs(value) <= _LARGEST_FLOAT:
     return f'of a size between {_SMALLEST_FLOAT:.1e} and {_LARGEST_FLOAT:.1e}, as float32 holds'
-  if type(value) is int and abs(value) > _LARGEST_INT:
-    return f'<= {_LARGEST_INT}'
+  if type(value) is int and abs(value) > LARGEST_INT:
+    return f'<= {LARGEST_INT}'
   return None
 
 
-def check_counts(**counts: int) -> None:
-  """Raises ArgumentError, naming the argument, unless each of these is an integer >= 1."""
+def check_counts(at_most: int | None = None, **counts: int) -> None:
+  """Checks counts.
+
+  Args:
+    at_most: the largest that is allowed; any if None.
+    **counts: the counts, by the names of the arguments.
+
+  Raises:
+    ArgumentError: naming the argument, unless each is an integer >= 1 and within the limit.
+  """
   for name, count in counts.items():
     if not isinstance(count, numbers.Integral):
       raise ArgumentError(name, f'must be an integer, got {count!r}')
     if count < 1:
       raise ArgumentError(name, f'must be >= 1, got {count}')
+    if at_most is not None and count > at_most:
+      raise ArgumentError(name, f'must be <= {at_most}, got {count}')
 
 
 def documented(config_type: Class) -> Class:

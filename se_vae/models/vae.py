@@ -12,15 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from se_vae.config import ARCHS, COVARIANCES, ArgumentError, check_counts
+from se_vae.config import ARCHS, COVARIANCES, LARGEST_INT, ArgumentError, check_counts
 from se_vae.gaussians import Gaussian
 from se_vae.models import networks
 
 # Each layer takes about 10 ms to trace. Without a limit, a wrong number in a file could take hours,
 # or all memory.
 _MOST_LAYERS = 1000
-
-_LARGEST_SIZE = 2**31 - 1  # JAX counts in 32 bits
 
 Params = Any  # {'encoder': pytree, 'decoder': pytree}
 
@@ -118,24 +116,17 @@ def make_vae(
       'covariance', f'must be one of {", ".join(COVARIANCES)}, got {covariance!r}'
     )
   check_counts(
+    at_most=LARGEST_INT,
     latent_dim=latent_dim,
     hidden_units=hidden_units,
     conv_channels=conv_channels,
-    num_layers=num_layers,
   )
-  for name, size, most in (
-    ('latent_dim', latent_dim, _LARGEST_SIZE),
-    ('hidden_units', hidden_units, _LARGEST_SIZE),
-    ('conv_channels', conv_channels, _LARGEST_SIZE),
-    ('num_layers', num_layers, _MOST_LAYERS),
-  ):
-    if size > most:
-      raise ArgumentError(name, f'must be <= {most}, got {size}')
+  check_counts(at_most=_MOST_LAYERS, num_layers=num_layers)
   if np.shape(image_shape) != (3,):
     raise ArgumentError('image_shape', f'must be (H, W, C), got {image_shape}')
   image_shape = (*image_shape,)  # a list cannot be hashed
   for size in image_shape:
-    check_counts(image_shape=size)
+    check_counts(at_most=LARGEST_INT, image_shape=size)
   if arch == 'mlp':
     widths = (hidden_units,) * num_layers
     encoder: nn.Module = networks.MLPEncoder(latent_dim, widths, covariance)

@@ -170,7 +170,7 @@ def _make(arguments: Mapping[str, Any]) -> tuple[vae.VAE, vae.Params]:
   """Returns the model that `vae.make_vae` makes, and the shapes of its parameters.
 
   Raises:
-    KeyError, TypeError, ValueError: if the arguments describe no model.
+    TypeError, ValueError: if the arguments describe no model.
   """
   model = vae.make_vae(**arguments)
   try:

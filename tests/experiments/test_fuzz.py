@@ -358,7 +358,7 @@ def params_of_model():
 
 
 def sizes_of_models() -> st.SearchStrategy[dict[str, Any]]:
-  """Arguments of models with a size that no machine has memory or time for."""
+  """Arguments of models of any size, also of sizes that no machine has memory for."""
   names = ['latent_dim', 'hidden_units', 'conv_channels', 'num_layers']
   size = st.dictionaries(st.sampled_from(names), SIZES | st.just(2**62), min_size=1, max_size=2)
   kind = st.fixed_dictionaries(

@@ -162,6 +162,11 @@ def test_empty_images_raise():
       vae.make_vae(shape)
 
 
+def test_images_of_sizes_beyond_32_bits_raise():
+  with pytest.raises(ValueError, match='image_shape: must be <= 2147483647, got 2147483648'):
+    vae.make_vae((28, 2**31, 1))
+
+
 def test_a_list_of_sizes_is_a_shape():
   assert vae.make_vae([4, 3, 2]) == vae.make_vae((4, 3, 2))
 
